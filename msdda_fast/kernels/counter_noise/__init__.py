@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Noise that is a pure function of (seed, step, position): nothing else in the batch can change it.
+
+Raw function of each backend, which the engine binds once:
+
+    run(out, seeds, step, stream) -> None
+        out     (B, C, ...) contiguous, float16 | bfloat16 | float32 | float64, written
+        seeds   (B,) int64 on out's device
+        step    int, or 0-d int64 tensor on out's device (read inside the kernel)
+        stream  int: STREAM_INITIAL for x_T (with step 0), STREAM_STEP for the step noise
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from msdda_fast.errors import InvalidShape
+from msdda_fast.kernels import registry
+from msdda_fast.types import SeedsLike
+
+__all__ = ["STREAM_INITIAL", "STREAM_STEP", "as_seeds", "as_step", "counter_noise"]
+
+STREAM_INITIAL = 0
+STREAM_STEP = 1
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def as_seeds(seeds: SeedsLike, batch_size: int, device: torch.device) -> Tensor:
+    """Seeds as an int64 tensor (B,) on `device`; integers wrap to their 64 bits in two's complement.
+
+    Raises:
+        InvalidShape: there are not `batch_size` seeds.
+        ValueError: a seed is not an integer of 64 bits, signed or unsigned.
+    """
+    if not isinstance(seeds, Tensor):
+        values = [_int64(seed) for seed in seeds]
+        seeds = torch.tensor(values, dtype=torch.int64, device=device)
+    if seeds.dtype != torch.int64:
+        raise ValueError(f"seeds must be int64, got {seeds.dtype}")
+    if seeds.shape != (batch_size,):
+        raise InvalidShape(f"seeds have shape {tuple(seeds.shape)}, expected ({batch_size},)")
+    return seeds.to(device)
+
+
+def _int64(seed: int) -> int:
+    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+        raise ValueError(f"a seed is an integer in [-2^63, 2^64), got {seed!r}")
+    return seed - 2**64 if seed >= 2**63 else seed
+
+
+def as_step(step: int | Tensor) -> int | Tensor:
+    """Check a step index k = 0, 1, ...: an int in [0, 2^32) or a 0-d int64 tensor (value unread)."""
+    if isinstance(step, Tensor):
+        if step.dtype != torch.int64 or step.ndim != 0:
+            raise InvalidShape(
+                f"step must be an int or a 0-d int64 tensor, got {step.dtype} {tuple(step.shape)}"
+            )
+    elif not 0 <= step < 2**32:
+        raise ValueError(f"step must be in [0, 2^32), got {step}")
+    return step
+
+
+def counter_noise(
+    seeds: SeedsLike,
+    shape: Sequence[int],
+    *,
+    step: int | Tensor = 0,
+    stream: int = STREAM_STEP,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+    backend: str = "auto",
+) -> Tensor:
+    r"""Standard normal noise z = BoxMuller(Philox4x32-10(seed; pixel, channel // 4, step, stream)).
+
+    Sample b depends on `seeds[b]` alone. The same arguments give the same float32 bits on every
+    backend and machine; other dtypes are that value, rounded or widened.
+
+    Args:
+        seeds: One 64-bit seed per sample, B integers or an int64 tensor (B,).
+        shape: Shape (B, *S) of the noise; the first axis of S is the channel, the rest the pixel.
+        step: Step index k in sampling order in [0, 2^32), an int or a 0-d int64 tensor.
+        stream: STREAM_INITIAL (0) for x_T, STREAM_STEP (1) for step noise; others are reserved.
+        device: Where to draw; by default the device of `seeds`, or the CPU.
+        dtype: float32, float64, bfloat16 or float16.
+        backend: "auto", "eager" or "native".
+
+    Returns:
+        Noise of `shape`, no unit, contiguous.
+
+    Raises:
+        InvalidShape: `shape` has no channel axis, or does not agree with the number of seeds.
+        ValueError: a seed, step, stream or dtype outside of its range.
+        BackendUnavailable: the named backend cannot run on the device.
+    """
+    shape = tuple(shape)
+    if len(shape) < 2:
+        raise InvalidShape(f"shape must be (B, C, ...), got {shape}")
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype must be one of {_DTYPES}, got {dtype}")
+    if not 0 <= stream < 2**32:
+        raise ValueError(f"stream must be in [0, 2^32), got {stream}")
+    if device is None:
+        device = seeds.device if isinstance(seeds, Tensor) else "cpu"
+    out = torch.empty(shape, dtype=dtype, device=device)
+    seeds = as_seeds(seeds, shape[0], out.device)
+    registry.resolve("counter_noise", backend, out.device.type).run(
+        out, seeds, as_step(step), stream
+    )
+    return out
