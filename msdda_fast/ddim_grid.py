@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a diffusers DDIM scheduler says about T sampling steps, in float64, and nothing of etas."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from msdda_fast.errors import InvalidSchedule
+
+if TYPE_CHECKING:
+    from msdda_fast.types import Scheduler
+
+__all__ = ["DDIMGrid", "ddim_grid"]
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+
+
+@dataclass(frozen=True, slots=True)
+class DDIMGrid:
+    """T steps of the DDIM kernel, in sampling order.
+
+    Attributes:
+        timesteps: (T,) int64, decreasing.
+        alpha_bar_t: (T,) float64, in [0, 1).
+        alpha_bar_prev: (T,) float64, in (0, 1]: where the step goes.
+        prediction_type: What the networks predict.
+        clip_range: x_0 predictions are clamped to [-clip_range, clip_range]; None: they are not.
+    """
+
+    timesteps: Tensor
+    alpha_bar_t: Tensor
+    alpha_bar_prev: Tensor
+    prediction_type: str
+    clip_range: float | None
+
+    @property
+    def var(self) -> Tensor:
+        """The DDPM posterior variance `v = (1 - p) / (1 - a) (1 - a / p)`, (T,), latent units^2."""
+        a, p = self.alpha_bar_t, self.alpha_bar_prev
+        return (1 - p) / (1 - a) * (1 - a / p)
+
+    def prediction_terms(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return `x0_x, x0_m, eps_x, eps_m`, each (T,), with which a model output m means
+
+        x0hat = x0_x x_t + x0_m m,    epshat = eps_x x_t + eps_m m.
+        """
+        signal, noise = self.alpha_bar_t.sqrt(), (1 - self.alpha_bar_t).sqrt()
+        zero, one = torch.zeros_like(signal), torch.ones_like(signal)
+        if self.prediction_type == "epsilon":
+            return 1 / signal, -noise / signal, zero, one
+        if self.prediction_type == "v_prediction":
+            return signal, -noise, noise, signal
+        return zero, one, 1 / noise, -signal / noise
+
+
+def ddim_grid(scheduler: Scheduler, num_steps: int) -> DDIMGrid:
+    """Read T = `num_steps` steps off `scheduler`, which is copied and left as it is.
+
+    Raises:
+        InvalidSchedule: T outside [1, num_train_timesteps], timesteps beyond the training ones, or
+            a setting the affine DDIM kernel cannot express.
+    """
+    config, alphas_cumprod = scheduler.config, scheduler.alphas_cumprod
+    num_train_steps = int(config.num_train_timesteps)
+    if not 1 <= num_steps <= num_train_steps:
+        raise InvalidSchedule(
+            f"num_steps is {num_steps}, expected 1 to {num_train_steps}, the training steps"
+        )
+    name = type(scheduler).__name__
+    if not hasattr(config, "set_alpha_to_one"):
+        raise InvalidSchedule(
+            f"{name} is not a DDIM scheduler (no set_alpha_to_one); "
+            f"use DDIMScheduler.from_config(scheduler.config)"
+        )
+    if getattr(config, "thresholding", False):
+        raise InvalidSchedule(
+            f"{name}: thresholding=True rescales x_0 by its own quantile and has no coefficients; "
+            f"set thresholding=False (clip_sample works)"
+        )
+    if (prediction_type := config.prediction_type) not in PREDICTION_TYPES:
+        raise InvalidSchedule(
+            f"prediction_type is {prediction_type!r}, expected one of {PREDICTION_TYPES}"
+        )
+
+    timesteps = _timesteps(scheduler, num_steps, num_train_steps)
+    alpha_bar = alphas_cumprod.detach().to("cpu", torch.float64)
+    final = torch.ones((), dtype=torch.float64) if config.set_alpha_to_one else alpha_bar[0]
+    # diffusers subtracts the stride instead of taking the next timestep; linspace tells them apart
+    previous = timesteps - num_train_steps // num_steps
+    alpha_bar_t = alpha_bar[timesteps]
+    if prediction_type == "epsilon" and (alpha_bar_t == 0).any():
+        raise InvalidSchedule(
+            "alpha_bar is 0 at the first step (rescale_betas_zero_snr), where an epsilon "
+            "prediction says nothing of x_0; use v_prediction or sample"
+        )
+    return DDIMGrid(
+        timesteps=timesteps,
+        alpha_bar_t=alpha_bar_t,
+        alpha_bar_prev=torch.where(previous >= 0, alpha_bar[previous.clamp(min=0)], final),
+        prediction_type=prediction_type,
+        clip_range=float(config.clip_sample_range) if config.clip_sample else None,
+    )
+
+
+def _timesteps(scheduler: Scheduler, num_steps: int, num_train_steps: int) -> Tensor:
+    scheduler = copy.copy(scheduler)
+    scheduler.set_timesteps(num_steps)
+    timesteps = scheduler.timesteps.cpu()
+    listed = timesteps.tolist()
+    if timesteps.is_floating_point() or len(listed) != num_steps or (timesteps.diff() >= 0).any():
+        raise InvalidSchedule(
+            f"{type(scheduler).__name__} gives timesteps {listed} for num_steps={num_steps}; "
+            f"expected as many decreasing integers, as DDIMScheduler does"
+        )
+    if listed[0] >= num_train_steps or listed[-1] < 0:
+        raise InvalidSchedule(
+            f"timesteps run from {listed[0]} to {listed[-1]}, outside the {num_train_steps} "
+            f"training steps; num_steps={num_steps} is too many for "
+            f"steps_offset={scheduler.config.steps_offset}"
+        )
+    return timesteps

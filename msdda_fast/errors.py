@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every error this package raises on purpose.
+
+Each one also derives from the built-in error a caller would expect, so `except ValueError` keeps
+working; `except MSDDAError` catches them all. Messages hold the offending value and the accepted.
+"""
+
+__all__ = [
+    "AdapterMismatch",
+    "BackendUnavailable",
+    "CaptureError",
+    "InvalidSchedule",
+    "InvalidShape",
+    "InvalidWeights",
+    "MSDDAError",
+    "UnknownObjective",
+    "ZeroVariance",
+]
+
+
+class MSDDAError(Exception):
+    """Base of all errors of this package."""
+
+
+class InvalidWeights(MSDDAError, ValueError):
+    """Preference weights are not a point of the simplex, or leave no positive precision."""
+
+
+class InvalidShape(MSDDAError, ValueError):
+    """A tensor has the wrong shape; the message gives both shapes."""
+
+
+class InvalidSchedule(MSDDAError, ValueError):
+    """Steps, eta, guidance or a scheduler setting for which the DDIM kernel is not defined."""
+
+
+class AdapterMismatch(MSDDAError, ValueError):
+    """An adapter was made for another base network; the message names the first such module."""
+
+
+class ZeroVariance(MSDDAError, ValueError):
+    """Fused variances are zero in a combination that has no unique limit."""
+
+
+class UnknownObjective(MSDDAError, KeyError, ValueError):
+    """An objective name is not one of the loaded ones."""
+
+    def __str__(self) -> str:
+        # KeyError prints the repr of its argument, which turns a sentence into a quoted string
+        return Exception.__str__(self)
+
+
+class BackendUnavailable(MSDDAError, RuntimeError):
+    """A backend asked for by name cannot run here; the message says what is missing."""
+
+
+class CaptureError(MSDDAError, RuntimeError):
+    """A step could not be captured into a CUDA graph."""

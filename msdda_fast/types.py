@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Types that several rooms share. Axis letters: `b` sample, `m` objective, `t` step, `S` latent."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "Backend",
+    "Denoiser",
+    "GeneratorLike",
+    "Scheduler",
+    "SeedsLike",
+    "WeightSchedule",
+    "WeightsLike",
+    "ZeroVariancePolicy",
+]
+
+Backend: TypeAlias = Literal["auto", "eager", "native", "triton"]
+
+#: What to do where some fused variances are zero and others are not (see `schedule.fusion_shares`).
+ZeroVariancePolicy: TypeAlias = Literal["error", "dominate", "ratio"]
+
+#: Preferences: None (uniform), names to numbers, one mapping per sample, (M,) or (B, M) numbers.
+WeightsLike: TypeAlias = (
+    Tensor | Mapping[str, float] | Sequence[Mapping[str, float]] | Sequence[Any] | None
+)
+
+#: `WeightsLike`, or a function from the step k = 0, 1, ... (in sampling order) to `WeightsLike`.
+WeightSchedule: TypeAlias = WeightsLike | Callable[[int], WeightsLike]
+
+#: One 64-bit seed per sample: a sequence of B integers or an int64 tensor of shape (B,).
+SeedsLike: TypeAlias = Sequence[int] | Tensor
+
+#: One generator for the batch, or one per sample.
+GeneratorLike: TypeAlias = torch.Generator | Sequence[torch.Generator]
+
+
+class Scheduler(Protocol):
+    """What this package reads of a diffusers scheduler."""
+
+    alphas_cumprod: Tensor  # (num_train_timesteps,) alpha-bar
+    timesteps: Tensor  # (T,) after set_timesteps
+
+    @property
+    def config(self) -> Any: ...  # noqa: ANN401 - diffusers' FrozenDict, read by attribute
+
+    def set_timesteps(self, num_inference_steps: int) -> None: ...
+
+
+class Denoiser(Protocol):
+    """A network seen as a function of the latent x_t (B, *S) and the timestep t (0-d int64)."""
+
+    def __call__(self, x_t: Tensor, t: Tensor, /) -> Tensor: ...
