@@ -111,16 +111,18 @@ def _timesteps(scheduler: Scheduler, num_steps: int, num_train_steps: int) -> Te
     scheduler = copy.copy(scheduler)
     scheduler.set_timesteps(num_steps)
     timesteps = scheduler.timesteps.cpu()
+    # "trailing" rounds a surplus step -1 into existence at some T, 61 of 1000 for one
+    timesteps = timesteps[timesteps >= 0]
     listed = timesteps.tolist()
     if timesteps.is_floating_point() or len(listed) != num_steps or (timesteps.diff() >= 0).any():
         raise InvalidSchedule(
-            f"{type(scheduler).__name__} gives timesteps {listed} for num_steps={num_steps}; "
-            f"expected as many decreasing integers, as DDIMScheduler does"
+            f"{type(scheduler).__name__} gives {len(listed)} timesteps ({timesteps.dtype}, "
+            f"starting {listed[:4]}) for num_steps={num_steps}; expected as many decreasing integers"
         )
-    if listed[0] >= num_train_steps or listed[-1] < 0:
+    if listed[0] >= num_train_steps:
         raise InvalidSchedule(
-            f"timesteps run from {listed[0]} to {listed[-1]}, outside the {num_train_steps} "
-            f"training steps; num_steps={num_steps} is too many for "
+            f"the first timestep is {listed[0]}, but the last of the training steps is "
+            f"{num_train_steps - 1}: num_steps={num_steps} is too many for "
             f"steps_offset={scheduler.config.steps_offset}"
         )
     return timesteps

@@ -134,9 +134,9 @@ def fusion_shares(
     weights, the limit of equal etas. When some are 0 and some are not, the product of experts has
     no limit that all paths share, and `zero_variance` decides; the step is then deterministic:
 
-    - "error": raise `ZeroVariance`.
-    - "dominate": the literal limit, objectives with eta = 0 win: `share = w` normalised over them.
-    - "ratio": every objective takes part, at the given relative rates c_i, `share ~ w_i / c_i^2`
+    - "error": raise `ZeroVariance`;
+    - "dominate": the literal limit, objectives with eta = 0 decide, `share_i ~ w_i` among them;
+    - "ratio": likewise, vanishing at the given relative rates, `share_i ~ w_i / c_i^2` among them
       (also when every eta is 0).
 
     Args:
@@ -162,14 +162,14 @@ def fusion_shares(
         row = weights[mixed.any(-1)][0].tolist()
         raise ZeroVariance(
             f"etas {etas.tolist()} with weights {row} mix zero and positive variance, which has no "
-            f"unique limit; use etas all 0 or all positive, or zero_variance='dominate' (eta = 0 "
-            f"wins) or 'ratio' (rates=c_i gives shares w_i / c_i^2) instead of 'error'"
+            f"unique limit; use etas all 0 or all positive, or zero_variance='dominate' (those "
+            f"with eta = 0 decide) or 'ratio' (likewise, with shares w_i / rates_i^2)"
         )
-    taking_part = active if zero_variance == "ratio" else torch.where(degenerate, zero, active)
+    deciding = torch.where(degenerate, zero, active)
     spread = torch.where(degenerate, limit_rates, etas)
     # relative precisions (s_min / s_i)^2 <= 1: no overflow at any eta, and exact in the limit
-    smallest = spread.masked_fill(~taking_part, torch.inf).amin(-1, keepdim=True)
-    precision = torch.where(taking_part, weights * (smallest / spread) ** 2, 0.0)
+    smallest = spread.masked_fill(~deciding, torch.inf).amin(-1, keepdim=True)
+    precision = torch.where(deciding, weights * (smallest / spread) ** 2, 0.0)
     total = precision.sum(-1, keepdim=True)
     if not (total > 0).all():
         index = (~(total > 0)).any(-1).nonzero()[0].tolist()
