@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The LoRA adapter in training: add it to a UNet, switch it off for the base model, save, load."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import (
+    LoraConfig,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from msdda_fast.errors import AdapterMismatch
+from msdda_fast.training.storage import atomic_write
+
+ATTENTION_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+WEIGHT_NAME = "pytorch_lora_weights.safetensors"
+_ADAPTER = "default"
+_PREFIX = "unet."
+
+
+def add_lora(
+    unet: nn.Module,
+    *,
+    rank: int = 4,
+    lora_alpha: int | None = None,
+    target_modules: Sequence[str] = ATTENTION_PROJECTIONS,
+    seed: int = 0,
+) -> list[nn.Parameter]:
+    """Freeze `unet` and add one LoRA: y = W x + (lora_alpha / rank) lora_up lora_down x.
+
+    lora_down is drawn from N(0, 1/rank^2) and lora_up is zero, so the adapted model starts as the
+    base model exactly. Both are float32, whatever the dtype of the frozen weights.
+
+    Args:
+        unet: Any network whose layers bear the names in `target_modules`; changed in place.
+        rank: r >= 1.
+        lora_alpha: Defaults to `rank`, which makes the scale 1.
+        target_modules: Names, or ends of dotted names, of the linear layers to adapt.
+        seed: Seeds lora_down; the global random state is left alone.
+
+    Returns: the trainable parameters.
+
+    Raises:
+        ValueError: rank below 1, a network that has an adapter already, or no layer of these names.
+    """
+    if rank < 1:
+        raise ValueError(f"rank must be at least 1, got {rank}")
+    if next(_lora_layers(unet), None) is not None:
+        raise ValueError("the network has LoRA layers already; start from one without adapters")
+    unet.requires_grad_(False)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank if lora_alpha is None else lora_alpha,
+        init_lora_weights="gaussian",
+        target_modules=list(target_modules),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, unet, adapter_name=_ADAPTER)
+    parameters = lora_parameters(unet)
+    for parameter in parameters:
+        parameter.data = parameter.data.float()
+    return parameters
+
+
+def lora_parameters(unet: nn.Module) -> list[nn.Parameter]:
+    """The trainable parameters of a network prepared by `add_lora`, in a fixed order.
+
+    Raises:
+        ValueError: the network has none.
+    """
+    parameters = [p for p in unet.parameters() if p.requires_grad]
+    if next(_lora_layers(unet), None) is None or not parameters:
+        raise ValueError("the network has no trainable LoRA layer; call add_lora(unet) first")
+    return parameters
+
+
+@contextmanager
+def base_model(unet: nn.Module) -> Iterator[nn.Module]:
+    """Within the context `unet` is the base model p_pre: adapters off, no second copy in memory."""
+    layers = list(_lora_layers(unet))
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield unet
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+def lora_state(unet: nn.Module) -> dict[str, Tensor]:
+    """The adapter's tensors by peft name, e.g. `mid_block.….to_q.lora_A.weight`."""
+    state: dict[str, Tensor] = get_peft_model_state_dict(unet, adapter_name=_ADAPTER)
+    return state
+
+
+def save_lora(unet: nn.Module, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Path:
+    """Write the adapter as a standard LoRA folder and return the file.
+
+    `pipe.load_lora_weights(folder)` of diffusers reads it. The names are diffusers' own
+    (`unet.` + peft's); rank and alpha are in the file's metadata, where diffusers looks for them.
+
+    Args:
+        unet: A network prepared by `add_lora`.
+        folder: Made if missing; an older file there is replaced atomically.
+        dtype: Of the stored tensors: float32, or float16 or bfloat16 for half the size.
+    """
+    config: LoraConfig = vars(unet)["peft_config"][_ADAPTER]
+    described = {
+        "r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "target_modules": sorted(config.target_modules),
+        "init_lora_weights": config.init_lora_weights,
+    }
+    metadata = {
+        "format": "pt",
+        "lora_adapter_metadata": json.dumps(
+            {_PREFIX + key: value for key, value in described.items()}, sort_keys=True
+        ),
+    }
+    tensors = {
+        _PREFIX + name: tensor.detach().to("cpu", dtype).contiguous()
+        for name, tensor in lora_state(unet).items()
+    }
+    path = Path(folder) / WEIGHT_NAME
+    atomic_write(path, lambda partial: save_file(tensors, partial, metadata=metadata))
+    return path
+
+
+def load_lora(unet: nn.Module, folder: str | Path) -> None:
+    """Copy an adapter written by `save_lora` into the one that `add_lora` made, to train it on.
+
+    Raises:
+        FileNotFoundError: no weights in `folder`.
+        AdapterMismatch: names, shapes or the scale differ from the network's adapter.
+    """
+    path = Path(folder) / WEIGHT_NAME
+    if not path.is_file():
+        raise FileNotFoundError(f"no LoRA weights at {path}")
+    with safe_open(path, framework="pt") as file:
+        stored = {name.removeprefix(_PREFIX): file.get_tensor(name) for name in file.keys()}
+        described = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    restore_lora(unet, stored, source=str(path))
+    config: LoraConfig = vars(unet)["peft_config"][_ADAPTER]
+    alpha = described.get(f"{_PREFIX}lora_alpha", config.r)
+    if alpha != config.lora_alpha:
+        raise AdapterMismatch(f"{path} has lora_alpha {alpha}, the network {config.lora_alpha}")
+
+
+def restore_lora(unet: nn.Module, stored: dict[str, Tensor], *, source: str) -> None:
+    """Copy `stored`, tensors by peft name, into the network's adapter.
+
+    Raises:
+        AdapterMismatch: a name or shape that the network lacks or the file lacks, the first one.
+    """
+    own = lora_state(unet)
+    for name in sorted({*own, *stored}):
+        here = tuple(own[name].shape) if name in own else "no such tensor"
+        there = tuple(stored[name].shape) if name in stored else "no such tensor"
+        if here != there:
+            raise AdapterMismatch(f"{source} does not fit at {name}: {there}, network: {here}")
+    set_peft_model_state_dict(unet, stored, adapter_name=_ADAPTER)
+
+
+def _lora_layers(unet: nn.Module) -> Iterator[BaseTunerLayer]:
+    return (module for module in unet.modules() if isinstance(module, BaseTunerLayer))

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sample a policy over prompts x seeds and score the images; finished shards survive a kill."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from rich.progress import track
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from msdda_fast.errors import InvalidShape
+from msdda_fast.training.storage import atomic_write, require_same
+
+MANIFEST_NAME = "collection.json"
+_SCORE = "score."
+
+SampleFn = Callable[[Sequence[str], Sequence[int]], tuple[Tensor, Tensor]]
+"""b prompts and b seeds -> clean latents (b, C, H, W), images (b, 3, height, width) in [0, 1]."""
+
+
+class Score(Protocol):
+    """A reward as collecting uses it: images (b, 3, height, width) in [0, 1], prompts -> (b,)."""
+
+    def __call__(self, images: Tensor, prompts: Sequence[str], /) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Collection:
+    """N scored samples, ordered by prompt and then by seed."""
+
+    latents: Tensor  # x_0, (N, C, H, W) float32, as `sample_fn` gave them
+    prompt_index: Tensor  # (N,) int64, position in the list of prompts
+    seeds: Tensor  # (N,) int64
+    scores: dict[str, Tensor]  # per reward (N,) float32, in the reward's units
+
+
+def collect(
+    sample_fn: SampleFn,
+    rewards: Mapping[str, Score],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    out_dir: str | Path,
+    *,
+    batch_size: int = 16,
+    progress: bool = True,
+) -> Collection:
+    """Sample every prompt with every seed, score the images by every reward, keep the latents.
+
+    Each batch becomes one shard file, written atomically; called again after a kill with the same
+    arguments, only the missing shards are sampled. A finished folder is read back without a call.
+
+    Args:
+        sample_fn: Draws x_0 from the policy, for prompts and seeds of equal length up to
+            `batch_size`; equal calls should give equal samples.
+        rewards: By name; each gets images in [0, 1] and their prompts.
+        prompts, seeds: Without repetition; N = len(prompts) * len(seeds).
+        out_dir: One folder per policy; made if missing.
+        batch_size: Rows per call and shard.
+        progress: Show a progress bar with the time left.
+
+    Raises:
+        ValueError: no or repeated prompts or seeds, no rewards, a batch size below 1, images
+            outside [0, 1], or a value that is not finite.
+        InvalidShape: `sample_fn` or a reward returned another number of rows.
+        ResumeMismatch: `out_dir` holds samples of other prompts, seeds, rewards or batches.
+    """
+    out_dir = Path(out_dir)
+    for name, values in (("prompts", prompts), ("seeds", seeds), ("rewards", list(rewards))):
+        if not values or len(set(values)) != len(values):
+            raise ValueError(f"{name} must be non-empty and without repetition, got {values}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    manifest = {
+        "prompts": list(prompts),
+        "seeds": list(seeds),
+        "rewards": list(rewards),
+        "batch_size": batch_size,
+    }
+    path = out_dir / MANIFEST_NAME
+    if path.is_file():
+        require_same(out_dir, json.loads(path.read_text()), manifest)
+    else:
+        atomic_write(path, lambda file: file.write_text(json.dumps(manifest, indent=1)))
+
+    jobs = [(index, seed) for index in range(len(prompts)) for seed in seeds]
+    starts = range(0, len(jobs), batch_size)
+    shards = [out_dir / f"shard-{number:05d}.safetensors" for number in range(len(starts))]
+    missing = [(shard, at) for shard, at in zip(shards, starts, strict=True) if not shard.is_file()]
+    for shard, at in track(missing, "collecting", disable=not progress):
+        batch = jobs[at : at + batch_size]
+        tensors = _sample_and_score(sample_fn, rewards, prompts, batch)
+        atomic_write(shard, partial(save_file, tensors))
+    return _read(shards, list(rewards))
+
+
+def load_collection(out_dir: str | Path) -> Collection:
+    """Read a finished collection back.
+
+    Raises:
+        FileNotFoundError: no collection in `out_dir`, or an unfinished one (call `collect` again).
+    """
+    out_dir = Path(out_dir)
+    manifest = json.loads((out_dir / MANIFEST_NAME).read_text())
+    rows = len(manifest["prompts"]) * len(manifest["seeds"])
+    count = -(-rows // manifest["batch_size"])
+    shards = [out_dir / f"shard-{number:05d}.safetensors" for number in range(count)]
+    return _read(shards, manifest["rewards"])
+
+
+@torch.no_grad()
+def _sample_and_score(
+    sample_fn: SampleFn,
+    rewards: Mapping[str, Score],
+    prompts: Sequence[str],
+    batch: Sequence[tuple[int, int]],
+) -> dict[str, Tensor]:
+    texts = [prompts[index] for index, _ in batch]
+    latents, images = sample_fn(texts, [seed for _, seed in batch])
+    for name, tensor in (("latents", latents), ("images", images)):
+        if tensor.dim() != 4 or tensor.shape[0] != len(batch):
+            raise InvalidShape(
+                f"sample_fn must return {name} (b, C, H, W) with b = {len(batch)}, "
+                f"got {tuple(tensor.shape)}"
+            )
+        if not tensor.isfinite().all():
+            raise ValueError(f"sample_fn returned {name} with NaN or infinite values")
+    low, high = images.min().item(), images.max().item()
+    if low < 0.0 or high > 1.0:
+        raise ValueError(f"sample_fn must return images in [0, 1], got values in [{low}, {high}]")
+    tensors = {
+        "latents": latents.float().cpu().contiguous(),
+        "prompt_index": torch.tensor([index for index, _ in batch]),
+        "seed": torch.tensor([seed for _, seed in batch]),
+    }
+    for name, reward in rewards.items():
+        scores = reward(images, texts)
+        if tuple(scores.shape) != (len(batch),):
+            raise InvalidShape(
+                f"reward {name!r} must return shape ({len(batch)},), got {tuple(scores.shape)}"
+            )
+        if not scores.isfinite().all():
+            worst = texts[int((~scores.isfinite()).nonzero()[0])]
+            raise ValueError(f"reward {name!r} is not finite for the prompt {worst!r}")
+        tensors[_SCORE + name] = scores.float().cpu().contiguous()
+    return tensors
+
+
+def _read(shards: Sequence[Path], rewards: Sequence[str]) -> Collection:
+    parts = [load_file(shard) for shard in shards]
+
+    def column(name: str) -> Tensor:
+        return torch.cat([part[name] for part in parts])
+
+    return Collection(
+        column("latents"),
+        column("prompt_index"),
+        column("seed"),
+        {name: column(_SCORE + name) for name in rewards},
+    )

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train a LoRA adapter on preference pairs with the step-level DPO loss; resumes after a kill."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TextIO
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from msdda_fast.training.adapter import lora_parameters, lora_state, restore_lora, save_lora
+from msdda_fast.training.config import StepDPOConfig
+from msdda_fast.training.noising import NoisedPairs, NoiseSchedule
+from msdda_fast.training.pairs import PreferencePairs
+from msdda_fast.training.storage import atomic_write, require_same
+
+CHECKPOINT_NAME = "checkpoint.pt"
+LOG_NAME = "log.jsonl"
+# May differ between a run and its continuation: none of them alters a step already made.
+_FREE_FIELDS = ("steps", "log_every", "checkpoint_every")
+
+
+def train_step_dpo(
+    unet: nn.Module,
+    scheduler: NoiseSchedule,
+    pairs: PreferencePairs,
+    prompt_embeds: Tensor,
+    config: StepDPOConfig,
+    out_dir: str | Path,
+    *,
+    null_embeds: Tensor | None = None,
+    weight_dtype: torch.dtype = torch.float32,
+    progress: bool = True,
+) -> Path:
+    """Train the adapter of `unet` (see `add_lora`) on `pairs` and save it in `out_dir`.
+
+    `out_dir` receives `log.jsonl` (loss, accuracy, drift, gradient norm), `checkpoint.pt`, a LoRA
+    folder `step-000100/` at each checkpoint, and at the end `pytorch_lora_weights.safetensors`.
+    Called again after a kill, with the same arguments, it goes on from the last checkpoint and
+    ends with the very bits of an uninterrupted run; with a larger `steps` it continues the run.
+
+    Args:
+        unet: Called as a diffusers UNet; trained in evaluation mode, so that dropout cannot pass
+            for drift. On return it holds the saved adapter.
+        scheduler: Gives `alphas_cumprod` and the prediction type (epsilon or v_prediction).
+        pairs: Clean latents with prompt indices.
+        prompt_embeds: Text encoder output per prompt, (P, L, D).
+        config: See `StepDPOConfig`.
+        out_dir: Made if missing.
+        null_embeds: Text encoder output of the empty prompt, (L, D); needed for prompt dropout.
+        weight_dtype: Of the saved adapters; training itself keeps float32.
+        progress: Show a progress bar with the time left.
+
+    Returns: the path of the saved LoRA file.
+
+    Raises:
+        ValueError: no trainable LoRA layer, an unknown prediction type, a prompt index without
+            embedding, prompt dropout without `null_embeds`, or fewer steps than already made.
+        InvalidShape: embeddings of the wrong shape.
+        ResumeMismatch: `out_dir` holds a run with another configuration or other data.
+        FloatingPointError: a loss or gradient is not finite; the last checkpoint stays.
+    """
+    out_dir = Path(out_dir)
+    batches = NoisedPairs(scheduler, pairs, prompt_embeds, null_embeds, config)
+    run = _Run(unet, batches, config, out_dir)
+    start = run.resume()
+    unet.eval()
+    bar = Progress(
+        TextColumn("step-level DPO"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[status]}"),
+        disable=not progress,
+    )
+    with bar, _open_log(out_dir, start) as log:
+        task = bar.add_task("", total=config.steps, completed=start, status="")
+        for step in range(start + 1, config.steps + 1):
+            row = run.advance(step)
+            status = f"loss {row['loss']:.3f}, accuracy {row['accuracy']:.2f}"
+            bar.update(task, advance=1, status=status)
+            is_last = step == config.steps
+            if is_last or step % config.log_every == 0:
+                log.write(json.dumps({"step": step, **row}) + "\n")
+            if is_last or step % config.checkpoint_every == 0:
+                with run.averaged():
+                    save_lora(unet, out_dir / f"step-{step:06d}", dtype=weight_dtype)
+                run.save(step)
+    run.keep_average()
+    return save_lora(unet, out_dir, dtype=weight_dtype)
+
+
+class _Run:
+    """The state that a checkpoint holds: adapter, optimiser, moving average, random generator."""
+
+    def __init__(
+        self, unet: nn.Module, batches: NoisedPairs, config: StepDPOConfig, out_dir: Path
+    ) -> None:
+        self.unet, self.batches, self.config = unet, batches, config
+        self.path = out_dir / CHECKPOINT_NAME
+        self.parameters = lora_parameters(unet)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=config.lr, weight_decay=0.0)
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.average = [p.detach().clone() for p in self.parameters if config.ema_decay > 0.0]
+        fixed = {k: v for k, v in asdict(config).items() if k not in _FREE_FIELDS}
+        self.identity = fixed | batches.fingerprint()
+
+    def advance(self, step: int) -> dict[str, float]:
+        """One optimiser step, the `step`-th from 1; returns its row of the log."""
+        began, config = time.perf_counter(), self.config
+        lr = config.lr * min(1.0, step / max(1, config.warmup_steps))
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        result = self.batches.loss(self.unet, self.generator)
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(result.loss)
+        grad_norm = nn.utils.clip_grad_norm_(self.parameters, config.grad_clip)
+        row = {
+            "loss": result.loss.item(),
+            "accuracy": result.accuracy.item(),
+            "drift_chosen": result.drift_chosen.mean().item(),
+            "drift_rejected": result.drift_rejected.mean().item(),
+            "grad_norm": grad_norm.item(),
+            "lr": lr,
+        }
+        if not torch.tensor([row["loss"], row["grad_norm"]]).isfinite().all():
+            raise FloatingPointError(
+                f"step {step}: loss {row['loss']}, gradient norm {row['grad_norm']}; "
+                f"a smaller lr or beta_dpo may help (lr {lr}, beta_dpo {config.beta_dpo})"
+            )
+        self.optimizer.step()
+        # The average of few steps would be the start itself: it follows closely at first.
+        keep = min(config.ema_decay, step / (step + 10))
+        with torch.no_grad():
+            for mean, parameter in zip(self.average, self.parameters, strict=False):
+                mean.lerp_(parameter, 1.0 - keep)
+        return row | {"seconds": round(time.perf_counter() - began, 4)}
+
+    def save(self, step: int) -> None:
+        """Write the checkpoint after `step`, atomically."""
+        state = {
+            "identity": self.identity,
+            "step": step,
+            "adapter": lora_state(self.unet),
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average,
+            "generator": self.generator.get_state(),
+        }
+        atomic_write(self.path, lambda partial: torch.save(state, partial))
+
+    def resume(self) -> int:
+        """Restore the checkpoint, if there is one, and return the number of steps it made."""
+        if not self.path.is_file():
+            return 0
+        # The generator's state must stay on the CPU; the rest is copied to where it belongs.
+        state = torch.load(self.path, map_location="cpu", weights_only=True)
+        require_same(self.path.parent, state["identity"], self.identity)
+        if state["step"] > self.config.steps:
+            raise ValueError(
+                f"{self.path} has made {state['step']} steps; steps = {self.config.steps} is fewer"
+            )
+        restore_lora(self.unet, state["adapter"], source=str(self.path))
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"])
+        for mean, stored in zip(self.average, state["average"], strict=True):
+            mean.copy_(stored)
+        step: int = state["step"]
+        return step
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within the context the adapter is its moving average, where there is one."""
+        latest = [p.detach().clone() for p in self.parameters]
+        self.keep_average()
+        try:
+            yield
+        finally:
+            self._fill(latest)
+
+    def keep_average(self) -> None:
+        """Make the adapter its moving average, where there is one."""
+        self._fill(self.average or self.parameters)
+
+    @torch.no_grad()
+    def _fill(self, values: list[Tensor] | list[nn.Parameter]) -> None:
+        for parameter, value in zip(self.parameters, values, strict=True):
+            parameter.copy_(value)
+
+
+@contextmanager
+def _open_log(out_dir: Path, start: int) -> Iterator[TextIO]:
+    """The log, open for appending, without the rows after step `start` that a kill left behind."""
+    path = out_dir / LOG_NAME
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    whole = [line for line in lines if line.endswith("\n")]  # a kill may tear the last one
+    kept = "".join(line for line in whole if json.loads(line)["step"] <= start)
+    atomic_write(path, lambda partial: partial.write_text(kept))
+    with path.open("a", buffering=1) as log:
+        yield log
