@@ -2,9 +2,9 @@
 """Which implementation of an operator runs: looked up once, outside of any loop.
 
 Every operator is a folder `kernels/<op>/` with one module `_<backend>.py` per backend, all with the
-same raw functions. `auto` takes the first backend of the device's list that can run; a backend asked
-for by name runs or raises `BackendUnavailable`. The variable MSDDA_BACKEND replaces `auto`; this is
-the only module that reads it.
+same raw functions. `auto` takes the first backend of the device's list that can run; a backend
+asked for by name runs or raises `BackendUnavailable`. The variable MSDDA_BACKEND replaces `auto`;
+this is the only module that reads it.
 """
 
 import os

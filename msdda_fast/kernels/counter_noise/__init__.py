@@ -28,7 +28,7 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def as_seeds(seeds: SeedsLike, batch_size: int, device: torch.device) -> Tensor:
-    """Seeds as an int64 tensor (B,) on `device`; integers wrap to their 64 bits in two's complement.
+    """Seeds as an int64 tensor (B,) on `device`: their 64 bits in two's complement.
 
     Raises:
         InvalidShape: there are not `batch_size` seeds.
@@ -51,7 +51,7 @@ def _int64(seed: int) -> int:
 
 
 def as_step(step: int | Tensor) -> int | Tensor:
-    """Check a step index k = 0, 1, ...: an int in [0, 2^32) or a 0-d int64 tensor (value unread)."""
+    """Check a step index k: an int in [0, 2^32), or a 0-d int64 tensor whose value is not read."""
     if isinstance(step, Tensor):
         if step.dtype != torch.int64 or step.ndim != 0:
             raise InvalidShape(

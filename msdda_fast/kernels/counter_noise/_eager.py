@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Counter noise in plain torch: the definition that every other backend equals bit for bit.
 
-Philox4x32-10 turns (seed; pixel, block, step, stream) into four 32-bit words; Box-Muller turns words
-(0, 1) and (2, 3) into the normals of channels 4 block .. 4 block + 3 at that pixel:
+Philox4x32-10 turns (seed; pixel, block, step, stream) into four 32-bit words; Box-Muller turns
+words (0, 1) and (2, 3) into the normals of channels 4 block .. 4 block + 3 at that pixel:
 
     u = (w_even // 2^8 + 1) / 2^24,  a = (w_odd // 2^8) / 2^24,
     z = sqrt(-2 log u) (cos 2 pi a, sin 2 pi a).
 
-The logarithm, sine and cosine are short polynomials in float32 (fitted here by minimax; errors below
+The logarithm, sine and cosine are short polynomials in float32 (minimax fits, relative error below
 1e-8 before rounding) built from IEEE multiplications and additions only, so that any machine gets
 the same bits as long as nothing contracts a product and a sum into one fused operation. The square
 root goes through float64 because `torch.sqrt` on float32 is 1 ulp off on some CPU builds.
@@ -36,7 +36,7 @@ _COS = (0.0009040216682478786, -0.02086028829216957, 0.25366923213005066, -1.233
 
 
 def _multiply(factor: int, word: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of factor * word. Words live in int64, which a full product overflows."""
+    """High and low 32 bits of factor * word; the whole product would overflow int64."""
     low = (factor & 0xFFFF) * word
     high = (factor >> 16) * word + (low >> 16)
     return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
@@ -105,14 +105,14 @@ def run(out: Tensor, seeds: Tensor, step: int | Tensor, stream: int) -> None:
     pixels = out[0, 0].numel() if batch * channels else 0
     blocks = -(-channels // 4)
     device = out.device
-    words = (
+    counter = (
         torch.arange(pixels, device=device).view(1, 1, -1),
         torch.arange(blocks, device=device).view(1, -1, 1),
         torch.as_tensor(step, dtype=torch.int64, device=device).view(1, 1, 1),
         torch.full((1, 1, 1), stream, device=device),
     )
     seed = seeds.view(-1, 1, 1)
-    words = philox((seed & _WORD, (seed >> 32) & _WORD), words)
+    words = philox((seed & _WORD, (seed >> 32) & _WORD), counter)
     normals = (*standard_normals(words[0], words[1]), *standard_normals(words[2], words[3]))
     planes = torch.stack(normals, dim=2).view(batch, 4 * blocks, pixels)
     out.copy_(planes[:, :channels].reshape(out.shape))

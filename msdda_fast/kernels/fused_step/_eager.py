@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fused step in plain torch: runs anywhere, differentiates, and fixes the order of operations.
+
+Inputs of any float dtype, arithmetic in the dtype of the coefficients (float32 or float64), terms
+added one by one in the order written below. A zero coefficient replaces its input by zero before
+the product, so that NaN and Inf there reach neither the value nor the gradient.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from msdda_fast.kernels.counter_noise import STREAM_STEP
+from msdda_fast.kernels.counter_noise._eager import run as counter_noise
+from msdda_fast.kernels.fused_step._shares import scaled_weights
+
+__all__ = ["run", "run_moments"]
+
+
+def run(
+    out: Tensor,
+    x: Tensor | None,
+    outputs: Sequence[Tensor | None],
+    rows: Tensor,
+    *,
+    step: int | Tensor = 0,
+    clip_range: float | None = None,
+    noise: Tensor | None = None,
+    seeds: Tensor | None = None,
+) -> None:
+    """out = x_scale x + sum_m (uncond_m u_m + cond_m c_m [+ clipped x_0 term]) + noise_scale z."""
+    count = len(outputs)
+    if rows.ndim == 3:
+        rows = rows[step] if isinstance(step, int) else rows.index_select(0, step.view(1))[0]
+    columns = rows.t().reshape(rows.shape[1], rows.shape[0], *(1,) * (out.ndim - 1))
+    x_scale, uncond, cond, noise_scale = torch.split(columns[: 2 * count + 2], [1, count, count, 1])
+    total = torch.zeros_like(out, dtype=rows.dtype)
+    if x is not None:
+        total = _add(total, x_scale[0], x)
+    for m, output in enumerate(outputs):
+        if output is None:
+            continue
+        branches = [(uncond, output[0])] if len(output) == 2 else []
+        branches.append((cond, output[-1]))
+        for coefficient, value in branches:
+            total = _add(total, coefficient[m], value)
+        if clip_range is not None and x is not None:
+            x0_x, x0_uncond, x0_cond, x0_scale = torch.split(
+                columns[2 * count + 2 :], [1, count, count, count]
+            )
+            x_0 = _add(torch.zeros_like(total), x0_x[0], x)
+            x0_coefficients = (x0_uncond, x0_cond)[-len(branches) :]
+            for coefficient, (_, value) in zip(x0_coefficients, branches, strict=True):
+                x_0 = _add(x_0, coefficient[m], value)
+            total = _add(total, x0_scale[m], x_0.clamp(-clip_range, clip_range))
+    z = _draw(total, noise, seeds, step)
+    out.copy_(total if z is None else _add(total, noise_scale[0], z))
+
+
+def run_moments(
+    out: Tensor,
+    means: Sequence[Tensor],
+    variances: Tensor,
+    weights: Tensor,
+    *,
+    step: int | Tensor = 0,
+    noise: Tensor | None = None,
+    seeds: Tensor | None = None,
+    mean: Tensor | None = None,
+    variance: Tensor | None = None,
+) -> None:
+    """Eq. 7 elementwise, by ratios to the smallest active variance; see `_shares`."""
+    scaled, least = scaled_weights(variances, weights)
+    total = torch.zeros_like(out, dtype=weights.dtype)
+    precision = torch.zeros_like(scaled[0])
+    for m, mu in enumerate(means):
+        total = _add(total, scaled[m], mu)
+        precision = precision + scaled[m]
+    total = total / precision
+    fused_variance = least / precision
+    z = _draw(total, noise, seeds, step)
+    out.copy_(total if z is None else _add(total, fused_variance.sqrt(), z))
+    if mean is not None:
+        mean.copy_(total)
+    if variance is not None:
+        variance.copy_(fused_variance)
+
+
+def _add(total: Tensor, coefficient: Tensor, value: Tensor) -> Tensor:
+    safe = torch.where(coefficient != 0, value.to(total.dtype), 0.0)
+    return total + coefficient * safe
+
+
+def _draw(
+    like: Tensor, noise: Tensor | None, seeds: Tensor | None, step: int | Tensor
+) -> Tensor | None:
+    if seeds is None:
+        return noise
+    z = torch.empty_like(like, dtype=torch.float32, memory_format=torch.contiguous_format)
+    counter_noise(z, seeds, step, STREAM_STEP)
+    return z

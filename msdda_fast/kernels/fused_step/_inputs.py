@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks at the door of the fused step: everything is refused here, by name, before any work."""
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from msdda_fast.errors import BackendUnavailable, InvalidShape
+from msdda_fast.kernels import registry
+from msdda_fast.kernels.counter_noise import as_seeds, as_step
+from msdda_fast.types import GeneratorLike, SeedsLike
+
+__all__ = ["Randomness", "check_alike", "check_out", "compute_dtype", "pick", "randomness"]
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class Randomness(NamedTuple):
+    """The noise of one step: a tensor (B, *S), or seeds (B,) and the step that counts."""
+
+    noise: Tensor | None
+    seeds: Tensor | None
+    step: int | Tensor
+
+
+def randomness(
+    like: Tensor,
+    noise: Tensor | None,
+    seeds: SeedsLike | None,
+    step: int | Tensor,
+    generator: GeneratorLike | None,
+) -> Randomness:
+    """At most one of `noise`, `seeds`, `generator`; none: torch's default generator.
+
+    Raises:
+        ValueError: more than one is given.
+        InvalidShape: `noise`, or the number of seeds or generators, does not fit `like` (B, *S).
+    """
+    given = {"noise": noise, "seeds": seeds, "generator": generator}
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) > 1:
+        raise ValueError(
+            f"give at most one of noise, seeds and generator, got {' and '.join(names)}"
+        )
+    step = as_step(step)
+    if noise is not None:
+        check_alike(noise, "noise", like.shape, like.device)
+        return Randomness(noise, None, step)
+    if seeds is not None:
+        if like.ndim < 2:
+            raise InvalidShape(f"seeds need samples with a channel axis, got {tuple(like.shape)}")
+        return Randomness(None, as_seeds(seeds, len(like), like.device), step)
+    return Randomness(_generated(like, generator), None, step)
+
+
+def _generated(like: Tensor, generator: GeneratorLike | None) -> Tensor:
+    """Standard normal noise in the order, shape and dtype of diffusers' `randn_tensor`."""
+    if generator is None or isinstance(generator, torch.Generator):
+        device = like.device if generator is None else generator.device
+        noise = torch.randn(like.shape, generator=generator, device=device, dtype=like.dtype)
+        return noise.to(like.device)
+    if len(generator) != len(like):
+        raise InvalidShape(f"got {len(generator)} generators for {len(like)} samples")
+    one = (1, *like.shape[1:])
+    rows = [torch.randn(one, generator=g, device=g.device, dtype=like.dtype) for g in generator]
+    return torch.cat(rows).to(like.device)
+
+
+def check_alike(
+    tensor: Tensor,
+    name: str,
+    shape: Sequence[int],
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Raise `InvalidShape` unless `tensor` has this shape, device and float dtype (None: any)."""
+    if tensor.shape != tuple(shape):
+        raise InvalidShape(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
+    if tensor.device != device:
+        raise InvalidShape(f"{name} is on {tensor.device}, expected {device}")
+    if tensor.dtype not in (FLOATS if dtype is None else (dtype,)):
+        accepted = dtype or ", ".join(str(d) for d in FLOATS)
+        raise InvalidShape(f"{name} has dtype {tensor.dtype}, expected {accepted}")
+
+
+def check_out(out: Tensor | None, like: Tensor) -> Tensor:
+    """`out` if it can take the result, else a new tensor with shape, dtype and layout of `like`."""
+    if out is None:
+        return torch.empty_like(like, requires_grad=False)
+    check_alike(out, "out", like.shape, like.device)
+    return out
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 if one of the inputs is, else float32."""
+    wide = any(tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if wide else torch.float32
+
+
+def pick(backend: str, inputs: Sequence[Tensor | None]) -> ModuleType:
+    """The backend module for these inputs.
+
+    Under `auto`, tracing (`torch.compile`, FakeTensor) gets plain torch, which can be traced.
+
+    Raises:
+        BackendUnavailable: The backend cannot run, or an input requires grad and it is not "eager".
+    """
+    tensors = [tensor for tensor in inputs if tensor is not None]
+    if backend != "eager" and torch.is_grad_enabled():
+        if any(tensor.requires_grad for tensor in tensors):
+            raise BackendUnavailable(
+                f"backend {backend!r} is for inference only and an input requires grad; "
+                'use backend="eager", which differentiates, or torch.no_grad()'
+            )
+    if backend == "auto" and (torch.compiler.is_compiling() or type(tensors[0]) is not Tensor):
+        backend = "eager"
+    return registry.resolve("fused_step", backend, tensors[0].device.type)

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Eq. 7 before any pixel: from variances and weights to the coefficients of the means.
+
+With s = min_i sigma_i^2 over the active objectives (w_i != 0) and r_i = s / sigma_i^2,
+
+    share_i = w_i r_i / sum_j w_j r_j,      sigma_w^2 = s / sum_j w_j r_j,
+
+which neither overflows nor divides by zero, and is the limit itself where s = 0: the objectives
+with zero variance share among themselves, with r_i = 1 ("dominate") or r_i = 1 / c_i^2 ("ratio").
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from msdda_fast.errors import InvalidShape, InvalidWeights, ZeroVariance
+from msdda_fast.objective import normalise_weights, values_are_readable
+from msdda_fast.types import ZeroVariancePolicy
+
+__all__ = ["as_numbers", "fused_coefficients", "prepare", "scaled_weights", "with_all_axes"]
+
+
+def as_numbers(values: Tensor | Sequence[object] | float, name: str) -> Tensor:
+    """Real numbers as a tensor; Python ones become float64 on the CPU.
+
+    Raises:
+        InvalidShape: `values` are ragged, or not real numbers.
+    """
+    if not isinstance(values, Tensor):
+        try:
+            values = torch.tensor(values, dtype=torch.float64)
+        except (TypeError, ValueError) as error:
+            raise InvalidShape(f"{name}: expected numbers, got {values!r}: {error}") from None
+    if values.is_complex() or values.dtype == torch.bool:
+        raise InvalidShape(f"{name} must be real numbers, got dtype {values.dtype}")
+    return values
+
+
+def with_all_axes(values: Tensor, name: str, count: int, sample: Tensor) -> Tensor:
+    """(), (M,), (M, B) or (M, B, *S) with the missing axes appended; `sample` is (B, *S).
+
+    Every axis but the first may have size 1. Tables (M,) and (M, B) may stay on the host.
+
+    Raises:
+        InvalidShape: any other shape, or another device than that of `sample`.
+    """
+    full = (count, *sample.shape)
+    if values.ndim == 0:
+        values = values.expand(count)
+    fits = values.ndim in (1, 2, len(full)) and len(values) == count
+    if not fits or any(n not in (1, want) for n, want in zip(values.shape, full, strict=False)):
+        forms = f"({count},), {full[:2]} or {full}"
+        raise InvalidShape(f"{name} has shape {tuple(values.shape)}, expected {forms}")
+    if values.device != sample.device and (values.ndim > 2 or values.device.type != "cpu"):
+        raise InvalidShape(f"{name} is on {values.device}, expected {sample.device}")
+    return values.reshape(*values.shape, *(1,) * (len(full) - values.ndim))
+
+
+def prepare(
+    variances: Tensor,
+    weights: Tensor,
+    *,
+    zero_variance: ZeroVariancePolicy,
+    rates: Sequence[float] | Tensor | None,
+    extrapolate: bool,
+) -> tuple[Tensor, Tensor]:
+    """Check values on the host, renormalise `weights`, and fold `rates` into them where they act.
+
+    Args:
+        variances: (M, B | 1, ...), latent units squared, >= 0.
+        weights: The same number of axes, sum 1 over the first.
+        zero_variance: "error", "dominate" or "ratio".
+        rates: (M,) > 0, for "ratio" only.
+        extrapolate: Accept negative weights while every total precision is positive.
+
+    Returns:
+        `variances` as given, and `weights` in float64.
+
+    Raises:
+        InvalidWeights, ZeroVariance, ValueError: see `fast_fuse_step`.
+    """
+    if zero_variance not in ("error", "dominate", "ratio"):
+        raise ValueError(
+            f'zero_variance must be "error", "dominate" or "ratio", got {zero_variance!r}'
+        )
+    if (zero_variance == "ratio") != (rates is not None):
+        raise ValueError(
+            f'rates go with zero_variance="ratio", got {zero_variance!r} and {rates!r}'
+        )
+    normalised = normalise_weights(weights, axis=0, extrapolate=extrapolate)
+    if weights.requires_grad:  # the check detaches
+        normalised = weights.double() / weights.double().sum(0, keepdim=True)
+    weights = normalised
+    if values_are_readable(variances) and values_are_readable(weights):
+        _check_values(variances, weights, zero_variance, extrapolate)
+    if rates is not None:
+        c = as_numbers(rates, "rates")
+        if c.shape != variances.shape[:1]:
+            raise InvalidShape(f"rates have shape {tuple(c.shape)}, expected ({len(variances)},)")
+        c = c.to(weights).view(-1, *(1,) * (variances.ndim - 1))
+        if values_are_readable(c) and not bool(((c > 0) & c.isfinite()).all()):
+            raise ValueError(f"rates must be positive and finite, got {c.flatten().tolist()}")
+        weights = torch.where(variances == 0, weights / (c / c.amin(0)) ** 2, weights)
+    return variances, weights
+
+
+def _check_values(
+    variances: Tensor, weights: Tensor, zero_variance: ZeroVariancePolicy, extrapolate: bool
+) -> None:
+    if variances.numel() == 0 or weights.numel() == 0:
+        return
+    low, high = (float(bound) for bound in variances.aminmax())
+    active = weights != 0
+    if not (low >= 0 and high < float("inf")):  # NaN fails too
+        wrong = active & ~((variances >= 0) & variances.isfinite())
+        if bool(wrong.any()):
+            value = float(variances.expand_as(wrong)[wrong][0])
+            raise ValueError(f"variances must be finite and not negative, got {value!r}")
+    if low <= 0 and zero_variance == "error":
+        zero = active & (variances == 0)
+        undefined = zero.any(0) & (active.sum(0) > 1)
+        if bool(undefined.any()):
+            raise ZeroVariance(
+                "a variance of 0 meets other active objectives, and their product has no unique "
+                'limit; choose zero_variance="dominate" (those of zero variance decide) or "ratio" '
+                "(by the rates at which they vanish)"
+            )
+    if extrapolate:
+        precision = scaled_weights(variances.double(), weights)[0].sum(0)
+        if not bool((precision > 0).all()):
+            raise InvalidWeights(
+                "extrapolated weights leave no positive precision: sum_i w_i / sigma_i^2 is "
+                f"{float(precision.min()):.6g} in units of the largest 1 / sigma_i^2"
+            )
+
+
+def scaled_weights(variances: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """`w_i r_i` (M, ...), 0 where inactive, and the smallest active variance `s` (...)."""
+    active = weights != 0
+    least = torch.where(active, variances, torch.inf).amin(0)
+    ratio = torch.where(variances == least, 1.0, least / variances)  # 1 where both are zero
+    return torch.where(active, weights * ratio, 0.0), least
+
+
+def fused_coefficients(variances: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """`share` (M, ...) and `var_w` (...) in float64 for broadcastable variances and weights."""
+    scaled, least = scaled_weights(variances.double(), weights)
+    precision = scaled.sum(0)
+    return scaled / precision, least / precision
