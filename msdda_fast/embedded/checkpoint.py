@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints and logs of the training runs: atomic, and exact to resume from."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class Checkpoint:
+    """The state of named parts (anything with `state_dict`) in one file."""
+
+    def __init__(self, path: Path, **parts: Any) -> None:
+        self._path = path
+        self._parts = parts
+
+    def save(self, step: int) -> None:
+        """Write the state after `step` steps; a kill leaves the previous file."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        state = {name: part.state_dict() for name, part in self._parts.items()}
+        partial = self._path.with_suffix(".partial")
+        torch.save({"step": step, **state}, partial)
+        os.replace(partial, self._path)
+
+    def restore(self) -> int:
+        """Load the state if there is one and return the number of finished steps."""
+        if not self._path.is_file():
+            return 0
+        state = torch.load(self._path, weights_only=True)
+        for name, part in self._parts.items():
+            part.load_state_dict(state[name])
+        return int(state["step"])
+
+
+class TrainingLog:
+    """One JSON line per `every` steps: step, seconds spent, and the mean of each quantity."""
+
+    def __init__(self, path: Path, start: int = 0, every: int = 20) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = path.read_text().splitlines() if path.is_file() else []
+        # Steps after the checkpoint are done again, so their lines would stand twice.
+        kept = [line for line in lines if json.loads(line)["step"] <= start]
+        path.write_text("".join(line + "\n" for line in kept))
+        self._path, self._every = path, every
+        self._seconds = json.loads(kept[-1])["seconds"] if kept else 0.0
+        self._tick, self._values = time.monotonic(), dict[str, list[float]]()
+
+    def add(self, step: int, **values: torch.Tensor | float) -> None:
+        """Record one step, counted from 0."""
+        for name, value in values.items():
+            self._values.setdefault(name, []).append(float(torch.as_tensor(value).detach()))
+        if (step + 1) % self._every == 0:
+            now = time.monotonic()
+            self._seconds, self._tick = self._seconds + now - self._tick, now
+            means = {name: round(sum(v) / len(v), 5) for name, v in self._values.items()}
+            line = {"step": step + 1, "seconds": round(self._seconds, 1), **means}
+            with self._path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            self._values.clear()
