@@ -1,2 +1,63 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Balance several aligned diffusion models at inference time: the exact fused reverse step."""
+"""Balance several aligned diffusion models at inference time: the exact fused reverse step.
+
+`fast_fuse_step` serves other samplers, `coefficient_table` and `fused_ddim_step` take raw network
+outputs, `denoise` any denoisers over one latent space; `MSDDAPipeline` is for diffusers users.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from msdda_fast.engine.loop import denoise
+from msdda_fast.errors import (
+    AdapterMismatch,
+    BackendUnavailable,
+    CaptureError,
+    InvalidSchedule,
+    InvalidShape,
+    InvalidWeights,
+    MSDDAError,
+    UnknownObjective,
+    ZeroVariance,
+)
+from msdda_fast.kernels.counter_noise import counter_noise
+from msdda_fast.kernels.fused_step import FusedStep, fast_fuse_step, fused_ddim_step
+from msdda_fast.objective import Objective
+from msdda_fast.schedule import coefficient_table
+
+if TYPE_CHECKING:
+    from msdda_fast.pipeline import MSDDAPipeline
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdapterMismatch",
+    "BackendUnavailable",
+    "CaptureError",
+    "FusedStep",
+    "InvalidSchedule",
+    "InvalidShape",
+    "InvalidWeights",
+    "MSDDAError",
+    "MSDDAPipeline",
+    "Objective",
+    "UnknownObjective",
+    "ZeroVariance",
+    "coefficient_table",
+    "counter_noise",
+    "denoise",
+    "fast_fuse_step",
+    "fused_ddim_step",
+]
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - PEP 562
+    # diffusers and transformers take seconds to import, and samplers never need them
+    if name == "MSDDAPipeline":
+        from msdda_fast.pipeline import MSDDAPipeline
+
+        return MSDDAPipeline
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

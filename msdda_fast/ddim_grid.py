@@ -117,7 +117,7 @@ def _timesteps(scheduler: Scheduler, num_steps: int, num_train_steps: int) -> Te
     if timesteps.is_floating_point() or len(listed) != num_steps or (timesteps.diff() >= 0).any():
         raise InvalidSchedule(
             f"{type(scheduler).__name__} gives {len(listed)} timesteps ({timesteps.dtype}, "
-            f"starting {listed[:4]}) for num_steps={num_steps}; expected as many decreasing integers"
+            f"starting {listed[:4]}) for num_steps={num_steps}; expected T decreasing integers"
         )
     if listed[0] >= num_train_steps:
         raise InvalidSchedule(

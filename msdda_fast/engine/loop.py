@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Algorithm 1 over any denoisers that share a latent space."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from msdda_fast.engine.noise import NoiseSource, noise_source
+from msdda_fast.errors import BackendUnavailable, InvalidShape
+from msdda_fast.kernels import registry
+from msdda_fast.kernels.fused_step import fused_ddim_step
+from msdda_fast.objective import as_host_float64, preference_schedule
+from msdda_fast.schedule import CoefficientTable, coefficient_table
+
+if TYPE_CHECKING:
+    from msdda_fast.types import (
+        Backend,
+        Denoiser,
+        GeneratorLike,
+        Scheduler,
+        SeedsLike,
+        WeightSchedule,
+        ZeroVariancePolicy,
+    )
+
+__all__ = ["denoise"]
+
+
+def denoise(
+    denoisers: Sequence[Denoiser],
+    x_T: Tensor,
+    *,
+    scheduler: Scheduler,
+    num_steps: int = 50,
+    weights: WeightSchedule = None,
+    etas: Sequence[float] | Tensor,
+    noise: Tensor | None = None,
+    seeds: SeedsLike | None = None,
+    generator: GeneratorLike | None = None,
+    zero_variance: ZeroVariancePolicy = "error",
+    rates: Sequence[float] | Tensor | None = None,
+    extrapolate: bool = False,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Sample x_0 from the product of experts of M denoisers, step by step (Algorithm 1, Eq. 7).
+
+    `p_w(x_prev | x_t) ~ prod_i p_i(x_prev | x_t)^{w_i}`, each p_i the DDIM kernel of denoiser i at
+    its own eta_i. A denoiser is called as `denoisers[i](x_t, t)`, x_t (B, *S) in the state dtype
+    and t a 0-d int64 tensor, both on the device of `x_T`, and returns the prediction (B, *S) of the
+    scheduler's type, guided if it wants guidance. It is not called at steps where no sample gives
+    it weight. Gradients flow with `backend="eager"` only; other backends run without them.
+
+    Args:
+        denoisers: M callables; architectures may differ, noise schedule and latent space may not.
+        x_T: (B, *S), standard normal. The state is float64 when `x_T` is, else float32.
+        scheduler: A diffusers DDIM scheduler, copied; see `coefficient_table`.
+        num_steps: T, in [1, num_train_timesteps].
+        weights: Preferences: None (uniform), (M,), (B, M) or (T, B, M), rows on the simplex, or a
+            callable from the step index k = 0..T-1 to any of the first three.
+        etas: (M,), DDIM stochasticity of each denoiser, in [0, 1].
+        noise: z of every step, (T, B, *S).
+        seeds: Instead: one 64-bit seed per sample, for counter-based noise.
+        generator: Instead: one `torch.Generator`, or one per sample, drawn once a step in the dtype
+            of the predictions, as diffusers does. With none of the three: torch's default one.
+        zero_variance: What to do when a sample mixes eta = 0 with eta > 0: "error", "dominate" or
+            "ratio"; see `schedule.fusion_shares`.
+        rates: (M,) > 0, the rates of "ratio".
+        extrapolate: Accept negative weights while the total precision stays positive.
+        backend: "auto", or one by name: "eager" or "native".
+
+    Returns:
+        x_0, (B, *S), latent units, in the state dtype.
+
+    Raises:
+        InvalidShape: `x_T`, `weights`, `etas`, `noise`, `seeds`, `generator` or a prediction of the
+            wrong shape; or no denoiser.
+        InvalidWeights, InvalidSchedule, ZeroVariance: See `coefficient_table`.
+        ValueError: More than one of `noise`, `seeds` and `generator`.
+        BackendUnavailable: The named backend cannot run here, or `x_T` requires grad and the
+            backend is not "eager".
+    """
+    count = len(denoisers)
+    if count == 0 or x_T.ndim == 0 or not x_T.is_floating_point():
+        raise InvalidShape(
+            f"expected denoisers and a floating-point x_T (B, *S); got {count} denoisers and x_T "
+            f"of {x_T.dtype} and shape {tuple(x_T.shape)}"
+        )
+    if (shape := as_host_float64(etas, "etas").shape) != (count,):
+        raise InvalidShape(f"etas have shape {tuple(shape)}, expected (M,) = ({count},)")
+    differentiates = torch.is_grad_enabled() and backend == "eager"
+    if x_T.requires_grad and torch.is_grad_enabled() and not differentiates:
+        raise BackendUnavailable(
+            f"x_T requires grad, which backend={backend!r} cannot give; use backend='eager', or "
+            f"x_T.detach()"
+        )
+    state_dtype = torch.float64 if x_T.dtype == torch.float64 else torch.float32
+    table = coefficient_table(
+        scheduler,
+        num_steps,
+        etas=etas,
+        weights=preference_schedule(weights, count, len(x_T), num_steps, extrapolate=extrapolate),
+        zero_variance=zero_variance,
+        rates=rates,
+        extrapolate=extrapolate,
+        device=x_T.device,
+        dtype=state_dtype,
+    )
+    source = noise_source(
+        x_T.shape, num_steps, x_T.device, noise=noise, seeds=seeds, generator=generator
+    )
+    registry.resolve("fused_step", backend, x_T.device.type)  # a missing backend fails before work
+    with torch.set_grad_enabled(differentiates):
+        return _run(denoisers, x_T.to(state_dtype), table, source, backend)
+
+
+def _run(
+    denoisers: Sequence[Denoiser],
+    x: Tensor,
+    table: CoefficientTable,
+    source: NoiseSource,
+    backend: Backend,
+) -> Tensor:
+    active = (table.share != 0).any(1).tolist()  # [T][M]
+    if not table.std.any():
+        # eta = 0 throughout: like diffusers, leave the generators alone
+        source = replace(
+            source, noise=torch.zeros((), device=x.device).expand(len(table), *x.shape)
+        )
+    for k in range(len(table)):
+        outputs = [
+            _predict(denoiser, m, x, table.timesteps[k]) if is_active else None
+            for m, (denoiser, is_active) in enumerate(zip(denoisers, active[k], strict=True))
+        ]
+        present = [output for output in outputs if output is not None]
+        dtypes = {output.dtype for output in present}
+        if len(dtypes) > 1 or torch.promote_types(present[0].dtype, x.dtype) != x.dtype:
+            outputs = [output if output is None else output.to(x.dtype) for output in outputs]
+        x = fused_ddim_step(
+            x, outputs, table[k], backend=backend, **source.step(k, like=present[0][0])
+        )
+    return x
+
+
+def _predict(denoiser: Denoiser, m: int, x_t: Tensor, t: Tensor) -> Tensor:
+    output = denoiser(x_t, t)
+    if output.shape != x_t.shape:
+        raise InvalidShape(
+            f"denoisers[{m}] returned shape {tuple(output.shape)}, expected that of x_t, "
+            f"{tuple(x_t.shape)}"
+        )
+    return output[None]  # K = 1: no unconditional half

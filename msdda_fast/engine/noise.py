@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where x_T and the noise z of each step come from: decided and checked once, before any work.
+
+At most one of three sources: given tensors, counter-based noise from one seed per sample (values
+depend on nothing else in the batch), or generators, drawn in the order of stock diffusers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypedDict
+
+import torch
+from torch import Tensor
+
+from msdda_fast.errors import InvalidShape
+from msdda_fast.kernels.counter_noise import STREAM_INITIAL, as_seeds, counter_noise
+
+if TYPE_CHECKING:
+    from msdda_fast.types import GeneratorLike, SeedsLike
+
+__all__ = ["NoiseSource", "StepNoise", "image_seeds", "noise_source"]
+
+
+class StepNoise(TypedDict, total=False):
+    """The noise arguments of `fused_ddim_step` and `fast_fuse_step` for one step."""
+
+    noise: Tensor
+    seeds: Tensor
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class NoiseSource:
+    """One source of noise for samples of shape (B, *S); build it with `noise_source`.
+
+    Attributes:
+        shape: (B, *S).
+        noise: (T, B, *S), or None.
+        seeds: (B,) int64, or None.
+        generator: None with neither of the above: torch's default generator.
+    """
+
+    shape: torch.Size
+    noise: Tensor | None
+    seeds: Tensor | None
+    generator: GeneratorLike | None
+
+    def initial(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Draw x_T, (B, *S) standard normal: stream 0, step 0 of the seeds, or the generator."""
+        if self.seeds is not None:
+            return counter_noise(
+                self.seeds, self.shape, stream=STREAM_INITIAL, device=device, dtype=dtype
+            )
+        return self._draw(torch.device(device), dtype)
+
+    def step(self, k: int, like: Tensor) -> StepNoise:
+        """Return the noise arguments of step k = 0, 1, ... in sampling order.
+
+        `like` is a network output of that step: generators draw in its dtype, as diffusers does.
+        """
+        if self.noise is not None:
+            return {"noise": self.noise[k]}
+        if self.seeds is not None:
+            return {"seeds": self.seeds, "step": k}
+        return {"noise": self._draw(like.device, like.dtype)}
+
+    def _draw(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        if isinstance(self.generator, Sequence):
+            rows = [_randn((1, *self.shape[1:]), one, device, dtype) for one in self.generator]
+            return torch.cat(rows).to(device)
+        return _randn(self.shape, self.generator, device, dtype).to(device)
+
+
+def noise_source(
+    shape: Sequence[int],
+    num_steps: int,
+    device: torch.device | str,
+    *,
+    noise: Tensor | None = None,
+    seeds: SeedsLike | None = None,
+    generator: GeneratorLike | None = None,
+) -> NoiseSource:
+    """Check the one given source of noise for `num_steps` steps of samples `shape`.
+
+    Args:
+        shape: (B, *S).
+        num_steps: T.
+        device: Where sampling runs.
+        noise: z of every step, (T, B, *S).
+        seeds: One 64-bit seed per sample, (B,).
+        generator: One for the batch, or one per sample.
+
+    Raises:
+        ValueError: More than one source, or a seed that is not an integer of 64 bits.
+        InvalidShape: A source that does not fit T and B, or noise on another device.
+    """
+    sources = {"noise": noise, "seeds": seeds, "generator": generator}
+    given = [name for name, source in sources.items() if source is not None]
+    if len(given) > 1:
+        raise ValueError(
+            f"give at most one of noise, seeds and generator, got {' and '.join(given)}"
+        )
+    size, device = torch.Size(shape), torch.device(device)
+    if noise is not None:
+        if noise.shape != (num_steps, *size):
+            raise InvalidShape(
+                f"noise has shape {tuple(noise.shape)}, expected (T, B, *S) = {(num_steps, *size)}"
+            )
+        if noise.device != device or not noise.is_floating_point():
+            raise InvalidShape(
+                f"noise is {noise.dtype} on {noise.device}, expected floating point on {device}"
+            )
+    if isinstance(generator, Sequence) and len(generator) != size[0]:
+        raise InvalidShape(f"got {len(generator)} generators, expected one, or one per {size[0]}")
+    if seeds is not None:
+        if len(size) < 2:
+            raise InvalidShape(f"seeds need samples (B, C, ...) with a channel axis, got {shape}")
+        seeds = as_seeds(seeds, size[0], device)
+    return NoiseSource(size, noise, seeds, generator)
+
+
+def image_seeds(seed: int | Sequence[int], batch_size: int) -> list[int]:
+    """Return one seed per image: a list as it is, an integer s as s, s + 1, ... (modulo 2^64).
+
+    Raises:
+        InvalidShape: A list of another length than `batch_size`.
+    """
+    if isinstance(seed, Sequence):
+        if len(seed) != batch_size:
+            raise InvalidShape(f"got {len(seed)} seeds for {batch_size} images")
+        return list(seed)
+    return [(seed + index) % 2**64 for index in range(batch_size)]
+
+
+def _randn(
+    shape: Sequence[int],
+    generator: torch.Generator | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:
+    where = device if generator is None else generator.device
+    return torch.randn(tuple(shape), generator=generator, device=where, dtype=dtype)
