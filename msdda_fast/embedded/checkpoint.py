@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from msdda_fast.training.storage import atomic_write
 
 
 class Checkpoint:
@@ -21,11 +22,8 @@ class Checkpoint:
 
     def save(self, step: int) -> None:
         """Write the state after `step` steps; a kill leaves the previous file."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         state = {name: part.state_dict() for name, part in self._parts.items()}
-        partial = self._path.with_suffix(".partial")
-        torch.save({"step": step, **state}, partial)
-        os.replace(partial, self._path)
+        atomic_write(self._path, lambda partial: torch.save({"step": step, **state}, partial))
 
     def restore(self) -> int:
         """Load the state if there is one and return the number of finished steps."""

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from msdda_fast.embedded.captions import CaptionSampler
 from msdda_fast.embedded.checkpoint import Checkpoint, TrainingLog
 from msdda_fast.embedded.render import Renderer
+from msdda_fast.training.storage import atomic_write
 
 NUM_SCENES = 30_000
 
@@ -33,8 +33,8 @@ def cache_latents(
             with torch.autocast("cpu", torch.bfloat16):
                 chunks.append(vae.encode(2 * images - 1).latents.half())
         ids = tokenize(tokenizer, [text for text, _ in pairs])
-        torch.save({"latents": torch.cat(chunks), "ids": ids}, path.with_suffix(".partial"))
-        os.replace(path.with_suffix(".partial"), path)
+        cache = {"latents": torch.cat(chunks), "ids": ids}
+        atomic_write(path, lambda partial: torch.save(cache, partial))
     stored = torch.load(path, weights_only=True)
     return stored["latents"], stored["ids"]
 

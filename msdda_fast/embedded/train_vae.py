@@ -23,12 +23,31 @@ def train_vae(
     smooth decoder forgives small denoising errors) and drawn to N(0, 1) per channel, because the
     Stable Diffusion pipeline knows only a scalar scaling factor.
     """
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=1.5e-3, weight_decay=1e-4)
+    _train(vae, list(vae.parameters()), renderer, work, "vae", steps, batch)
+
+
+def refine_decoder(
+    vae: nn.Module, renderer: Renderer, work: Path, *, steps: int = 1500, batch: int = 16
+) -> None:
+    """Train the decoder on with the encoder frozen, so that the denoiser's latents stay as they are.
+
+    Resumes from `work/decoder.pt`.
+    """
+    vae.requires_grad_(False)
+    parameters = list(vae.decoder.requires_grad_(True).parameters())
+    _train(vae, parameters, renderer, work, "decoder", steps, batch)
+
+
+def _train(
+    vae: nn.Module, parameters: list[nn.Parameter], renderer: Renderer, work: Path, name: str,
+    steps: int, batch: int,
+) -> None:  # fmt: skip
+    optimizer = torch.optim.AdamW(parameters, lr=1.5e-3, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=1.5e-3, total_steps=steps, pct_start=0.03
     )
-    checkpoint = Checkpoint(work / "vae.pt", model=vae, optimizer=optimizer, schedule=schedule)
-    log = TrainingLog(work / "vae.jsonl", start := checkpoint.restore())
+    checkpoint = Checkpoint(work / f"{name}.pt", model=vae, optimizer=optimizer, schedule=schedule)
+    log = TrainingLog(work / f"{name}.jsonl", start := checkpoint.restore())
     for step in range(start, steps):
         generator = torch.Generator().manual_seed(step)
         x = 2 * renderer(random_scenes(batch, generator), generator) - 1
@@ -43,7 +62,7 @@ def train_vae(
         loss = pixels + 0.5 * edges + 0.02 * moments
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
         log.add(step, loss=loss, l1=pixels, mean=mean.abs().max(), std=var.sqrt().mean())

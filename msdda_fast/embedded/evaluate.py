@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure the shipped model on the held-out prompts: both rewards, and a judge nothing trained on.
+
+`python -m msdda_fast.embedded.evaluate` samples 25 test prompts x 32 seeds per arm (resumable) and
+writes `benchmarks/results/emoji.json` (figures with intervals) and `emoji_samples.csv` (per image).
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from safetensors.torch import load_file
+from torch import Tensor
+
+from msdda_fast.assets import ASSETS, resolve
+from msdda_fast.embedded.prompts import TEST_PROMPTS
+from msdda_fast.embedded.sampling import GUIDANCE_SCALE, NUM_STEPS, sampler
+from msdda_fast.embedded.train_scorer import JUDGE, named_right
+from msdda_fast.objective import Objective
+from msdda_fast.pipeline.stable_diffusion import MSDDAPipeline
+from msdda_fast.rewards import REWARDS, load_reward
+from msdda_fast.rewards.consistency import Scorer
+from msdda_fast.rewards.grammar import parse
+from msdda_fast.training import Collection, collect
+from msdda_fast.training.storage import atomic_write
+
+SEEDS = range(32)
+SWEEP = (0.0, 0.2, 0.5, 0.8, 1.0)  # weight of consistency
+RESAMPLES = 4000
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One column of the table: a preference, or the base model at an adapter's eta."""
+
+    name: str
+    weights: Mapping[str, float]
+
+
+def arms() -> list[Arm]:
+    """Return the base model at both etas, and the sweep from aesthetic to consistency."""
+    base = [Arm(f"base, eta {eta}", {f"base {eta}": 1.0}) for eta in (1.0, 0.8)]
+    sweep = [Arm(f"w = {w:g}", {"aesthetic": 1 - w, "consistency": w}) for w in SWEEP]
+    return base + sweep
+
+
+class Named:
+    """Fraction of a prompt's objects whose name, or colour, the judge gives right."""
+
+    differentiable = False
+
+    def __init__(self, judge: Scorer, what: str) -> None:
+        self.name = f"judge {what}"
+        self._judge, self._index = judge, ("object", "color").index(what)
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Score images, shape (N, 3, 64, 64) in [0, 1]; return shape (N,) in [0, 1]."""
+        verdicts = named_right(self._judge, images.float(), [parse(p) for p in prompts])
+        return torch.tensor([sum(v[self._index] for v in vs) / len(vs) for vs in verdicts])
+
+
+def load_judge() -> Scorer:
+    """Load the shipped judge."""
+    judge = JUDGE.build()
+    weights = load_file(ASSETS / "scorers" / "judge.safetensors")
+    judge.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+    return judge.eval()
+
+
+def sample_arm(model: Path, arm: Arm, work: Path) -> Collection:
+    """Sample one arm on the test prompts and score it; resumes from finished shards."""
+    bases = {"base 1.0": Objective.base(eta=1.0), "base 0.8": Objective.base(eta=0.8)}
+    is_base = next(iter(arm.weights)) in bases
+    chosen = {name: bases[name] for name in arm.weights} if is_base else None
+    pipe = MSDDAPipeline.from_pretrained(model, objectives=chosen)
+    judge = load_judge()
+    rewards: dict[str, Any] = {name: load_reward(name) for name in REWARDS}
+    rewards |= {named.name: named for named in (Named(judge, "object"), Named(judge, "color"))}
+    folder = work / arm.name.replace(" ", "").replace(",", "-")
+    return collect(
+        sampler(pipe, arm.weights), rewards, TEST_PROMPTS, SEEDS, folder, batch_size=32
+    )
+
+
+def interval(values: Tensor) -> dict[str, float]:
+    """Mean of values, shape (P, S), and its 95% bootstrap interval over the S seeds per prompt."""
+    prompts, seeds = values.shape
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randint(seeds, (RESAMPLES, prompts, seeds), generator=generator)
+    means = values.expand(RESAMPLES, -1, -1).gather(2, draws).mean((1, 2))
+    low, high = means.quantile(torch.tensor([0.025, 0.975])).tolist()
+    return {k: round(v, 4) for k, v in zip(("mean", "low", "high"), (values.mean().item(), low, high), strict=True)}  # fmt: skip
+
+
+def summarise(samples: Mapping[str, Collection]) -> dict[str, Any]:
+    """Turn the scored samples of all arms into figures with intervals; differences are paired."""
+    grid = {arm: {k: v.view(len(TEST_PROMPTS), len(SEEDS)) for k, v in c.scores.items()} for arm, c in samples.items()}  # fmt: skip
+    single = torch.tensor([len(parse(p)) == 1 for p in TEST_PROMPTS])
+    table = {
+        arm: {k: interval(v) for k, v in scores.items()}
+        | {f"{k}, single-object prompts": interval(v[single]) for k, v in scores.items()}
+        for arm, scores in grid.items()
+    }
+    names = [f"w = {w:g}" for w in SWEEP]
+    pairs = [*zip(names, names[1:], strict=False), ("base, eta 1.0", names[0]), ("base, eta 0.8", names[-1])]  # fmt: skip
+    paired = {
+        f"{after} minus {before}": {k: interval(grid[after][k] - grid[before][k]) for k in grid[after]}
+        for before, after in pairs
+    }  # fmt: skip
+    return {"arms": table, "paired differences": paired}
+
+
+def to_csv(samples: Mapping[str, Collection]) -> str:
+    """Write one row per image."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    names = list(next(iter(samples.values())).scores)
+    writer.writerow(["arm", "prompt", "seed", *names])
+    for arm, c in samples.items():
+        columns = [c.scores[name].tolist() for name in names]
+        rows = zip(c.prompt_index.tolist(), c.seeds.tolist(), *columns, strict=True)
+        for prompt, seed, *values in rows:
+            writer.writerow([arm, TEST_PROMPTS[prompt], seed, *(f"{v:.4f}" for v in values)])
+    return text.getvalue()
+
+
+def main(
+    work: Annotated[Path, typer.Option(help="Folder of the resumable samples.")] = Path("out/emoji"),
+    results: Annotated[Path, typer.Option(help="Folder of the result files.")] = Path(
+        "benchmarks/results"
+    ),
+    model: Annotated[Path | None, typer.Option(help="Model folder; default: the shipped one.")] = None,
+) -> None:
+    """Sample all arms on the test prompts and write the result files."""
+    folder = model or resolve("msdda-fast/emoji")
+    samples = {arm.name: sample_arm(folder, arm, work) for arm in arms()}
+    setting = {
+        "prompts": len(TEST_PROMPTS), "seeds": len(SEEDS), "steps": NUM_STEPS,
+        "guidance_scale": GUIDANCE_SCALE, "dtype": "float32", "torch": torch.__version__,
+        "machine": platform.machine(), "intervals": "95% bootstrap over seeds within prompts",
+    }  # fmt: skip
+    summary = json.dumps({"setting": setting, **summarise(samples)}, indent=1) + "\n"
+    atomic_write(results / "emoji.json", lambda partial: partial.write_text(summary))
+    table = to_csv(samples)
+    atomic_write(results / "emoji_samples.csv", lambda partial: partial.write_text(table))
+    for arm, figures in json.loads(summary)["arms"].items():
+        print(arm, {k: v["mean"] for k, v in figures.items()})
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Make the shipped model from the sprites: `python -m msdda_fast.embedded.train`.
+
+Stages: autoencoder, denoiser with text encoder, decoder, two scorers, two adapters. Each resumes
+from its checkpoint, so the same command goes on after a kill. About an hour on two CPU cores.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from safetensors.torch import save_file
+from torch import nn
+
+from msdda_fast.assets import ASSETS
+from msdda_fast.embedded.align import ALIGNMENT, align
+from msdda_fast.embedded.render import Renderer
+from msdda_fast.embedded.train_base import cache_latents, tokenize, train_base
+from msdda_fast.embedded.train_scorer import (
+    CONSISTENCY,
+    HELD_OUT_STYLE,
+    JUDGE,
+    held_out_accuracy,
+    train_scorer,
+)
+from msdda_fast.embedded.train_vae import refine_decoder, train_vae
+from msdda_fast.pipeline import architectures
+from msdda_fast.rewards.grammar import COLORS, OBJECTS
+from msdda_fast.training.storage import atomic_write
+
+STYLES = ("noto", "fluentflat")  # of the images the model learns to draw
+LOGS = ("vae", "base", "decoder", "consistency", "judge")
+
+
+def train_networks(work: Path) -> Path:
+    """Train autoencoder, denoiser and text encoder; return the folder of the base pipeline."""
+    renderer = Renderer(STYLES)
+    torch.manual_seed(0)
+    vae = architectures.small_vae()
+    train_vae(vae, renderer, work)
+    vae.eval()
+    words = {"a", "an", "and", "colored", *COLORS, *(w for name in OBJECTS for w in name.split())}
+    tokenizer = architectures.word_tokenizer(words)
+    latents, ids = cache_latents(vae, tokenizer, renderer, work)
+    torch.manual_seed(0)
+    unet = architectures.small_unet()
+    text_encoder = architectures.small_text_encoder(tokenizer)
+    architectures.use_plain_attention(unet)
+    empty_id = tokenize(tokenizer, [""])[0]
+    scheduler = architectures.sd15_scheduler()
+    train_base(unet, text_encoder, scheduler, latents, ids, empty_id, work)
+    refine_decoder(vae, renderer, work)
+    pipe = architectures.assemble(vae, text_encoder, tokenizer, unet).to(torch.float16)
+    pipe.save_pretrained(work / "base")
+    return work / "base"
+
+
+def train_scorers(work: Path, folder: Path) -> None:
+    """Train the reward's scorer and the judge; write weights and held-out accuracies to `folder`."""
+    vae = architectures.small_vae()
+    vae.load_state_dict(torch.load(work / "vae.pt", weights_only=True)["model"])
+    accuracies = {}
+    for recipe in (CONSISTENCY, JUDGE):
+        scorer = train_scorer(recipe, vae.eval(), work)
+        save_scorer(scorer, folder / f"{recipe.name}.safetensors")
+        accuracies[recipe.name] = {
+            "own styles": held_out_accuracy(scorer, recipe.styles),
+            f"{HELD_OUT_STYLE}, never seen": held_out_accuracy(scorer, (HELD_OUT_STYLE,)),
+        }
+    text = json.dumps(accuracies, indent=1) + "\n"
+    atomic_write(folder / "accuracy.json", lambda partial: partial.write_text(text))
+
+
+def save_scorer(scorer: nn.Module, path: Path) -> None:
+    """Write a scorer's weights in half precision."""
+    weights = {name: tensor.half() for name, tensor in scorer.state_dict().items()}
+    atomic_write(path, lambda partial: save_file(weights, partial))
+
+
+def export(base: Path, adapters: dict[str, Path], work: Path, folder: Path) -> None:
+    """Copy the base pipeline and its adapters into `folder`, with objectives and training logs."""
+    shutil.copytree(base, folder, dirs_exist_ok=True)
+    objectives = {}
+    for name, source in adapters.items():
+        (folder / name).mkdir(exist_ok=True)
+        shutil.copy2(source / "pytorch_lora_weights.safetensors", folder / name)
+        objectives[name] = {"source": name, "eta": ALIGNMENT[name].eta}
+    text = json.dumps(objectives, indent=1) + "\n"
+    atomic_write(folder / "objectives.json", lambda partial: partial.write_text(text))
+    logs = folder / "training"
+    logs.mkdir(exist_ok=True)
+    for name in LOGS:
+        shutil.copy2(work / f"{name}.jsonl", logs)
+
+
+def main(
+    work: Annotated[Path, typer.Option(help="Folder of checkpoints and logs.")] = Path("out/train"),
+    assets: Annotated[Path, typer.Option(help="Where the finished files go.")] = ASSETS,
+) -> None:
+    """Train everything that ships; resumes."""
+    base = train_networks(work)
+    train_scorers(work, assets / "scorers")
+    adapters = {name: align(base, name, work) for name in ALIGNMENT}
+    export(base, adapters, work, assets / "emoji")
+
+
+if __name__ == "__main__":
+    typer.run(main)
