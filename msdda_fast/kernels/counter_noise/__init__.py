@@ -5,7 +5,7 @@ Raw function of each backend, which the engine binds once:
 
     run(out, seeds, step, stream) -> None
         out     (B, C, ...) contiguous, float16 | bfloat16 | float32 | float64, written
-        seeds   (B,) int64 on out's device
+        seeds   (B,) int64 on out's device, contiguous
         step    int, or 0-d int64 tensor on out's device (read inside the kernel)
         stream  int: STREAM_INITIAL for x_T (with step 0), STREAM_STEP for the step noise
 """
@@ -41,7 +41,7 @@ def as_seeds(seeds: SeedsLike, batch_size: int, device: torch.device) -> Tensor:
         raise ValueError(f"seeds must be int64, got {seeds.dtype}")
     if seeds.shape != (batch_size,):
         raise InvalidShape(f"seeds have shape {tuple(seeds.shape)}, expected ({batch_size},)")
-    return seeds.to(device)
+    return seeds.to(device).contiguous()
 
 
 def _int64(seed: int) -> int:

@@ -12,7 +12,8 @@ backend. The engine resolves a backend once (`registry.resolve("fused_step", ...
         rows        (B | 1, C), or (T, B | 1, C) of which row `step` is used; float32, or float64 to
                     compute in float64; C and its meaning: `schedule.StepCoefficients`
         step        int or 0-d int64 tensor: the row of `rows`, and the counter of the noise
-        noise       (B, *S) | None;   seeds  (B,) int64 | None: at most one; neither: no noise term
+        noise       (B, *S) | None;   seeds  (B,) contiguous int64 | None: at most one;
+                    neither: no noise term
 
     run_moments(out, means, variances, weights, *, step=0, noise=None, seeds=None, mean=None,
                 variance=None) -> None
