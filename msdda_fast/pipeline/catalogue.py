@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`objectives.json`: the objectives of a model folder, in order, beside its `model_index.json`.
+
+    {"aesthetic": {"source": "aesthetic", "eta": 1.0}, "consistency": {"source": ..., "eta": 0.8}}
+
+A relative `source` (an adapter) or `unet` (a full network) lies inside the folder; with neither,
+the objective is the base model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from msdda_fast.objective import Objective
+
+__all__ = ["OBJECTIVES_FILE", "check_names", "dump_objectives", "parse_objectives"]
+
+OBJECTIVES_FILE = "objectives.json"
+_FIELDS = tuple(field.name for field in fields(Objective))
+
+
+def check_names(objectives: Mapping[str, Objective]) -> None:
+    """Check the objectives of one pipeline.
+
+    Raises:
+        ValueError: there are none, a name is empty or has a dot (adapters are modules, and module
+            names have none), or a value is not an `Objective`.
+    """
+    if not objectives:
+        raise ValueError(
+            "objectives is empty; give at least one, Objective.base() is the base model"
+        )
+    for name, objective in objectives.items():
+        if not isinstance(name, str) or not name or "." in name or "/" in name:
+            raise ValueError(f"objective name {name!r} must be a string without '.' and '/'")
+        if not isinstance(objective, Objective):
+            raise ValueError(f"objective {name!r} must be an Objective, got {objective!r}")
+
+
+def parse_objectives(text: str, origin: str | Path) -> dict[str, Objective]:
+    """Read `objectives.json`; `origin` is the folder or the hub repository it came from.
+
+    Raises:
+        ValueError: not a JSON object of objects, or a field that an `Objective` does not have.
+    """
+    where = f"{OBJECTIVES_FILE} of {origin}"
+    try:
+        entries = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not JSON: {error}") from error
+    if not isinstance(entries, dict) or not all(isinstance(e, dict) for e in entries.values()):
+        raise ValueError(f"{where} must map names to objects, got {text[:80]!r}")
+    objectives = {}
+    for name, entry in entries.items():
+        if unknown := set(entry) - set(_FIELDS):
+            raise ValueError(
+                f"{where}: objective {name!r} has unknown field {sorted(unknown)[0]!r}; "
+                f"known: {', '.join(_FIELDS)}"
+            )
+        objectives[name] = _inside(Objective(**entry), origin)
+    check_names(objectives)
+    return objectives
+
+
+def _inside(objective: Objective, origin: str | Path) -> Objective:
+    """Let a relative source or unet point into the folder or repository `origin`."""
+    if isinstance(origin, Path):
+        if objective.source is not None:
+            return replace(objective, source=str(origin / objective.source))
+        if isinstance(objective.unet, str):
+            return replace(objective, unet=str(origin / objective.unet))
+        return objective
+    place = objective.source if objective.source is not None else objective.unet
+    if place is None:
+        return objective
+    subfolder = "/".join(filter(None, (str(place), objective.subfolder)))
+    if objective.source is not None:
+        return replace(objective, source=origin, subfolder=subfolder)
+    return replace(objective, unet=origin, subfolder=subfolder)
+
+
+def dump_objectives(objectives: Mapping[str, Objective], places: Mapping[str, str]) -> str:
+    """Write `objectives.json`; `places` says where in the folder each adapter or network is."""
+    entries: dict[str, dict[str, Any]] = {}
+    for name, objective in objectives.items():
+        entry: dict[str, Any] = {"eta": objective.eta}
+        if name in places:
+            entry["unet" if objective.unet is not None else "source"] = places[name]
+        if objective.scale != 1.0:
+            entry["scale"] = objective.scale
+        if objective.guidance_scale is not None:
+            entry["guidance_scale"] = objective.guidance_scale
+        entries[name] = entry
+    return json.dumps(entries, indent=2) + "\n"

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a name points: a shipped model, a local path, or a repository on the hub."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+
+from msdda_fast import assets
+from msdda_fast.lora.adapter import DEFAULT_WEIGHT_NAME, find_adapter_file
+from msdda_fast.objective import Objective
+
+__all__ = ["adapter_file", "fetch", "hub_options", "locate"]
+
+_HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
+#: Options of diffusers' `from_pretrained` that say how to reach the hub, not what to load.
+_HUB_OPTIONS = ("cache_dir", "token", "local_files_only", "force_download")
+
+
+def locate(source: str | Path) -> Path | str:
+    """Return the local path that `source` stands for, or `source` itself when it is a hub id.
+
+    Raises:
+        FileNotFoundError: nothing is there, and it does not read as a hub id `owner/name`.
+    """
+    if assets.is_shipped(str(source)):
+        return assets.resolve(str(source))
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    if isinstance(source, Path) or not _HUB_ID.fullmatch(source):
+        raise FileNotFoundError(f"no file or folder at {source}")
+    return source
+
+
+def hub_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Pick the options of `from_pretrained` that every download shares."""
+    return {key: options[key] for key in _HUB_OPTIONS if key in options}
+
+
+def fetch(repo: str, file: str, options: Mapping[str, Any]) -> Path | None:
+    """Return the local copy of one file of a hub repository; None if the repository lacks it.
+
+    Raises:
+        FileNotFoundError: the repository cannot be reached or does not exist.
+    """
+    try:
+        return Path(hf_hub_download(repo, file, **options))
+    except EntryNotFoundError as error:
+        if isinstance(error, FileNotFoundError):  # not in the cache, and the hub was out of reach
+            raise _unreachable(repo, error) from error
+        return None
+    except Exception as error:  # the transport's own errors differ between hub client versions
+        raise _unreachable(repo, error) from error
+
+
+def adapter_file(objective: Objective, options: Mapping[str, Any]) -> Path:
+    """Return the local safetensors file of an objective's adapter, downloading it if need be.
+
+    Raises:
+        FileNotFoundError: there is no such file, folder or repository.
+        ValueError: the file is not safetensors, or the choice between several is open.
+    """
+    assert objective.source is not None
+    place = locate(objective.source)
+    if isinstance(place, Path):
+        return find_adapter_file(
+            place, weight_name=objective.weight_name, subfolder=objective.subfolder
+        )
+    folder = PurePosixPath(objective.subfolder or ".")
+    name = str(folder / (objective.weight_name or _choose(place, folder)))
+    file = fetch(place, name, options)
+    if file is None:
+        raise FileNotFoundError(f"hub repository {place!r} has no file {name!r}")
+    if not objective.weight_name:
+        fetch(place, str(folder / "adapter_config.json"), options)  # where peft keeps alpha
+    return find_adapter_file(file)
+
+
+def _choose(repo: str, folder: PurePosixPath) -> str:
+    try:
+        files = [PurePosixPath(file) for file in HfApi().list_repo_files(repo)]
+    except Exception as error:  # as in fetch
+        raise _unreachable(repo, error) from error
+    names = [f.name for f in files if f.parent == folder and f.suffix == ".safetensors"]
+    if DEFAULT_WEIGHT_NAME in names:
+        return DEFAULT_WEIGHT_NAME
+    if len(names) != 1:
+        found = ", ".join(names) or "none"
+        raise ValueError(
+            f"hub repository {repo!r}: choose one .safetensors file by weight_name=; found {found}"
+        )
+    return names[0]
+
+
+def _unreachable(repo: str, error: Exception) -> FileNotFoundError:
+    reason = str(error).strip().splitlines()
+    return FileNotFoundError(
+        f"{repo!r} is neither a local file or folder nor a hub repository that can be reached "
+        f"({type(error).__name__}: {reason[0] if reason else ''})"
+    )

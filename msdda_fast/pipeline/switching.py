@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run one network as any of its objectives: switch its adapters, and leave them as they were."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+__all__ = ["AdapterSwitch", "adapter_names"]
+
+
+def adapter_names(*networks: nn.Module | None) -> list[str]:
+    """Return the names of the LoRA adapters in the networks, in the order they were loaded."""
+    names: dict[str, None] = {}
+    for network in networks:
+        names.update(dict.fromkeys(getattr(network, "peft_config", {})))
+    return list(names)
+
+
+class AdapterSwitch:
+    """Activate one adapter of some networks at a time, or none; a context manager.
+
+    On exit every layer is again as it was: active adapters, scales, gradients, dropout.
+
+    Args:
+        networks: Networks with peft layers, or without.
+    """
+
+    def __init__(self, networks: Sequence[nn.Module | None]) -> None:
+        present = [network for network in networks if network is not None]
+        modules = [module for network in present for module in network.modules()]
+        self._layers = [module for module in modules if isinstance(module, LoraLayer)]
+        self._training = [module for module in modules if module.training]
+        self._saved: list[_LayerState] = []
+
+    def __enter__(self) -> AdapterSwitch:
+        self._saved = [_LayerState.of(layer) for layer in self._layers]
+        for module in self._training:  # adapters are loaded in training mode, with their dropout
+            module.training = False
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for layer, state in zip(self._layers, self._saved, strict=True):
+            state.restore(layer)
+        for module in self._training:
+            module.training = True
+
+    def select(self, name: str | None, scale: float = 1.0) -> None:
+        """Let the networks run as the adapter `name`, or as the base model (None).
+
+        `scale` multiplies the adapter's update as it was trained, no unit.
+        """
+        for layer in self._layers:
+            layer.enable_adapters(name is not None)
+            if name is not None:
+                layer.set_adapter([name], inference_mode=True)
+                layer.set_scale(name, scale)
+
+
+@dataclass(frozen=True, slots=True)
+class _LayerState:
+    active: list[str]
+    disabled: bool
+    scaling: dict[str, float]
+    requires_grad: list[tuple[nn.Parameter, bool]]
+
+    @classmethod
+    def of(cls, layer: LoraLayer) -> _LayerState:
+        flags = [(parameter, parameter.requires_grad) for parameter in layer.parameters()]
+        return cls(list(layer.active_adapters), layer.disable_adapters, dict(layer.scaling), flags)
+
+    def restore(self, layer: LoraLayer) -> None:
+        layer.enable_adapters(True)
+        layer.set_adapter(self.active)
+        layer.enable_adapters(not self.disabled)
+        layer.scaling.update(self.scaling)
+        for parameter, flag in self.requires_grad:
+            parameter.requires_grad = flag
