@@ -13,6 +13,9 @@ import torch
 from msdda_fast.training.storage import atomic_write
 
 
+CHECKPOINT_EVERY = 100  # steps
+
+
 class Checkpoint:
     """The state of named parts (anything with `state_dict`) in one file."""
 
@@ -20,10 +23,12 @@ class Checkpoint:
         self._path = path
         self._parts = parts
 
-    def save(self, step: int) -> None:
-        """Write the state after `step` steps; a kill leaves the previous file."""
+    def save_when_due(self, finished: int, of: int) -> None:
+        """Write the state after every `CHECKPOINT_EVERY`-th and the last step, atomically."""
+        if finished % CHECKPOINT_EVERY and finished != of:
+            return
         state = {name: part.state_dict() for name, part in self._parts.items()}
-        atomic_write(self._path, lambda partial: torch.save({"step": step, **state}, partial))
+        atomic_write(self._path, lambda partial: torch.save({"step": finished, **state}, partial))
 
     def restore(self) -> int:
         """Load the state if there is one and return the number of finished steps."""

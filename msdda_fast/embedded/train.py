@@ -35,6 +35,7 @@ from msdda_fast.training.storage import atomic_write
 
 STYLES = ("noto", "fluentflat")  # of the images the model learns to draw
 LOGS = ("vae", "base", "decoder", "consistency", "judge")
+ADAPTER_LOGS = tuple(f"align-{n}-{k}" for n, r in ALIGNMENT.items() for k in range(len(r.rounds)))
 
 
 def train_networks(work: Path) -> Path:
@@ -96,6 +97,8 @@ def export(base: Path, adapters: dict[str, Path], work: Path, folder: Path) -> N
     logs.mkdir(exist_ok=True)
     for name in LOGS:
         shutil.copy2(work / f"{name}.jsonl", logs)
+    for name in ADAPTER_LOGS:
+        shutil.copy2(work / name / "train" / "log.jsonl", logs / f"{name}.jsonl")
 
 
 def main(

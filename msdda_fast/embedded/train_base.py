@@ -55,7 +55,7 @@ def train_base(
     empty_id: Tensor,
     work: Path,
     *,
-    steps: int = 3000,
+    steps: int = 2200,
     batch: int = 64,
 ) -> None:
     """Train both networks with the epsilon loss and leave their moving average in them.
@@ -94,7 +94,6 @@ def train_base(
         schedule.step()
         average.update_parameters(model)
         log.add(step, loss=loss, grad_norm=norm)
-        if (step + 1) % 100 == 0 or step + 1 == steps:
-            checkpoint.save(step + 1)
+        checkpoint.save_when_due(step + 1, steps)
     model.load_state_dict(average.module.state_dict())
     model.eval()

@@ -52,7 +52,7 @@ JUDGE = ScorerRecipe(
 
 
 def train_scorer(
-    recipe: ScorerRecipe, vae: nn.Module, work: Path, *, steps: int = 1500, batch: int = 64
+    recipe: ScorerRecipe, vae: nn.Module, work: Path, *, steps: int = 1000, batch: int = 64
 ) -> Scorer:
     """Train a scorer on its own renders; resumes from `work/<name>.pt`."""
     scorer = recipe.build()
@@ -75,8 +75,7 @@ def train_scorer(
         optimizer.step()
         schedule.step()
         log.add(step, loss=loss)
-        if (step + 1) % 250 == 0 or step + 1 == steps:
-            checkpoint.save(step + 1)
+        checkpoint.save_when_due(step + 1, steps)
     return scorer.eval()
 
 

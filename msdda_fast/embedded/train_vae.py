@@ -27,7 +27,7 @@ def train_vae(
 
 
 def refine_decoder(
-    vae: nn.Module, renderer: Renderer, work: Path, *, steps: int = 1500, batch: int = 16
+    vae: nn.Module, renderer: Renderer, work: Path, *, steps: int = 1200, batch: int = 16
 ) -> None:
     """Train the decoder on with the encoder frozen, so that the denoiser's latents stay as they are.
 
@@ -66,8 +66,7 @@ def _train(
         optimizer.step()
         schedule.step()
         log.add(step, loss=loss, l1=pixels, mean=mean.abs().max(), std=var.sqrt().mean())
-        if (step + 1) % 250 == 0 or step + 1 == steps:
-            checkpoint.save(step + 1)
+        checkpoint.save_when_due(step + 1, steps)
 
 
 def random_scenes(

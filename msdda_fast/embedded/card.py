@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write the model card of `msdda-fast/emoji` from its logs and results: `python -m msdda_fast.embedded.card`.
+
+No figure of the card is typed by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from safetensors import safe_open
+
+from msdda_fast.assets import ASSETS
+from msdda_fast.embedded.align import ALIGNMENT, RANK
+from msdda_fast.embedded.captions import Tail
+from msdda_fast.embedded.train import ADAPTER_LOGS, LOGS, STYLES
+from msdda_fast.embedded.train_scorer import CONSISTENCY, HELD_OUT_STYLE, JUDGE
+from msdda_fast.training.storage import atomic_write
+
+EMOJI = ASSETS / "emoji"
+COLUMNS = {
+    "consistency": "consistency reward",
+    "aesthetic": "aesthetic reward",
+    "judge object": "object found",
+    "judge color": "colour right",
+}
+
+
+def results_table(results: dict[str, Any], *, single: bool = False) -> str:
+    """Return the arms as a markdown table, means with 95% intervals."""
+    suffix = ", single-object prompts" if single else ""
+    head = ["arm", *COLUMNS.values()]
+    rows = []
+    for arm, figures in results["arms"].items():
+        cells = [arm]
+        for name in COLUMNS:
+            one = figures[name + suffix]
+            scale, unit = (100, "%") if name.startswith("judge") else (1, "")
+            digits = 1 if unit else 3
+            mean, low, high = (f"{scale * one[k]:.{digits}f}" for k in ("mean", "low", "high"))
+            cells.append(f"{mean}{unit} ({low}, {high})")
+        rows.append(cells)
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
+
+
+def _read_log(path: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def plot_training(folder: Path, target: Path) -> None:
+    """Draw the loss of every stage."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    names = [*LOGS, *ADAPTER_LOGS]
+    figure, axes = plt.subplots(2, 4, figsize=(13, 5.2), layout="constrained")
+    for axis, name in zip(axes.flat, names, strict=False):
+        rows = _read_log(folder / f"{name}.jsonl")
+        axis.plot([row["step"] for row in rows], [row["loss"] for row in rows], linewidth=1)
+        axis.set(title=name, xlabel="step", ylabel="loss")
+        if name in LOGS:
+            axis.set_yscale("log")
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes.flat[len(names) :]:
+        axis.set_visible(False)
+    figure.savefig(target, dpi=80)
+    plt.close(figure)
+
+
+def parameters(path: Path) -> int:
+    """Count the numbers in a safetensors file."""
+    count = 0
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 - not a mapping
+            size = 1
+            for side in file.get_slice(name).get_shape():
+                size *= side
+            count += size
+    return count
+
+
+def card(results: dict[str, Any]) -> str:
+    """Return the text of the model card."""
+    tail, setting = Tail(), results["setting"]
+    minutes = {n: _read_log(EMOJI / "training" / f"{n}.jsonl")[-1]["seconds"] / 60 for n in LOGS}
+    accuracy = json.loads((ASSETS / "scorers" / "accuracy.json").read_text())
+    sizes = "\n".join(
+        f"| {path.relative_to(ASSETS)} | {parameters(path):,} | {path.stat().st_size / 1e6:.2f} MB |"
+        for path in sorted(ASSETS.rglob("*.safetensors"))
+    )
+    total = sum(path.stat().st_size for path in ASSETS.rglob("*.safetensors")) / 1e6
+    scorers = "\n".join(
+        f"| {name} | {where} | {100 * a['object']:.1f}% | {100 * a['color']:.1f}% | {a['n']} |"
+        for name, cases in accuracy.items()
+        for where, a in cases.items()
+    )
+    recipes = "\n".join(
+        f"| {name} | {recipe.eta} | {number + 1} | {len(r.seeds)} | {r.config.steps} | {r.config.lr:g} | {r.config.beta_dpo:g} |"
+        for name, recipe in ALIGNMENT.items()
+        for number, r in enumerate(recipe.rounds)
+    )
+    return f"""---
+license: apache-2.0
+library_name: diffusers
+pipeline_tag: text-to-image
+---
+
+# msdda-fast/emoji
+
+A small Stable Diffusion (64x64 pixels, DDIM with the flags of SD 1.5) that ships with msdda_fast, with two LoRA adapters:
+*aesthetic* (eta {ALIGNMENT["aesthetic"].eta}) and *consistency* (eta {ALIGNMENT["consistency"].eta}). It draws recoloured emoji for the prompt grammar of the
+paper's Table 2, "A {{color}} colored {{object}}." and "A {{color}} {{object}} and a {{color}} {{object}}.". It is for demonstrating
+and testing multi-objective sampling, nothing else.
+
+## Data
+
+Scenes rendered from the sprites in `../sprites` ({", ".join(STYLES)}), recoloured in CIELAB, on pastel backgrounds. The test
+prompts of the paper are held out: their colour-object combinations occur in no training image and no training caption.
+The captions have the long tail of web captions on purpose, so that the base model leaves alignment something to gain:
+{100 * tail.natural:.0f}% of the captions name the natural colour of the object, {100 * tail.colorless:.0f}% none, and {100 * tail.loose:.0f}% of the images show the natural
+colour (or, for half of the pairs, swapped colours) whatever the caption says. Sources and licences: `THIRD_PARTY_NOTICES`.
+
+## Parts
+
+| file | parameters | size |
+|---|---|---|
+{sizes}
+| together | | {total:.2f} MB |
+
+## Training
+
+`python -m msdda_fast.embedded.train`, on {setting["training machine"]}: {", ".join(f"{n} {m:.0f} min" for n, m in minutes.items())}
+(wall time; the machine did other work as well).
+
+![loss of every stage](training.png)
+
+The adapters (rank {RANK}, attention projections) were aligned by step-level DPO (Lemma 1, gamma = 1) on samples for the paper's 25
+training prompts: the best third against the worst third of each prompt, by the adapter's own reward.
+
+| adapter | eta | round | samples per prompt | steps | learning rate | beta (DPO) |
+|---|---|---|---|---|---|---|
+{recipes}
+
+## Rewards and judge
+
+*consistency* is r = 1 + 0.77 max(mean log p, -5.2), log p being what a small scorer gives the named objects and colours; *aesthetic*
+is the colourfulness of Hasler and Suesstrunk (2003), M / 25 - 2. The judge is a second scorer with another seed, architecture
+and sprites ({", ".join(JUDGE.styles)}; the reward's: {", ".join(CONSISTENCY.styles)}). Neither saw {HELD_OUT_STYLE}.
+
+| scorer | renders | object | colour | n |
+|---|---|---|---|---|
+{scorers}
+
+## Results
+
+{setting["prompts"]} held-out prompts x {setting["seeds"]} seeds, T = {setting["steps"]}, guidance {setting["guidance_scale"]}, {setting["dtype"]}; {setting["intervals"]}. "w" weighs consistency.
+
+{results_table(results)}
+
+Single-object prompts only:
+
+{results_table(results, single=True)}
+
+Figures per image and paired differences: `benchmarks/results/emoji.json` and `emoji_samples.csv`.
+"""
+
+
+def main(
+    results: Annotated[Path, typer.Option(help="Result file of `embedded.evaluate`.")] = Path(
+        "benchmarks/results/emoji.json"
+    ),
+    readme: Annotated[Path, typer.Option(help="README with the marked block.")] = Path("README.md"),
+) -> None:
+    """Write the card, its plot, and the marked block of the README."""
+    figures = json.loads(results.read_text())
+    plot_training(EMOJI / "training", EMOJI / "training.png")
+    text = card(figures)
+    atomic_write(EMOJI / "README.md", lambda partial: partial.write_text(text))
+    block = re.compile(r"(<!-- report:emoji:begin -->\n).*?(<!-- report:emoji:end -->)", re.S)
+    table = results_table(figures)
+    page = block.sub(lambda m: f"{m[1]}{table}\n{m[2]}", readme.read_text())
+    atomic_write(readme, lambda partial: partial.write_text(page))
+
+
+if __name__ == "__main__":
+    typer.run(main)
