@@ -71,11 +71,11 @@ def ddim_grid(scheduler: Scheduler, num_steps: int) -> DDIMGrid:
         raise InvalidSchedule(
             f"num_steps is {num_steps}, expected 1 to {num_train_steps}, the training steps"
         )
-    name = type(scheduler).__name__
-    if not hasattr(config, "set_alpha_to_one"):
+    kind = type(scheduler)
+    name = kind.__name__
+    if kind.__module__.startswith("diffusers.") and not name.startswith("DDIM"):
         raise InvalidSchedule(
-            f"{name} is not a DDIM scheduler (no set_alpha_to_one); "
-            f"use DDIMScheduler.from_config(scheduler.config)"
+            f"{name} is not a DDIM scheduler; use DDIMScheduler.from_config(scheduler.config)"
         )
     if getattr(config, "thresholding", False):
         raise InvalidSchedule(
