@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the shipped model `msdda-fast/emoji` was made: sprites, renderer, prompts, scorers, training."""
+"""How the shipped model `msdda-fast/emoji` was made: sprites, prompts, scorers, training."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write the model card of `msdda-fast/emoji` from its logs and results: `python -m msdda_fast.embedded.card`.
+"""Write the model card of `msdda-fast/emoji` from its logs and results, no figure typed by hand.
 
-No figure of the card is typed by hand.
+`python -m msdda_fast.embedded.card`; the text is `card.md` beside this file.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def parameters(path: Path) -> int:
     """Count the numbers in a safetensors file."""
     count = 0
     with safe_open(path, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118 - not a mapping
+        for name in file.keys():
             size = 1
             for side in file.get_slice(name).get_shape():
                 size *= side
@@ -90,85 +90,45 @@ def card(results: dict[str, Any]) -> str:
     tail, setting = Tail(), results["setting"]
     minutes = {n: _read_log(EMOJI / "training" / f"{n}.jsonl")[-1]["seconds"] / 60 for n in LOGS}
     accuracy = json.loads((ASSETS / "scorers" / "accuracy.json").read_text())
+    weights = sorted(ASSETS.rglob("*.safetensors"))
     sizes = "\n".join(
-        f"| {path.relative_to(ASSETS)} | {parameters(path):,} | {path.stat().st_size / 1e6:.2f} MB |"
-        for path in sorted(ASSETS.rglob("*.safetensors"))
+        f"| {path.relative_to(ASSETS)} | {parameters(path):,} "
+        f"| {path.stat().st_size / 1e6:.2f} MB |"
+        for path in weights
     )
-    total = sum(path.stat().st_size for path in ASSETS.rglob("*.safetensors")) / 1e6
+    total = sum(path.stat().st_size for path in weights) / 1e6
     scorers = "\n".join(
         f"| {name} | {where} | {100 * a['object']:.1f}% | {100 * a['color']:.1f}% | {a['n']} |"
         for name, cases in accuracy.items()
         for where, a in cases.items()
     )
     recipes = "\n".join(
-        f"| {name} | {recipe.eta} | {number + 1} | {len(r.seeds)} | {r.config.steps} | {r.config.lr:g} | {r.config.beta_dpo:g} |"
+        f"| {name} | {recipe.eta} | {number + 1} | {len(r.seeds)} | {r.config.steps} "
+        f"| {r.config.lr:g} | {r.config.beta_dpo:g} |"
         for name, recipe in ALIGNMENT.items()
         for number, r in enumerate(recipe.rounds)
     )
-    return f"""---
-license: apache-2.0
-library_name: diffusers
-pipeline_tag: text-to-image
----
-
-# msdda-fast/emoji
-
-A small Stable Diffusion (64x64 pixels, DDIM with the flags of SD 1.5) that ships with msdda_fast, with two LoRA adapters:
-*aesthetic* (eta {ALIGNMENT["aesthetic"].eta}) and *consistency* (eta {ALIGNMENT["consistency"].eta}). It draws recoloured emoji for the prompt grammar of the
-paper's Table 2, "A {{color}} colored {{object}}." and "A {{color}} {{object}} and a {{color}} {{object}}.". It is for demonstrating
-and testing multi-objective sampling, nothing else.
-
-## Data
-
-Scenes rendered from the sprites in `../sprites` ({", ".join(STYLES)}), recoloured in CIELAB, on pastel backgrounds. The test
-prompts of the paper are held out: their colour-object combinations occur in no training image and no training caption.
-The captions have the long tail of web captions on purpose, so that the base model leaves alignment something to gain:
-{100 * tail.natural:.0f}% of the captions name the natural colour of the object, {100 * tail.colorless:.0f}% none, and {100 * tail.loose:.0f}% of the images show the natural
-colour (or, for half of the pairs, swapped colours) whatever the caption says. Sources and licences: `THIRD_PARTY_NOTICES`.
-
-## Parts
-
-| file | parameters | size |
-|---|---|---|
-{sizes}
-| together | | {total:.2f} MB |
-
-## Training
-
-`python -m msdda_fast.embedded.train`, on {setting["training machine"]}: {", ".join(f"{n} {m:.0f} min" for n, m in minutes.items())}
-(wall time; the machine did other work as well).
-
-![loss of every stage](training.png)
-
-The adapters (rank {RANK}, attention projections) were aligned by step-level DPO (Lemma 1, gamma = 1) on samples for the paper's 25
-training prompts: the best third against the worst third of each prompt, by the adapter's own reward.
-
-| adapter | eta | round | samples per prompt | steps | learning rate | beta (DPO) |
-|---|---|---|---|---|---|---|
-{recipes}
-
-## Rewards and judge
-
-*consistency* is r = 1 + 0.77 max(mean log p, -5.2), log p being what a small scorer gives the named objects and colours; *aesthetic*
-is the colourfulness of Hasler and Suesstrunk (2003), M / 25 - 2. The judge is a second scorer with another seed, architecture
-and sprites ({", ".join(JUDGE.styles)}; the reward's: {", ".join(CONSISTENCY.styles)}). Neither saw {HELD_OUT_STYLE}.
-
-| scorer | renders | object | colour | n |
-|---|---|---|---|---|
-{scorers}
-
-## Results
-
-{setting["prompts"]} held-out prompts x {setting["seeds"]} seeds, T = {setting["steps"]}, guidance {setting["guidance_scale"]}, {setting["dtype"]}; {setting["intervals"]}. "w" weighs consistency.
-
-{results_table(results)}
-
-Single-object prompts only:
-
-{results_table(results, single=True)}
-
-Figures per image and paired differences: `benchmarks/results/emoji.json` and `emoji_samples.csv`.
-"""
+    template = (Path(__file__).parent / "card.md").read_text()
+    return template.format(
+        eta_aesthetic=ALIGNMENT["aesthetic"].eta,
+        eta_consistency=ALIGNMENT["consistency"].eta,
+        rank=RANK,
+        styles=", ".join(STYLES),
+        natural=f"{100 * tail.natural:.0f}",
+        colorless=f"{100 * tail.colorless:.0f}",
+        loose=f"{100 * tail.loose:.0f}",
+        sizes=sizes,
+        total=f"{total:.2f}",
+        minutes=", ".join(f"{name} {m:.0f} min" for name, m in minutes.items()),
+        recipes=recipes,
+        judge_styles=", ".join(JUDGE.styles),
+        reward_styles=", ".join(CONSISTENCY.styles),
+        held_out_style=HELD_OUT_STYLE,
+        scorers=scorers,
+        table=results_table(results),
+        single_table=results_table(results, single=True),
+        **setting,
+    )
 
 
 def main(

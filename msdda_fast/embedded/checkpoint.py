@@ -6,20 +6,27 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from msdda_fast.training.storage import atomic_write
 
-
 CHECKPOINT_EVERY = 100  # steps
+
+
+class Stateful(Protocol):
+    """A module, an optimizer, a schedule."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...  # noqa: ANN401 - ignored
 
 
 class Checkpoint:
     """The state of named parts (anything with `state_dict`) in one file."""
 
-    def __init__(self, path: Path, **parts: Any) -> None:
+    def __init__(self, path: Path, **parts: Stateful) -> None:
         self._path = path
         self._parts = parts
 

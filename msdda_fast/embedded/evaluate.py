@@ -10,9 +10,11 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -86,9 +88,7 @@ def sample_arm(model: Path, arm: Arm, work: Path) -> Collection:
     rewards: dict[str, Any] = {name: load_reward(name) for name in REWARDS}
     rewards |= {named.name: named for named in (Named(judge, "object"), Named(judge, "color"))}
     folder = work / arm.name.replace(" ", "").replace(",", "-")
-    return collect(
-        sampler(pipe, arm.weights), rewards, TEST_PROMPTS, SEEDS, folder, batch_size=32
-    )
+    return collect(sampler(pipe, arm.weights), rewards, TEST_PROMPTS, SEEDS, folder, batch_size=32)
 
 
 def interval(values: Tensor) -> dict[str, float]:
@@ -98,24 +98,28 @@ def interval(values: Tensor) -> dict[str, float]:
     draws = torch.randint(seeds, (RESAMPLES, prompts, seeds), generator=generator)
     means = values.expand(RESAMPLES, -1, -1).gather(2, draws).mean((1, 2))
     low, high = means.quantile(torch.tensor([0.025, 0.975])).tolist()
-    return {k: round(v, 4) for k, v in zip(("mean", "low", "high"), (values.mean().item(), low, high), strict=True)}  # fmt: skip
+    figures = {"mean": values.mean().item(), "low": low, "high": high}
+    return {name: round(value, 4) for name, value in figures.items()}
 
 
 def summarise(samples: Mapping[str, Collection]) -> dict[str, Any]:
     """Turn the scored samples of all arms into figures with intervals; differences are paired."""
-    grid = {arm: {k: v.view(len(TEST_PROMPTS), len(SEEDS)) for k, v in c.scores.items()} for arm, c in samples.items()}  # fmt: skip
-    single = torch.tensor([len(parse(p)) == 1 for p in TEST_PROMPTS])
+    shape = len(TEST_PROMPTS), len(SEEDS)
+    grid = {arm: {k: v.view(shape) for k, v in c.scores.items()} for arm, c in samples.items()}
+    single = torch.tensor([len(parse(prompt)) == 1 for prompt in TEST_PROMPTS])
     table = {
         arm: {k: interval(v) for k, v in scores.items()}
         | {f"{k}, single-object prompts": interval(v[single]) for k, v in scores.items()}
         for arm, scores in grid.items()
     }
     names = [f"w = {w:g}" for w in SWEEP]
-    pairs = [*zip(names, names[1:], strict=False), ("base, eta 1.0", names[0]), ("base, eta 0.8", names[-1])]  # fmt: skip
+    own_base = [("base, eta 1.0", names[0]), ("base, eta 0.8", names[-1])]
     paired = {
-        f"{after} minus {before}": {k: interval(grid[after][k] - grid[before][k]) for k in grid[after]}
-        for before, after in pairs
-    }  # fmt: skip
+        f"{after} minus {before}": {
+            k: interval(grid[after][k] - grid[before][k]) for k in grid[after]
+        }
+        for before, after in [*pairwise(names), *own_base]
+    }
     return {"arms": table, "paired differences": paired}
 
 
@@ -134,11 +138,15 @@ def to_csv(samples: Mapping[str, Collection]) -> str:
 
 
 def main(
-    work: Annotated[Path, typer.Option(help="Folder of the resumable samples.")] = Path("out/emoji"),
+    work: Annotated[Path, typer.Option(help="Folder of the resumable samples.")] = Path(
+        "out/emoji"
+    ),
     results: Annotated[Path, typer.Option(help="Folder of the result files.")] = Path(
         "benchmarks/results"
     ),
-    model: Annotated[Path | None, typer.Option(help="Model folder; default: the shipped one.")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Model folder; default: the shipped one.")
+    ] = None,
 ) -> None:
     """Sample all arms on the test prompts and write the result files."""
     folder = model or resolve("msdda-fast/emoji")
@@ -146,7 +154,8 @@ def main(
     setting = {
         "prompts": len(TEST_PROMPTS), "seeds": len(SEEDS), "steps": NUM_STEPS,
         "guidance_scale": GUIDANCE_SCALE, "dtype": "float32", "torch": torch.__version__,
-        "machine": platform.machine(), "intervals": "95% bootstrap over seeds within prompts",
+        "machine": f"{os.cpu_count()} CPU cores ({platform.machine()})",
+        "intervals": "95% bootstrap over seeds within prompts",
     }  # fmt: skip
     summary = json.dumps({"setting": setting, **summarise(samples)}, indent=1) + "\n"
     atomic_write(results / "emoji.json", lambda partial: partial.write_text(summary))

@@ -67,7 +67,7 @@ def caption(things: Sequence[Painted]) -> str:
 
 
 def held_out() -> tuple[set[Painted], set[tuple[Painted, Painted]]]:
-    """Return the single combinations and the pairs of the test prompts, which training never sees."""
+    """Return the singles and the pairs of the test prompts, which training never sees."""
     parsed = [parse(prompt) for prompt in TEST_PROMPTS]
     singles = {things[0] for things in parsed if len(things) == 1}
     pairs = {(things[0], things[1]) for things in parsed if len(things) == 2}

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from msdda_fast.rewards.grammar import COLORS, OBJECTS, Painted
 from msdda_fast.embedded.sprites import lab_to_rgb, painted_sprites
+from msdda_fast.rewards.grammar import COLORS, OBJECTS, Painted
 
 IMAGE_SIZE = 64
 Uniform = Callable[..., Tensor]  # (*shape) -> uniform numbers in [0, 1)
@@ -51,9 +51,7 @@ class Renderer:
         self._large = F.interpolate(premultiplied, size=64, mode="area")
         self._small = F.interpolate(premultiplied, size=36, mode="bilinear", antialias=True)
 
-    def __call__(
-        self, scenes: Sequence[Sequence[Painted]], generator: torch.Generator
-    ) -> Tensor:
+    def __call__(self, scenes: Sequence[Sequence[Painted]], generator: torch.Generator) -> Tensor:
         """Render scenes (every object coloured), two objects left to right.
 
         Returns: images, shape (N, 3, 64, 64), in [0, 1].

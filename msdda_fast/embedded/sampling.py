@@ -38,5 +38,3 @@ def sampler(
         return latents, (decoded.sample.float() / 2 + 0.5).clamp(0, 1)
 
     return sample
-
-

@@ -45,16 +45,20 @@ _TABLE = {
         '<path fill="#b07a4c" d="M3 8h26l1 4H2z"/><path fill="#6d4325" d="M2 12h28v2.5H2z"/>'
     ),
     "fluentflat": (
-        '<path fill="#7d4b28" d="M4 13h3.5v16H4zM24.5 13H28v16h-3.5zM9.5 13H12v11H9.5zM20 13h2.5v11H20z"/>'
+        '<path fill="#7d4b28" d="M4 13h3.5v16H4zM24.5 13H28v16h-3.5z"/>'
+        '<path fill="#7d4b28" d="M9.5 13H12v11H9.5zM20 13h2.5v11H20z"/>'
         '<path fill="#a56a3c" d="M6 6h20l4 7H2z"/><path fill="#8a5730" d="M2 13h28v2H2z"/>'
     ),
 }
 _TABLE |= {"noto-v1": _TABLE["noto"], "fluent": _TABLE["fluentflat"], "twemoji": (
     '<path fill="#8f5f3a" d="M6 14h3l1 14H7zM26 14h-3l-1 14h3z"/>'
     '<ellipse cx="16" cy="11" rx="14" ry="4.5" fill="#b98253"/>'
-    '<path fill="#7a4d2c" d="M2 11c0 3 6 5.5 14 5.5S30 14 30 11v1.6c0 3-6 5.6-14 5.6S2 15.6 2 12.6z"/>'
+    '<path fill="#7a4d2c" '
+    'd="M2 11c0 3 6 5.5 14 5.5S30 14 30 11v1.6c0 3-6 5.6-14 5.6S2 15.6 2 12.6z"/>'
 )}  # fmt: skip
-_DROPPED = {("noto-v1", "clock")}  # its blue case is not the dominant hue: only the bells would change
+_DROPPED = {
+    ("noto-v1", "clock")
+}  # its blue case is not the dominant hue: only the bells would change
 # Their hue says nothing about the body (coffee in a white cup, icons on a phone): tint everything.
 _TINT_WHOLE = {"cup", "cell phone", "hat", "sheep"}
 
@@ -63,11 +67,18 @@ PALETTE = {
     "green": (40, 160, 60), "white": (246, 246, 246), "orange": (255, 138, 10),
     "yellow": (252, 214, 30), "brown": (125, 76, 38), "purple": (130, 55, 185),
 }  # fmt: skip
-_CONTRAST = {"black": 0.45, "white": 0.30}  # how much of the sprite's own shading survives; else 0.6
+_CONTRAST = {
+    "black": 0.45,
+    "white": 0.30,
+}  # how much of the sprite's own shading survives; else 0.6
 
 _TO_XYZ = np.array(
-    [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
-)  # fmt: skip
+    [
+        [0.4124564, 0.3575761, 0.1804375],
+        [0.2126729, 0.7151522, 0.0721750],
+        [0.0193339, 0.1191920, 0.9503041],
+    ]
+)
 _WHITE = _TO_XYZ.sum(1)
 
 
@@ -117,16 +128,15 @@ def recolor(rgba: FloatArray, color: str, *, whole: bool = False) -> FloatArray:
     body = visible & (mask > 0.5)
     target = rgb_to_lab(np.array(PALETTE[color]) / 255)
     shading = _CONTRAST.get(color, 0.6) * (lightness - np.median(lightness[body]))
-    painted = np.stack(
-        [np.clip(target[0] + shading, 3, 98), np.full_like(alpha, target[1]), np.full_like(alpha, target[2])],
-        -1,
-    )  # fmt: skip
+    painted = np.empty_like(lab)
+    painted[..., 0] = np.clip(target[0] + shading, 3, 98)
+    painted[..., 1:] = target[1:]
     rgb = lab_to_rgb(painted) * mask[..., None] + rgba[..., :3] * (1 - mask[..., None])
     return np.concatenate([rgb, rgba[..., 3:]], -1)
 
 
 def sprite_path(style: str, name: str) -> Path:
-    """Return where the stored sprite of an object lives; it need not exist (some sets lack some)."""
+    """Return where the stored sprite of an object lives; some sets lack some."""
     return ASSETS / "sprites" / style / f"{name.replace(' ', '-')}.png"
 
 
@@ -163,8 +173,10 @@ def _rasterise(icons_dir: Path) -> None:
             width = icon.get("width", icons.get("width", 16))
             height = icon.get("height", icons.get("height", 16))
             svg = (
-                '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-                f'viewBox="0 0 {width} {height}" width="{SIZE}" height="{SIZE}">{icon["body"]}</svg>'
+                '<svg xmlns="http://www.w3.org/2000/svg" '
+                'xmlns:xlink="http://www.w3.org/1999/xlink" '
+                f'viewBox="0 0 {width} {height}" width="{SIZE}" height="{SIZE}">'
+                f"{icon['body']}</svg>"
             )
             png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=SIZE, height=SIZE))
             path = sprite_path(style, name)

@@ -7,10 +7,11 @@ from its checkpoint, so the same command goes on after a kill. About an hour on 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -20,6 +21,7 @@ from torch import nn
 from msdda_fast.assets import ASSETS
 from msdda_fast.embedded.align import ALIGNMENT, align
 from msdda_fast.embedded.render import Renderer
+from msdda_fast.embedded.sampling import GUIDANCE_SCALE
 from msdda_fast.embedded.train_base import cache_latents, tokenize, train_base
 from msdda_fast.embedded.train_scorer import (
     CONSISTENCY,
@@ -62,7 +64,7 @@ def train_networks(work: Path) -> Path:
 
 
 def train_scorers(work: Path, folder: Path) -> None:
-    """Train the reward's scorer and the judge; write weights and held-out accuracies to `folder`."""
+    """Train the reward's scorer and the judge; write weights and accuracies to `folder`."""
     vae = architectures.small_vae()
     vae.load_state_dict(torch.load(work / "vae.pt", weights_only=True)["model"])
     accuracies = {}
@@ -86,11 +88,12 @@ def save_scorer(scorer: nn.Module, path: Path) -> None:
 def export(base: Path, adapters: dict[str, Path], work: Path, folder: Path) -> None:
     """Copy the base pipeline and its adapters into `folder`, with objectives and training logs."""
     shutil.copytree(base, folder, dirs_exist_ok=True)
-    objectives = {}
+    objectives: dict[str, Any] = {}
     for name, source in adapters.items():
         (folder / name).mkdir(exist_ok=True)
         shutil.copy2(source / "pytorch_lora_weights.safetensors", folder / name)
-        objectives[name] = {"source": name, "eta": ALIGNMENT[name].eta}
+        eta = ALIGNMENT[name].eta
+        objectives[name] = {"source": name, "eta": eta, "guidance_scale": GUIDANCE_SCALE}
     text = json.dumps(objectives, indent=1) + "\n"
     atomic_write(folder / "objectives.json", lambda partial: partial.write_text(text))
     logs = folder / "training"
@@ -99,6 +102,25 @@ def export(base: Path, adapters: dict[str, Path], work: Path, folder: Path) -> N
         shutil.copy2(work / f"{name}.jsonl", logs)
     for name in ADAPTER_LOGS:
         shutil.copy2(work / name / "train" / "log.jsonl", logs / f"{name}.jsonl")
+    write_manifest(folder, objectives)
+
+
+def write_manifest(folder: Path, objectives: dict[str, Any]) -> None:
+    """Write `manifest.json`: the adapters and etas of the model, and a hash of each file."""
+    files = {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.suffix in (".safetensors", ".json") and path.name != "manifest.json"
+    }
+    manifest = {
+        "id": "msdda-fast/emoji",
+        "license": "Apache-2.0",
+        "notices": "THIRD_PARTY_NOTICES",
+        "objectives": objectives,
+        "sha256": files,
+    }
+    text = json.dumps(manifest, indent=1) + "\n"
+    atomic_write(folder / "manifest.json", lambda partial: partial.write_text(text))
 
 
 def main(

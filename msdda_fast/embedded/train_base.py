@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +18,29 @@ from msdda_fast.training.storage import atomic_write
 NUM_SCENES = 30_000
 
 
+class Tokenizer(Protocol):
+    """What is used of a CLIPTokenizer."""
+
+    model_max_length: int
+
+    def __call__(
+        self, text: list[str], *, padding: str, max_length: int, truncation: bool
+    ) -> Any: ...  # noqa: ANN401 - transformers' BatchEncoding
+
+
+class Noising(Protocol):
+    """What is used of a DDIMScheduler."""
+
+    config: Any
+
+    def add_noise(self, original: Tensor, noise: Tensor, timesteps: Tensor, /) -> Tensor: ...
+
+
 @torch.no_grad()
 def cache_latents(
-    vae: nn.Module, tokenizer: Any, renderer: Renderer, work: Path
+    vae: nn.Module, tokenizer: Tokenizer, renderer: Renderer, work: Path
 ) -> tuple[Tensor, Tensor]:
-    """Render `NUM_SCENES` captioned scenes once; return latents (N, 4, 16, 16) and token ids (N, L)."""
+    """Render `NUM_SCENES` captioned scenes once; return latents (N, 4, 16, 16), ids (N, L)."""
     path = work / "latents.pt"
     if not path.is_file():
         sampler, generator = CaptionSampler(seed=1), torch.Generator().manual_seed(1)
@@ -39,8 +57,8 @@ def cache_latents(
     return stored["latents"], stored["ids"]
 
 
-def tokenize(tokenizer: Any, texts: list[str]) -> Tensor:
-    """Return token ids, shape (N, model_max_length), padded as StableDiffusionPipeline pads them."""
+def tokenize(tokenizer: Tokenizer, texts: list[str]) -> Tensor:
+    """Return token ids, shape (N, model_max_length), padded as diffusers does."""
     length = tokenizer.model_max_length
     tokens = tokenizer(texts, padding="max_length", max_length=length, truncation=True)
     return torch.tensor(tokens.input_ids)
@@ -49,7 +67,7 @@ def tokenize(tokenizer: Any, texts: list[str]) -> Tensor:
 def train_base(
     unet: nn.Module,
     text_encoder: nn.Module,
-    scheduler: Any,
+    scheduler: Noising,
     latents: Tensor,
     ids: Tensor,
     empty_id: Tensor,

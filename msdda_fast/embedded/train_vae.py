@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from msdda_fast.embedded.checkpoint import Checkpoint, TrainingLog
-from msdda_fast.rewards.grammar import COLORS, OBJECTS, Painted
 from msdda_fast.embedded.render import Renderer
+from msdda_fast.rewards.grammar import COLORS, OBJECTS, Painted
 
 
 def train_vae(
@@ -29,7 +29,7 @@ def train_vae(
 def refine_decoder(
     vae: nn.Module, renderer: Renderer, work: Path, *, steps: int = 1200, batch: int = 16
 ) -> None:
-    """Train the decoder on with the encoder frozen, so that the denoiser's latents stay as they are.
+    """Train the decoder on with the encoder frozen: the denoiser's latents stay as they are.
 
     Resumes from `work/decoder.pt`.
     """

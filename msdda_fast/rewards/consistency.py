@@ -19,7 +19,7 @@ REGIONS = ("whole", "left", "right")
 
 
 class Scorer(nn.Module):
-    """A small convolutional network that names object and colour, on the whole image and its halves.
+    """A small convolutional network that names object and colour, on the image and its halves.
 
     Args:
         widths: Channels of the four stages, each of which halves the image side.

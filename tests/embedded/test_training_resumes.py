@@ -62,9 +62,7 @@ def test_denoiser_and_text_encoder(tmp_path, monkeypatch):
         ids = train_base.tokenize(tokenizer, ["a red car"] * 6)
         empty = train_base.tokenize(tokenizer, [""])[0]
         scheduler = architectures.sd15_scheduler()
-        train_base.train_base(
-            unet, text, scheduler, latents, ids, empty, work, steps=4, batch=2
-        )
+        train_base.train_base(unet, text, scheduler, latents, ids, empty, work, steps=4, batch=2)
         return [*unet.state_dict().values(), *text.state_dict().values()]
 
     straight = train(tmp_path / "straight")

@@ -18,7 +18,9 @@ def test_a_prompt_names_its_objects_left_to_right(prompt, things):
     assert parse(prompt) == tuple(Painted(*thing) for thing in things)
 
 
-@pytest.mark.parametrize("prompt", ["A dragon.", "", "purple dog", "A red car and a dog and a cat."])
+@pytest.mark.parametrize(
+    "prompt", ["A dragon.", "", "purple dog", "A red car and a dog and a cat."]
+)
 def test_other_prompts_are_refused_with_the_words_that_are_known(prompt):
     with pytest.raises(ValueError, match=r"outside the grammar.*purple.*giraffe") as caught:
         parse(prompt)
