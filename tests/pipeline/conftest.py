@@ -51,11 +51,9 @@ class TinyModel:
         options.setdefault("objectives", self.objectives())
         return quiet(mf.MSDDAPipeline.from_pretrained(self.folder, **options))
 
-    def stock(self, adapter: str | None = None, *, eta_free: bool = True, **options):
+    def stock(self, adapter: str | None = None, *, dtype=torch.float32):
         """The stock pipeline on its own copy of the modules, with one adapter loaded or none."""
-        pipe = StableDiffusionPipeline.from_pretrained(
-            self.folder, dtype=options.pop("dtype", torch.float32), **options
-        )
+        pipe = StableDiffusionPipeline.from_pretrained(self.folder, dtype=dtype)
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
         if adapter is not None:
             pipe.load_lora_weights(getattr(self, adapter), adapter_name=adapter)
@@ -101,7 +99,9 @@ def write_adapter(folder: Path, unet, *, rank: int = 2, lora_alpha: int = 6, tex
         config = LoraConfig(r=rank, lora_alpha=lora_alpha, target_modules=targets)
         inject_adapter_in_model(config, network, adapter_name="made")
         state = get_peft_model_state_dict(network, adapter_name="made")
-        return {key: 0.3 * torch.randn_like(value) for key, value in state.items()}, config.to_dict()
+        return {
+            key: 0.3 * torch.randn_like(value) for key, value in state.items()
+        }, config.to_dict()
 
     layers, metadata = factors(unet, ["to_q", "to_k", "to_v", "to_out.0"])
     text = {}
@@ -115,6 +115,15 @@ def write_adapter(folder: Path, unet, *, rank: int = 2, lora_alpha: int = 6, tex
         folder, unet_lora_layers=layers, unet_lora_adapter_metadata=metadata, **text
     )
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Layers this small lose to thread start-up, by far on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
@@ -153,8 +162,9 @@ def tiny_kl(tmp_path_factory, tiny) -> TinyModel:
     return TinyModel(root / "model", tiny.warm, tiny.cool)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def pipe(tiny) -> mf.MSDDAPipeline:
+    """One for all tests that only call it: a call leaves a pipeline as it was."""
     return tiny.load()
 
 
