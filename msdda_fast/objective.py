@@ -181,7 +181,7 @@ def preference_weights(
         values = torch.full((count,), 1.0 / count, dtype=torch.float64)
     elif isinstance(weights, Mapping):
         values = _mapping_row(weights, names)
-    elif not isinstance(weights, Tensor) and any(isinstance(row, Mapping) for row in weights):
+    elif _holds_mappings(weights):
         values = torch.stack([_mapping_row(row, names) for row in weights])
     else:
         values = as_host_float64(weights, "weights")
@@ -224,14 +224,15 @@ def preference_schedule(
         ]
         return torch.stack(rows)
     count = objectives if isinstance(objectives, int) else len(objectives)
+    if not (weights is None or isinstance(weights, Mapping) or _holds_mappings(weights)):
+        weights = as_host_float64(weights, "weights")
     if isinstance(weights, Tensor) and weights.ndim == 3:
         expected = (num_steps, batch_size, count)
         if weights.shape not in (expected, (num_steps, 1, count)):
             raise InvalidShape(
                 f"weights have shape {tuple(weights.shape)}, expected (T, B, M) = {expected}"
             )
-        values = as_host_float64(weights, "weights").expand(expected)
-        return normalise_weights(values, axis=-1, extrapolate=extrapolate)
+        return normalise_weights(weights.expand(expected), axis=-1, extrapolate=extrapolate)
     constant = preference_weights(weights, objectives, batch_size, extrapolate=extrapolate)
     return constant.expand(num_steps, *constant.shape)
 
@@ -242,6 +243,10 @@ def as_host_float64(values: Tensor | Sequence[Any] | float, name: str) -> Tensor
         return torch.as_tensor(values, dtype=torch.float64, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError) as error:
         raise InvalidShape(f"{name}: expected a rectangular array of numbers: {error}") from None
+
+
+def _holds_mappings(weights: Tensor | Sequence[Any]) -> bool:
+    return not isinstance(weights, Tensor) and any(isinstance(row, Mapping) for row in weights)
 
 
 def _mapping_row(weights: Mapping[str, float], names: Sequence[str] | None) -> Tensor:
@@ -256,7 +261,7 @@ def _mapping_row(weights: Mapping[str, float], names: Sequence[str] | None) -> T
             f"weights {dict(weights)} miss {', '.join(missing)}; name every objective "
             f"({', '.join(names)}), 0 switches one off"
         )
-    return torch.tensor([float(weights[name]) for name in names], dtype=torch.float64)
+    return as_host_float64([weights[name] for name in names], "weights")
 
 
 def _describe(names: Sequence[str] | None, count: int) -> str:

@@ -130,10 +130,14 @@ class TestPreferenceWeights:
         with pytest.raises(InvalidShape, match=r"expected \(2,\) or \(3, 2\)"):
             preference_weights(weights, NAMES, 3)
 
-    @pytest.mark.parametrize("weights", [[[0.5, 0.5], [1.0]], ["a", "b"]], ids=["ragged", "text"])
+    @pytest.mark.parametrize(
+        "weights",
+        [[[0.5, 0.5], [1.0]], ["a", "b"], {"aesthetic": None, "consistency": 1.0}],
+        ids=["ragged", "text", "None"],
+    )
     def test_not_numbers(self, weights: object) -> None:
         with pytest.raises(InvalidShape, match="rectangular array of numbers"):
-            preference_weights(weights, 2, 2)
+            preference_weights(weights, NAMES, 2)
 
     def test_fake_tensors_are_not_read(self) -> None:
         with FakeTensorMode():
@@ -153,12 +157,14 @@ class TestPreferenceSchedule:
 
     def test_callable_may_return_any_form(self) -> None:
         forms = [None, {"aesthetic": 0.5, "consistency": 0.5}, [[0.5, 0.5]] * 2]
+        assert preference_schedule(forms[1], NAMES, 2, 3).unique().tolist() == [0.5]
         assert preference_schedule(lambda k: forms[k], NAMES, 2, 3).unique().tolist() == [0.5]
 
     def test_numbers_per_step(self) -> None:
         given = torch.tensor([[[0.3, 0.7]], [[1.0, 0.0]]], dtype=torch.float64)
         assert preference_schedule(given, 2, 1, 2).equal(given)
         assert preference_schedule(given, 2, 4, 2).equal(given.expand(2, 4, 2))
+        assert preference_schedule(given.tolist(), 2, 1, 2).equal(given)
 
     @pytest.mark.parametrize("shape", [(3, 1, 2), (2, 3, 2), (2, 4, 3)], ids=str)
     def test_wrong_shape(self, shape: tuple[int, ...]) -> None:
