@@ -13,7 +13,7 @@ namespace msdda {
 namespace {
 
 constexpr int kTile = 1024;               // floats per row: 4 kB, so that six rows fit in 32 kB
-constexpr std::int64_t kGrain = 1 << 15;  // elements that pay for waking another thread
+constexpr std::int64_t kGrain = 1 << 15;  // elements per thread that pay for waking it (>= 20 us)
 
 // Calls f(pointer to the element at `offset`, in its own type).
 template <class F>
@@ -41,7 +41,7 @@ void write(const Array& out, std::int64_t offset, const A* value, int n) {
 
 template <class Body>
 void for_each_tile(std::int64_t tiles, std::int64_t elements, int threads, Body&& body) {
-  const auto useful = static_cast<int>(std::min<std::int64_t>(threads, 1 + elements / kGrain));
+  const auto useful = static_cast<int>(std::min<std::int64_t>(threads, std::max<std::int64_t>(1, elements / kGrain)));
 #pragma omp parallel for schedule(static) num_threads(useful) if (useful > 1)
   for (std::int64_t tile = 0; tile < tiles; ++tile) body(tile);
 }
@@ -57,7 +57,7 @@ void for_each_drawn(const Noise& noise, const Shape& shape, int threads, Segment
   const std::int64_t depth = columns > 1 ? 1 : std::clamp<std::int64_t>(kTile / width, 1, blocks);
   const std::int64_t layers = (blocks + depth - 1) / depth;
   const std::int64_t per_sample = layers * columns;
-  for_each_tile(shape.batch * per_sample, 4 * shape.batch * shape.sample(), threads, [&](auto tile) {
+  for_each_tile(shape.batch * per_sample, 2 * shape.batch * shape.sample(), threads, [&](auto tile) {
     std::uint32_t pixel[kTile], block[kTile];
     float z[4 * kTile];
     const std::int64_t sample = tile / per_sample;
@@ -66,9 +66,11 @@ void for_each_drawn(const Noise& noise, const Shape& shape, int threads, Segment
     const std::int64_t tile_blocks = std::min(depth, blocks - first_block);
     const std::int64_t tile_pixels = std::min(width, shape.pixels - first_pixel);
     const auto n = static_cast<int>(tile_blocks * tile_pixels);
-    for (int j = 0; j < n; ++j) {
-      block[j] = static_cast<std::uint32_t>(first_block + j / tile_pixels);
-      pixel[j] = static_cast<std::uint32_t>(first_pixel + j % tile_pixels);
+    for (std::int64_t b = 0, j = 0; b < tile_blocks; ++b) {
+      for (std::int64_t p = 0; p < tile_pixels; ++p, ++j) {
+        block[j] = static_cast<std::uint32_t>(first_block + b);
+        pixel[j] = static_cast<std::uint32_t>(first_pixel + p);
+      }
     }
     draw_normals(z, kTile, pixel, block, noise.step, noise.stream,
                  static_cast<std::uint64_t>(noise.seeds[sample]), n);

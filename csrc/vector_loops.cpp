@@ -19,9 +19,29 @@
 namespace msdda {
 namespace {
 
+// The next tile of a stream starts on a page that the hardware prefetcher has not seen: asking for it
+// into the second-level cache takes a 100 MB step from 1.7 to 1.1 times memcpy (EPYC, one thread).
+constexpr std::uintptr_t kPrefetchBytes = 4096;
+
+template <class T>
+MSDDA_HD void prefetch(const T* value) {
+#ifdef __GNUC__
+  const auto address = reinterpret_cast<std::uintptr_t>(value) + kPrefetchBytes;
+  __builtin_prefetch(reinterpret_cast<const void*>(address), 0, 2);
+#endif
+}
+
 template <class A, class T>
 MSDDA_HD void add_terms_loop(A* __restrict total, A coefficient, const T* __restrict value, int n) {
-  for (int j = 0; j < n; ++j) total[j] = total[j] + coefficient * load<A>(value[j]);
+  constexpr int kLine = 64 / sizeof(T);
+  int j = 0;
+  for (; j + 4 * kLine <= n; j += 4 * kLine) {
+    for (int line = 0; line < 4; ++line) prefetch(value + j + line * kLine);
+    for (int i = j; i < j + 4 * kLine; ++i) {
+      total[i] = total[i] + coefficient * load<A>(value[i]);
+    }
+  }
+  for (; j < n; ++j) total[j] = total[j] + coefficient * load<A>(value[j]);
 }
 
 template <class T, class A>
