@@ -138,7 +138,7 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
         callback_on_step_end: sampling.StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         **refused: Any,  # noqa: ANN401 - named in the error
-    ) -> StableDiffusionPipelineOutput | tuple[Any, list[bool] | None]:
+    ) -> Any:  # noqa: ANN401 - as in diffusers, an output object or a tuple
         """Generate images: x_{t-1} ~ prod_i p_i(x_{t-1} | x_t)^{w_i}, from t = T to 0.
 
         Everything is checked before the first network runs. B = images = prompts x
@@ -174,7 +174,8 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
             callback_on_step_end_tensor_inputs: Which tensors it gets: "latents" (B, C, h, w),
                 "prompt_embeds" and "negative_prompt_embeds", both (M, B, L, D).
 
-        Returns: `images` and, with a safety checker, `nsfw_content_detected`.
+        Returns: A `StableDiffusionPipelineOutput`: `images`, and `nsfw_content_detected` (None
+            without a safety checker).
 
         Raises:
             UnknownObjective: A name in `weights`, `etas` or `guidance_scale` is no objective.

@@ -7,10 +7,9 @@ import torch
 import msdda_fast as mf
 
 GOOD = dict(prompt=["a red dog", "a blue cat"], num_inference_steps=2, output_type="latent")
-LATENTS = (2, 4, 8, 8)
 
 CASES = {
-    "unknown objective": (dict(weights={"warm": 0.5, "hot": 0.5}), mf.UnknownObjective, "'hot'.*warm"),
+    "unknown objective": (dict(weights={"warm": 1, "hot": 0}), mf.UnknownObjective, "'hot'.*warm"),
     "missing objective": (dict(weights={"warm": 1.0}), mf.InvalidWeights, "cool"),
     "weights off the simplex": (dict(weights=(0.6, 0.6)), mf.InvalidWeights, r"1\.2"),
     "negative weights": (dict(weights=(-0.5, 1.5)), mf.InvalidWeights, r"-0\.5"),
@@ -33,10 +32,14 @@ CASES = {
     "guidance by unknown name": (dict(guidance_scale={"hot": 2}), mf.UnknownObjective, "'hot'"),
     "height": (dict(height=30), mf.InvalidShape, "height.*8.*30"),
     "width": (dict(width=-8), mf.InvalidShape, "width.*-8"),
-    "latents shape": (dict(latents=torch.zeros(2, 4, 8, 9)), mf.InvalidShape, r"8, 9\).*8, 8\)|8, 8\).*8, 9\)"),
-    "latents dtype": (dict(latents=torch.zeros(LATENTS, dtype=torch.int64)), mf.InvalidShape, "int64"),
+    "latents shape": (dict(latents=torch.zeros(2, 4, 8, 9)), mf.InvalidShape, r"8, 8\).*8, 9\)"),
+    "latents dtype": (
+        dict(latents=torch.zeros(2, 4, 8, 8, dtype=torch.int64)), mf.InvalidShape, "int64",
+    ),
     "latents no tensor": (dict(latents=[1.0]), mf.InvalidShape, r"\[1\.0\]"),
-    "seed and generator": (dict(seed=1, generator=torch.Generator()), ValueError, "seeds and generator"),
+    "seed and generator": (
+        dict(seed=1, generator=torch.Generator()), ValueError, "seeds and generator",
+    ),
     "number of seeds": (dict(seed=[1, 2, 3]), mf.InvalidShape, "3.*2"),
     "seed not an integer": (dict(seed=1.5), ValueError, r"1\.5"),
     "number of generators": (dict(generator=[torch.Generator()]), mf.InvalidShape, "1.*2"),
@@ -45,22 +48,26 @@ CASES = {
     "prompt type": (dict(prompt=[1]), ValueError, r"\[1\]"),
     "prompt twice": (dict(prompt_embeds=torch.zeros(2, 24, 16)), ValueError, "prompt_embeds"),
     "embeds width": (
-        dict(prompt=None, prompt_embeds=torch.zeros(2, 24, 8)), mf.InvalidShape, r"\(P, L, 16\).*8\)",
+        dict(prompt=None, prompt_embeds=torch.zeros(2, 24, 8)), mf.InvalidShape, r"16\).*8\)",
     ),
     "embeds dimension": (
         dict(prompt=None, prompt_embeds=torch.zeros(24, 16)), mf.InvalidShape, r"\(24, 16\)",
     ),
     "negative embeds": (
-        dict(negative_prompt_embeds=torch.zeros(3, 24, 16)), mf.InvalidShape, r"\(2, L, 16\).*\(3, 24, 16\)",
+        dict(negative_prompt_embeds=torch.zeros(3, 24, 16)), mf.InvalidShape, r"\(2, L.*\(3, 24",
     ),
     "negative prompts": (dict(negative_prompt=["a", "b", "c"]), ValueError, "3.*2"),
     "negative prompt twice": (
-        dict(negative_prompt="a", negative_prompt_embeds=torch.zeros(2, 24, 16)), ValueError, "both",
+        dict(negative_prompt="a", negative_prompt_embeds=torch.zeros(2, 24, 16)),
+        ValueError,
+        "both",
     ),
     "images per prompt": (dict(num_images_per_prompt=0), ValueError, "0"),
     "images per prompt type": (dict(num_images_per_prompt=1.5), ValueError, r"1\.5"),
     "output type": (dict(output_type="gif"), ValueError, "'gif'.*latent"),
-    "callback tensors": (dict(callback_on_step_end_tensor_inputs=["noise"]), ValueError, "'noise'.*latents"),
+    "callback tensors": (
+        dict(callback_on_step_end_tensor_inputs=["noise"]), ValueError, "'noise'.*latents",
+    ),
     "eta by stock name": (dict(eta=0.5), ValueError, "eta= .*etas"),
     "timesteps": (dict(timesteps=[1]), ValueError, "timesteps= .*num_inference_steps"),
     "guidance rescale": (dict(guidance_rescale=0.7), ValueError, "guidance_rescale="),

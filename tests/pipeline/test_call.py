@@ -8,7 +8,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 import msdda_fast as mf
-from tests.pipeline.conftest import small_unet
+from tests.tiny_model import small_unet
 
 PROMPTS = ["a red dog", "a blue cat"]
 SHORT = dict(num_inference_steps=2, guidance_scale=3.0, seed=0, output_type="latent")

@@ -34,7 +34,7 @@ def relative_error(actual, expected) -> float:
     return ((actual - expected).abs().max() / expected.abs().max()).item()
 
 
-# A step rounds 8 values a few times; x_0 prediction at the first one amplifies by 1/sqrt(0.0058) = 13.
+# A step rounds some 8 values; predicting x_0 amplifies that by up to 1 / sqrt(alpha_bar_981) = 13.
 ROUNDINGS = 13 * 8
 
 

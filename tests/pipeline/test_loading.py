@@ -16,7 +16,7 @@ from diffusers import (
 )
 
 import msdda_fast as mf
-from tests.pipeline.conftest import quiet, small_unet, write_adapter
+from tests.tiny_model import quiet, small_unet, write_adapter
 
 SHORT = dict(num_inference_steps=2, guidance_scale=3.0, seed=0, output_type="latent")
 PROMPTS = ["a red dog", "a blue cat"]
@@ -46,8 +46,8 @@ class TestFromPretrained:
         given = mf.MSDDAPipeline.from_pretrained(folder, objectives={"b": mf.Objective.base()})
         assert list(given.objectives) == ["b"]
 
-    def test_without_any_the_base_model_is_the_objective(self, tiny):
-        pipe = mf.MSDDAPipeline.from_pretrained(tiny.folder)
+    def test_without_any_the_base_model_is_the_objective(self, tiny_kl):
+        pipe = mf.MSDDAPipeline.from_pretrained(tiny_kl.folder)
         assert [objective.is_base for objective in pipe.objectives.values()] == [True]
 
     def test_components_load_in_one_dtype(self, tiny):
@@ -191,7 +191,7 @@ class TestRefused:
 
     def test_another_kind_of_pipeline(self, tmp_path):
         (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-        with pytest.raises(ValueError, match="FluxPipeline.*StableDiffusionPipeline"):
+        with pytest.raises(ValueError, match=r"FluxPipeline.*StableDiffusionPipeline"):
             mf.MSDDAPipeline.from_pretrained(tmp_path)
 
     def test_an_adapter_for_another_base_names_the_first_module(self, tiny, tmp_path):
@@ -208,7 +208,7 @@ class TestRefused:
             tiny.load(objectives={"x": mf.Objective(other)})
 
     def test_a_network_for_another_text_width(self, tiny):
-        with pytest.raises(mf.AdapterMismatch, match="'x'.*cross_attention_dim 24.*16"):
+        with pytest.raises(mf.AdapterMismatch, match=r"'x'.*cross_attention_dim 24.*16"):
             tiny.load(objectives={"x": mf.Objective(unet=small_unet(width=24))})
 
     @pytest.mark.parametrize(
@@ -319,7 +319,7 @@ class TestFromPipe:
         assert list(base.objectives) == ["base"]
 
     def test_refused(self, tiny, stock):
-        with pytest.raises(mf.UnknownObjective, match="'hot'.*warm, cool.*load_lora_weights"):
+        with pytest.raises(mf.UnknownObjective, match=r"'hot'.*warm, cool.*load_lora_weights"):
             mf.MSDDAPipeline.from_pipe(stock, objectives={"x": mf.Objective("hot")})
         stock.fuse_lora(adapter_names=["warm"])
         with pytest.raises(ValueError, match=r"warm.*unfuse_lora"):

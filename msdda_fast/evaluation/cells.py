@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The files of a sweep: written whole or not at all, one image per finished cell."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+
+from msdda_fast.errors import MSDDAError
+
+__all__ = ["Cell", "SweepConflict", "SweepFolder", "write_atomically"]
+
+
+class SweepConflict(MSDDAError, ValueError):
+    """A folder holds cells that were made with other settings."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One image of a sweep: a prompt at a preference (None: the base model), from one seed."""
+
+    prompt: str
+    weight: float | None
+    seed: int
+
+    @property
+    def file_name(self) -> str:
+        """A name of its own for every cell: words of the prompt, its checksum, weight and seed."""
+        words = re.sub(r"[^a-z0-9]+", "-", self.prompt.lower()).strip("-")[:40]
+        checksum = zlib.crc32(self.prompt.encode())
+        column = "base" if self.weight is None else f"w{self.weight!r}"
+        return f"{words}-{checksum:08x}_{column}_seed{self.seed}.png"
+
+
+class SweepFolder:
+    """A folder of finished cells, bound to the settings that made them.
+
+    Args:
+        path: Made if missing.
+        settings: JSON values; everything but prompts, weights and seeds that an image depends on.
+
+    Raises:
+        SweepConflict: The folder was made with other settings; names those that differ.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        self.path = path
+        self._cells = path / "cells"
+        record = path / "settings.json"
+        wanted = json.loads(json.dumps(settings))
+        if not record.exists():
+            write_json(record, wanted)
+            return
+        stored = json.loads(record.read_text("utf-8"))
+        differ = [
+            f"{key} was {stored.get(key)!r}, is {wanted.get(key)!r}"
+            for key in sorted({*stored, *wanted})
+            if stored.get(key) != wanted.get(key)
+        ]
+        if differ:
+            raise SweepConflict(
+                f"{path} holds a sweep with other settings ({'; '.join(differ)}); "
+                "use these settings again, or another folder"
+            )
+
+    def has(self, cell: Cell) -> bool:
+        """Whether the cell is finished."""
+        return (self._cells / cell.file_name).exists()
+
+    def add(self, cell: Cell, image: Image.Image) -> None:
+        """Keep a finished cell; one that is there already stays."""
+        if not self.has(cell):
+            write_atomically(
+                self._cells / cell.file_name, lambda file: image.save(file, format="PNG")
+            )
+
+    def load(self, cell: Cell) -> Image.Image:
+        """Read a finished cell.
+
+        Raises:
+            ValueError: The file is not an image.
+        """
+        file = self._cells / cell.file_name
+        try:
+            with Image.open(file) as image:
+                return image.convert("RGB")
+        except UnidentifiedImageError as error:
+            raise ValueError(
+                f"{file} is not an image; delete it and run the sweep again"
+            ) from error
+
+    def relative(self, cell: Cell) -> str:
+        """The path of a cell inside the folder."""
+        return f"{self._cells.name}/{cell.file_name}"
+
+
+def write_json(file: Path, value: Any) -> None:  # noqa: ANN401 - any JSON value
+    """Write a JSON file, whole or not at all."""
+    text = json.dumps(value, indent=2) + "\n"
+    write_atomically(file, lambda partial: partial.write_text(text, "utf-8"))
+
+
+def write_atomically(file: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file next to `file`, then rename it: readers see all or nothing.
+
+    The temporary file is removed when `write` fails or is interrupted.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    try:
+        write(partial)
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Prompts x preferences: images, a labelled grid, and rewards. Resumable, cell by cell.
+
+The preference weight w is that of one objective, `toward`; the other one gets 1 - w, so a column is
+the paper's `r_w = w r_1 + (1 - w) r_2`. The base model is a column of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+
+from msdda_fast.errors import InvalidWeights, UnknownObjective
+from msdda_fast.evaluation.cells import Cell, SweepFolder, write_atomically, write_json
+from msdda_fast.evaluation.grid import labelled_grid
+from msdda_fast.objective import Objective
+from msdda_fast.pipeline import MSDDAPipeline
+from msdda_fast.rewards import load_reward
+
+__all__ = ["Sweep", "SweepResult", "run_sweep"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sweep:
+    """What to draw, validated at birth.
+
+    Args:
+        prompts: At least one, all different.
+        weights: Preference weights w of `toward`, in [0, 1], no unit; the columns after the base.
+        seeds: Each gives every cell one image; the grid shows the first.
+        toward: The objective that w weighs.
+        num_inference_steps: T.
+        guidance_scale: >= 1; None: the model's own.
+        rewards: Names for `load_reward`.
+        batch_size: Images per call of the pipeline; no image depends on it.
+
+    Raises:
+        InvalidWeights: A weight outside [0, 1].
+        ValueError: No prompt, weight, or seed; one twice; a batch size below 1.
+    """
+
+    prompts: Sequence[str]
+    weights: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    seeds: Sequence[int] = (0,)
+    toward: str = "consistency"
+    num_inference_steps: int = 25
+    guidance_scale: float | None = None
+    rewards: Sequence[str] = ("aesthetic", "consistency")
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("prompts", "weights", "seeds"):
+            values = getattr(self, name)
+            if not values or len(set(values)) != len(values):
+                raise ValueError(f"{name} must be one or more different ones, got {list(values)}")
+        for weight in self.weights:
+            if not 0.0 <= weight <= 1.0:
+                raise InvalidWeights(f"weights of a sweep lie in [0, 1], got {weight!r}")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+
+    @property
+    def columns(self) -> list[float | None]:
+        """The base model (None), then the weights."""
+        return [None, *map(float, self.weights)]
+
+    @property
+    def cells(self) -> list[Cell]:
+        """Every image, column by column."""
+        return [
+            Cell(prompt, weight, seed)
+            for weight in self.columns
+            for seed in self.seeds
+            for prompt in self.prompts
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class SweepResult:
+    """Where the pictures are, and the mean reward of each column.
+
+    Attributes:
+        grid: PNG.
+        rewards: JSON, every cell and the means.
+        means: By reward, then one number per column: the base, then the weights.
+    """
+
+    grid: Path
+    rewards: Path
+    means: Mapping[str, Sequence[float]]
+
+
+def run_sweep(
+    pipe: MSDDAPipeline,
+    sweep: Sweep,
+    folder: Path,
+    *,
+    progress: Callable[[int, int], None] = lambda finished, total: None,
+) -> SweepResult:
+    """Draw the cells that are not there yet, then the grid and the rewards of all.
+
+    Args:
+        pipe: Two objectives, `sweep.toward` one of them.
+        sweep: What to draw.
+        folder: Finished cells stay there; a later call continues, or adds prompts, weights, seeds.
+        progress: Called with the numbers of finished and of all cells, first before any is drawn.
+
+    Raises:
+        UnknownObjective: `sweep.toward` is no objective of the pipeline.
+        ValueError: The pipeline has other than two objectives, a reward is unknown or cannot judge
+            a prompt.
+        SweepConflict: The folder holds cells of another model or other settings.
+    """
+    names = list(pipe.objectives)
+    if sweep.toward not in names:
+        raise UnknownObjective(f"unknown objective {sweep.toward!r}; known: {', '.join(names)}")
+    if len(names) != 2:
+        raise ValueError(f"a sweep weighs two objectives, this model has {', '.join(names)}")
+    rewards = [load_reward(name) for name in sweep.rewards]
+    for reward in rewards:  # a prompt that cannot be judged is found before hours of drawing
+        reward(torch.zeros(len(sweep.prompts), 3, 64, 64), sweep.prompts)
+    store = SweepFolder(folder, _settings(pipe, sweep))
+    _draw_missing(pipe, sweep, store, progress)
+
+    other = next(name for name in names if name != sweep.toward)
+    grid = labelled_grid(
+        [
+            [store.load(Cell(prompt, weight, sweep.seeds[0])) for weight in sweep.columns]
+            for prompt in sweep.prompts
+        ],
+        sweep.prompts,
+        [_label(weight, sweep.toward, other) for weight in sweep.columns],
+    )
+    write_atomically(folder / "grid.png", lambda file: grid.save(file, format="PNG"))
+
+    cells = sweep.cells
+    images = _as_batch([store.load(cell) for cell in cells])
+    prompts = [cell.prompt for cell in cells]
+    scores = {reward.name: reward(images, prompts).tolist() for reward in rewards}
+    size = len(cells) // len(sweep.columns)
+    means = {
+        name: [sum(values[i : i + size]) / size for i in range(0, len(cells), size)]
+        for name, values in scores.items()
+    }
+    report = {
+        "toward": sweep.toward,
+        "columns": sweep.columns,
+        "means": means,
+        "cells": [
+            {
+                **asdict(cell),
+                "file": store.relative(cell),
+                "rewards": {name: values[i] for name, values in scores.items()},
+            }
+            for i, cell in enumerate(cells)
+        ],
+    }
+    write_json(folder / "rewards.json", report)
+    return SweepResult(folder / "grid.png", folder / "rewards.json", means)
+
+
+def _draw_missing(
+    pipe: MSDDAPipeline,
+    sweep: Sweep,
+    store: SweepFolder,
+    progress: Callable[[int, int], None],
+) -> None:
+    total = len(sweep.cells)
+    finished = sum(store.has(cell) for cell in sweep.cells)
+    progress(finished, total)
+    # the base at the objectives' own guidance, or the columns would differ in more than w
+    guidance = next(iter(pipe.objectives.values())).guidance_scale
+    reference = Objective(guidance_scale=guidance)
+    base = MSDDAPipeline.from_pipe(pipe, objectives={"SD": reference})
+    base.set_progress_bar_config(disable=True)
+    other = next(name for name in pipe.objectives if name != sweep.toward)
+    for batch in _batches(sweep, store):
+        weight = batch[0].weight
+        chosen = None if weight is None else {sweep.toward: weight, other: 1.0 - weight}
+        images = (base if weight is None else pipe)(
+            [cell.prompt for cell in batch],
+            weights=chosen,
+            seed=[cell.seed for cell in batch],
+            num_inference_steps=sweep.num_inference_steps,
+            guidance_scale=sweep.guidance_scale,
+        ).images
+        for cell, image in zip(batch, images, strict=True):
+            store.add(cell, image)
+        finished += len(batch)
+        progress(finished, total)
+
+
+def _batches(sweep: Sweep, store: SweepFolder) -> Iterator[list[Cell]]:
+    """Group the missing cells of each column."""
+    for weight in sweep.columns:
+        missing = [c for c in sweep.cells if c.weight == weight and not store.has(c)]
+        for start in range(0, len(missing), sweep.batch_size):
+            yield missing[start : start + sweep.batch_size]
+
+
+def _settings(pipe: MSDDAPipeline, sweep: Sweep) -> dict[str, Any]:
+    """Everything an image depends on besides prompt, weight and seed."""
+    return {
+        "model": _checksum(pipe),
+        "dtype": str(pipe.unet.dtype),
+        "scheduler": {key: str(value) for key, value in pipe.scheduler.config.items()},
+        "objectives": {
+            name: {"eta": o.eta, "scale": o.scale, "guidance_scale": o.guidance_scale}
+            for name, o in pipe.objectives.items()
+        },
+        "toward": sweep.toward,
+        "num_inference_steps": sweep.num_inference_steps,
+        "guidance_scale": sweep.guidance_scale,
+    }
+
+
+def _checksum(pipe: MSDDAPipeline) -> str:
+    """SHA-256 over the weights of every network, adapters included."""
+    digest = hashlib.sha256()
+    networks = [v.network for v in pipe.variants.values() if v.network is not pipe.unet]
+    for module in (*pipe.components.values(), *networks):
+        if isinstance(module, nn.Module):
+            for name, parameter in module.named_parameters():
+                digest.update(f"{name} {tuple(parameter.shape)}".encode())
+                flat = parameter.detach().cpu().contiguous().flatten()
+                digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _label(weight: float | None, toward: str, other: str) -> str:
+    if weight is None:
+        return "SD\nbase model"
+    only = {0.0: other, 1.0: toward}.get(weight)
+    return f"w = {weight:g}" + (f"\n{only} only" if only else "")
+
+
+def _as_batch(images: Sequence[Image.Image]) -> torch.Tensor:
+    """Images as (N, 3, H, W) float32 in [0, 1]."""
+    size = images[0].size
+    pixels = torch.frombuffer(bytearray(b"".join(i.tobytes() for i in images)), dtype=torch.uint8)
+    return pixels.view(len(images), size[1], size[0], 3).permute(0, 3, 1, 2).float() / 255

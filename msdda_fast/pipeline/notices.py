@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The notices and bars of diffusers and transformers, for programs that have their own."""
+
+from __future__ import annotations
+
+__all__ = ["quieten"]
+
+
+def quieten() -> None:
+    """Silence both libraries below errors. Call it before the first pipeline is imported."""
+    import transformers
+
+    # transformers speaks while diffusers is being imported, so it comes first
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    import diffusers
+
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
