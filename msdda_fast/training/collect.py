@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from rich.progress import track
@@ -16,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from msdda_fast.errors import InvalidShape
+from msdda_fast.rewards import Reward
 from msdda_fast.training.storage import atomic_write, require_same
 
 MANIFEST_NAME = "collection.json"
@@ -23,12 +23,6 @@ _SCORE = "score."
 
 SampleFn = Callable[[Sequence[str], Sequence[int]], tuple[Tensor, Tensor]]
 """b prompts and b seeds -> clean latents (b, C, H, W), images (b, 3, height, width) in [0, 1]."""
-
-
-class Score(Protocol):
-    """A reward as collecting uses it: images (b, 3, height, width) in [0, 1], prompts -> (b,)."""
-
-    def __call__(self, images: Tensor, prompts: Sequence[str], /) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +37,7 @@ class Collection:
 
 def collect(
     sample_fn: SampleFn,
-    rewards: Mapping[str, Score],
+    rewards: Mapping[str, Reward],
     prompts: Sequence[str],
     seeds: Sequence[int],
     out_dir: str | Path,
@@ -117,7 +111,7 @@ def load_collection(out_dir: str | Path) -> Collection:
 @torch.no_grad()
 def _sample_and_score(
     sample_fn: SampleFn,
-    rewards: Mapping[str, Score],
+    rewards: Mapping[str, Reward],
     prompts: Sequence[str],
     batch: Sequence[tuple[int, int]],
 ) -> dict[str, Tensor]:
