@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from msdda_fast.embedded.prompts import TRAIN_PROMPTS
-from msdda_fast.embedded.sampling import sampler
+from msdda_fast.embedded.sampling import DTYPE, sampler
 from msdda_fast.objective import Objective
 from msdda_fast.pipeline.stable_diffusion import MSDDAPipeline
 from msdda_fast.rewards import REWARDS, load_reward
@@ -81,7 +81,7 @@ def align(base: Path, name: str, work: Path) -> Path:
         policy = Objective.base(eta=recipe.eta)
         if adapter is not None:
             policy = Objective(str(adapter), eta=recipe.eta)
-        pipe = MSDDAPipeline.from_pretrained(base, objectives={name: policy})
+        pipe = MSDDAPipeline.from_pretrained(base, objectives={name: policy}, dtype=DTYPE)
         samples = collect(
             sampler(pipe, {name: 1.0}),
             {reward: load_reward(reward) for reward in REWARDS},

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from msdda_fast.assets import ASSETS, resolve
 from msdda_fast.embedded.prompts import TEST_PROMPTS
-from msdda_fast.embedded.sampling import GUIDANCE_SCALE, NUM_STEPS, sampler
+from msdda_fast.embedded.sampling import DTYPE, GUIDANCE_SCALE, NUM_STEPS, sampler
 from msdda_fast.embedded.train_scorer import JUDGE, named_right
 from msdda_fast.objective import Objective
 from msdda_fast.pipeline.stable_diffusion import MSDDAPipeline
@@ -83,7 +83,7 @@ def sample_arm(model: Path, arm: Arm, work: Path) -> Collection:
     bases = {"base 1.0": Objective.base(eta=1.0), "base 0.8": Objective.base(eta=0.8)}
     is_base = next(iter(arm.weights)) in bases
     chosen = {name: bases[name] for name in arm.weights} if is_base else None
-    pipe = MSDDAPipeline.from_pretrained(model, objectives=chosen)
+    pipe = MSDDAPipeline.from_pretrained(model, objectives=chosen, dtype=DTYPE)
     judge = load_judge()
     rewards: dict[str, Any] = {name: load_reward(name) for name in REWARDS}
     rewards |= {named.name: named for named in (Named(judge, "object"), Named(judge, "color"))}
@@ -153,7 +153,7 @@ def main(
     samples = {arm.name: sample_arm(folder, arm, work) for arm in arms()}
     setting = {
         "prompts": len(TEST_PROMPTS), "seeds": len(SEEDS), "steps": NUM_STEPS,
-        "guidance_scale": GUIDANCE_SCALE, "dtype": "float32", "torch": torch.__version__,
+        "guidance_scale": GUIDANCE_SCALE, "dtype": str(DTYPE).removeprefix("torch."), "torch": torch.__version__,
         "machine": f"{os.cpu_count()} CPU cores ({platform.machine()})",
         "intervals": "95% bootstrap over seeds within prompts",
     }  # fmt: skip
