@@ -98,7 +98,7 @@ def plan(
     if kind not in _PIPELINES:
         raise ValueError(f"{model} is a {kind}; supported: {', '.join(_PIPELINES)}")
     if objectives is None:
-        listed = _model_file(place, OBJECTIVES_FILE, options)
+        listed = _model_file(place, OBJECTIVES_FILE, options, required=False)
         objectives = parse_objectives(listed.read_text("utf-8"), place) if listed else _BASE
     check_names(objectives)
     return LoadPlan(
@@ -114,11 +114,13 @@ def plan(
     )
 
 
-def _model_file(place: Path | str, name: str, options: Mapping[str, Any]) -> Path | None:
+def _model_file(
+    place: Path | str, name: str, options: Mapping[str, Any], *, required: bool = True
+) -> Path | None:
     if isinstance(place, Path):
         return place / name if (place / name).is_file() else None
     revision = {"revision": options["revision"]} if "revision" in options else {}
-    return fetch(place, name, {**hub_options(options), **revision})
+    return fetch(place, name, {**hub_options(options), **revision}, required=required)
 
 
 def attach(pipe: P, plan: LoadPlan) -> P:
@@ -161,9 +163,18 @@ def _network(name: str, objective: Objective, plan: LoadPlan) -> Any:  # noqa: A
 def _variants(
     unet: UNet2DConditionModel, objectives: Mapping[str, Objective], adapters: Mapping[str, str]
 ) -> dict[str, Variant]:
+    if unet.config.time_cond_proj_dim is not None:
+        raise ValueError(
+            "this UNet takes the guidance scale as an input (time_cond_proj_dim is "
+            f"{unet.config.time_cond_proj_dim}), so its guidance is not Eq. 7's; use its base model"
+        )
     variants = {}
     for name, objective in objectives.items():
         network = unet if objective.unet is None else objective.unet
+        if not isinstance(network, UNet2DConditionModel):
+            raise ValueError(
+                f"objective {name!r}: unet must be a UNet2DConditionModel, got {network!r:.80}"
+            )
         for field in ("in_channels", "out_channels", "cross_attention_dim", "time_cond_proj_dim"):
             here, there = unet.config.get(field), network.config.get(field)
             if here != there:

@@ -100,6 +100,7 @@ class MultiObjectivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffus
         super().to(*args, **kwargs)
         for variant in self._variants.values():
             if variant.network is not self.unet:
+                kwargs.pop("silence_dtype_warnings", None)
                 variant.network.to(*args, **kwargs)
         return self
 

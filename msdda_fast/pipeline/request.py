@@ -4,13 +4,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from msdda_fast.errors import InvalidSchedule, InvalidShape, UnknownObjective
-from msdda_fast.objective import Objective, check_eta, preference_schedule
+from msdda_fast.objective import (
+    Objective,
+    as_host_float64,
+    check_eta,
+    preference_schedule,
+)
 from msdda_fast.pipeline.prompts import Prompts
 from msdda_fast.types import WeightSchedule, WeightsLike
 
@@ -174,8 +179,8 @@ def objective_guidance(
         DEFAULT_GUIDANCE if objective.guidance_scale is None else objective.guidance_scale
         for objective in objectives.values()
     ]
-    if isinstance(guidance_scale, (int, float)):
-        guidance_scale = [guidance_scale] * len(own)
+    if isinstance(guidance_scale, (float, int, Real)):
+        guidance_scale = [float(guidance_scale)] * len(own)
     values = _by_name("guidance_scale", objectives, guidance_scale, own)
     for name, value in zip(objectives, values, strict=True):
         if not 1.0 <= value < float("inf"):
@@ -200,7 +205,7 @@ def _by_name(
                 known = ", ".join(names)
                 raise UnknownObjective(f"{argument}: unknown objective {name!r}; known: {known}")
         return [float(values.get(name, value)) for name, value in zip(names, own, strict=True)]
-    tensor = torch.as_tensor(values, dtype=torch.float64)
+    tensor = as_host_float64(values, argument)
     if tensor.shape != (len(own),):
         raise InvalidShape(
             f"{argument} has shape {tuple(tensor.shape)}, expected (M,) = ({len(own)},)"

@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,8 @@ _INDICES = (OBJECTIVES_FILE, "model_index.json")
 def save(pipe: MSDDAPipeline, folder: Path, **options: Any) -> None:  # noqa: ANN401 - diffusers' own
     """See `MSDDAPipeline.save_pretrained`."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    stage = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    stage.mkdir()
     try:
         _write(pipe, stage, options)
         _move(stage, folder)
@@ -41,6 +42,7 @@ def _write(pipe: MSDDAPipeline, stage: Path, options: dict[str, Any]) -> None:
     stock = StableDiffusionPipeline(
         **{
             **pipe.components,
+            "scheduler": copy.deepcopy(pipe.scheduler),  # construction may edit its config
             "unet": _without_adapters(pipe.unet),
             "text_encoder": _without_adapters(pipe.text_encoder),
         },

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from msdda_fast import assets
 from msdda_fast.lora.adapter import DEFAULT_WEIGHT_NAME, find_adapter_file
@@ -43,16 +43,20 @@ def hub_options(options: Mapping[str, Any]) -> dict[str, Any]:
     return {key: options[key] for key in _HUB_OPTIONS if key in options}
 
 
-def fetch(repo: str, file: str, options: Mapping[str, Any]) -> Path | None:
+def fetch(
+    repo: str, file: str, options: Mapping[str, Any], *, required: bool = True
+) -> Path | None:
     """Return the local copy of one file of a hub repository; None if the repository lacks it.
 
+    With `required=False` a file that is not in the cache while the hub is out of reach is None too.
+
     Raises:
-        FileNotFoundError: the repository cannot be reached or does not exist.
+        FileNotFoundError: the repository does not exist, or the file is required and out of reach.
     """
     try:
         return Path(hf_hub_download(repo, file, **options))
     except EntryNotFoundError as error:
-        if isinstance(error, FileNotFoundError):  # not in the cache, and the hub was out of reach
+        if required and isinstance(error, LocalEntryNotFoundError):
             raise _unreachable(repo, error) from error
         return None
     except Exception as error:  # the transport's own errors differ between hub client versions
@@ -78,7 +82,8 @@ def adapter_file(objective: Objective, options: Mapping[str, Any]) -> Path:
     if file is None:
         raise FileNotFoundError(f"hub repository {place!r} has no file {name!r}")
     if not objective.weight_name:
-        fetch(place, str(folder / "adapter_config.json"), options)  # where peft keeps alpha
+        # where peft keeps alpha
+        fetch(place, str(folder / "adapter_config.json"), options, required=False)
     return find_adapter_file(file)
 
 

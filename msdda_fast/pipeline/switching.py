@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
-from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 __all__ = ["AdapterSwitch", "adapter_names"]
@@ -33,9 +33,10 @@ class AdapterSwitch:
     def __init__(self, networks: Sequence[nn.Module | None]) -> None:
         present = [network for network in networks if network is not None]
         modules = [module for network in present for module in network.modules()]
-        self._layers = [module for module in modules if isinstance(module, LoraLayer)]
+        self._layers = [module for module in modules if isinstance(module, BaseTunerLayer)]
         self._training = [module for module in modules if module.training]
         self._saved: list[_LayerState] = []
+        self._selected: tuple[str | None, float] | None = None
 
     def __enter__(self) -> AdapterSwitch:
         self._saved = [_LayerState.of(layer) for layer in self._layers]
@@ -59,6 +60,9 @@ class AdapterSwitch:
 
         `scale` multiplies the adapter's update as it was trained, no unit.
         """
+        if (name, scale) == self._selected:
+            return
+        self._selected = (name, scale)
         for layer in self._layers:
             layer.enable_adapters(name is not None)
             if name is not None:
@@ -74,11 +78,11 @@ class _LayerState:
     requires_grad: list[tuple[nn.Parameter, bool]]
 
     @classmethod
-    def of(cls, layer: LoraLayer) -> _LayerState:
+    def of(cls, layer: BaseTunerLayer) -> _LayerState:
         flags = [(parameter, parameter.requires_grad) for parameter in layer.parameters()]
         return cls(list(layer.active_adapters), layer.disable_adapters, dict(layer.scaling), flags)
 
-    def restore(self, layer: LoraLayer) -> None:
+    def restore(self, layer: BaseTunerLayer) -> None:
         layer.enable_adapters(True)
         layer.set_adapter(self.active)
         layer.enable_adapters(not self.disabled)

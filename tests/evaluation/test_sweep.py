@@ -73,7 +73,10 @@ def test_rewards_are_of_the_stored_images(pipe, tmp_path):
 def test_the_grid_has_a_row_per_prompt_and_a_column_per_preference(pipe, tmp_path):
     result = run_sweep(pipe, sweep(), tmp_path)
     narrow = run_sweep(pipe, sweep(prompts=PROMPTS[:1], weights=(0.5,)), tmp_path / "narrow")
-    wide, small = Image.open(result.grid).size, Image.open(narrow.grid).size
+    with Image.open(result.grid) as grid:
+        wide = grid.size
+    with Image.open(narrow.grid) as grid:
+        small = grid.size
     assert wide[0] - small[0] == 2 * (wide[1] - small[1])  # square cells: two columns, one row
 
 

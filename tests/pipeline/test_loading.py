@@ -14,8 +14,11 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from huggingface_hub.errors import EntryNotFoundError
 
 import msdda_fast as mf
+from msdda_fast.pipeline import sources
+from msdda_fast.pipeline.catalogue import parse_objectives
 from tests.tiny_model import quiet, small_unet, write_adapter
 
 SHORT = dict(num_inference_steps=2, guidance_scale=3.0, seed=0, output_type="latent")
@@ -169,6 +172,56 @@ class TestAdapterFormats:
         )
 
 
+class TestHub:
+    """A repository is what the hub client says it is; here, a folder."""
+
+    @pytest.fixture
+    def repository(self, tmp_path, monkeypatch):
+        folder = tmp_path / "repository"
+
+        def download(repo, file, **options):
+            assert repo == "owner/lora" and options == {"token": "t"}
+            if not (folder / file).is_file():
+                raise EntryNotFoundError(file)
+            return str(folder / file)
+
+        def listing(api, repo):
+            return [str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()]
+
+        monkeypatch.setattr(sources, "hf_hub_download", download)
+        monkeypatch.setattr(sources.HfApi, "list_repo_files", listing)
+        return folder
+
+    def test_adapters_by_subfolder_and_by_weight_name(self, tiny, repository):
+        shutil.copytree(tiny.warm, repository / "sub")
+        shutil.copy(tiny.cool / "pytorch_lora_weights.safetensors", repository / "c.safetensors")
+        objectives = {
+            "warm": mf.Objective("owner/lora", subfolder="sub"),
+            "cool": mf.Objective("owner/lora", weight_name="c.safetensors", eta=0.8),
+            "only": mf.Objective("owner/lora", eta=0.8),  # the one at the top
+        }
+        pipe = tiny.load(objectives=objectives, token="t")
+        expected = tiny.load()(PROMPTS, weights=(0.3, 0.7), **SHORT).images
+        for weights in ((0.3, 0.7, 0), (0.3, 0, 0.7)):
+            assert torch.equal(pipe(PROMPTS, weights=weights, **SHORT).images, expected)
+
+    def test_what_is_not_there_is_named(self, tiny, repository):
+        repository.mkdir()
+        for options, error, message in (
+            ({}, ValueError, "owner/lora.*weight_name.*none"),
+            ({"weight_name": "x.safetensors"}, FileNotFoundError, r"owner/lora.*x\.safetensors"),
+        ):
+            with pytest.raises(error, match=message):
+                tiny.load(objectives={"x": mf.Objective("owner/lora", **options)}, token="t")
+
+    def test_relative_places_in_a_repository_become_its_subfolders(self):
+        text = '{"a": {"source": "a", "subfolder": "b"}, "n": {"unet": "n"}, "p": {"eta": 0.5}}'
+        objectives = parse_objectives(text, "owner/model")
+        assert (objectives["a"].source, objectives["a"].subfolder) == ("owner/model", "a/b")
+        assert (objectives["n"].unet, objectives["n"].subfolder) == ("owner/model", "n")
+        assert objectives["p"] == mf.Objective.base(eta=0.5)
+
+
 class TestRefused:
     """Every one before a network runs, and by name."""
 
@@ -210,6 +263,14 @@ class TestRefused:
     def test_a_network_for_another_text_width(self, tiny):
         with pytest.raises(mf.AdapterMismatch, match=r"'x'.*cross_attention_dim 24.*16"):
             tiny.load(objectives={"x": mf.Objective(unet=small_unet(width=24))})
+
+    def test_a_unet_that_is_none_and_a_distilled_one(self, tiny):
+        with pytest.raises(ValueError, match=r"'x'.*UNet2DConditionModel.*Linear"):
+            tiny.load(objectives={"x": mf.Objective(unet=torch.nn.Linear(1, 1))})
+        distilled = small_unet()
+        distilled.register_to_config(time_cond_proj_dim=32)
+        with pytest.raises(ValueError, match="time_cond_proj_dim is 32"):
+            tiny.load(unet=distilled)
 
     @pytest.mark.parametrize(
         "objectives", [{}, {"a.b": mf.Objective()}, {"a": "path"}, {"": mf.Objective()}]
