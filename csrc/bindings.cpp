@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Python sees addresses, dtype codes and sizes; msdda_fast/kernels/*/_native.py checks and keeps alive.
+// Python passes addresses, dtype codes and sizes; msdda_fast/kernels/*/_native.py checks them and
+// keeps the memory alive.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -14,8 +15,9 @@ namespace {
 using Address = std::uintptr_t;
 using Pair = std::pair<Address, int>;  // address (0: absent) and dtype code
 using Sizes = std::array<std::int64_t, 3>;
-using Strided = std::tuple<Address, std::int64_t, std::int64_t, std::int64_t>;
-using Seeded = std::tuple<Address, std::uint32_t, std::uint32_t>;  // seeds (0: absent), step, stream
+using Strided = std::tuple<Address, std::int64_t, std::int64_t, std::int64_t>;  // a Table
+// seeds (0: absent), step, stream
+using Seeded = std::tuple<Address, std::uint32_t, std::uint32_t>;
 
 void* pointer(Address address) { return reinterpret_cast<void*>(address); }
 
@@ -69,8 +71,8 @@ void counter_noise(const Pair& out, const Seeded& seeded, const Sizes& sizes, in
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "CPU kernels; see csrc/fused_step_cpu.h.";
-  const py::call_guard<py::gil_scoped_release> no_gil;
-  module.def("linear_step", &linear_step, no_gil);
-  module.def("moments_step", &moments_step, no_gil);
-  module.def("counter_noise", &counter_noise, no_gil);
+  using NoGil = py::call_guard<py::gil_scoped_release>;
+  module.def("linear_step", &linear_step, NoGil());
+  module.def("moments_step", &moments_step, NoGil());
+  module.def("counter_noise", &counter_noise, NoGil());
 }

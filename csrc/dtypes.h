@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Storage types on the CPU. Conversions round to nearest even and are branchless, so that loops over
-// them vectorise on any instruction set; NaN becomes the quiet NaN that torch writes.
+// Storage types on the CPU. Conversions round to nearest even and are branchless, so that loops
+// over them vectorise on any instruction set; NaN becomes the quiet NaN that torch writes.
 #pragma once
 
 #include <cstdint>
@@ -39,7 +39,8 @@ MSDDA_HD A load(Float16 value) {
   const std::uint32_t magnitude = value.bits & 0x7FFFu;
   const std::uint32_t sign = (value.bits & 0x8000u) << 16;
   const float subnormal = static_cast<float>(static_cast<std::int32_t>(magnitude)) * 0x1p-24f;
-  const std::uint32_t normal = (magnitude << 13) + (magnitude >= 0x7C00u ? 0x70000000u : 0x38000000u);
+  const std::uint32_t rebias = magnitude >= 0x7C00u ? 0x70000000u : 0x38000000u;  // Inf and NaN stay
+  const std::uint32_t normal = (magnitude << 13) + rebias;
   const std::uint32_t bits =
       magnitude < 0x0400u ? static_cast<std::uint32_t>(float_bits(subnormal)) : normal;
   return static_cast<A>(bits_float(static_cast<std::int32_t>(bits | sign)));

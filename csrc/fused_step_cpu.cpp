@@ -41,7 +41,8 @@ void write(const Array& out, std::int64_t offset, const A* value, int n) {
 
 template <class Body>
 void for_each_tile(std::int64_t tiles, std::int64_t elements, int threads, Body&& body) {
-  const auto useful = static_cast<int>(std::min<std::int64_t>(threads, std::max<std::int64_t>(1, elements / kGrain)));
+  const std::int64_t grains = std::max<std::int64_t>(1, elements / kGrain);
+  const auto useful = static_cast<int>(std::min<std::int64_t>(threads, grains));
 #pragma omp parallel for schedule(static) num_threads(useful) if (useful > 1)
   for (std::int64_t tile = 0; tile < tiles; ++tile) body(tile);
 }
@@ -57,8 +58,9 @@ void for_each_drawn(const Noise& noise, const Shape& shape, int threads, Segment
   const std::int64_t depth = columns > 1 ? 1 : std::clamp<std::int64_t>(kTile / width, 1, blocks);
   const std::int64_t layers = (blocks + depth - 1) / depth;
   const std::int64_t per_sample = layers * columns;
-  for_each_tile(shape.batch * per_sample, 2 * shape.batch * shape.sample(), threads, [&](auto tile) {
-    std::uint32_t pixel[kTile], block[kTile];
+  const std::int64_t cost = 2 * shape.batch * shape.sample();  // a drawn element costs two others
+  for_each_tile(shape.batch * per_sample, cost, threads, [&](std::int64_t tile) {
+    std::uint32_t pixel[kTile] = {}, block[kTile] = {};
     float z[4 * kTile];
     const std::int64_t sample = tile / per_sample;
     const std::int64_t first_block = tile % per_sample / columns * depth;
@@ -90,7 +92,8 @@ void for_each_segment(const Noise& noise, const Shape& shape, int threads, Segme
   if (shape.batch * shape.sample() == 0) return;
   if (noise.seeds != nullptr) return for_each_drawn(noise, shape, threads, segment);
   const std::int64_t per_sample = (shape.sample() + kTile - 1) / kTile;
-  for_each_tile(shape.batch * per_sample, shape.batch * shape.sample(), threads, [&](auto tile) {
+  const std::int64_t cost = shape.batch * shape.sample();
+  for_each_tile(shape.batch * per_sample, cost, threads, [&](std::int64_t tile) {
     const std::int64_t offset = tile % per_sample * kTile;
     const auto n = static_cast<int>(std::min<std::int64_t>(kTile, shape.sample() - offset));
     segment(tile / per_sample, offset, n, nullptr);
@@ -133,7 +136,7 @@ void linear_segment(const LinearStep& step, std::int64_t sample, std::int64_t of
   write(step.out, at_offset, total, n);
 }
 
-// The numbers of objective m for n elements: the array itself, or `spread` filled with the one value.
+// The numbers of objective m for n elements: the array itself, or `spread` filled with one value.
 template <class A>
 const A* table_values(const Table& table, std::int64_t m, std::int64_t sample, std::int64_t offset,
                       int n, A* spread) {
@@ -188,17 +191,17 @@ void moments_segment(const MomentsStep& step, std::int64_t sample, std::int64_t 
 }  // namespace
 
 void linear_step(const LinearStep& step) {
-  const auto run = [&](auto segment) {
-    for_each_segment(step.noise, step.shape, step.threads, [&](auto... where) { segment(step, where...); });
-  };
-  step.rows.dtype == DType::kFloat64 ? run(linear_segment<double>) : run(linear_segment<float>);
+  for_each_segment(step.noise, step.shape, step.threads, [&](auto... where) {
+    step.rows.dtype == DType::kFloat64 ? linear_segment<double>(step, where...)
+                                       : linear_segment<float>(step, where...);
+  });
 }
 
 void moments_step(const MomentsStep& step) {
-  const auto run = [&](auto segment) {
-    for_each_segment(step.noise, step.shape, step.threads, [&](auto... where) { segment(step, where...); });
-  };
-  step.accumulate == DType::kFloat64 ? run(moments_segment<double>) : run(moments_segment<float>);
+  for_each_segment(step.noise, step.shape, step.threads, [&](auto... where) {
+    step.accumulate == DType::kFloat64 ? moments_segment<double>(step, where...)
+                                       : moments_segment<float>(step, where...);
+  });
 }
 
 void counter_noise(Array out, const Noise& noise, const Shape& shape, int threads) {

@@ -7,8 +7,8 @@
 #include "msdda/normal.h"
 #include "msdda/philox.h"
 
-// One wheel serves every x86-64: the loader picks the widest version the processor has. Results do not
-// depend on it, because nothing is contracted or reassociated (-ffp-contract=off, no -ffast-math).
+// One wheel serves every x86-64: the loader picks the widest version the processor has. Results do
+// not depend on it: nothing is contracted or reassociated (-ffp-contract=off, no -ffast-math).
 #if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__) && \
     __GNUC__ >= 12
 #define MSDDA_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
@@ -19,8 +19,8 @@
 namespace msdda {
 namespace {
 
-// The next tile of a stream starts on a page that the hardware prefetcher has not seen: asking for it
-// into the second-level cache takes a 100 MB step from 1.7 to 1.1 times memcpy (EPYC, one thread).
+// The next tile of a stream starts on a page that the hardware prefetcher has not seen: asking for
+// it into the second-level cache takes a 100 MB step from 1.7 to 1.1 times memcpy (EPYC, 1 thread).
 constexpr std::uintptr_t kPrefetchBytes = 4096;
 
 template <class T>

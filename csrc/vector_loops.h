@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Loops over a tile of contiguous elements, compiled once per instruction set and picked at load time.
+// Loops over a tile of contiguous elements, compiled per instruction set and picked at load time.
 #pragma once
 
 #include <cstdint>

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // One element of the fused step. A is the accumulation type: float, or double for double data.
 //
-// Sums run in the order x, (uncond_m, cond_m, clipped x_0 term of m) for m = 0.., noise, each product
-// rounded before it is added, as in msdda_fast/kernels/fused_step/_eager.py.
+// Sums run in the order x, (uncond_m, cond_m, clipped x_0 term of m) for m = 0.., noise, each
+// product rounded before it is added, as in msdda_fast/kernels/fused_step/_eager.py.
 #pragma once
 
 #include "msdda/philox.h"

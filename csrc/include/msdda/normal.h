@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// The portable normal: Box-Muller from IEEE float32 products, sums and a correctly rounded square root.
+// The portable normal: Box-Muller from IEEE float32 products, sums and a correctly rounded root.
 //
-// Defined by msdda_fast/kernels/counter_noise/_eager.py, operation by operation; the bits are equal as
-// long as no product and sum are contracted: -ffp-contract=off for g++ and clang, --fmad=false for nvcc.
+// Defined by msdda_fast/kernels/counter_noise/_eager.py, operation by operation; the bits are equal
+// as long as no product and sum are contracted: -ffp-contract=off for g++ and clang, --fmad=false
+// for nvcc.
 #pragma once
 
 #include <cmath>

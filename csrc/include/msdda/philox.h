@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Philox4x32-10 (Salmon, Moraes, Dror, Shaw 2011): four random words as a pure function of a counter.
+// Philox4x32-10 (Salmon, Moraes, Dror, Shaw 2011): four random words, a pure function of a counter.
 #pragma once
 
 #include <cstdint>

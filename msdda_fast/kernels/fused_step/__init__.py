@@ -118,8 +118,9 @@ def fast_fuse_step(
         InvalidShape: A wrong shape (both are given), device or dtype.
         InvalidWeights: Weights off the simplex or not finite; no positive precision.
         ZeroVariance: See `zero_variance`.
+        InvalidSchedule: A policy or rates outside of the above.
         ValueError: A variance that is negative or not finite; more than one source of noise; a
-            seed, step, rate or policy outside of its range.
+            seed or step outside of its range.
         BackendUnavailable: The backend cannot run here; an input requires grad without "eager".
     """
     means = list(means)
@@ -140,9 +141,13 @@ def fast_fuse_step(
     target = check_out(out, first)
     raw = pick(backend, [*means, var, weight, z.noise])
     var, weight = prepare(
-        var, weight, zero_variance=zero_variance, rates=rates, extrapolate=extrapolate
+        var,
+        weight,
+        first.device,
+        zero_variance=zero_variance,
+        rates=rates,
+        extrapolate=extrapolate,
     )
-    var, weight = (t.to(first.device, non_blocking=True) for t in (var, weight))
     if all(n == 1 for t in (var, weight) for n in t.shape[2:]):
         share, fused_variance = fused_coefficients(var, weight)
         dtype = compute_dtype(first)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from msdda_fast.errors import InvalidShape, InvalidWeights, ZeroVariance
+from msdda_fast.errors import InvalidSchedule, InvalidShape, InvalidWeights, ZeroVariance
 from msdda_fast.objective import normalise_weights, values_are_readable
 from msdda_fast.types import ZeroVariancePolicy
 
@@ -60,16 +60,18 @@ def with_all_axes(values: Tensor, name: str, count: int, sample: Tensor) -> Tens
 def prepare(
     variances: Tensor,
     weights: Tensor,
+    device: torch.device,
     *,
     zero_variance: ZeroVariancePolicy,
     rates: Sequence[float] | Tensor | None,
     extrapolate: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Check values on the host, renormalise `weights`, and fold `rates` into them where they act.
+    """Check host values, renormalise `weights`, fold `rates` into them where they act, upload.
 
     Args:
         variances: (M, B | 1, ...), latent units squared, >= 0.
         weights: The same number of axes, sum 1 over the first.
+        device: Where both are wanted.
         zero_variance: "error", "dominate" or "ratio".
         rates: (M,) > 0, for "ratio" only.
         extrapolate: Accept negative weights while every total precision is positive.
@@ -78,29 +80,31 @@ def prepare(
         `variances` as given, and `weights` in float64.
 
     Raises:
-        InvalidWeights, ZeroVariance, ValueError: see `fast_fuse_step`.
+        InvalidSchedule: An unknown policy, or rates that are missing, not positive or unused.
+        InvalidWeights, InvalidShape, ZeroVariance, ValueError: See `fast_fuse_step`.
     """
     if zero_variance not in ("error", "dominate", "ratio"):
-        raise ValueError(
+        raise InvalidSchedule(
             f'zero_variance must be "error", "dominate" or "ratio", got {zero_variance!r}'
         )
     if (zero_variance == "ratio") != (rates is not None):
-        raise ValueError(
-            f'rates go with zero_variance="ratio", got {zero_variance!r} and {rates!r}'
+        raise InvalidSchedule(
+            f'rates go with zero_variance="ratio", got {zero_variance!r} and rates={rates!r}'
         )
     normalised = normalise_weights(weights, axis=0, extrapolate=extrapolate)
+    if values_are_readable(variances) and values_are_readable(weights):
+        _check_values(variances.detach(), normalised, zero_variance, extrapolate)
     if weights.requires_grad:  # the check detaches
         normalised = weights.double() / weights.double().sum(0, keepdim=True)
-    weights = normalised
-    if values_are_readable(variances) and values_are_readable(weights):
-        _check_values(variances, weights, zero_variance, extrapolate)
+    variances = variances.to(device, non_blocking=True)
+    weights = normalised.to(device, non_blocking=True)
     if rates is not None:
         c = as_numbers(rates, "rates")
         if c.shape != variances.shape[:1]:
             raise InvalidShape(f"rates have shape {tuple(c.shape)}, expected ({len(variances)},)")
-        c = c.to(weights).view(-1, *(1,) * (variances.ndim - 1))
         if values_are_readable(c) and not bool(((c > 0) & c.isfinite()).all()):
-            raise ValueError(f"rates must be positive and finite, got {c.flatten().tolist()}")
+            raise InvalidSchedule(f"rates must be positive and finite, got {c.tolist()}")
+        c = c.to(weights).view(-1, *(1,) * (variances.ndim - 1))
         weights = torch.where(variances == 0, weights / (c / c.amin(0)) ** 2, weights)
     return variances, weights
 
