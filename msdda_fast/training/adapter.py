@@ -58,7 +58,6 @@ def add_lora(
         raise ValueError(f"rank must be at least 1, got {rank}")
     if next(_lora_layers(unet), None) is not None:
         raise ValueError("the network has LoRA layers already; start from one without adapters")
-    unet.requires_grad_(False)
     config = LoraConfig(
         r=rank,
         lora_alpha=rank if lora_alpha is None else lora_alpha,
@@ -67,6 +66,7 @@ def add_lora(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        # freezes every other parameter too
         inject_adapter_in_model(config, unet, adapter_name=_ADAPTER)
     parameters = lora_parameters(unet)
     for parameter in parameters:

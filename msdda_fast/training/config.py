@@ -23,6 +23,7 @@ class StepDPOConfig:
     shared_noise: bool = True  # same noise for chosen and rejected; False as Eq. 4 is written
     snr_weighting: Literal["constant", "exact"] = "constant"  # exact: c omega_t / mean(omega)
     eta: float = 1.0  # in (0, 1], of the exact weight only: the eta the samples were drawn with
+    min_timestep: int = 0  # t is uniform from here up; what an image shows is settled at high t
     prompt_dropout: float = 0.0  # probability per pair, in [0, 1), that both see the empty prompt
     warmup_steps: int = 0  # steps of linear rise from 0 to lr
     grad_clip: float = 1.0  # largest gradient norm, over all parameters
@@ -38,7 +39,8 @@ class StepDPOConfig:
         )
         for name in ("steps", "batch_size", "log_every", "checkpoint_every"):
             self._require(getattr(self, name) >= 1, name, ">= 1")
-        self._require(self.warmup_steps >= 0, "warmup_steps", ">= 0")
+        for name in ("warmup_steps", "min_timestep"):
+            self._require(getattr(self, name) >= 0, name, ">= 0")
         for name in ("lr", "beta_dpo", "grad_clip"):
             self._require(getattr(self, name) > 0.0, name, "> 0")
         self._require(0.0 <= self.gamma <= 1.0, "gamma", "in [0, 1]")

@@ -78,6 +78,11 @@ class NoisedPairs:
                 f"null_embeds must have shape {tuple(prompt_embeds.shape[1:])}, "
                 f"got {tuple(null_embeds.shape)}"
             )
+        if config.min_timestep >= len(scheduler.alphas_cumprod):
+            raise ValueError(
+                f"min_timestep is {config.min_timestep}, the scheduler has timesteps 0 to "
+                f"{len(scheduler.alphas_cumprod) - 1}"
+            )
         self.config = config
         self.pairs = pairs
         self.alpha_bar = scheduler.alphas_cumprod.detach().double().cpu()
@@ -106,7 +111,7 @@ class NoisedPairs:
     def loss(self, unet: nn.Module, generator: torch.Generator) -> StepDPOLoss:
         """The loss of the next batch that `generator` (CPU) draws."""
         n, config = self.config.batch_size, self.config
-        first = 1 if config.snr_weighting == "exact" else 0
+        first = max(config.min_timestep, 1 if config.snr_weighting == "exact" else 0)
         index = torch.randint(len(self.pairs), (n,), generator=generator)
         t = torch.randint(first, len(self.alpha_bar), (n,), generator=generator)
         is_dropped = torch.rand(n, generator=generator) < config.prompt_dropout

@@ -85,8 +85,8 @@ def preference_pairs(
     order = by_score[prompt[by_score].argsort(stable=True)]  # by prompt, then by rising score
     prompt = prompt[order]
     rank = torch.arange(count) - (sizes.cumsum(0) - sizes)[prompt]
-    # The nudge keeps floor(n/3 * 3) at n where the product is a rounding error short of it.
-    wanted = (sizes * top_fraction + 1e-9).floor().long().clamp_min(1)
+    # .29 of 100 are 29, though their product in float64 is a rounding error short of it.
+    wanted = (sizes.double() * top_fraction + 1e-9).floor().long().clamp_min(1)
     taken = torch.minimum(wanted, sizes // 2)[prompt]
 
     rejected = order[rank < taken]

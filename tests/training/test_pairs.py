@@ -40,10 +40,11 @@ def test_top_fraction_of_each_prompt_meets_its_bottom_fraction_once(top_fraction
         assert sorted(rows(pairs.rejected[of_prompt])) == sorted(members[:count])
 
 
-def test_a_third_of_three_times_n_is_n():
-    for n in range(1, 40):
-        pairs = preference_pairs(*scored((3 * n,)), top_fraction=1 / 3)
-        assert len(pairs) == n
+@pytest.mark.parametrize(
+    ("top_fraction", "size", "count"), [(1 / 3, 3 * 13, 13), (0.29, 100, 29)], ids=["third", ".29"]
+)
+def test_rounding_of_the_fraction_loses_no_pair(top_fraction, size, count):
+    assert len(preference_pairs(*scored((size,)), top_fraction=top_fraction)) == count
 
 
 def test_matching_is_random_and_decided_by_the_generator():

@@ -167,6 +167,10 @@ def test_saved_adapter_is_the_moving_average(tmp_path):
             keep = min(0.9, step / (step + 10))
             average = keep * average + (1 - keep) * value
         torch.testing.assert_close(saved[name], average, rtol=1e-5, atol=1e-7)
+    name = "pytorch_lora_weights.safetensors"
+    checkpoint = load_file(tmp_path / "ema" / "step-000002" / name)
+    final = load_file(tmp_path / "ema" / name)
+    assert all(torch.equal(checkpoint[key], final[key]) for key in final)
 
 
 def test_learning_rate_rises_linearly_and_log_interval_keeps_the_last_row(tmp_path):
