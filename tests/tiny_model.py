@@ -10,6 +10,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the hub client is first imported
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -52,11 +53,23 @@ class TinyModel:
         }
 
     def load(self, **options) -> mf.MSDDAPipeline:
+        """A pipeline of the caller's own."""
         options.setdefault("objectives", self.objectives())
         return quiet(mf.MSDDAPipeline.from_pretrained(self.folder, **options))
 
-    def stock(self, adapter: str | None = None, *, dtype=torch.float32):
-        """The stock pipeline on its own copy of the modules, with one adapter loaded or none."""
+    @cache  # noqa: B019 - lives as long as the session
+    def shared(self, dtype=torch.float32) -> mf.MSDDAPipeline:
+        """One for all tests that only call it: a call leaves a pipeline as it was."""
+        return self.load(dtype=dtype)
+
+    def only(self, objective: mf.Objective, dtype=torch.float32) -> mf.MSDDAPipeline:
+        """The shared pipeline with one objective, whose source is "warm" or "cool" if any."""
+        pipe = self.shared(dtype)
+        return quiet(mf.MSDDAPipeline.from_pipe(pipe, objectives={"only": objective}))
+
+    @cache  # noqa: B019 - lives as long as the session
+    def stock(self, adapter: str | None = None, dtype=torch.float32) -> StableDiffusionPipeline:
+        """The stock pipeline on modules of its own, with one adapter loaded or none; shared too."""
         pipe = StableDiffusionPipeline.from_pretrained(self.folder, dtype=dtype)
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
         if adapter is not None:
@@ -173,8 +186,7 @@ def tiny_kl(tmp_path_factory, tiny) -> TinyModel:
 
 @pytest.fixture(scope="session")
 def pipe(tiny) -> mf.MSDDAPipeline:
-    """One for all tests that only call it: a call leaves a pipeline as it was."""
-    return tiny.load()
+    return tiny.shared()
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 import msdda_fast as mf
-from tests.tiny_model import small_unet
+from tests.tiny_model import quiet, small_unet
 
 PROMPTS = ["a red dog", "a blue cat"]
 SHORT = dict(num_inference_steps=2, guidance_scale=3.0, seed=0, output_type="latent")
@@ -38,14 +38,15 @@ class TestWhatIsEvaluated:
         assert calls == [("warm",), ("cool",)]
 
     def test_the_base_model_runs_without_adapters(self, tiny, calls):
-        objectives = {**tiny.objectives(), "plain": mf.Objective.base()}
-        pipe = tiny.load(objectives=objectives)
+        objectives = {"warm": mf.Objective(), "cool": mf.Objective(), "plain": mf.Objective.base()}
+        pipe = quiet(mf.MSDDAPipeline.from_pipe(tiny.shared(), objectives=objectives))
         pipe(PROMPTS, weights={"warm": 0, "cool": 0, "plain": 1}, **SHORT)
         assert calls == [()] * 2
 
     def test_a_network_of_its_own_runs_in_place_of_the_base(self, tiny, monkeypatch):
         own = small_unet()
-        pipe = tiny.load(objectives={**tiny.objectives(), "own": mf.Objective(unet=own)})
+        objectives = {"warm": mf.Objective(), "cool": mf.Objective(), "own": mf.Objective(unet=own)}
+        pipe = quiet(mf.MSDDAPipeline.from_pipe(tiny.shared(), objectives=objectives))
         ran, forward = [], UNet2DConditionModel.forward
 
         def note(network, *args, **kwargs):
@@ -72,11 +73,11 @@ class TestWhatIsEvaluated:
 
     def test_scale_zero_is_the_base_and_scale_one_is_not(self, tiny):
         def run(objective):
-            return tiny.load(objectives={"only": objective})(PROMPTS, **SHORT).images
+            return tiny.only(objective)(PROMPTS, **SHORT).images
 
         base = run(mf.Objective.base())
-        assert close(run(mf.Objective(tiny.warm, scale=0.0)), base)
-        assert not close(run(mf.Objective(tiny.warm)), base, 1e-2)
+        assert close(run(mf.Objective("warm", scale=0.0)), base)
+        assert not close(run(mf.Objective("warm")), base, 1e-2)
 
 
 class TestWhatAnImageDependsOn:
@@ -178,8 +179,8 @@ class TestWhatComesOut:
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
     def test_latents_stay_float32_whatever_the_networks_compute_in(self, tiny, dtype):
-        expected = tiny.load()(PROMPTS, **SHORT).images
-        pipe = tiny.load(dtype=dtype)
+        expected = tiny.shared()(PROMPTS, **SHORT).images
+        pipe = tiny.shared(dtype)
         assert {p.dtype for p in pipe.unet.parameters()} == {dtype}
         seen = []
         pipe(
@@ -230,7 +231,6 @@ def test_prepare_runs_one_step_of_every_objective(pipe, calls):
 
 
 def test_progress_bar_counts_the_steps(tiny, capsys):
-    pipe = mf.MSDDAPipeline.from_pretrained(tiny.folder, objectives=tiny.objectives())
-    capsys.readouterr()
+    pipe = mf.MSDDAPipeline.from_pipe(tiny.shared())
     pipe("a red dog", **SHORT)
     assert "2/2" in capsys.readouterr().err

@@ -42,9 +42,8 @@ ROUNDINGS = 13 * 8
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 @pytest.mark.parametrize("adapter", ["warm", None])
 def test_one_objective_is_stock_diffusers_at_every_step(tiny, dtype, guidance, adapter):
-    objective = mf.Objective.base() if adapter is None else mf.Objective(tiny.warm)
-    ours = in_float64(tiny.load(objectives={"only": objective}, dtype=dtype))
-    stock = in_float64(tiny.stock(adapter, dtype=dtype))
+    ours = in_float64(tiny.only(mf.Objective(adapter), dtype))
+    stock = in_float64(tiny.stock(adapter, dtype))
     request = dict(num_inference_steps=STEPS, guidance_scale=guidance, num_images_per_prompt=2)
     actual = trajectory(ours, PROMPTS, generator=torch.manual_seed(3), **request)
     expected = trajectory(stock, PROMPTS, generator=torch.manual_seed(3), eta=1.0, **request)
@@ -53,9 +52,9 @@ def test_one_objective_is_stock_diffusers_at_every_step(tiny, dtype, guidance, a
 
 
 def test_deterministic_and_partly_stochastic_etas_are_stock_diffusers_too(tiny):
-    stock = in_float64(tiny.stock("cool", dtype=torch.float64))
+    stock = in_float64(tiny.stock("cool", torch.float64))
     for eta in (0.0, 0.6):
-        ours = tiny.load(objectives={"only": mf.Objective(tiny.cool, eta=eta)}, dtype=torch.float64)
+        ours = tiny.only(mf.Objective("cool", eta=eta), torch.float64)
         request = dict(num_inference_steps=STEPS, guidance_scale=2.0)
         actual = trajectory(in_float64(ours), PROMPTS, generator=torch.manual_seed(3), **request)
         expected = trajectory(stock, PROMPTS, generator=torch.manual_seed(3), eta=eta, **request)
@@ -66,7 +65,7 @@ def test_one_generator_per_image_is_stock_diffusers(tiny):
     def generators():
         return [torch.Generator().manual_seed(seed) for seed in (5, 6)]
 
-    ours, stock = tiny.load(objectives={"only": mf.Objective(tiny.warm)}), tiny.stock("warm")
+    ours, stock = tiny.only(mf.Objective("warm")), tiny.stock("warm")
     request = dict(num_inference_steps=STEPS, guidance_scale=3.0)
     actual = trajectory(ours, PROMPTS, generator=generators(), **request)
     expected = trajectory(stock, PROMPTS, generator=generators(), eta=1.0, **request)
@@ -76,7 +75,7 @@ def test_one_generator_per_image_is_stock_diffusers(tiny):
 @pytest.mark.parametrize("kind", ["tiny", "tiny_kl"])
 def test_images_are_those_of_stock_diffusers(request, kind):
     model = request.getfixturevalue(kind)
-    ours, stock = model.load(objectives={"only": mf.Objective(model.warm)}), model.stock("warm")
+    ours, stock = model.only(mf.Objective("warm")), model.stock("warm")
     call = dict(num_inference_steps=STEPS, guidance_scale=3.0, output_type="np")
     actual = ours(PROMPTS, generator=torch.manual_seed(3), **call).images
     expected = stock(PROMPTS, generator=torch.manual_seed(3), eta=1.0, **call).images
@@ -112,11 +111,11 @@ def test_two_objectives_are_algorithm_1_over_two_stock_unets(tiny):
     weights = torch.tensor([[0.3, 0.7], [0.9, 0.1]], dtype=torch.float64)  # per prompt
     negative = ["blurry", "a cat"]
     posteriors = [
-        posterior(tiny.stock("warm", dtype=torch.float64), 1.0, 3.0, negative),
-        posterior(tiny.stock("cool", dtype=torch.float64), 0.8, 1.5, negative),
+        posterior(tiny.stock("warm", torch.float64), 1.0, 3.0, negative),
+        posterior(tiny.stock("cool", torch.float64), 0.8, 1.5, negative),
     ]
     expected = algorithm_1(posteriors, weights.T, x_T, noise)
-    actual = tiny.load(dtype=torch.float64)(
+    actual = tiny.shared(torch.float64)(
         PROMPTS,
         num_inference_steps=STEPS,
         weights=weights,

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where pipelines, objectives and adapters come from, and where they go."""
 
+import copy
 import json
 import logging
 import shutil
@@ -58,8 +59,8 @@ class TestFromPretrained:
             networks = (pipe.unet, pipe.text_encoder, pipe.vae)
             return {p.dtype for network in networks for p in network.parameters()}
 
-        assert dtypes(tiny.load()) == {torch.float32}
-        assert dtypes(tiny.load(dtype=torch.bfloat16)) == {torch.bfloat16}
+        assert dtypes(tiny.shared()) == {torch.float32}
+        assert dtypes(tiny.shared(torch.bfloat16)) == {torch.bfloat16}
         assert dtypes(tiny.load(torch_dtype=torch.float16)) == {torch.float16}
         own = {"own": mf.Objective(unet=small_unet())}
         pipe = tiny.load(objectives=own, dtype=torch.bfloat16)
@@ -68,11 +69,11 @@ class TestFromPretrained:
 
     def test_components_may_be_replaced(self, tiny):
         unet = small_unet()
-        assert tiny.load(unet=unet).unet is unet
+        assert tiny.load(unet=unet, objectives={"x": mf.Objective()}).unet is unet
 
     def test_another_scheduler_becomes_ddim_and_is_said_once(self, tiny_kl, caplog):
         with caplog.at_level(logging.WARNING, logger="msdda_fast"):
-            pipe = tiny_kl.load()
+            pipe = tiny_kl.load(objectives={"x": mf.Objective()})
             pipe("a red dog", **SHORT)
         assert [r.message for r in caplog.records if "PNDMScheduler" in r.message] == [
             "PNDMScheduler is not DDIM: sampling with DDIMScheduler.from_config"
@@ -83,7 +84,7 @@ class TestFromPretrained:
         assert pipe.scheduler.final_alpha_cumprod == pytest.approx(0.99915)
 
     def test_a_scheduler_assigned_later_becomes_ddim_too(self, tiny):
-        pipe = tiny.load()
+        pipe = quiet(mf.MSDDAPipeline.from_pipe(tiny.shared()))
         expected = pipe("a red dog", **SHORT).images
         pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
         assert torch.equal(pipe("a red dog", **SHORT).images, expected)
@@ -108,7 +109,7 @@ class TestAdapterFormats:
     @pytest.fixture(scope="class")
     @staticmethod
     def expected(tiny):
-        return TestAdapterFormats.run(tiny, tiny.warm)
+        return tiny.only(mf.Objective("warm"))("a red dog", **SHORT).images
 
     @staticmethod
     def run(tiny, source, **options):
@@ -154,10 +155,10 @@ class TestAdapterFormats:
         assert torch.allclose(self.run(tiny, tmp_path), expected, atol=1e-5)
 
     def test_text_encoder_part_changes_its_own_objective_only(self, tiny, tmp_path):
-        base = tiny.stock()
+        text_encoder = copy.deepcopy(tiny.stock().text_encoder)
         with torch.random.fork_rng():
             torch.manual_seed(2)
-            both = write_adapter(tmp_path, small_unet(), text_encoder=base.text_encoder)
+            both = write_adapter(tmp_path, small_unet(), text_encoder=text_encoder)
         objectives = {"both": mf.Objective(both), "plain": mf.Objective.base()}
         pipe = tiny.load(objectives=objectives)
         stock = quiet(StableDiffusionPipeline.from_pretrained(tiny.folder))
@@ -166,7 +167,7 @@ class TestAdapterFormats:
         expected = stock(PROMPTS, generator=torch.manual_seed(1), eta=1.0, **request).images
         actual = pipe(PROMPTS, generator=torch.manual_seed(1), weights=(1, 0), **request).images
         assert torch.allclose(actual, expected, atol=1e-4)
-        plain = tiny.load(objectives={"plain": mf.Objective.base()})
+        plain = tiny.only(mf.Objective.base())
         assert torch.equal(
             pipe(PROMPTS, weights=(0, 1), **SHORT).images, plain(PROMPTS, **SHORT).images
         )
@@ -201,7 +202,7 @@ class TestHub:
             "only": mf.Objective("owner/lora", eta=0.8),  # the one at the top
         }
         pipe = tiny.load(objectives=objectives, token="t")
-        expected = tiny.load()(PROMPTS, weights=(0.3, 0.7), **SHORT).images
+        expected = tiny.shared()(PROMPTS, weights=(0.3, 0.7), **SHORT).images
         for weights in ((0.3, 0.7, 0), (0.3, 0, 0.7)):
             assert torch.equal(pipe(PROMPTS, weights=weights, **SHORT).images, expected)
 
@@ -303,15 +304,16 @@ class TestRefused:
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`")  # stock loading of two adapters
 class TestFromPipe:
-    @pytest.fixture
-    def stock(self, tiny):
-        stock = tiny.stock("warm")
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def stock(tiny):
+        stock = tiny.stock.__wrapped__(tiny, "warm")
         stock.load_lora_weights(tiny.cool, adapter_name="cool")
         stock.set_adapters(["cool", "warm"], [0.25, 0.5])
         return stock
 
     def test_adapters_by_name(self, tiny, stock):
-        expected = tiny.load()(PROMPTS, weights=(0.3, 0.7), **SHORT).images
+        expected = tiny.shared()(PROMPTS, weights=(0.3, 0.7), **SHORT).images
         for objectives in (
             {"warm": mf.Objective("warm", eta=1.0), "cool": mf.Objective("cool", eta=0.8)},
             {"warm": mf.Objective(eta=1.0), "cool": mf.Objective(eta=0.8)},
@@ -331,7 +333,7 @@ class TestFromPipe:
         }
         pipe = mf.MSDDAPipeline.from_pipe(stock, objectives=objectives)
         half = pipe(PROMPTS, weights=(0, 1, 0), **SHORT).images
-        alone = tiny.load(objectives={"x": mf.Objective(tiny.warm, scale=0.5)})
+        alone = tiny.only(mf.Objective("warm", scale=0.5))
         assert torch.equal(half, alone(PROMPTS, **SHORT).images)
         calls.clear()
         pipe(PROMPTS, **SHORT)
@@ -366,14 +368,20 @@ class TestFromPipe:
         assert torch.equal(image, again)
 
     def test_the_dtype_of_every_component_is_kept(self, stock):
-        stock.vae.to(torch.float64)
-        stock.unet.to(torch.bfloat16)
-        pipe = mf.MSDDAPipeline.from_pipe(stock)
+        source = StableDiffusionPipeline(
+            **{
+                **stock.components,
+                "vae": copy.deepcopy(stock.vae).to(torch.float64),
+                "unet": copy.deepcopy(stock.unet).to(torch.bfloat16),
+            },
+            requires_safety_checker=False,
+        )
+        pipe = mf.MSDDAPipeline.from_pipe(source)
         assert (pipe.vae.dtype, pipe.unet.dtype) == (torch.float64, torch.bfloat16)
-        assert pipe.vae is stock.vae
+        assert pipe.vae is source.vae and pipe.unet is source.unet
 
     def test_objectives_of_another_of_our_pipelines_carry_over(self, tiny):
-        first = tiny.load()
+        first = tiny.shared()
         second = mf.MSDDAPipeline.from_pipe(first)
         assert second.objectives == first.objectives and second.unet is first.unet
         base = mf.MSDDAPipeline.from_pipe(first, objectives={"base": mf.Objective.base()})
@@ -385,6 +393,7 @@ class TestFromPipe:
         stock.fuse_lora(adapter_names=["warm"])
         with pytest.raises(ValueError, match=r"warm.*unfuse_lora"):
             mf.MSDDAPipeline.from_pipe(stock)
+        stock.unfuse_lora()
 
 
 class TestSavePretrained:
@@ -409,10 +418,10 @@ class TestSavePretrained:
         assert sorted(p.name for p in tmp_path.iterdir()) == ["moved"]
 
     def test_text_encoder_adapters_are_saved(self, tiny, tmp_path):
-        base = tiny.stock()
+        text_encoder = copy.deepcopy(tiny.stock().text_encoder)
         with torch.random.fork_rng():
             torch.manual_seed(2)
-            both = write_adapter(tmp_path / "a", small_unet(), text_encoder=base.text_encoder)
+            both = write_adapter(tmp_path / "a", small_unet(), text_encoder=text_encoder)
         pipe = tiny.load(objectives={"both": mf.Objective(both)})
         pipe.save_pretrained(tmp_path / "saved")
         loaded = quiet(mf.MSDDAPipeline.from_pretrained(tmp_path / "saved"))
