@@ -119,6 +119,14 @@ def test_exact_weighting_keeps_the_mean_of_the_constant_and_never_draws_t_0():
     torch.testing.assert_close(result.logits, -exact.coefficient[call.t[:N]].float() * inner)
 
 
+@pytest.mark.parametrize("snr_weighting", ["constant", "exact"])
+def test_timesteps_below_the_smallest_are_never_drawn(snr_weighting):
+    three_steps = make_scheduler()
+    three_steps.alphas_cumprod = three_steps.alphas_cumprod[[0, 300, 600, 900]]
+    _, _, call, _ = draw(three_steps, snr_weighting=snr_weighting, min_timestep=2)
+    assert set(call.t.tolist()) == {2, 3}
+
+
 def test_bfloat16_autocast_changes_the_network_and_not_the_arithmetic_of_the_loss():
     result, _, trained, _ = draw(bf16=True)
     assert trained.output.dtype == torch.bfloat16
@@ -142,6 +150,9 @@ def test_bad_input_is_named():
         NoisedPairs(make_scheduler(), pairs, make_embeds(2), None, config)
     with pytest.raises(InvalidShape, match=rf"null_embeds.*\(3, {WIDTH}\), got \(2, {WIDTH}\)"):
         NoisedPairs(make_scheduler(), pairs, make_embeds(), torch.zeros(2, WIDTH), config)
+    late = StepDPOConfig(steps=1, min_timestep=1000)
+    with pytest.raises(ValueError, match=r"min_timestep is 1000, the scheduler has .* 0 to 999"):
+        NoisedPairs(make_scheduler(), pairs, make_embeds(), None, late)
     dropping = StepDPOConfig(steps=1, prompt_dropout=0.1)
     with pytest.raises(ValueError, match=r"prompt_dropout = 0.1 needs null_embeds"):
         NoisedPairs(make_scheduler(), pairs, make_embeds(), None, dropping)
@@ -155,6 +166,7 @@ def test_bad_input_is_named():
         {"log_every": 0},
         {"checkpoint_every": 0},
         {"warmup_steps": -1},
+        {"min_timestep": -1},
         {"lr": 0.0},
         {"beta_dpo": float("nan")},
         {"grad_clip": -1.0},
