@@ -10,7 +10,7 @@ from pathlib import Path
 
 import ninja
 import pybind11
-from ninja.ninja_syntax import Writer, escape_path
+from ninja.ninja_syntax import Writer
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
@@ -24,21 +24,16 @@ LINK = "-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-sh
 
 class NinjaBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
-        try:
-            self.run_ninja(ext, openmp="-fopenmp")
-        except subprocess.CalledProcessError:
+        for openmp in ("-fopenmp", ""):
             try:
-                self.run_ninja(ext, openmp="")
+                return self.run_ninja(ext, openmp)
             except subprocess.CalledProcessError as error:
-                warnings.warn(
-                    f"msdda_fast: no compiled kernels, pure Python: {error}", stacklevel=1
-                )
+                reason = error
+        warnings.warn(f"msdda_fast: no compiled kernels, pure Python: {reason}", stacklevel=1)
 
     def run_ninja(self, ext: Extension, openmp: str) -> None:
-        cxx, target = (
-            os.environ.get("CXX") or "c++",
-            Path(self.get_ext_fullpath(ext.name)).resolve(),
-        )
+        cxx = os.environ.get("CXX") or "c++"
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
         folder = Path(self.build_temp).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -47,10 +42,10 @@ class NinjaBuild(build_ext):
             compile_one = f"{cxx} {FLAGS} {openmp} -MD -MF $out.d -c $in -o $out"
             ninja_file.rule("cxx", compile_one, depfile="$out.d", deps="gcc")
             ninja_file.rule("link", f"{cxx} {LINK} {openmp} $in -o $out")
-            objects = [escape_path(str(folder / f"{Path(s).stem}.o")) for s in ext.sources]
+            objects = [str(folder / f"{Path(s).stem}.o") for s in ext.sources]
             for source, built in zip(ext.sources, objects, strict=True):
-                ninja_file.build(built, "cxx", escape_path(str(ROOT / source)))
-            ninja_file.build(escape_path(str(target)), "link", objects)
+                ninja_file.build(built, "cxx", str(ROOT / source))
+            ninja_file.build(str(target), "link", objects)
         subprocess.run([Path(ninja.BIN_DIR, "ninja"), "-C", folder], check=True)
 
 
