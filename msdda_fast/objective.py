@@ -126,7 +126,7 @@ def normalise_weights(weights: Tensor, *, axis: int, extrapolate: bool = False) 
     values = weights.detach().to(torch.float64)
     total = values.sum(dim=axis, keepdim=True)
     if values_are_readable(values):
-        valid = ((total - 1).abs() <= SUM_TOLERANCE) & values.isfinite().all(axis, keepdim=True)
+        valid = (total - 1).abs() <= SUM_TOLERANCE  # false when an entry is NaN or infinite
         if not extrapolate:
             valid &= (values >= 0).all(axis, keepdim=True)
         if not valid.all():

@@ -66,7 +66,7 @@ def log_density(x: Tensor, mean: float, std: float) -> Tensor:
 
 
 @every_way
-@settings(deadline=None)  # a busy machine is not a failure
+@settings(deadline=None, max_examples=50)  # a busy machine is not a failure
 @given(experts=experts())
 def test_fused_density_is_the_product_up_to_a_constant(fuse: Fuse, experts: Experts) -> None:
     mean, var = fuse(experts)
@@ -79,7 +79,7 @@ def test_fused_density_is_the_product_up_to_a_constant(fuse: Fuse, experts: Expe
 
 
 @every_way
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(experts=experts(), data=st.data())
 def test_one_hot_returns_that_expert(fuse: Fuse, experts: Experts, data: st.DataObject) -> None:
     chosen = data.draw(st.integers(0, len(experts.means) - 1))
@@ -90,7 +90,7 @@ def test_one_hot_returns_that_expert(fuse: Fuse, experts: Experts, data: st.Data
 
 
 @every_way
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(experts=experts(), data=st.data())
 def test_order_does_not_matter(fuse: Fuse, experts: Experts, data: st.DataObject) -> None:
     order = data.draw(st.permutations(range(len(experts.means))))
@@ -99,7 +99,7 @@ def test_order_does_not_matter(fuse: Fuse, experts: Experts, data: st.DataObject
 
 
 @every_way
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(experts=experts(), part=st.floats(0.1, 0.9), data=st.data())
 def test_splitting_an_expert_in_two_changes_nothing(
     fuse: Fuse, experts: Experts, part: float, data: st.DataObject
@@ -111,7 +111,7 @@ def test_splitting_an_expert_in_two_changes_nothing(
 
 
 @every_way
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(experts=experts(), std=stds)
 def test_equal_variances_give_db_mpa(fuse: Fuse, experts: Experts, std: float) -> None:
     mean, var = fuse(experts._replace(stds=[std] * len(experts.stds)))
@@ -121,7 +121,7 @@ def test_equal_variances_give_db_mpa(fuse: Fuse, experts: Experts, std: float) -
 
 
 @every_way
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(experts=experts())
 def test_fused_std_lies_between_the_smallest_and_the_largest(fuse: Fuse, experts: Experts) -> None:
     _, var = fuse(experts)
@@ -130,7 +130,7 @@ def test_fused_std_lies_between_the_smallest_and_the_largest(fuse: Fuse, experts
 
 
 @every_way
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(experts=experts(min_size=2), scale=st.floats(0.1, 1))
 def test_scaling_all_stds_scales_the_fused_one_and_keeps_the_mean(
     fuse: Fuse, experts: Experts, scale: float
