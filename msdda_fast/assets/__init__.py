@@ -24,5 +24,7 @@ def resolve(name: str) -> Path:
         raise FileNotFoundError(f"no shipped model {name!r}; shipped: {', '.join(_SHIPPED)}")
     folder = ASSETS / _SHIPPED[name]
     if not (folder / "model_index.json").is_file():
-        raise FileNotFoundError(f"shipped model {name!r} is not complete: {folder} has no model_index.json")
+        raise FileNotFoundError(
+            f"shipped model {name!r} is not complete: {folder} has no model_index.json"
+        )
     return folder

@@ -12,7 +12,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from msdda_fast.embedded.prompts import NATURAL_COLOR, caption, held_out
+from msdda_fast.embedded.prompts import NATURAL_COLOR, caption, is_held_out
 from msdda_fast.rewards.grammar import COLORS, OBJECTS, Painted
 
 
@@ -32,7 +32,6 @@ class CaptionSampler:
     def __init__(self, tail: Tail | None = None, seed: int = 0) -> None:
         self._tail = tail or Tail()
         self._random = random.Random(seed)
-        self._singles, self._pairs = held_out()
 
     def __call__(self) -> tuple[str, tuple[Painted, ...]]:
         """Return a caption and the scene to render for it."""
@@ -41,7 +40,7 @@ class CaptionSampler:
             names = self._random.sample(OBJECTS, count)
             told = tuple(Painted(name, self._told_color(name)) for name in names)
             seen = self._seen(told)
-            if not (self._is_held_out(told) or self._is_held_out(seen)):
+            if not (is_held_out(told) or is_held_out(seen)):
                 return caption(told), seen
 
     def _told_color(self, name: str) -> str | None:
@@ -61,9 +60,3 @@ class CaptionSampler:
                 at = self._random.randrange(len(told))
                 colors[at] = NATURAL_COLOR[told[at].object]
         return tuple(Painted(t.object, c) for t, c in zip(told, colors, strict=True))
-
-    def _is_held_out(self, things: tuple[Painted, ...]) -> bool:
-        pair = things if len(things) == 2 else None
-        return any(thing in self._singles for thing in things) or (
-            pair in self._pairs or (pair and pair[::-1]) in self._pairs
-        )

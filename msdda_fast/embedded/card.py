@@ -15,8 +15,9 @@ import typer
 from safetensors import safe_open
 
 from msdda_fast.assets import ASSETS
-from msdda_fast.embedded.align import ALIGNMENT, RANK
+from msdda_fast.embedded.align import ALIGNMENT, PROMPTS, RANK
 from msdda_fast.embedded.captions import Tail
+from msdda_fast.embedded.prompts import TRAIN_PROMPTS
 from msdda_fast.embedded.train import ADAPTER_LOGS, LOGS, STYLES
 from msdda_fast.embedded.train_scorer import CONSISTENCY, HELD_OUT_STYLE, JUDGE
 from msdda_fast.training.storage import atomic_write
@@ -103,16 +104,16 @@ def card(results: dict[str, Any]) -> str:
         for where, a in cases.items()
     )
     recipes = "\n".join(
-        f"| {name} | {recipe.eta} | {number + 1} | {len(r.seeds)} | {r.config.steps} "
-        f"| {r.config.lr:g} | {r.config.beta_dpo:g} |"
+        f"| {name} | {recipe.eta} | {len(recipe.seeds)} | {recipe.config.steps} "
+        f"| {recipe.config.lr:g} | {recipe.config.beta_dpo:g} |"
         for name, recipe in ALIGNMENT.items()
-        for number, r in enumerate(recipe.rounds)
     )
     template = (Path(__file__).parent / "card.md").read_text()
     return template.format(
         eta_aesthetic=ALIGNMENT["aesthetic"].eta,
         eta_consistency=ALIGNMENT["consistency"].eta,
         rank=RANK,
+        more_prompts=len(PROMPTS) - len(TRAIN_PROMPTS),
         styles=", ".join(STYLES),
         natural=f"{100 * tail.natural:.0f}",
         colorless=f"{100 * tail.colorless:.0f}",

@@ -6,9 +6,10 @@ The combinations of the test prompts never occur in training, neither in a capti
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 
-from msdda_fast.rewards.grammar import OBJECTS, Painted, parse
+from msdda_fast.rewards.grammar import COLORS, OBJECTS, Painted, parse
 
 # The colour a photograph of the object would most likely show: the head of the caption long tail.
 NATURAL_COLOR = dict(
@@ -72,3 +73,25 @@ def held_out() -> tuple[set[Painted], set[tuple[Painted, Painted]]]:
     singles = {things[0] for things in parsed if len(things) == 1}
     pairs = {(things[0], things[1]) for things in parsed if len(things) == 2}
     return singles, pairs
+
+
+def is_held_out(things: Sequence[Painted]) -> bool:
+    """Say whether a scene or caption has a combination of the test prompts, in either order."""
+    singles, pairs = held_out()
+    pair = tuple(things)
+    return any(thing in singles for thing in things) or pair in pairs or pair[::-1] in pairs
+
+
+def alignment_prompts(count: int, seed: int = 5) -> tuple[str, ...]:
+    """Return the paper's training prompts and more of the grammar, `count` in all, none held out.
+
+    Twenty-five prompts name each colour a few times only, and an adapter aligned on them learns
+    the colours of its prompts instead of obeying the prompt.
+    """
+    rng, prompts = random.Random(seed), dict.fromkeys(TRAIN_PROMPTS)
+    while len(prompts) < count:
+        names = rng.sample(OBJECTS, rng.choice((1, 2)))
+        things = [Painted(name, rng.choice(COLORS)) for name in names]
+        if not is_held_out(things):
+            prompts[caption(things)] = None
+    return tuple(prompts)

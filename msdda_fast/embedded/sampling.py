@@ -14,7 +14,7 @@ from msdda_fast.training.collect import SampleFn
 
 NUM_STEPS = 25
 DTYPE = torch.bfloat16  # of the networks; twice as fast as float32 on recent CPUs
-GUIDANCE_SCALE = 1.5
+GUIDANCE_SCALE = 1.0  # none: the policy that DPO trains is the one that is sampled
 
 
 def sampler(

@@ -37,7 +37,7 @@ from msdda_fast.training.storage import atomic_write
 
 STYLES = ("noto", "fluentflat")  # of the images the model learns to draw
 LOGS = ("vae", "base", "decoder", "consistency", "judge")
-ADAPTER_LOGS = tuple(f"align-{n}-{k}" for n, r in ALIGNMENT.items() for k in range(len(r.rounds)))
+ADAPTER_LOGS = tuple(f"align-{name}" for name in ALIGNMENT)
 
 
 def train_networks(work: Path) -> Path:
@@ -88,6 +88,7 @@ def save_scorer(scorer: nn.Module, path: Path) -> None:
 def export(base: Path, adapters: dict[str, Path], work: Path, folder: Path) -> None:
     """Copy the base pipeline and its adapters into `folder`, with objectives and training logs."""
     shutil.copytree(base, folder, dirs_exist_ok=True)
+    write_slow_tokenizer(folder / "tokenizer")
     objectives: dict[str, Any] = {}
     for name, source in adapters.items():
         (folder / name).mkdir(exist_ok=True)
@@ -103,6 +104,14 @@ def export(base: Path, adapters: dict[str, Path], work: Path, folder: Path) -> N
     for name in ADAPTER_LOGS:
         shutil.copy2(work / name / "train" / "log.jsonl", logs / f"{name}.jsonl")
     write_manifest(folder, objectives)
+
+
+def write_slow_tokenizer(folder: Path) -> None:
+    """Add `vocab.json` and `merges.txt`, which transformers 4 and other tools read."""
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
+    merges = "\n".join(" ".join(pair) for pair in model["merges"])
+    (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
 
 
 def write_manifest(folder: Path, objectives: dict[str, Any]) -> None:

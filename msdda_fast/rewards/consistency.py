@@ -58,7 +58,8 @@ class _Residual(nn.Module):
         self.conv = nn.Conv2d(width, width, 3, padding=1, groups=width // 8)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv(F.silu(self.norm(x)))
+        out: Tensor = x + self.conv(F.silu(self.norm(x)))
+        return out
 
 
 def regions(things: Sequence[Painted]) -> list[tuple[str, Painted]]:
