@@ -212,9 +212,6 @@ def _load(
     """Load the model without the libraries' own bars and notices."""
     import torch
 
-    from msdda_fast.pipeline.notices import quieten
-
-    quieten()
     from msdda_fast.pipeline import MSDDAPipeline
 
     chosen = dict(_objective(text) for text in objectives or []) or None
@@ -259,8 +256,10 @@ def _numbers(text: str, option: str, kind: type) -> list[Any]:
 def _reported(interrupted: str) -> Iterator[None]:
     """Turn bad input into one line and exit code 2, Ctrl-C into a line and 130."""
     from msdda_fast.errors import MSDDAError
+    from msdda_fast.pipeline.notices import quieten
 
     try:
+        quieten()  # before the commands import what draws
         yield
     except (MSDDAError, ValueError, OSError) as error:
         err.print(f"[red]{type(error).__name__}[/red]: ", end="")

@@ -46,11 +46,15 @@ class Arm:
 
     name: str
     weights: Mapping[str, float]
+    objectives: Mapping[str, Objective] | None = None  # None: the model's own
 
 
 def arms() -> list[Arm]:
     """Return the base model at both etas, and the sweep from aesthetic to consistency."""
-    base = [Arm(f"base, eta {eta}", {f"base {eta}": 1.0}) for eta in (1.0, 0.8)]
+    base = [
+        Arm(f"base, eta {eta}", {"base": 1.0}, {"base": Objective.base(eta=eta)})
+        for eta in (1.0, 0.8)
+    ]
     sweep = [Arm(f"w = {w:g}", {"aesthetic": 1 - w, "consistency": w}) for w in SWEEP]
     return base + sweep
 
@@ -80,10 +84,7 @@ def load_judge() -> Scorer:
 
 def sample_arm(model: Path, arm: Arm, work: Path) -> Collection:
     """Sample one arm on the test prompts and score it; resumes from finished shards."""
-    bases = {"base 1.0": Objective.base(eta=1.0), "base 0.8": Objective.base(eta=0.8)}
-    is_base = next(iter(arm.weights)) in bases
-    chosen = {name: bases[name] for name in arm.weights} if is_base else None
-    pipe = MSDDAPipeline.from_pretrained(model, objectives=chosen, dtype=DTYPE)
+    pipe = MSDDAPipeline.from_pretrained(model, objectives=arm.objectives, dtype=DTYPE)
     judge = load_judge()
     rewards: dict[str, Any] = {name: load_reward(name) for name in REWARDS}
     rewards |= {named.name: named for named in (Named(judge, "object"), Named(judge, "color"))}
