@@ -110,7 +110,7 @@ def generate(
     [dim]msdda-fast generate "A purple colored dog." -w aesthetic=0.3 -w consistency=0.7[/dim]
     """
     with _reported("no further image was written"):
-        from msdda_fast.evaluation.cells import write_atomically
+        from msdda_fast.files import write_atomically
 
         weights = dict(_pair(text, "--weight", float) for text in weight or []) or None
         pipe = _load(model, objective, dtype, device)

@@ -59,9 +59,9 @@ ALIGNMENT = {
 def align(base: Path, name: str, work: Path) -> Path:
     """Train the adapter `name` on the model folder `base` and return its LoRA folder.
 
-    Samples the base model at the recipe's eta, ranks the samples of each prompt by the reward of the
-    adapter's name, and trains on the best third against the worst. Finished shards and checkpoints
-    in `work` are not done again.
+    Samples the base model at the recipe's eta, ranks the samples of each prompt by the reward that
+    bears the adapter's name, and trains on the best third against the worst. Finished shards and
+    checkpoints in `work` are not done again.
     """
     recipe, folder = ALIGNMENT[name], work / f"align-{name}"
     policy = {name: Objective.base(eta=recipe.eta)}

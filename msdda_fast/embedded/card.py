@@ -20,7 +20,7 @@ from msdda_fast.embedded.captions import Tail
 from msdda_fast.embedded.prompts import TRAIN_PROMPTS
 from msdda_fast.embedded.train import ADAPTER_LOGS, LOGS, STYLES
 from msdda_fast.embedded.train_scorer import CONSISTENCY, HELD_OUT_STYLE, JUDGE
-from msdda_fast.training.storage import atomic_write
+from msdda_fast.files import write_atomically
 
 EMOJI = ASSETS / "emoji"
 COLUMNS = {
@@ -142,11 +142,11 @@ def main(
     figures = json.loads(results.read_text())
     plot_training(EMOJI / "training", EMOJI / "training.png")
     text = card(figures)
-    atomic_write(EMOJI / "README.md", lambda partial: partial.write_text(text))
+    write_atomically(EMOJI / "README.md", lambda partial: partial.write_text(text))
     block = re.compile(r"(<!-- report:emoji:begin -->\n).*?(<!-- report:emoji:end -->)", re.S)
     table = results_table(figures)
     page = block.sub(lambda m: f"{m[1]}{table}\n{m[2]}", readme.read_text())
-    atomic_write(readme, lambda partial: partial.write_text(page))
+    write_atomically(readme, lambda partial: partial.write_text(page))
 
 
 if __name__ == "__main__":

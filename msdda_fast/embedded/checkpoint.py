@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from msdda_fast.training.storage import atomic_write
+from msdda_fast.files import write_atomically
 
 CHECKPOINT_EVERY = 100  # steps
 
@@ -35,7 +35,9 @@ class Checkpoint:
         if finished % CHECKPOINT_EVERY and finished != of:
             return
         state = {name: part.state_dict() for name, part in self._parts.items()}
-        atomic_write(self._path, lambda partial: torch.save({"step": finished, **state}, partial))
+        write_atomically(
+            self._path, lambda partial: torch.save({"step": finished, **state}, partial)
+        )
 
     def restore(self) -> int:
         """Load the state if there is one and return the number of finished steps."""

@@ -27,13 +27,13 @@ from msdda_fast.assets import ASSETS, resolve
 from msdda_fast.embedded.prompts import TEST_PROMPTS
 from msdda_fast.embedded.sampling import DTYPE, GUIDANCE_SCALE, NUM_STEPS, sampler
 from msdda_fast.embedded.train_scorer import JUDGE, named_right
+from msdda_fast.files import write_atomically
 from msdda_fast.objective import Objective
 from msdda_fast.pipeline.stable_diffusion import MSDDAPipeline
 from msdda_fast.rewards import REWARDS, load_reward
 from msdda_fast.rewards.consistency import Scorer
 from msdda_fast.rewards.grammar import parse
 from msdda_fast.training import Collection, collect
-from msdda_fast.training.storage import atomic_write
 
 SEEDS = range(32)
 SWEEP = (0.0, 0.2, 0.5, 0.8, 1.0)  # weight of consistency
@@ -154,14 +154,15 @@ def main(
     samples = {arm.name: sample_arm(folder, arm, work) for arm in arms()}
     setting = {
         "prompts": len(TEST_PROMPTS), "seeds": len(SEEDS), "steps": NUM_STEPS,
-        "guidance_scale": GUIDANCE_SCALE, "dtype": str(DTYPE).removeprefix("torch."), "torch": torch.__version__,
+        "guidance_scale": GUIDANCE_SCALE, "dtype": str(DTYPE).removeprefix("torch."),
+        "torch": torch.__version__,
         "machine": f"{os.cpu_count()} CPU cores ({platform.machine()})",
         "intervals": "95% bootstrap over seeds within prompts",
     }  # fmt: skip
     summary = json.dumps({"setting": setting, **summarise(samples)}, indent=1) + "\n"
-    atomic_write(results / "emoji.json", lambda partial: partial.write_text(summary))
+    write_atomically(results / "emoji.json", lambda partial: partial.write_text(summary))
     table = to_csv(samples)
-    atomic_write(results / "emoji_samples.csv", lambda partial: partial.write_text(table))
+    write_atomically(results / "emoji_samples.csv", lambda partial: partial.write_text(table))
     for arm, figures in json.loads(summary)["arms"].items():
         print(arm, {k: v["mean"] for k, v in figures.items()})
 

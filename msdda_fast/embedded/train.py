@@ -31,9 +31,9 @@ from msdda_fast.embedded.train_scorer import (
     train_scorer,
 )
 from msdda_fast.embedded.train_vae import refine_decoder, train_vae
+from msdda_fast.files import write_atomically
 from msdda_fast.pipeline import architectures
 from msdda_fast.rewards.grammar import COLORS, OBJECTS
-from msdda_fast.training.storage import atomic_write
 
 STYLES = ("noto", "fluentflat")  # of the images the model learns to draw
 LOGS = ("vae", "base", "decoder", "consistency", "judge")
@@ -76,13 +76,13 @@ def train_scorers(work: Path, folder: Path) -> None:
             f"{HELD_OUT_STYLE}, never seen": held_out_accuracy(scorer, (HELD_OUT_STYLE,)),
         }
     text = json.dumps(accuracies, indent=1) + "\n"
-    atomic_write(folder / "accuracy.json", lambda partial: partial.write_text(text))
+    write_atomically(folder / "accuracy.json", lambda partial: partial.write_text(text))
 
 
 def save_scorer(scorer: nn.Module, path: Path) -> None:
     """Write a scorer's weights in half precision."""
     weights = {name: tensor.half() for name, tensor in scorer.state_dict().items()}
-    atomic_write(path, lambda partial: save_file(weights, partial))
+    write_atomically(path, lambda partial: save_file(weights, partial))
 
 
 def export(base: Path, adapters: dict[str, Path], work: Path, folder: Path) -> None:
@@ -96,7 +96,7 @@ def export(base: Path, adapters: dict[str, Path], work: Path, folder: Path) -> N
         eta = ALIGNMENT[name].eta
         objectives[name] = {"source": name, "eta": eta, "guidance_scale": GUIDANCE_SCALE}
     text = json.dumps(objectives, indent=1) + "\n"
-    atomic_write(folder / "objectives.json", lambda partial: partial.write_text(text))
+    write_atomically(folder / "objectives.json", lambda partial: partial.write_text(text))
     logs = folder / "training"
     logs.mkdir(exist_ok=True)
     for name in LOGS:
@@ -129,7 +129,7 @@ def write_manifest(folder: Path, objectives: dict[str, Any]) -> None:
         "sha256": files,
     }
     text = json.dumps(manifest, indent=1) + "\n"
-    atomic_write(folder / "manifest.json", lambda partial: partial.write_text(text))
+    write_atomically(folder / "manifest.json", lambda partial: partial.write_text(text))
 
 
 def main(

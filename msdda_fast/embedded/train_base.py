@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from msdda_fast.embedded.captions import CaptionSampler
 from msdda_fast.embedded.checkpoint import Checkpoint, TrainingLog
 from msdda_fast.embedded.render import Renderer
-from msdda_fast.training.storage import atomic_write
+from msdda_fast.files import write_atomically
 
 NUM_SCENES = 30_000
 
@@ -52,7 +52,7 @@ def cache_latents(
                 chunks.append(vae.encode(2 * images - 1).latents.half())
         ids = tokenize(tokenizer, [text for text, _ in pairs])
         cache = {"latents": torch.cat(chunks), "ids": ids}
-        atomic_write(path, lambda partial: torch.save(cache, partial))
+        write_atomically(path, lambda partial: torch.save(cache, partial))
     stored = torch.load(path, weights_only=True)
     return stored["latents"], stored["ids"]
 

@@ -4,10 +4,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,9 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from msdda_fast.errors import MSDDAError
+from msdda_fast.files import write_atomically
 
-__all__ = ["Cell", "SweepConflict", "SweepFolder", "write_atomically"]
+__all__ = ["Cell", "SweepConflict", "SweepFolder", "write_json"]
 
 
 class SweepConflict(MSDDAError, ValueError):
@@ -106,17 +106,3 @@ def write_json(file: Path, value: Any) -> None:  # noqa: ANN401 - any JSON value
     """Write a JSON file, whole or not at all."""
     text = json.dumps(value, indent=2) + "\n"
     write_atomically(file, lambda partial: partial.write_text(text, "utf-8"))
-
-
-def write_atomically(file: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file next to `file`, then rename it: readers see all or nothing.
-
-    The temporary file is removed when `write` fails or is interrupted.
-    """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    try:
-        write(partial)
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)

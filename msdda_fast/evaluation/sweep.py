@@ -18,8 +18,9 @@ from PIL import Image
 from torch import nn
 
 from msdda_fast.errors import InvalidWeights, UnknownObjective
-from msdda_fast.evaluation.cells import Cell, SweepFolder, write_atomically, write_json
+from msdda_fast.evaluation.cells import Cell, SweepFolder, write_json
 from msdda_fast.evaluation.grid import labelled_grid
+from msdda_fast.files import write_atomically
 from msdda_fast.objective import Objective
 from msdda_fast.pipeline import MSDDAPipeline
 from msdda_fast.rewards import load_reward

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Untrained components of a small Stable Diffusion, all stock diffusers and transformers classes."""
+"""Untrained components of a small Stable Diffusion, stock diffusers and transformers classes."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from msdda_fast.errors import AdapterMismatch
-from msdda_fast.training.storage import atomic_write
+from msdda_fast.files import write_atomically
 
 ATTENTION_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
@@ -134,7 +134,7 @@ def save_lora(unet: nn.Module, folder: str | Path, *, dtype: torch.dtype = torch
         for name, tensor in lora_state(unet).items()
     }
     path = Path(folder) / WEIGHT_NAME
-    atomic_write(path, lambda partial: save_file(tensors, partial, metadata=metadata))
+    write_atomically(path, lambda partial: save_file(tensors, partial, metadata=metadata))
     return path
 
 

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from msdda_fast.errors import InvalidShape
+from msdda_fast.files import write_atomically
 from msdda_fast.rewards import Reward
-from msdda_fast.training.storage import atomic_write, require_same
+from msdda_fast.training.storage import require_same
 
 MANIFEST_NAME = "collection.json"
 _SCORE = "score."
@@ -81,7 +82,7 @@ def collect(
     if path.is_file():
         require_same(out_dir, json.loads(path.read_text()), manifest)
     else:
-        atomic_write(path, lambda file: file.write_text(json.dumps(manifest, indent=1)))
+        write_atomically(path, lambda file: file.write_text(json.dumps(manifest, indent=1)))
 
     jobs = [(index, seed) for index in range(len(prompts)) for seed in seeds]
     starts = range(0, len(jobs), batch_size)
@@ -90,7 +91,7 @@ def collect(
     for shard, at in track(missing, "collecting", disable=not progress):
         batch = jobs[at : at + batch_size]
         tensors = _sample_and_score(sample_fn, rewards, prompts, batch)
-        atomic_write(shard, partial(save_file, tensors))
+        write_atomically(shard, partial(save_file, tensors))
     return _read(shards, list(rewards))
 
 

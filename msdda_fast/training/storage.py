@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that survive a kill: atomic writes, and refusal to mix two runs in one folder."""
+"""Refusal to mix two runs in one folder."""
 
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -16,19 +15,6 @@ from msdda_fast.errors import MSDDAError
 
 class ResumeMismatch(MSDDAError, ValueError):
     """The folder holds the work of a run with another configuration or other data."""
-
-
-def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary neighbour of `path`, then rename it into place.
-
-    A reader sees the old file or the whole new one, never a part, whenever the process dies.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    write(partial)
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def digest(*tensors: Tensor) -> str:

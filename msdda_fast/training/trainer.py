@@ -15,11 +15,12 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from msdda_fast.files import write_atomically
 from msdda_fast.training.adapter import lora_parameters, lora_state, restore_lora, save_lora
 from msdda_fast.training.config import StepDPOConfig
 from msdda_fast.training.noising import NoisedPairs, NoiseSchedule
 from msdda_fast.training.pairs import PreferencePairs
-from msdda_fast.training.storage import atomic_write, require_same
+from msdda_fast.training.storage import require_same
 
 CHECKPOINT_NAME = "checkpoint.pt"
 LOG_NAME = "log.jsonl"
@@ -153,7 +154,7 @@ class _Run:
             "average": self.average,
             "generator": self.generator.get_state(),
         }
-        atomic_write(self.path, lambda partial: torch.save(state, partial))
+        write_atomically(self.path, lambda partial: torch.save(state, partial))
 
     def resume(self) -> int:
         """Restore the checkpoint, if there is one, and return the number of steps it made."""
@@ -201,6 +202,6 @@ def _open_log(out_dir: Path, start: int) -> Iterator[TextIO]:
     lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
     whole = [line for line in lines if line.endswith("\n")]  # a kill may tear the last one
     kept = "".join(line for line in whole if json.loads(line)["step"] <= start)
-    atomic_write(path, lambda partial: partial.write_text(kept))
+    write_atomically(path, lambda partial: partial.write_text(kept))
     with path.open("a", buffering=1) as log:
         yield log

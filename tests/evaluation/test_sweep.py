@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import msdda_fast as mf
-from msdda_fast.evaluation.cells import Cell, SweepConflict, write_atomically
+from msdda_fast.evaluation.cells import Cell, SweepConflict
 from msdda_fast.evaluation.sweep import Sweep, run_sweep
 from msdda_fast.rewards.aesthetic import Aesthetic
 
@@ -166,19 +166,6 @@ def test_file_names_tell_cells_apart():
     names = {cell.file_name for cell in cells}
     assert len(names) == len(cells)
     assert all(name.isascii() and len(name) < 100 and "/" not in name for name in names)
-
-
-def test_an_atomic_write_leaves_the_old_file_when_it_fails(tmp_path):
-    file = tmp_path / "x"
-    file.write_text("old")
-
-    def fail(partial):
-        partial.write_text("half")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_atomically(file, fail)
-    assert file.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["x"]
 
 
 def test_a_damaged_cell_is_named(pipe, tmp_path):
