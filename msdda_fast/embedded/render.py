@@ -42,9 +42,9 @@ class Renderer:
         sheets: list[Tensor] = []
         self._index: dict[tuple[str, str | None], list[int]] = {}
         for style in styles:
-            for (name, color), rgba in painted_sprites(style).items():
+            for (name, color), pixels in painted_sprites(style).items():
                 self._index.setdefault((name, color), []).append(len(sheets))
-                sheets.append(torch.from_numpy(rgba).float())
+                sheets.append(torch.from_numpy(pixels).float())
         rgba = torch.stack(sheets).permute(0, 3, 1, 2)
         premultiplied = torch.cat([rgba[:, :3] * rgba[:, 3:], rgba[:, 3:]], 1)
         # Two sizes, so that bilinear sampling never skips pixels of a small sprite.

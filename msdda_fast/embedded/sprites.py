@@ -98,7 +98,10 @@ def lab_to_rgb(lab: FloatArray) -> FloatArray:
     f = np.stack([y + a / 500, y, y - b / 200], -1)
     xyz = np.where(f > 6 / 29, f**3, 3 * (6 / 29) ** 2 * (f - 4 / 29)) * _WHITE
     linear = np.clip(xyz @ np.linalg.inv(_TO_XYZ).T, 0, 1)
-    return np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+    rgb: FloatArray = np.where(
+        linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055
+    )
+    return rgb
 
 
 def recolor(rgba: FloatArray, color: str, *, whole: bool = False) -> FloatArray:

@@ -9,11 +9,13 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from msdda_fast.embedded.captions import CaptionSampler
 from msdda_fast.embedded.checkpoint import Checkpoint, TrainingLog
 from msdda_fast.embedded.render import Renderer
 from msdda_fast.files import write_atomically
+from msdda_fast.pipeline.architectures import Autoencoder
 
 NUM_SCENES = 30_000
 
@@ -38,7 +40,7 @@ class Noising(Protocol):
 
 @torch.no_grad()
 def cache_latents(
-    vae: nn.Module, tokenizer: Tokenizer, renderer: Renderer, work: Path
+    vae: Autoencoder, tokenizer: Tokenizer, renderer: Renderer, work: Path
 ) -> tuple[Tensor, Tensor]:
     """Render `NUM_SCENES` captioned scenes once; return latents (N, 4, 16, 16), ids (N, L)."""
     path = work / "latents.pt"
@@ -82,8 +84,9 @@ def train_base(
     (shape (L,)), which classifier-free guidance needs.
     """
     model = nn.ModuleDict({"unet": unet, "text": text_encoder}).train()
-    average = torch.optim.swa_utils.AveragedModel(
-        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
+    average = AveragedModel(
+        model,
+        multi_avg_fn=get_ema_multi_avg_fn(0.998),  # type: ignore[no-untyped-call]
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -106,7 +109,7 @@ def train_base(
             eps = unet(x_t, t, context).sample
         loss = F.mse_loss(eps.float(), noise)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        torch.autograd.backward(loss)
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()

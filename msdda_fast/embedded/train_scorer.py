@@ -13,11 +13,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from msdda_fast.embedded.checkpoint import Checkpoint, TrainingLog
 from msdda_fast.embedded.render import Jitter, Renderer
 from msdda_fast.embedded.train_vae import random_scenes
+from msdda_fast.pipeline.architectures import Autoencoder
 from msdda_fast.rewards.consistency import Scorer, regions
 from msdda_fast.rewards.grammar import COLORS, OBJECTS, Painted
 
@@ -52,7 +53,7 @@ JUDGE = ScorerRecipe(
 
 
 def train_scorer(
-    recipe: ScorerRecipe, vae: nn.Module, work: Path, *, steps: int = 1000, batch: int = 64
+    recipe: ScorerRecipe, vae: Autoencoder, work: Path, *, steps: int = 1000, batch: int = 64
 ) -> Scorer:
     """Train a scorer on its own renders; resumes from `work/<name>.pt`."""
     scorer = recipe.build()
@@ -71,7 +72,7 @@ def train_scorer(
             logits = scorer(images)
         loss = naming_loss(logits, scenes)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
         schedule.step()
         log.add(step, loss=loss)
@@ -80,7 +81,7 @@ def train_scorer(
 
 
 @torch.no_grad()
-def augment(images: Tensor, vae: nn.Module, generator: torch.Generator) -> Tensor:
+def augment(images: Tensor, vae: Autoencoder, generator: torch.Generator) -> Tensor:
     """Make renders look like generated images: half pass the autoencoder, with noise and tints."""
     count = len(images)
     through = torch.rand(count, generator=generator) < 0.5

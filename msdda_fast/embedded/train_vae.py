@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from msdda_fast.embedded.checkpoint import Checkpoint, TrainingLog
 from msdda_fast.embedded.render import Renderer
+from msdda_fast.pipeline.architectures import Autoencoder
 from msdda_fast.rewards.grammar import COLORS, OBJECTS, Painted
 
 
 def train_vae(
-    vae: nn.Module, renderer: Renderer, work: Path, *, steps: int = 2000, batch: int = 16
+    vae: Autoencoder, renderer: Renderer, work: Path, *, steps: int = 2000, batch: int = 16
 ) -> None:
     """Train `vae` in place; resumes from `work/vae.pt`.
 
@@ -27,7 +28,7 @@ def train_vae(
 
 
 def refine_decoder(
-    vae: nn.Module, renderer: Renderer, work: Path, *, steps: int = 1200, batch: int = 16
+    vae: Autoencoder, renderer: Renderer, work: Path, *, steps: int = 1200, batch: int = 16
 ) -> None:
     """Train the decoder on with the encoder frozen: the denoiser's latents stay as they are.
 
@@ -39,7 +40,7 @@ def refine_decoder(
 
 
 def _train(
-    vae: nn.Module, parameters: list[nn.Parameter], renderer: Renderer, work: Path, name: str,
+    vae: Autoencoder, parameters: list[nn.Parameter], renderer: Renderer, work: Path, name: str,
     steps: int, batch: int,
 ) -> None:  # fmt: skip
     optimizer = torch.optim.AdamW(parameters, lr=1.5e-3, weight_decay=1e-4)
@@ -74,7 +75,7 @@ def random_scenes(
 ) -> list[tuple[Painted, ...]]:
     """Draw scenes with uniform objects and colours, a third of them pairs."""
     draws: Tensor = torch.rand(count, 5, generator=generator)
-    scenes = []
+    scenes: list[tuple[Painted, ...]] = []
     for pair, o1, c1, o2, c2 in draws.tolist():
         first = Painted(objects[int(o1 * len(objects))], COLORS[int(c1 * 10)])
         second = Painted(objects[int(o2 * len(objects))], COLORS[int(c2 * 10)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Iterable
+from typing import TypeAlias
 
 from diffusers import (
     AutoencoderTiny,
@@ -16,6 +17,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 MAX_TOKENS = 24
+Autoencoder: TypeAlias = AutoencoderTiny
 
 
 def word_tokenizer(words: Iterable[str]) -> CLIPTokenizer:
