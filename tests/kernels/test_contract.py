@@ -137,6 +137,7 @@ def test_means_may_be_a_sequence(backend):
             "means.1. has dtype torch.float64",
         ),
         ({"means": MEANS.long()}, InvalidShape, "means has dtype torch.int64"),
+        ({"means": torch.ones(())}, InvalidShape, r"means has shape \(\)"),
         ({"means": torch.ones(2)}, InvalidShape, r"\(M, B, \*S\)"),
         ({"variances": [1.0] * 3}, InvalidShape, r"\(3,\), expected \(2,\), \(2, 2\) or \(2, 2, 4"),
         ({"variances": torch.ones(2, 3)}, InvalidShape, r"variances has shape \(2, 3\)"),
@@ -174,6 +175,7 @@ OUTPUTS = ddim_case(2, SHAPE, torch.float32).outputs
     [
         ({"x_t": torch.zeros(SHAPE, dtype=torch.int32)}, "x_t has dtype torch.int32"),
         ({"x_t": torch.zeros(SHAPE[:-1])}, r"outputs\[0\] has shape \(2, 2, 4, 3, 5\), expected"),
+        ({"outputs": torch.ones(())}, r"outputs has shape \(\)"),
         ({"outputs": OUTPUTS[:1]}, "got 1 outputs .* expected 2"),
         ({"outputs": OUTPUTS[:, :, :1]}, r"\(2, 1, 4, 3, 5\), expected \(2, 2, 4, 3, 5\)"),
         ({"outputs": OUTPUTS.repeat(1, 2, 1, 1, 1, 1)}, r"\(4, 2, 4, 3, 5\), expected \(2, 2, 4"),

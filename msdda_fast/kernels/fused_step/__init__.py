@@ -30,6 +30,7 @@ from torch import Tensor
 
 from msdda_fast.errors import InvalidShape
 from msdda_fast.kernels.fused_step._inputs import (
+    by_objective,
     check_alike,
     check_out,
     compute_dtype,
@@ -123,7 +124,7 @@ def fast_fuse_step(
             seed or step outside of its range.
         BackendUnavailable: The backend cannot run here; an input requires grad without "eager".
     """
-    means = list(means)
+    means = by_objective(means, "means")
     if not means:
         raise InvalidShape("means are empty: expected M >= 1 tensors (B, *S)")
     first = means[0]
@@ -219,7 +220,7 @@ def fused_ddim_step(
     """
     count, shape = coefficients.num_objectives, x_t.shape
     check_alike(x_t, "x_t", shape, x_t.device)
-    branches = list(outputs)
+    branches = by_objective(outputs, "outputs")
     if len(branches) != count or x_t.ndim == 0:
         raise InvalidShape(
             f"got {len(branches)} outputs and x_t {tuple(shape)}, expected {count} outputs "

@@ -3,7 +3,7 @@
 
 from collections.abc import Sequence
 from types import ModuleType
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,8 +13,17 @@ from msdda_fast.kernels import registry
 from msdda_fast.kernels.counter_noise import as_seeds, as_step
 from msdda_fast.types import GeneratorLike, SeedsLike
 
-__all__ = ["Randomness", "check_alike", "check_out", "compute_dtype", "pick", "randomness"]
+__all__ = [
+    "Randomness",
+    "by_objective",
+    "check_alike",
+    "check_out",
+    "compute_dtype",
+    "pick",
+    "randomness",
+]
 
+T = TypeVar("T")
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -67,6 +76,15 @@ def _generated(like: Tensor, generator: GeneratorLike | None) -> Tensor:
     one = (1, *like.shape[1:])
     rows = [torch.randn(one, generator=g, device=g.device, dtype=like.dtype) for g in generator]
     return torch.cat(rows).to(like.device)
+
+
+def by_objective(tensors: Tensor | Sequence[T], name: str) -> list[Tensor | T]:
+    """The slices of a tensor along its first axis, or the entries of a sequence."""
+    if not isinstance(tensors, Tensor):
+        return list(tensors)
+    if tensors.ndim == 0:
+        raise InvalidShape(f"{name} has shape (), expected an objective axis M first")
+    return list(tensors.unbind())
 
 
 def check_alike(
