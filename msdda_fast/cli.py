@@ -209,7 +209,7 @@ def doctor() -> None:
 def _load(
     model: str, objectives: list[str] | None, dtype: DType, device: str | None
 ) -> MSDDAPipeline:
-    """Load the model without the libraries' own bars and notices."""
+    """Load the model with the objectives of --objective, or its own."""
     import torch
 
     from msdda_fast.pipeline import MSDDAPipeline
@@ -259,7 +259,7 @@ def _reported(interrupted: str) -> Iterator[None]:
     from msdda_fast.pipeline.notices import quieten
 
     try:
-        quieten()  # before the commands import what draws
+        quieten()  # before a command imports what draws
         yield
     except (MSDDAError, ValueError, OSError) as error:
         err.print(f"[red]{type(error).__name__}[/red]: ", end="")
