@@ -9,7 +9,7 @@ OUT ?= out/demo
 .PHONY: demo test lint bench clean
 
 demo: $(STAMP)
-	$(BIN)/msdda-fast sweep --out $(OUT)
+	$(BIN)/msdda-fast sweep --seeds 1,2 --out $(OUT)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 SHIPPED = "msdda-fast/emoji"
 DEMO_PROMPTS = [
-    "A purple colored dog.",
+    "A yellow colored dog.",
     "A pink colored banana.",
-    "A green colored giraffe.",
-    "A blue car and a pink sheep.",
+    "A black chair and a red table.",
+    "A green car and a yellow banana.",
 ]
 
 app = typer.Typer(
