@@ -102,6 +102,8 @@ def naming_loss(
     total = torch.zeros(())
     for region, (objects, colors) in logits.items():
         named = [(n, thing) for n, s in enumerate(scenes) for r, thing in regions(s) if r == region]
+        if not named:
+            continue
         rows = torch.tensor([n for n, _ in named])
         object_ids = torch.tensor([OBJECTS.index(thing.object) for _, thing in named])
         color_ids = torch.tensor([COLORS.index(thing.color or "") for _, thing in named])
