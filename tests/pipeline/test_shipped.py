@@ -50,7 +50,7 @@ def test_stock_diffusers_loads_it(shipped):
 
 
 def test_different_prompts_have_different_tokens(shipped):
-    ids = shipped.tokenizer(PROMPTS + ["A xylophone?"], padding="max_length").input_ids
+    ids = shipped.tokenizer([*PROMPTS, "A xylophone?"], padding="max_length").input_ids
     assert len({tuple(row) for row in ids}) == 3
     assert all(len(row) == shipped.tokenizer.model_max_length for row in ids)
 
