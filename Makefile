@@ -23,7 +23,7 @@ bench: $(STAMP)
 	$(BIN)/python -m pytest benchmarks/bench_fused_step.py --benchmark-only
 
 clean:
-	rm -rf $(VENV) build out .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks *.egg-info msdda_fast/_C*.so
+	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks *.egg-info msdda_fast/_C*.so
 
 # A half-made environment has no stamp, so an interrupted install is done again.
 $(STAMP): $(SOURCES)
