@@ -338,6 +338,11 @@ class TestFromPipe:
         calls.clear()
         pipe(PROMPTS, **SHORT)
         assert calls == [("warm",), ("warm",), ()] * 2
+        # a product does not depend on its order
+        swapped = {name: objectives[name] for name in ("half", "full", "plain")}
+        other = mf.MSDDAPipeline.from_pipe(stock, objectives=swapped)
+        both, same = (p(PROMPTS, weights=(0.5, 0.5, 0), **SHORT).images for p in (pipe, other))
+        assert torch.allclose(both, same, atol=1e-4)
 
     @pytest.mark.parametrize("fails", [False, True])
     def test_the_source_stays_as_it_was(self, stock, fails):
