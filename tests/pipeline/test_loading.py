@@ -74,11 +74,11 @@ class TestFromPretrained:
     def test_another_scheduler_becomes_ddim_and_is_said_once(self, tiny_kl, caplog):
         with caplog.at_level(logging.WARNING, logger="msdda_fast"):
             pipe = tiny_kl.load(objectives={"x": mf.Objective()})
+            assert isinstance(pipe.scheduler, DDIMScheduler)
             pipe("a red dog", **SHORT)
         assert [r.message for r in caplog.records if "PNDMScheduler" in r.message] == [
             "PNDMScheduler is not DDIM: sampling with DDIMScheduler.from_config"
         ]
-        assert isinstance(pipe.scheduler, DDIMScheduler)
         # Stable Diffusion's flags (ALGORITHMS.md 1): no clipping, alpha_bar_0 = 0.99915 at the end
         assert pipe.scheduler.config.clip_sample is False
         assert pipe.scheduler.final_alpha_cumprod == pytest.approx(0.99915)
