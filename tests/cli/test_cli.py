@@ -133,7 +133,7 @@ class TestSweep:
 
     def test_ctrl_c_keeps_finished_cells_and_says_how_to_resume(self, tiny, loaded, tmp_path):
         arguments = [str(a) for a in sweep_of(tiny.folder, tmp_path, "--batch-size", 1)]
-        arguments[arguments.index("--steps") + 1] = "50"  # long enough to be caught in the act
+        arguments[arguments.index("--steps") + 1] = "400"  # long enough to be caught in the act
         process = subprocess.Popen(
             [sys.executable, "-m", "msdda_fast", *arguments],
             stdout=subprocess.PIPE,
