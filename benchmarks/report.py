@@ -39,13 +39,14 @@ def fused_step_table() -> str:
         time = {name: record["median_us"] for name, record in run.items()}
         drawn = time["diffusers, noise drawn"] / time["native, noise drawn"]
         native = run["native"]
+        copy = f"{time['native'] / time['copy']:.2f}" if "copy" in time else ""
         size = "x".join(map(str, native["shape"]))
         spread = f"{duration(native['p20_us'])} - {duration(native['p80_us'])}"
         rows.append(
             f"| {native['case']}, {size} | {count} | {duration(time['diffusers'])} "
             f"| {duration(time['eager'])} | {duration(time['native'])} ({spread}) "
             f"| {time['diffusers'] / time['native']:.1f}x | {drawn:.1f}x "
-            f"| {time['native'] / time['copy']:.2f} |"
+            f"| {copy} |"
         )
     about = native
     where = (

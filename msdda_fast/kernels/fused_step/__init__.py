@@ -239,17 +239,18 @@ def fused_ddim_step(
             f"coefficients are {row.dtype} for x_t in float64; build the table with "
             "dtype=torch.float64"
         )
-    row = row.to(compute_dtype(x_t))
-    dtype: torch.dtype | None = None
+    if row.dtype != (dtype := compute_dtype(x_t)):
+        row = row.to(dtype)
+    output_dtype: torch.dtype | None = None
     for m, output in enumerate(branches):
         if output is not None:
             branch_count = output.shape[0] if output.ndim == x_t.ndim + 1 else 2
             expected = (branch_count if branch_count in (1, 2) else 2, *shape)
-            check_alike(output, f"outputs[{m}]", expected, x_t.device, dtype)
-            dtype = output.dtype
+            check_alike(output, f"outputs[{m}]", expected, x_t.device, output_dtype)
+            output_dtype = output.dtype
         if output is None or len(output) == 1:
             _check_unused(row, count, m, whole=output is None)
-    if dtype == torch.float64 and x_t.dtype != dtype:
+    if output_dtype == torch.float64 and x_t.dtype != torch.float64:
         raise InvalidShape(f"outputs are float64, wider than x_t in {x_t.dtype}; make x_t float64")
     z = randomness(x_t, noise, seeds, step, generator)
     target = check_out(out, x_t)

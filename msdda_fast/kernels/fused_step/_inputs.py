@@ -90,12 +90,12 @@ def by_objective(tensors: Tensor | Sequence[T], name: str) -> list[Tensor | T]:
 def check_alike(
     tensor: Tensor,
     name: str,
-    shape: Sequence[int],
+    shape: tuple[int, ...],
     device: torch.device,
     dtype: torch.dtype | None = None,
 ) -> None:
     """Raise `InvalidShape` unless `tensor` has this shape, device and float dtype (None: any)."""
-    if tensor.shape != tuple(shape):
+    if tensor.shape != shape:
         raise InvalidShape(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
     if tensor.device != device:
         raise InvalidShape(f"{name} is on {tensor.device}, expected {device}")
