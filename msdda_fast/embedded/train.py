@@ -89,6 +89,7 @@ def export(base: Path, adapters: dict[str, Path], work: Path, folder: Path) -> N
     """Copy the base pipeline and its adapters into `folder`, with objectives and training logs."""
     shutil.copytree(base, folder, dirs_exist_ok=True)
     write_slow_tokenizer(folder / "tokenizer")
+    drop_derived_entry(folder / "vae" / "config.json")
     objectives: dict[str, Any] = {}
     for name, source in adapters.items():
         (folder / name).mkdir(exist_ok=True)
@@ -104,6 +105,13 @@ def export(base: Path, adapters: dict[str, Path], work: Path, folder: Path) -> N
     for name in ADAPTER_LOGS:
         shutil.copy2(work / name / "train" / "log.jsonl", logs / f"{name}.jsonl")
     write_manifest(folder, objectives)
+
+
+def drop_derived_entry(config: Path) -> None:
+    """Drop what AutoencoderTiny writes, derives itself, and warns of when it reads it again."""
+    entries = json.loads(config.read_text())
+    entries.pop("block_out_channels", None)
+    config.write_text(json.dumps(entries, indent=2) + "\n")
 
 
 def write_slow_tokenizer(folder: Path) -> None:

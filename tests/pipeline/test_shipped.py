@@ -71,3 +71,8 @@ def test_at_most_20_megabytes():
     assert json.loads((folder / "model_index.json").read_text())["_class_name"] == (
         "StableDiffusionPipeline"
     )
+
+
+def test_no_file_has_an_entry_that_diffusers_warns_of():
+    config = json.loads((assets.resolve(NAME) / "vae" / "config.json").read_text())
+    assert "block_out_channels" not in config  # AutoencoderTiny derives it from the decoder's
