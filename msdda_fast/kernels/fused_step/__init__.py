@@ -69,17 +69,17 @@ def fast_fuse_step(
     means: Tensor | Sequence[Tensor],
     variances: Tensor | Sequence[object] | float,
     weights: Tensor | Sequence[object],
-    *,
     noise: Tensor | None = None,
     seeds: SeedsLike | None = None,
     step: int | Tensor = 0,
     generator: GeneratorLike | None = None,
     return_moments: bool = False,
+    backend: str = "auto",
+    out: Tensor | None = None,
+    *,
     zero_variance: ZeroVariancePolicy = "error",
     rates: Sequence[float] | Tensor | None = None,
     extrapolate: bool = False,
-    backend: str = "auto",
-    out: Tensor | None = None,
 ) -> Tensor | FusedStep:
     r"""Fuse M Gaussian posteriors into their weighted product and draw from it (Theorem 1, Eq. 7).
 
@@ -104,13 +104,13 @@ def fast_fuse_step(
         generator: Instead: `torch.randn` with this generator, or one generator per sample. With
             none of the three: torch's default generator.
         return_moments: Return a `FusedStep` with the fused mean and variance.
+        backend: "auto", "eager" (differentiates) or "native".
+        out: (B, *S), any float dtype: the result goes here.
         zero_variance: What to do where a variance of 0 meets other active objectives: "error";
             "dominate": those with zero variance decide, sharing by weight (the literal limit);
             "ratio": likewise, sharing by w_i / c_i^2.
         rates: (M,) > 0, the rates c_i of "ratio", no unit.
         extrapolate: Accept negative weights while every total precision stays positive.
-        backend: "auto", "eager" (differentiates) or "native".
-        out: (B, *S), any float dtype: the result goes here.
 
     Returns:
         x_prev (B, *S) in latent units, in the dtype of `means` (or `out`); or a `FusedStep`.
