@@ -27,7 +27,7 @@ class InvalidWeights(MSDDAError, ValueError):
 
 
 class InvalidShape(MSDDAError, ValueError):
-    """A tensor has the wrong shape; the message gives both shapes."""
+    """A tensor has the wrong shape, dtype or device; the message gives both."""
 
 
 class InvalidSchedule(MSDDAError, ValueError):
