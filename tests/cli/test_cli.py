@@ -133,9 +133,14 @@ class TestSweep:
 
     def test_ctrl_c_keeps_finished_cells_and_says_how_to_resume(self, tiny, loaded, tmp_path):
         arguments = [str(a) for a in sweep_of(tiny.folder, tmp_path, "--batch-size", 1)]
-        arguments[arguments.index("--steps") + 1] = "400"  # long enough to be caught in the act
+        arguments[arguments.index("--steps") + 1] = "100"  # long enough to be caught in the act
+        # a test run in the background hands down an ignored SIGINT, which Python then leaves alone
+        start = (
+            "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+            "runpy.run_module('msdda_fast', run_name='__main__', alter_sys=True)"
+        )
         process = subprocess.Popen(
-            [sys.executable, "-m", "msdda_fast", *arguments],
+            [sys.executable, "-c", start, *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
