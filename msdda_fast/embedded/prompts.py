@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from functools import cache
 
 from msdda_fast.rewards.grammar import COLORS, OBJECTS, Painted, parse
 
@@ -67,6 +68,7 @@ def caption(things: Sequence[Painted]) -> str:
     return text[0].upper() + text[1:] + "."
 
 
+@cache
 def held_out() -> tuple[set[Painted], set[tuple[Painted, Painted]]]:
     """Return the singles and the pairs of the test prompts, which training never sees."""
     parsed = [parse(prompt) for prompt in TEST_PROMPTS]

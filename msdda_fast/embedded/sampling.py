@@ -13,7 +13,7 @@ from msdda_fast.pipeline.stable_diffusion import MSDDAPipeline
 from msdda_fast.training.collect import SampleFn
 
 NUM_STEPS = 25
-DTYPE = torch.bfloat16  # of the networks; twice as fast as float32 on recent CPUs
+DTYPE = torch.bfloat16  # of the networks; latents stay float32 between steps
 GUIDANCE_SCALE = 1.0  # none: the policy that DPO trains is the one that is sampled
 
 

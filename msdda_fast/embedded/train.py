@@ -2,7 +2,7 @@
 """Make the shipped model from the sprites: `python -m msdda_fast.embedded.train`.
 
 Stages: autoencoder, denoiser with text encoder, decoder, two scorers, two adapters. Each resumes
-from its checkpoint, so the same command goes on after a kill. About an hour on two CPU cores.
+from its checkpoint, so the same command goes on after a kill. The model card has the minutes.
 """
 
 from __future__ import annotations
@@ -53,7 +53,6 @@ def train_networks(work: Path) -> Path:
     torch.manual_seed(0)
     unet = architectures.small_unet()
     text_encoder = architectures.small_text_encoder(tokenizer)
-    architectures.use_plain_attention(unet)
     empty_id = tokenize(tokenizer, [""])[0]
     scheduler = architectures.sd15_scheduler()
     train_base(unet, text_encoder, scheduler, latents, ids, empty_id, work)

@@ -13,7 +13,6 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
-from diffusers.models.attention_processor import AttnProcessor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 MAX_TOKENS = 24
@@ -123,8 +122,3 @@ def assemble(
         feature_extractor=None,
         requires_safety_checker=False,
     )
-
-
-def use_plain_attention(unet: UNet2DConditionModel) -> None:
-    """Use the unfused attention: with bfloat16 on CPU its backward is several times faster."""
-    unet.set_attn_processor(AttnProcessor())
