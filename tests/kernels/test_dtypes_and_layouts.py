@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from msdda_fast.kernels import registry
 from msdda_fast.kernels.fused_step import fast_fuse_step, fused_ddim_step
 from msdda_fast.schedule import StepCoefficients
 from tests.kernels.cases import DTYPES, ddim_case
@@ -125,8 +126,6 @@ def test_outputs_as_a_sequence_and_rows_for_the_whole_batch(backend):
 
 
 def test_the_raw_function_picks_row_and_noise_of_its_step(backend):
-    from msdda_fast.kernels import registry
-
     case = ddim_case(2, SHAPE, torch.float32)
     rows = torch.randn(4, 3, 6, generator=torch.Generator().manual_seed(9))
     run = registry.resolve("fused_step", backend, "cpu").run
@@ -144,6 +143,33 @@ def test_the_raw_function_picks_row_and_noise_of_its_step(backend):
             out = torch.empty(SHAPE)
             run(out, case.x_t, list(case.outputs), rows, step=step, seeds=seeds)
             assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("step", [2, torch.tensor(2)], ids=["int", "tensor"])
+def test_the_raw_function_takes_noise_of_every_step(step, backend):
+    case = ddim_case(2, SHAPE, torch.float32)
+    rows = torch.randn(4, 1, 6, generator=torch.Generator().manual_seed(9))
+    noise = torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(10))
+    run = registry.resolve("fused_step", backend, "cpu").run
+    whole, entry = torch.empty(SHAPE), torch.empty(SHAPE)
+    run(whole, case.x_t, list(case.outputs), rows, step=step, noise=noise)
+    run(entry, case.x_t, list(case.outputs), rows[2], noise=noise[2])
+    assert torch.equal(whole, entry)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("channels", [4, 5])
+def test_the_raw_function_writes_the_next_network_input(channels, layout, dtype, backend):
+    shape = (3, channels, 6, 7)
+    case = ddim_case(2, shape, torch.float32)
+    row = torch.randn(1, 6, generator=torch.Generator().manual_seed(9))
+    run = registry.resolve("fused_step", backend, "cpu").run
+    x, rows_of_network = torch.empty(shape), torch.empty(12, *shape[1:], dtype=dtype)
+    rows_of_network = rows_of_network.to(memory_format=layout)
+    next_input = rows_of_network.unflatten(0, (4, 3))
+    run(x, case.x_t, list(case.outputs), row, noise=case.noise, next_input=next_input)
+    assert torch.equal(rows_of_network, x.to(dtype).repeat(4, 1, 1, 1))
 
 
 def test_threads_do_not_change_a_bit(native):

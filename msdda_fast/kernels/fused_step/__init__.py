@@ -4,16 +4,20 @@ r"""One reverse step of several objectives, from Gaussian moments or from raw ne
 `fast_fuse_step` and `fused_ddim_step` check their inputs, then call a raw function of the chosen
 backend. The engine resolves a backend once (`registry.resolve("fused_step", ...)`) and binds these:
 
-    run(out, x, outputs, rows, *, step=0, clip_range=None, noise=None, seeds=None) -> None
+    run(out, x, outputs, rows, *, step=0, clip_range=None, noise=None, seeds=None,
+        next_input=None) -> None
         out         (B, *S), any float dtype, written; may be x itself
         x           (B, *S), or None where x_scale is 0
         outputs     M tensors (K, B, *S) of one float dtype, K = 2 (uncond, cond) or 1 (cond); None
                     for an objective whose coefficients are all 0
         rows        (B | 1, C), or (T, B | 1, C) of which row `step` is used; float32, or float64 to
                     compute in float64; C and its meaning: `schedule.StepCoefficients`
-        step        int or 0-d int64 tensor: the row of `rows`, and the counter of the noise
-        noise       (B, *S) | None;   seeds  (B,) contiguous int64 | None: at most one;
-                    neither: no noise term
+        step        int or 0-d int64 tensor on out's device, read inside the kernel: the row of
+                    `rows` and of `noise`, and the counter of the noise
+        noise       (B, *S), or (T, B, *S) of which entry `step` is used | None
+        seeds       (B,) contiguous int64 | None: at most one of the two; neither: no noise term
+        next_input  (R, B, *S), any float dtype and layout | None: R copies of `out`, converted; R is
+                    the number of network rows per sample, M K with guidance
 
     run_moments(out, means, variances, weights, *, step=0, noise=None, seeds=None, mean=None,
                 variance=None) -> None

@@ -28,11 +28,14 @@ def run(
     clip_range: float | None = None,
     noise: Tensor | None = None,
     seeds: Tensor | None = None,
+    next_input: Tensor | None = None,
 ) -> None:
     """out = x_scale x + sum_m (uncond_m u_m + cond_m c_m [+ clipped x_0 term]) + noise_scale z."""
     count = len(outputs)
     if rows.ndim == 3:
-        rows = rows[step] if isinstance(step, int) else rows.index_select(0, step.view(1))[0]
+        rows = _entry(rows, step)
+    if noise is not None and noise.ndim > out.ndim:
+        noise = _entry(noise, step)
     columns = rows.t().reshape(rows.shape[1], rows.shape[0], *(1,) * (out.ndim - 1))
     x_scale, uncond, cond, noise_scale = torch.split(columns[: 2 * count + 2], [1, count, count, 1])
     total = torch.zeros_like(out, dtype=rows.dtype)
@@ -56,6 +59,8 @@ def run(
             total = _add(total, x0_scale[m], x_0.clamp(-clip_range, clip_range))
     z = _draw(total, noise, seeds, step)
     out.copy_(total if z is None else _add(total, noise_scale[0], z))
+    if next_input is not None:
+        next_input.copy_(out)
 
 
 def run_moments(
@@ -90,6 +95,11 @@ def run_moments(
 def _add(total: Tensor, coefficient: Tensor, value: Tensor) -> Tensor:
     safe = torch.where(coefficient != 0, value.to(total.dtype), 0.0)
     return total + coefficient * safe
+
+
+def _entry(table: Tensor, step: int | Tensor) -> Tensor:
+    """`table[step]`, without reading a step that is on the device."""
+    return table[step] if isinstance(step, int) else table.index_select(0, step.view(1))[0]
 
 
 def _draw(

@@ -27,13 +27,15 @@ def run(
     clip_range: float | None = None,
     noise: Tensor | None = None,
     seeds: Tensor | None = None,
+    next_input: Tensor | None = None,
 ) -> None:
     """out = x_scale x + sum_m (uncond_m u_m + cond_m c_m [+ clipped x_0 term]) + noise_scale z."""
     step = int(step)
     rows = (rows[step] if rows.ndim == 3 else rows).contiguous()
     target = out if out.is_contiguous() else torch.empty_like(out, memory_format=_ROW_MAJOR)
     x = None if x is None else x.contiguous()
-    noise = None if noise is None else noise.contiguous()
+    if noise is not None:
+        noise = (noise[step] if noise.ndim > out.ndim else noise).contiguous()
     uncond, cond, keep_alive, dtype = [], [], [], torch.float32
     for output in outputs:
         if output is None:
@@ -62,6 +64,8 @@ def run(
     )
     if target is not out:
         out.copy_(target)
+    if next_input is not None:
+        next_input.copy_(out)
 
 
 def run_moments(
