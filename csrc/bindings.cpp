@@ -7,6 +7,9 @@
 #include <optional>
 
 #include "fused_step_cpu.h"
+#ifdef MSDDA_CUDA
+#include "cuda_bindings.h"
+#endif
 
 namespace py = pybind11;
 
@@ -70,9 +73,15 @@ void counter_noise(const Pair& out, const Seeded& seeded, const Sizes& sizes, in
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
-  module.doc() = "CPU kernels; see csrc/fused_step_cpu.h.";
+  module.doc() = "Compiled kernels; see csrc/fused_step_cpu.h and csrc/cuda_bindings.cpp.";
   using NoGil = py::call_guard<py::gil_scoped_release>;
   module.def("linear_step", &linear_step, NoGil());
   module.def("moments_step", &moments_step, NoGil());
   module.def("counter_noise", &counter_noise, NoGil());
+#ifdef MSDDA_CUDA
+  msdda::bind_cuda(module);
+  module.attr("cuda_built") = true;
+#else
+  module.attr("cuda_built") = false;
+#endif
 }

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "dtypes.h"
+#include "msdda/storage.h"
 
 namespace msdda {
 

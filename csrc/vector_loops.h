@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "dtypes.h"
+#include "msdda/storage.h"
 
 namespace msdda {
 

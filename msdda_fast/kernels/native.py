@@ -2,18 +2,30 @@
 """How tensors are handed to `msdda_fast._C`: addresses, dtype codes and sizes.
 
 The extension links no libtorch, so nothing in it counts references: a caller keeps every tensor
-alive until the call returns.
+alive until the call returns. On a GPU that is before the kernel has run; memory that is freed then
+goes to later work on the same stream only.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 
 import torch
 from torch import Tensor
 
-__all__ = ["ABSENT", "CODES", "array", "missing", "sizes"]
+__all__ = [
+    "ABSENT",
+    "CODES",
+    "array",
+    "channel_strides",
+    "counter",
+    "missing",
+    "queue",
+    "sizes",
+    "strided",
+]
 
-CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # dtypes.h
+CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # storage.h
 ABSENT = (0, 0)
 
 
@@ -50,3 +62,45 @@ def sizes(tensor: Tensor) -> tuple[int, int, int]:
     batch = tensor.shape[0]
     channels = tensor.shape[1] if tensor.ndim > 1 else 1
     return batch, channels, tensor.numel() // max(batch * channels, 1)
+
+
+def channel_strides(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, int] | None:
+    """Strides of channel and pixel of (B, C, ...) if it is dense, NCHW or NHWC; else None."""
+    axes = list(zip(shape, strides, strict=True))
+    channels = shape[1] if len(shape) > 1 else 1
+    pixels = 1
+    for n in shape[2:]:
+        pixels *= n
+    if _is_row_major(axes):
+        return pixels, 1
+    if _is_row_major([axes[0], *axes[2:], *axes[1:2]]):
+        return 1, channels
+    return None
+
+
+def _is_row_major(axes: Sequence[tuple[int, int]]) -> bool:
+    expected = 1
+    for n, stride in reversed(axes):
+        if n != 1 and stride != expected:
+            return False
+        expected *= n
+    return True
+
+
+def strided(tensor: Tensor | None) -> tuple[int, int, int, int]:
+    """Address, dtype code and `channel_strides` of a dense tensor; zeros if absent."""
+    if tensor is None:
+        return (0, 0, 0, 0)
+    strides = channel_strides(tensor.shape, tensor.stride())
+    assert strides is not None, (tensor.shape, tensor.stride())
+    return (tensor.data_ptr(), CODES[tensor.dtype], *strides)
+
+
+def counter(step: int | Tensor) -> tuple[int, int]:
+    """Address (0: none) and value of a step index: a tensor is read by the kernel, never here."""
+    return (step.data_ptr(), 0) if isinstance(step, Tensor) else (0, step)
+
+
+def queue(tensor: Tensor) -> tuple[int, int]:
+    """Index of the device of a CUDA tensor, and the handle of the current stream there."""
+    return tensor.get_device(), torch.cuda.current_stream(tensor.device).cuda_stream

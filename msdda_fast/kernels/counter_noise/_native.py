@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Counter noise in C++ on the CPU: the bits of `_eager.py`, vectorised."""
+"""Counter noise in C++ on the CPU and CUDA C++ on the GPU: the bits of `_eager.py`."""
 
 import torch
 from torch import Tensor
@@ -12,9 +12,22 @@ __all__ = ["run"]
 
 def run(out: Tensor, seeds: Tensor, step: int | Tensor, stream: int) -> None:
     """Fill contiguous `out` (B, C, ...) with the noise of `seeds` (B,)."""
+    if out.device.type == "cuda":
+        return run_cuda(out, seeds, step, stream)
     _C.counter_noise(
         native.array(out),
         (seeds.data_ptr(), int(step), stream),
         native.sizes(out),
         torch.get_num_threads(),
+    )
+
+
+def run_cuda(out: Tensor, seeds: Tensor, step: int | Tensor, stream: int) -> None:
+    """The same on the GPU; a step tensor is read there."""
+    _C.cuda_counter_noise(
+        native.strided(out),
+        (seeds.data_ptr(), stream),
+        native.counter(step),
+        native.sizes(out),
+        native.queue(out),
     )

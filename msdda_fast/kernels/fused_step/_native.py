@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fused step in C++ on the CPU: every input read once, the result written once.
+"""The fused step in C++: every input read once, the result written once.
 
 float32, float64, bfloat16 and float16 in and out; arithmetic in the dtype of the coefficients, in
-the order of `_eager.py`. Inputs of any layout: those that are not contiguous are copied first.
+the order of `_eager.py`. Inputs of any layout: on the CPU, those that are not contiguous are copied
+first. Tensors on a GPU go to `_native_cuda.py`.
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from torch import Tensor
 from msdda_fast import _C
 from msdda_fast.kernels import native
 from msdda_fast.kernels.counter_noise import STREAM_STEP
+from msdda_fast.kernels.fused_step import _native_cuda
 
 __all__ = ["run", "run_moments"]
 
@@ -30,6 +32,18 @@ def run(
     next_input: Tensor | None = None,
 ) -> None:
     """out = x_scale x + sum_m (uncond_m u_m + cond_m c_m [+ clipped x_0 term]) + noise_scale z."""
+    if out.device.type == "cuda":
+        return _native_cuda.run(
+            out,
+            x,
+            outputs,
+            rows,
+            step=step,
+            clip_range=clip_range,
+            noise=noise,
+            seeds=seeds,
+            next_input=next_input,
+        )
     step = int(step)
     rows = (rows[step] if rows.ndim == 3 else rows).contiguous()
     target = out if out.is_contiguous() else torch.empty_like(out, memory_format=_ROW_MAJOR)
@@ -81,6 +95,18 @@ def run_moments(
     variance: Tensor | None = None,
 ) -> None:
     """Eq. 7 elementwise, by ratios to the smallest active variance; see `_shares`."""
+    if out.device.type == "cuda":
+        return _native_cuda.run_moments(
+            out,
+            means,
+            variances,
+            weights,
+            step=step,
+            noise=noise,
+            seeds=seeds,
+            mean=mean,
+            variance=variance,
+        )
     means = [mu.contiguous() for mu in means]
     results = [out, mean, variance]
     targets = [

@@ -1,9 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// Storage types on the CPU. Conversions round to nearest even and are branchless, so that loops
-// over them vectorise on any instruction set; NaN becomes the quiet NaN that torch writes.
+// Storage types. Conversions round to nearest even. On the CPU they are branchless, so that loops
+// over them vectorise on any instruction set; NaN becomes the quiet NaN that torch writes. The GPU
+// has an instruction for each: the same bits, up to the payload of NaN.
 #pragma once
 
 #include <cstdint>
+
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#endif
 
 #include "msdda/normal.h"
 
@@ -36,6 +42,9 @@ MSDDA_HD A load(BFloat16 value) {
 
 template <class A>
 MSDDA_HD A load(Float16 value) {
+#ifdef __CUDA_ARCH__
+  return static_cast<A>(__half2float(__ushort_as_half(value.bits)));
+#else
   const std::uint32_t magnitude = value.bits & 0x7FFFu;
   const std::uint32_t sign = (value.bits & 0x8000u) << 16;
   const float subnormal = static_cast<float>(static_cast<std::int32_t>(magnitude)) * 0x1p-24f;
@@ -44,6 +53,7 @@ MSDDA_HD A load(Float16 value) {
   const std::uint32_t bits =
       magnitude < 0x0400u ? static_cast<std::uint32_t>(float_bits(subnormal)) : normal;
   return static_cast<A>(bits_float(static_cast<std::int32_t>(bits | sign)));
+#endif
 }
 
 MSDDA_HD void store(float& to, float value) { to = value; }
@@ -52,12 +62,19 @@ MSDDA_HD void store(double& to, float value) { to = static_cast<double>(value); 
 MSDDA_HD void store(double& to, double value) { to = value; }
 
 MSDDA_HD void store(BFloat16& to, float value) {
+#ifdef __CUDA_ARCH__
+  to.bits = __bfloat16_as_ushort(__float2bfloat16_rn(value));
+#else
   const auto bits = static_cast<std::uint32_t>(float_bits(value));
   const std::uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
   to.bits = static_cast<std::uint16_t>((bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded);
+#endif
 }
 
 MSDDA_HD void store(Float16& to, float value) {
+#ifdef __CUDA_ARCH__
+  to.bits = __half_as_ushort(__float2half_rn(value));
+#else
   const auto all = static_cast<std::uint32_t>(float_bits(value));
   const std::uint32_t bits = all & 0x7FFFFFFFu;
   const std::uint32_t sign = (all >> 16) & 0x8000u;
@@ -69,6 +86,7 @@ MSDDA_HD void store(Float16& to, float value) {
   half = bits >= 0x47800000u ? 0x7C00u : half;
   half = bits > 0x7F800000u ? 0x7E00u : half;
   to.bits = static_cast<std::uint16_t>(half | sign);
+#endif
 }
 
 MSDDA_HD void store(BFloat16& to, double value) { store(to, static_cast<float>(value)); }
