@@ -13,6 +13,7 @@ __all__ = [
     "InvalidShape",
     "InvalidWeights",
     "MSDDAError",
+    "UnfaithfulMerge",
     "UnknownObjective",
     "ZeroVariance",
 ]
@@ -36,6 +37,10 @@ class InvalidSchedule(MSDDAError, ValueError):
 
 class AdapterMismatch(MSDDAError, ValueError):
     """An adapter was made for another base network; the message names the first such module."""
+
+
+class UnfaithfulMerge(MSDDAError, ValueError):
+    """Rounding a merged weight would lose too much of an adapter; the message says how much."""
 
 
 class ZeroVariance(MSDDAError, ValueError):
