@@ -71,7 +71,7 @@ def channel_strides(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, 
     pixels = 1
     for n in shape[2:]:
         pixels *= n
-    if _is_row_major(axes):
+    if 0 in shape or _is_row_major(axes):
         return pixels, 1
     if _is_row_major([axes[0], *axes[2:], *axes[1:2]]):
         return 1, channels
