@@ -5,6 +5,7 @@
 // Nothing here needs CUDA: tests/kernels/host_threads.cpp runs the same code on the host.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 
@@ -45,27 +46,44 @@ struct View {
   }
 };
 
-// Up to 16 bytes that one instruction moves; words, because compilers move those as they stand.
+// 8 or 16 bytes that one instruction moves.
 template <int kBytes>
-struct alignas(kBytes) Chunk {
+struct Chunk {
   std::uint32_t words[kBytes / 4];
 };
 
-template <class C>
-MSDDA_HD C load_chunk(const void* from) {
+// Through CUDA's vector types, which nvcc loads whole. It takes most stores of them apart into
+// 4-byte ones, hence the assembler below.
+template <int kBytes>
+MSDDA_HD Chunk<kBytes> load_chunk(const void* from) {
 #ifdef __CUDA_ARCH__
-  return *static_cast<const C*>(from);
+  if constexpr (kBytes == 16) {
+    const uint4 v = *static_cast<const uint4*>(from);
+    return {{v.x, v.y, v.z, v.w}};
+  } else {
+    const uint2 v = *static_cast<const uint2*>(from);
+    return {{v.x, v.y}};
+  }
 #else
-  C chunk;
+  Chunk<kBytes> chunk;
   std::memcpy(&chunk, from, sizeof chunk);
   return chunk;
 #endif
 }
 
-template <class C>
-MSDDA_HD void store_chunk(void* to, const C& chunk) {
+template <int kBytes>
+MSDDA_HD void store_chunk(void* to, const Chunk<kBytes>& chunk) {
 #ifdef __CUDA_ARCH__
-  *static_cast<C*>(to) = chunk;
+  const std::uint32_t* words = chunk.words;
+  const std::size_t address = __cvta_generic_to_global(to);
+  if constexpr (kBytes == 16) {
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(words[0]),
+                 "r"(words[1]), "r"(words[2]), "r"(words[3])
+                 : "memory");
+  } else {
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(address), "r"(words[0]), "r"(words[1])
+                 : "memory");
+  }
 #else
   std::memcpy(to, &chunk, sizeof chunk);
 #endif
@@ -121,7 +139,7 @@ MSDDA_HD void read_run(A* values, int stride, const T* from) {
     constexpr int kEach = kBytes / sizeof(T);
     MSDDA_UNROLL
     for (int i = 0; i < N; i += kEach) {
-      const auto chunk = load_chunk<Chunk<kBytes>>(from + i);
+      const auto chunk = load_chunk<kBytes>(from + i);
       MSDDA_UNROLL
       for (int j = 0; j < kEach; ++j) {
         T element;
