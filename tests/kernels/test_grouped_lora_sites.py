@@ -213,12 +213,21 @@ class TestWrongShapes:
             site.swap(m, torch.ones(down), torch.ones(up))
         assert torch.equal(site(x), before)
 
-    def test_other_dtypes(self):
+    @pytest.mark.parametrize(
+        "options, message",
+        [
+            (
+                {"dtype": torch.float32},
+                r"x is torch\.float32 on cpu, expected torch\.float64 on cpu",
+            ),
+            ({"dtype": torch.float64, "device": "meta"}, "on meta, expected .* on cpu"),
+        ],
+        ids=["dtype", "device"],
+    )
+    def test_other_dtypes_and_devices(self, options, message):
         _, site = linear_site("folded")
-        with pytest.raises(
-            InvalidShape, match=r"x has dtype torch\.float32, expected torch\.float"
-        ):
-            site(torch.ones(4, 12))
+        with pytest.raises(InvalidShape, match=message):
+            site(torch.ones(4, 12, **options))
 
     @pytest.mark.parametrize(
         "options", [{"groups": 2}, {"padding_mode": "circular", "padding": 1}], ids=str

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from msdda_fast.errors import BackendUnavailable
+from msdda_fast.errors import BackendUnavailable, InvalidShape
 from msdda_fast.kernels import registry
 from msdda_fast.kernels.grouped_lora import FactoredLinear, grouped_site
 from tests.kernels.cases import assert_accurate
@@ -103,6 +103,12 @@ def test_it_says_that_it_does_not_differentiate():
     x = torch.ones(2, 16, device=DEVICE, requires_grad=True)
     with pytest.raises(BackendUnavailable, match=r'inference only .*design="separate"'):
         fused(case)(x)
+
+
+def test_it_is_not_for_float64():
+    case = lora_case(nn.Linear(16, 24), (4, 2), torch.float64)
+    with pytest.raises(InvalidShape, match=r"torch\.float64; Triton sums in float32"):
+        fused(case)
 
 
 def test_it_needs_no_copy_of_the_base():

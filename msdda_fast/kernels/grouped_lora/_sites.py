@@ -91,8 +91,11 @@ class GroupedSite(nn.Module):
                 f"x has shape {tuple(x.shape)}, expected a first axis that is a multiple of "
                 f"{self.num_objectives} objectives"
             )
-        if x.dtype != self.weight.dtype:
-            raise InvalidShape(f"x has dtype {x.dtype}, expected {self.weight.dtype}")
+        if x.dtype != self.weight.dtype or x.device != self.weight.device:
+            raise InvalidShape(
+                f"x is {x.dtype} on {x.device}, expected {self.weight.dtype} on "
+                f"{self.weight.device}"
+            )
         if not self.differentiates and x.requires_grad and torch.is_grad_enabled():
             raise BackendUnavailable(
                 f"{type(self).__name__} is for inference only and x requires grad; use "
@@ -113,7 +116,7 @@ class _GroupedLinear(GroupedSite):
             (D, ..., N).
 
         Raises:
-            InvalidShape: Another shape or dtype.
+            InvalidShape: Another shape, dtype or device.
             BackendUnavailable: `x` requires grad and the design does not differentiate.
         """
         self._check(x, -1, (2, x.ndim))
@@ -136,6 +139,7 @@ class FactoredLinear(_GroupedLinear):
 
     Raises:
         BackendUnavailable: The backend cannot run here.
+        InvalidShape: A float64 weight for "triton".
     """
 
     down: Tensor  # (M, R, C)
@@ -143,6 +147,8 @@ class FactoredLinear(_GroupedLinear):
 
     def __init__(self, base: nn.Linear, down: Tensor, up: Tensor, *, backend: str) -> None:
         super().__init__(base, down, up)
+        if backend == "triton" and self.weight.dtype == torch.float64:
+            raise InvalidShape("a weight of torch.float64; Triton sums in float32")
         self.differentiates = backend == "eager"
         module = registry.resolve("grouped_lora", backend, self.weight.device.type)
         self._run: Callable[..., Tensor] = module.run
@@ -230,7 +236,7 @@ class FoldedConv2d(_Folded):
             (D, N, H', W') in the memory format that the base convolution gives.
 
         Raises:
-            InvalidShape: Another shape or dtype.
+            InvalidShape: Another shape, dtype or device.
             BackendUnavailable: `x` requires grad.
         """
         self._check(x, 1, (4, 4))
