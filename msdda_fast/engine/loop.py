@@ -71,7 +71,7 @@ def denoise(
             "ratio"; see `schedule.fusion_shares`.
         rates: (M,) > 0, the rates of "ratio".
         extrapolate: Accept negative weights while the total precision stays positive.
-        backend: "auto", or one by name: "eager" or "native".
+        backend: "auto", or one by name: "eager", "native" or "triton".
 
     Returns:
         x_0, (B, *S), latent units, in the state dtype.

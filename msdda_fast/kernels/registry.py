@@ -13,43 +13,55 @@ from importlib import import_module
 from types import ModuleType
 
 from msdda_fast.errors import BackendUnavailable
+from msdda_fast.kernels import native
 
-__all__ = ["available", "explain", "resolve"]
+__all__ = ["NAMES", "available", "chosen", "explain", "resolve"]
 
-_ORDER = {"cpu": ("native", "eager")}  # by device type, best first; others: eager
-_NAMES = ("eager", "native")
+NAMES = ("eager", "native", "triton")
+#: What `auto` tries before eager, best first, by device type.
+_ORDER = {"cpu": ("native",), "cuda": ("triton", "native")}
 
 
 @cache
-def _missing(backend: str) -> str:
-    """What keeps `backend` from running here; empty if nothing does."""
+def _missing(backend: str, device_type: str) -> str:
+    """What keeps `backend` from running on such a device; empty if nothing does."""
     if backend == "native":
-        try:
-            import_module("msdda_fast._C")
-        except ImportError as error:
-            return (
-                f"the compiled module msdda_fast._C is not there ({error}); install a C++17 "
-                "compiler and run `pip install .` again"
-            )
+        return native.missing(device_type)
+    if backend == "triton":
+        return _triton_missing(device_type)
     return ""
 
 
-def available(backend: str) -> bool:
-    """Whether `backend` ("eager" or "native") can run on this machine."""
-    return backend in _NAMES and not _missing(backend)
+def _triton_missing(device_type: str) -> str:
+    try:
+        import_module("triton")
+    except ImportError as error:
+        return f"triton is not installed ({error}); pip install 'msdda-fast[triton]'"
+    if device_type != "cuda" and not _interpreted():
+        return "triton compiles for GPUs; on the CPU its interpreter runs, with TRITON_INTERPRET=1"
+    return ""
 
 
-def explain() -> dict[str, str]:
-    """Each backend with "ok", or the reason why it cannot run here."""
-    return {name: _missing(name) or "ok" for name in _NAMES}
+def _interpreted() -> bool:
+    return bool(import_module("triton").knobs.runtime.interpret)
+
+
+def available(backend: str, device_type: str = "cpu") -> bool:
+    """Whether `backend` can run on such a device (`tensor.device.type`) of this machine."""
+    return backend in NAMES and not _missing(backend, device_type)
+
+
+def explain(device_type: str = "cpu") -> dict[str, str]:
+    """Each backend with "ok", or the reason why it cannot run on such a device here."""
+    return {name: _missing(name, device_type) or "ok" for name in NAMES}
 
 
 def resolve(op: str, backend: str, device_type: str) -> ModuleType:
-    """The module that implements operator `op` ("fused_step", "counter_noise").
+    """The module that implements operator `op` ("fused_step", "counter_noise", "grouped_lora").
 
     Args:
         op: Folder name under `kernels/`.
-        backend: "auto", or one of the backend names.
+        backend: "auto", or one of `NAMES`.
         device_type: `tensor.device.type` of the inputs.
 
     Raises:
@@ -57,21 +69,29 @@ def resolve(op: str, backend: str, device_type: str) -> ModuleType:
     """
     if backend == "auto":
         backend = os.environ.get("MSDDA_BACKEND") or "auto"
-    return _resolve(op, backend, device_type)
+    return _module(op, _resolve(op, backend, device_type))
 
 
 @cache
-def _resolve(op: str, backend: str, device_type: str) -> ModuleType:
-    order = _ORDER.get(device_type, ("eager",))
-    if backend == "auto":
-        backend = next(name for name in order if available(name))
-    elif backend not in _NAMES:
-        accepted = ", ".join(repr(name) for name in ("auto", *_NAMES))
-        raise BackendUnavailable(f"{op}: no backend {backend!r} in this build; known: {accepted}")
-    elif missing := _missing(backend):
-        raise BackendUnavailable(f"{op}: backend {backend!r} cannot run: {missing}")
-    elif backend not in order:
-        raise BackendUnavailable(
-            f"{op}: backend {backend!r} does not run on {device_type!r}; there: {', '.join(order)}"
-        )
+def _module(op: str, backend: str) -> ModuleType:
     return import_module(f"msdda_fast.kernels.{op}._{backend}")
+
+
+def chosen(op: str, device_type: str) -> str:
+    """The backend that `auto` stands for."""
+    return _resolve(op, "auto", device_type)
+
+
+@cache
+def _resolve(op: str, backend: str, device_type: str) -> str:
+    if backend == "auto":
+        names = [name for name in _ORDER.get(device_type, ()) if available(name, device_type)]
+        if "triton" in names and _interpreted():
+            names.remove("triton")  # a thousand times slower: only by name
+        return (*names, "eager")[0]
+    if backend not in NAMES:
+        accepted = ", ".join(repr(name) for name in ("auto", *NAMES))
+        raise BackendUnavailable(f"{op}: no backend {backend!r} in this build; known: {accepted}")
+    if missing := _missing(backend, device_type):
+        raise BackendUnavailable(f"{op}: backend {backend!r} cannot run: {missing}")
+    return backend

@@ -1,22 +1,50 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every kernel test runs on each backend that this machine has."""
+"""Every kernel test runs on each backend that this machine has, Triton through its interpreter."""
+
+import os
 
 import pytest
+import torch
 
 from msdda_fast.kernels import registry
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = (
+        "1"  # read when a kernel is defined, which happens on first use
+    )
 
-@pytest.fixture(params=["eager", "native"])
-def backend(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
+
+NAMES = ("eager", "native", "triton")
+
+
+def _available(name: str, request: pytest.FixtureRequest) -> str:
     if not registry.available(name):
         pytest.skip(registry.explain()[name])
+    arguments = request.node.callspec.params.values()
+    if name == "triton" and any(argument is torch.bfloat16 for argument in arguments):
+        pytest.skip("the interpreter truncates to bfloat16; test_on_gpu.py covers it")
     return name
+
+
+@pytest.fixture(params=NAMES)
+def backend(request: pytest.FixtureRequest) -> str:
+    return _available(request.param, request)
+
+
+@pytest.fixture(params=NAMES[1:])
+def fast_backend(request: pytest.FixtureRequest) -> str:
+    """Those that are compared with eager."""
+    return _available(request.param, request)
+
+
+@pytest.fixture(params=NAMES[:2])
+def quick_backend(request: pytest.FixtureRequest) -> str:
+    """Those that draw a million numbers in no time; the others have their bits."""
+    return _available(request.param, request)
 
 
 @pytest.fixture
 def native() -> str:
-    """Tests that compare native with eager."""
     if not registry.available("native"):
         pytest.skip(registry.explain()["native"])
     return "native"

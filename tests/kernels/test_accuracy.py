@@ -144,13 +144,29 @@ def test_float64_moments_agree_with_eq_7(axes, backend):
     assert (fast - literal_fusion(case, torch.float64)).abs().max() < bound
 
 
+@pytest.mark.parametrize("count", [3, 16, 17], ids="M{}".format)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("clip_range", [None, 1.0])
-def test_native_steps_are_bitwise_equal_to_eager(dtype, clip_range, native):
-    case = ddim_case(3, (3, 5, 17, 7), dtype)
+def test_every_backend_is_bitwise_equal_to_eager(dtype, clip_range, count, fast_backend):
+    case = ddim_case(count, (3, 5, 17, 7), dtype)
     step = coefficients(case, dtype, clip_range)
     eager, fast = (
         fused_ddim_step(case.x_t, case.outputs, step, seeds=[1, 2, 3], backend=name)
-        for name in ("eager", native)
+        for name in ("eager", fast_backend)
     )
     assert torch.equal(eager, fast)
+
+
+@pytest.mark.parametrize("axes", [(1, 1), (2, 5), (5, 2), (5, 5)], ids=str)
+@pytest.mark.parametrize("count", [3, 17], ids="M{}".format)
+def test_moments_are_bitwise_equal_to_eager(count, axes, fast_backend):
+    case = moments_case(count, (3, 5, 17, 7), torch.float32, *axes)
+    variances, weights = (t if t.ndim < 3 else t.float() for t in (case.variances, case.weights))
+    eager, fast = (
+        fast_fuse_step(
+            case.means, variances, weights, seeds=[1, 2, 3], backend=name, return_moments=True
+        )
+        for name in ("eager", fast_backend)
+    )
+    for one, other in zip(eager, fast, strict=True):
+        assert torch.equal(one, other)

@@ -5,22 +5,16 @@ import pytest
 import torch
 
 from msdda_fast.errors import BackendUnavailable
+from msdda_fast.kernels import native as native_kernels
 from msdda_fast.kernels import registry
 from msdda_fast.kernels.fused_step import fast_fuse_step
 
 
-@pytest.fixture
-def nothing_compiled(monkeypatch: pytest.MonkeyPatch):
-    """A machine on which msdda_fast._C was not built."""
-    real = registry.import_module
-
-    def without_extension(name: str):
-        if name == "msdda_fast._C":
-            raise ImportError("No module named 'msdda_fast._C'")
-        return real(name)
-
-    caches = (registry._missing, registry._resolve)
-    monkeypatch.setattr(registry, "import_module", without_extension)
+@pytest.fixture(autouse=True)
+def look_again(monkeypatch: pytest.MonkeyPatch):
+    """What is there was looked up once: forget it before and after each test."""
+    monkeypatch.delenv("MSDDA_BACKEND", raising=False)
+    caches = (native_kernels.missing, registry._missing, registry._resolve)
     for cached in caches:
         cached.cache_clear()
     yield
@@ -28,15 +22,35 @@ def nothing_compiled(monkeypatch: pytest.MonkeyPatch):
         cached.cache_clear()
 
 
+@pytest.fixture
+def nothing_compiled(monkeypatch: pytest.MonkeyPatch):
+    """A machine on which msdda_fast._C was not built."""
+    real = native_kernels.import_module
+
+    def without_extension(name: str):
+        if name == "msdda_fast._C":
+            raise ImportError("No module named 'msdda_fast._C'")
+        return real(name)
+
+    monkeypatch.setattr(native_kernels, "import_module", without_extension)
+
+
 def backend_of(op: str, backend: str = "auto", device_type: str = "cpu") -> str:
     return registry.resolve(op, backend, device_type).__name__.rpartition("._")[2]
 
 
 @pytest.mark.parametrize("op", ["fused_step", "counter_noise"])
-def test_auto_prefers_native_on_the_cpu_and_eager_elsewhere(op, native, monkeypatch):
-    monkeypatch.delenv("MSDDA_BACKEND", raising=False)
+def test_auto_takes_the_first_of_its_device_that_can_run(op, native):
     assert backend_of(op) == native
-    assert backend_of(op, device_type="cuda") == "eager"
+    assert backend_of(op, device_type="xpu") == "eager"
+
+
+@pytest.mark.parametrize(("interpret", "expected"), [("0", "triton"), ("1", "eager")])
+@pytest.mark.usefixtures("nothing_compiled")
+def test_on_gpus_auto_takes_triton_but_never_its_interpreter(interpret, expected, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", interpret)
+    assert registry.chosen("fused_step", "cuda") == expected
 
 
 def test_the_environment_replaces_auto_and_nothing_else(native, monkeypatch):
@@ -44,18 +58,28 @@ def test_the_environment_replaces_auto_and_nothing_else(native, monkeypatch):
     assert backend_of("fused_step") == "eager"
     assert backend_of("fused_step", native) == native
     monkeypatch.setenv("MSDDA_BACKEND", "fast")
-    with pytest.raises(BackendUnavailable, match=r"'fast'.*'auto', 'eager', 'native'"):
+    with pytest.raises(BackendUnavailable, match=r"'fast'.*'auto', 'eager', 'native', 'triton'"):
         backend_of("fused_step")
 
 
 def test_native_does_not_run_on_other_devices(native):
-    with pytest.raises(BackendUnavailable, match="'native' does not run on 'cuda'; there: eager"):
-        backend_of("fused_step", native, "cuda")
+    with pytest.raises(BackendUnavailable, match="no compiled kernels for 'xpu'"):
+        backend_of("fused_step", native, "xpu")
+
+
+def test_triton_runs_on_the_cpu_only_by_name_and_interpreted(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(BackendUnavailable, match="TRITON_INTERPRET=1"):
+        backend_of("fused_step", "triton")
+    registry._missing.cache_clear()
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert backend_of("fused_step", "triton") == "triton"
+    assert registry.chosen("fused_step", "cpu") != "triton"
 
 
 @pytest.mark.usefixtures("nothing_compiled")
-def test_without_the_extension_auto_is_eager_and_native_says_why(monkeypatch):
-    monkeypatch.delenv("MSDDA_BACKEND", raising=False)
+def test_without_the_extension_auto_is_eager_and_native_says_why():
     assert backend_of("fused_step") == "eager"
     assert not registry.available("native")
     assert "compiler" in registry.explain()["native"]
@@ -66,5 +90,5 @@ def test_without_the_extension_auto_is_eager_and_native_says_why(monkeypatch):
 
 
 def test_explain_names_every_backend():
-    assert set(registry.explain()) == {"eager", "native"}
+    assert set(registry.explain()) == {"eager", "native", "triton"}
     assert registry.explain()["eager"] == "ok"

@@ -84,7 +84,7 @@ def counter_noise(
         stream: STREAM_INITIAL (0) for x_T, STREAM_STEP (1) for step noise; others are reserved.
         device: Where to draw; by default the device of `seeds`, or the CPU.
         dtype: float32, float64, bfloat16 or float16.
-        backend: "auto", "eager" or "native".
+        backend: "auto", "eager", "native" or "triton".
 
     Returns:
         Noise of `shape`, no unit, contiguous.

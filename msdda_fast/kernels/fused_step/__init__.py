@@ -16,8 +16,8 @@ backend. The engine resolves a backend once (`registry.resolve("fused_step", ...
                     `rows` and of `noise`, and the counter of the noise
         noise       (B, *S), or (T, B, *S) of which entry `step` is used | None
         seeds       (B,) contiguous int64 | None: at most one of the two; neither: no noise term
-        next_input  (R, B, *S), any float dtype and layout | None: R copies of `out`, converted; R is
-                    the number of network rows per sample, M K with guidance
+        next_input  (R, B, *S), any float dtype and layout | None: R copies of `out`, converted, for
+                    the R rows per sample that the network takes
 
     run_moments(out, means, variances, weights, *, step=0, noise=None, seeds=None, mean=None,
                 variance=None) -> None
@@ -108,7 +108,7 @@ def fast_fuse_step(
         generator: Instead: `torch.randn` with this generator, or one generator per sample. With
             none of the three: torch's default generator.
         return_moments: Return a `FusedStep` with the fused mean and variance.
-        backend: "auto", "eager" (differentiates) or "native".
+        backend: "auto", "eager" (differentiates), "native" or "triton".
         out: (B, *S), any float dtype: the result goes here.
         zero_variance: What to do where a variance of 0 meets other active objectives: "error";
             "dominate": those with zero variance decide, sharing by weight (the literal limit);
@@ -210,7 +210,7 @@ def fused_ddim_step(
         step: Step index k in sampling order in [0, 2^32), an int or a 0-d int64 tensor.
         generator: Instead: `torch.randn` with this generator, or one generator per sample. With
             none of the three: torch's default generator.
-        backend: "auto", "eager" (differentiates) or "native".
+        backend: "auto", "eager" (differentiates), "native" or "triton".
         out: (B, *S), any float dtype: the result goes here; may be `x_t`.
 
     Returns:
