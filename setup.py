@@ -28,10 +28,9 @@ INCLUDES = " ".join(f"-I'{ROOT / path}'" for path in INCLUDE)
 FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno"
 FLAGS += f" -fno-trapping-math {INCLUDES}"
 LINK = "-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared"
-# machine code for A100 and H100, and PTX that the driver compiles for what comes after them
-NVCC_FLAGS = "-std=c++17 -O3 --fmad=false -Werror all-warnings -gencode arch=compute_80,code=sm_80"
-NVCC_FLAGS += " -gencode arch=compute_90,code=[sm_90,compute_90]"
-NVCC_FLAGS += f" -Xcompiler -fPIC,-fvisibility=hidden,-ffp-contract=off {INCLUDES}"
+# nvcc.flags: warnings are errors; no contraction, see above; machine code for A100 and H100, and
+# PTX that the driver compiles for what comes after them
+NVCC_FLAGS = f"--options-file '{ROOT / 'csrc' / 'nvcc.flags'}' {INCLUDES}"
 # The static runtime: one wheel serves torch of any CUDA version, and the module loads where there
 # is neither a GPU nor a driver.
 # Its symbols stay hidden: torch may have put those of another version in the global scope.
@@ -98,6 +97,7 @@ class NinjaBuild(build_ext):
         subprocess.run([Path(ninja.BIN_DIR, "ninja"), "-C", folder], check=True)
 
 
-headers = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h"))
-module = Extension("msdda_fast._C", CPU + CUDA, depends=headers, optional=True)
+depends = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*.h"))]
+depends.append("csrc/nvcc.flags")
+module = Extension("msdda_fast._C", CPU + CUDA, depends=depends, optional=True)
 setup(ext_modules=[module], cmdclass={"build_ext": NinjaBuild})

@@ -1,15 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // Storage types. Conversions round to nearest even. On the CPU they are branchless, so that loops
 // over them vectorise on any instruction set; NaN becomes the quiet NaN that torch writes. The GPU
-// has an instruction for each: the same bits, up to the payload of NaN.
+// has an instruction for each: the same bits, up to the payload of NaN. They stand here as assembler
+// because cuda_fp16.h needs a package (CCCL) that not every toolkit brings.
 #pragma once
 
 #include <cstdint>
-
-#ifdef __CUDACC__
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#endif
 
 #include "msdda/normal.h"
 
@@ -43,7 +39,9 @@ MSDDA_HD A load(BFloat16 value) {
 template <class A>
 MSDDA_HD A load(Float16 value) {
 #ifdef __CUDA_ARCH__
-  return static_cast<A>(__half2float(__ushort_as_half(value.bits)));
+  float wide;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(value.bits));
+  return static_cast<A>(wide);
 #else
   const std::uint32_t magnitude = value.bits & 0x7FFFu;
   const std::uint32_t sign = (value.bits & 0x8000u) << 16;
@@ -63,7 +61,7 @@ MSDDA_HD void store(double& to, double value) { to = value; }
 
 MSDDA_HD void store(BFloat16& to, float value) {
 #ifdef __CUDA_ARCH__
-  to.bits = __bfloat16_as_ushort(__float2bfloat16_rn(value));
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(to.bits) : "f"(value));
 #else
   const auto bits = static_cast<std::uint32_t>(float_bits(value));
   const std::uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
@@ -73,7 +71,7 @@ MSDDA_HD void store(BFloat16& to, float value) {
 
 MSDDA_HD void store(Float16& to, float value) {
 #ifdef __CUDA_ARCH__
-  to.bits = __half_as_ushort(__float2half_rn(value));
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to.bits) : "f"(value));
 #else
   const auto all = static_cast<std::uint32_t>(float_bits(value));
   const std::uint32_t bits = all & 0x7FFFFFFFu;
