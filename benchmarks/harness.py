@@ -13,6 +13,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -20,24 +21,48 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 
 
-def interleaved(contenders: dict[str, Callable[[], object]], seconds: float) -> dict[str, dict]:
+def interleaved(
+    contenders: dict[str, Callable[[], object]], seconds: float, device: str = "cpu"
+) -> dict[str, dict]:
     """Median, 20th and 80th percentile in microseconds of each contender over common rounds.
 
-    `seconds` is the time to spend on all of them; there are at least 7 rounds and at most 400.
+    `seconds` is the time to spend on all of them; there are at least 7 rounds and at most 400. On
+    "cuda" each run starts with a cold L2 cache and is timed between two events.
     """
+    measure = _on_gpu if device == "cuda" else _on_host
     start = time.perf_counter()
     for run in contenders.values():
-        run()
+        measure(run)
     rounds = round(seconds / (time.perf_counter() - start))
     for run in contenders.values():  # the first round also warmed caches; this one the threads
         run()
     seen: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(min(max(rounds, 7), 400)):
         for name, run in contenders.items():
-            start = time.perf_counter()
-            run()
-            seen[name].append((time.perf_counter() - start) * 1e6)
+            seen[name].append(measure(run))
     return {name: _summary(times) for name, times in seen.items()}
+
+
+def _on_host(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return (time.perf_counter() - start) * 1e6
+
+
+def _on_gpu(run: Callable[[], object]) -> float:
+    _flush().zero_()  # also keeps the GPU busy while the host launches what follows
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    before.record()
+    run()
+    after.record()
+    after.synchronize()
+    return before.elapsed_time(after) * 1e3
+
+
+@cache
+def _flush() -> torch.Tensor:
+    """Larger than any L2 cache (H100: 50 MB)."""
+    return torch.empty(256 << 20, dtype=torch.int8, device="cuda")
 
 
 def _summary(times: list[float]) -> dict[str, float]:
@@ -46,9 +71,10 @@ def _summary(times: list[float]) -> dict[str, float]:
     return {key: round(value, 2) for key, value in summary.items()} | {"rounds": len(times)}
 
 
-def surroundings() -> dict[str, object]:
+def surroundings(device: str = "cpu") -> dict[str, object]:
     """Machine, versions and commit: what a number means nothing without."""
-    return {
+    gpu = {"gpu": torch.cuda.get_device_name(), "driver": _driver()} if device == "cuda" else {}
+    return gpu | {
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": _processor(),
         "cores": os.cpu_count(),
@@ -67,6 +93,15 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
+
+
+def _driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.split()[0]
 
 
 def _commit() -> str:

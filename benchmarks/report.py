@@ -3,8 +3,9 @@
 
     python benchmarks/report.py
 
-Prints the table of the latest run of each case, and rewrites the README block between
-`<!-- bench:fused_step:begin -->` and `<!-- bench:fused_step:end -->` if there is one.
+Prints the tables of the latest run of each case, and rewrites the README blocks between
+`<!-- bench:fused_step:begin -->` and `<!-- bench:fused_step:end -->` (and likewise `grouped_lora`)
+where there are any.
 """
 
 import json
@@ -15,12 +16,12 @@ RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
 
 
-def latest(bench: str) -> dict[tuple[str, int], dict[str, dict]]:
-    """(case, M) -> contender -> record; of several runs, the last one in the file."""
-    runs: dict[tuple[str, int], dict[str, dict]] = {}
+def latest(bench: str) -> dict[tuple, dict[str, dict]]:
+    """(case, M, shape) -> contender -> record; of several runs, the last one in the file."""
+    runs: dict[tuple, dict[str, dict]] = {}
     for line in (RESULTS / f"{bench}.jsonl").read_text().splitlines():
         record = json.loads(line)
-        key = (record["case"], record["num_objectives"])
+        key = (record["case"], record["num_objectives"], tuple(record["shape"]))
         if record["when"] != next(iter(runs.get(key, {}).values()), record)["when"]:
             runs[key] = {}
         runs.setdefault(key, {})[record["contender"]] = record
@@ -35,7 +36,7 @@ def duration(microseconds: float) -> str:
 
 def fused_step_table() -> str:
     rows = []
-    for (_, count), run in latest("fused_step").items():
+    for (_, count, _), run in latest("fused_step").items():
         time = {name: record["median_us"] for name, record in run.items()}
         drawn = time["diffusers, noise drawn"] / time["native, noise drawn"]
         native = run["native"]
@@ -61,6 +62,35 @@ def fused_step_table() -> str:
     return "\n".join([head, *rows, "", f"Medians of interleaved rounds; {where}."])
 
 
+def grouped_lora_table() -> str:
+    designs = ("separate", "folded", "merged", "fused", "peft, one at a time", "peft, mixed batch")
+    rows = []
+    for (case, count, (tokens, c, n)), run in latest("grouped_lora").items():
+        base = run["base"]
+        spread = f"{duration(base['p20_us'])} - {duration(base['p80_us'])}"
+        cells = []
+        for design in designs:
+            time = run[design]["median_us"] / base["median_us"] if design in run else None
+            operators = run.get(design, {}).get("operators")
+            cells.append((f"{time:.3f}" if time else "") + (f" ({operators})" if operators else ""))
+        rows.append(
+            f"| {case}, {2 * tokens} x {c} -> {n} | {count} "
+            f"| {duration(base['median_us'])} ({spread}) | " + " | ".join(cells) + " |"
+        )
+    where = (
+        f"{base.get('gpu', base['machine'])}, load {base['load']}; torch {base['torch']}, "
+        f"{base['dtype']}, rank {base['rank']}, commit {base['commit']}, {base['when'][:10]}"
+    )
+    head = (
+        "| layer, rows per objective | M | without adapters (p20 - p80) | "
+        + " | ".join(designs)
+        + " |\n|"
+        + "---|" * (3 + len(designs))
+    )
+    note = "Medians of interleaved rounds, relative to the layer without adapters, with the number"
+    return "\n".join([head, *rows, "", f"{note} of operators per call; {where}."])
+
+
 def rewrite(name: str, table: str) -> None:
     begin, end = f"<!-- bench:{name}:begin -->", f"<!-- bench:{name}:end -->"
     text = README.read_text() if README.exists() else ""
@@ -69,7 +99,10 @@ def rewrite(name: str, table: str) -> None:
         README.write_text(block.sub(lambda _: f"{begin}\n{table}\n{end}", text))
 
 
+TABLES = {"fused_step": fused_step_table, "grouped_lora": grouped_lora_table}
+
 if __name__ == "__main__":
-    table = fused_step_table()
-    print(table)
-    rewrite("fused_step", table)
+    for bench, make in TABLES.items():
+        table = make()
+        print(table, end="\n\n")
+        rewrite(bench, table)
