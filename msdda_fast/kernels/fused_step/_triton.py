@@ -12,13 +12,14 @@ import triton
 from torch import Tensor
 
 from msdda_fast.errors import InvalidShape
-from msdda_fast.kernels.fused_step._triton_kernels import linear_step, moments_step
+from msdda_fast.kernels.fused_step._triton_linear import linear_step
+from msdda_fast.kernels.fused_step._triton_moments import moments_step
 
 __all__ = ["run", "run_moments"]
 
 #: Objectives up to this many are unrolled, each with its own pointer; beyond, a loop.
 UNROLLED = 16
-_ROW_MAJOR, _LAST, _LAST4 = 0, 1, 2  # layouts; see `_triton_kernels`
+_ROW_MAJOR, _LAST, _LAST4 = 0, 1, 2  # layouts; see `_triton_tile`
 
 
 def run(

@@ -101,7 +101,7 @@ def blocks(count: int, rows: int, n: int, rank: int, dtype: torch.dtype) -> dict
         "BLOCK_N": size,
         "BLOCK_K": block_k,
         "num_warps": warps,
-        "num_stages": 8,
+        "num_stages": 3,
     }
 
 
