@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds msdda_fast._C with ninja: a C++17 compiler, no torch. Without one: pure Python.
 
-MSDDA_BUILD_CUDA=auto (the default) adds the GPU kernels where there is an nvcc (CUDA_HOME or PATH),
-0 leaves them out, 1 fails without them.
+MSDDA_BUILD_CUDA=auto (the default) adds the GPU kernels where there is an nvcc, in CUDA_HOME/bin
+or, where that variable is not set, on PATH; 0 leaves them out, 1 fails without them.
 """
 
 import os
@@ -50,7 +50,7 @@ class NinjaBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         nvcc = None if MODE == "0" else find_nvcc()
         if MODE == "1" and nvcc is None:
-            sys.exit("MSDDA_BUILD_CUDA=1: there is no nvcc in CUDA_HOME/bin or on PATH")
+            sys.exit("MSDDA_BUILD_CUDA=1: no nvcc in CUDA_HOME/bin or on PATH")
         if nvcc is not None:
             reason = self.attempt(ext, nvcc)
             if reason is None:
