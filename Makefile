@@ -3,10 +3,10 @@ PYTHON ?= $(firstword $(foreach v,3.11 3.12 3.13,$(shell python$(v) -c "print('p
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/*.h csrc/include/msdda/*.h)
+SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/* csrc/include/msdda/*)
 OUT ?= out/demo
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench sanitize sanitize-gpu clean
 
 demo: $(STAMP)
 	$(BIN)/msdda-fast sweep --seeds 1,2 --out $(OUT)
@@ -21,6 +21,28 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest benchmarks/bench_fused_step.py --benchmark-only
+
+# The CPU kernels, and the threads of the CUDA kernels on the host, under AddressSanitizer and UBSan.
+SANITIZED := build/sanitize
+SANITIZED_CXX := c++ -fsanitize=address,undefined -fno-sanitize-recover=undefined -g1
+SANITIZED_PYTHON = LD_PRELOAD=$$(c++ -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
+	CXX="$(SANITIZED_CXX)" PYTHONPATH=$(SANITIZED)/lib $(BIN)/python -P
+sanitize: $(STAMP)
+	mkdir -p $(SANITIZED) && rm -rf $(SANITIZED)/lib
+	CXX="$(SANITIZED_CXX)" MSDDA_BUILD_CUDA=0 $(BIN)/python setup.py --quiet build \
+		--build-base $(SANITIZED) --build-lib $(SANITIZED)/lib >$(SANITIZED).log 2>&1 \
+		|| { cat $(SANITIZED).log; exit 1; }
+	$(SANITIZED_PYTHON) -c "from msdda_fast import _C; assert '/$(SANITIZED)/' in _C.__file__, _C"
+	$(SANITIZED_PYTHON) -m pytest --import-mode=append -p no:cacheprovider \
+		-k "(native or threads) and not moments_and_tails and not uncorrelated" \
+		tests/kernels/test_cuda_threads.py tests/kernels/test_dtypes_and_layouts.py \
+		tests/kernels/test_masks_and_limits.py tests/kernels/test_counter_noise.py
+
+# On a machine with a GPU and the CUDA toolkit.
+sanitize-gpu: $(STAMP)
+	for tool in memcheck racecheck; do PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer \
+		--tool $$tool --error-exitcode 1 $(BIN)/python -m pytest -m gpu -k "not huge" \
+		tests/kernels/test_cuda_native.py || exit 1; done
 
 clean:
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks *.egg-info msdda_fast/_C*.so
