@@ -10,6 +10,7 @@ this is the only module that reads it.
 import os
 from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 
 from msdda_fast.errors import BackendUnavailable
@@ -85,7 +86,11 @@ def chosen(op: str, device_type: str) -> str:
 @cache
 def _resolve(op: str, backend: str, device_type: str) -> str:
     if backend == "auto":
-        names = [name for name in _ORDER.get(device_type, ()) if available(name, device_type)]
+        names = [
+            name
+            for name in _ORDER.get(device_type, ())
+            if find_spec(f"msdda_fast.kernels.{op}._{name}") and available(name, device_type)
+        ]
         if "triton" in names and _interpreted():
             names.remove("triton")  # a thousand times slower: only by name
         return (*names, "eager")[0]

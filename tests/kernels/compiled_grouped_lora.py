@@ -1,27 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compile the grouped LoRA kernel for GPUs that need not be there, and print what came out as JSON.
 
-    python -m tests.kernels.compiled_grouped_lora
-
-Its own process, without TRITON_INTERPRET: that variable is read when a kernel is defined.
+python -m tests.kernels.compiled_grouped_lora
 """
 
 import json
-import re
-import subprocess
-import tempfile
-from collections import Counter
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from msdda_fast.kernels.grouped_lora._triton import blocks, constants, kernel
+from tests.kernels.ahead_of_time import compiled
 
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -49,8 +40,7 @@ BUILDS = [
 ]
 
 
-def compiled(build: Build) -> dict[str, object]:
-    """Resource usage, as cuobjdump names it, and how often each instruction stands in the code."""
+def compiled_build(build: Build) -> dict[str, object]:
     size = blocks(2, build.rows, build.n, build.rank, TYPES[build.dtype])
     options = {key: size.pop(key) for key in ("num_warps", "num_stages")}
     known = size | constants(320, build.rank, size["BLOCK_K"], bias=True)
@@ -69,24 +59,10 @@ def compiled(build: Build) -> dict[str, object]:
         for name in names
         if name.endswith("_ptr") or name in ("n", "c")
     }
-    source = ASTSource(kernel, signature, known, by_16)
-    binary = triton.compile(source, target=GPUTarget("cuda", build.arch, 32), options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary.asm["cubin"])
-        file.flush()
-        usage = tool("cuobjdump", "--dump-resource-usage", file.name)
-        code = tool("nvdisasm", "-c", file.name)
-    found = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
-    instructions = Counter(re.findall(r"^\s*/\*\w+\*/\s+(?:@\S+\s+)?([A-Z][\w.]*)", code, re.M))
-    return found | {"shared": binary.metadata.shared, "instructions": instructions}
-
-
-def tool(name: str, *arguments: str) -> str:
-    command = [str(TOOLS / name), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return compiled(ASTSource(kernel, signature, known, by_16), build.arch, options)
 
 
 if __name__ == "__main__":
-    result = {str(build): compiled(build) for build in BUILDS}
+    result = {str(build): compiled_build(build) for build in BUILDS}
     free = [parameter.name for parameter in kernel.params if parameter.do_not_specialize]
     print(json.dumps({"builds": result, "not specialised": free}))

@@ -1,18 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every kernel test runs on each backend that this machine has, Triton through its interpreter."""
 
-import os
-
 import pytest
 import torch
 
 from msdda_fast.kernels import registry
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = (
-        "1"  # read when a kernel is defined, which happens on first use
-    )
-
 
 NAMES = ("eager", "native", "triton")
 

@@ -1,11 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The fused design: exact in Triton's interpreter or on a GPU, and sound code for two others."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import nn
@@ -13,6 +8,7 @@ from torch import nn
 from msdda_fast.errors import BackendUnavailable, InvalidShape
 from msdda_fast.kernels import registry
 from msdda_fast.kernels.grouped_lora import FactoredLinear, grouped_site
+from tests.kernels.ahead_of_time import report
 from tests.kernels.cases import assert_accurate
 from tests.kernels.lora_cases import LoraCase, lora_case, one_by_one, rows
 
@@ -129,11 +125,7 @@ BUILDS = [
 
 @pytest.fixture(scope="module")
 def compiled() -> dict:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.kernels.compiled_grouped_lora"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return report("tests.kernels.compiled_grouped_lora")
 
 
 class TestAheadOfTime:

@@ -20,6 +20,9 @@ __all__ = ["run", "run_moments"]
 #: Objectives up to this many are unrolled, each with its own pointer; beyond, a loop.
 UNROLLED = 16
 _ROW_MAJOR, _LAST, _LAST4 = 0, 1, 2  # layouts; see `_triton_tile`
+_THREADS = 128  # of a program
+#: Nothing is contracted: a fused product and sum is another number.
+LAUNCH = {"num_warps": _THREADS // 32, "enable_fp_fusion": False}
 
 
 def run(
@@ -44,16 +47,17 @@ def run(
     read, outputs_layout, stacked = _objectives(outputs, out.ndim)
     copies, next_layout = _writable(next_input, out.ndim)
     step, on_device = _step(step, out)
-    grid, sizes, block = _tiling(out)
+    values = [v for t in outputs if t is not None for v in t]  # u and c of each objective
+    grid, sizes, block = _tiling(out, [x, noise, *([] if stacked else values)])
     linear_step[grid](
         target, x, read, rows, noise, seeds, copies, step, *sizes,
         row_step=rows.stride(0) if rows.ndim == 3 else 0,
         row_sample=rows.stride(-2) if rows.shape[-2] > 1 else 0,
-        noise_step=out.numel() if noise is not None and noise.ndim > out.ndim else 0,
         copies=1 if copies is None else len(copies),
         M=len(outputs),
         BRANCHES=len(read) if stacked else tuple(0 if t is None else len(t) for t in read),
         STACKED=stacked, STEP_POINTER=on_device, RANGE=clip_range,
+        NOISE_TABLE=noise is not None and noise.ndim > out.ndim,
         OUT=out_layout, X=x_layout, OUTPUTS=outputs_layout, NOISE=noise_layout, NEXT=next_layout,
         **block,
     )  # fmt: skip
@@ -80,15 +84,17 @@ def run_moments(
     noise, noise_layout = _readable(noise, out.ndim)
     read, means_layout, stacked = _objectives(means, out.ndim)
     moments = [t if t is None or t.is_contiguous() else _like(t) for t in (mean, variance)]
-    variances, *variance_strides, variances_pixelwise = _table(variances, out)
-    weights, *weight_strides, weights_pixelwise = _table(weights, out)
+    variances, variances_pixelwise = _table(variances, out)
+    weights, weights_pixelwise = _table(weights, out)
     step, on_device = _step(step, out)
-    grid, sizes, block = _tiling(out)
+    numbers = [variances] * variances_pixelwise + [weights] * weights_pixelwise
+    values = [noise] if stacked else [noise, *means, *numbers * len(means)]
+    grid, sizes, block = _tiling(out, values)
     moments_step[grid](
         target, read, variances, weights, *moments, noise, seeds, step, *sizes,
-        out.numel() if noise is not None and noise.ndim > out.ndim else 0,
-        *variance_strides, *weight_strides,
+        variances.shape[1], weights.shape[1],
         M=len(means), STACKED=stacked, STEP_POINTER=on_device,
+        NOISE_TABLE=noise is not None and noise.ndim > out.ndim,
         VARIANCES=variances_pixelwise, WEIGHTS=weights_pixelwise,
         OUT=out_layout, MEANS=means_layout, NOISE=noise_layout,
         **block,
@@ -166,26 +172,40 @@ def _step(step: int | Tensor, out: Tensor) -> tuple[int | Tensor, bool]:
     return int(step), False
 
 
-def _table(values: Tensor, out: Tensor) -> tuple[Tensor, int, int, bool]:
-    """(M, 1 | B, ...) with its objective and sample strides, and whether it varies by pixel."""
+def _table(values: Tensor, out: Tensor) -> tuple[Tensor, bool]:
+    """(M, 1 | B, ...) as the kernel reads it, and whether it varies by pixel."""
     pixelwise = any(n != 1 for n in values.shape[2:])
     if pixelwise:
         values = values.expand(*values.shape[:2], *out.shape[1:])
-    values = values.contiguous()
-    return values, values.stride(0), values.stride(1) if values.shape[1] > 1 else 0, pixelwise
+    return values.contiguous(), pixelwise
 
 
-def _tiling(out: Tensor) -> tuple[tuple[int], tuple[int, int, int, int], dict[str, int | bool]]:
-    """The grid; B, channels, pixels and tiles per sample; and how a program is launched."""
+def _tiling(
+    out: Tensor, read: Sequence[Tensor | None]
+) -> tuple[tuple[int], tuple[int, int, int, int], dict[str, int | bool]]:
+    """The grid; B, channels, pixels and tiles per sample; and how a program is launched.
+
+    Args:
+        out: (B, *S).
+        read: One tensor per value that a position of one channel reads.
+    """
     batch, channels = out.shape[0], out.shape[1] if out.ndim > 1 else 1
     pixels = out.numel() // (batch * channels)
     positions = -(-channels // 4) * pixels
     if positions > 2**31 - 2048:
         raise InvalidShape(f"a sample of shape {tuple(out.shape[1:])} has more than 2^33 values")
-    # a large step wants 128-bit accesses (8 half-precision pixels a thread), a small one threads
-    # (so does the interpreter, which pays by the program)
-    wide = batch * positions >= 2**18 or triton.knobs.runtime.interpret
-    block, warps = (1024, 4) if wide else (128, 4)
+    tile = _THREADS * pixels_per_thread(sum(t.element_size() for t in read if t is not None))
+    # 128-bit accesses pay once every multiprocessor has a few tiles; a small step wants threads.
+    # The interpreter pays by the program.
+    block = tile if batch * positions >= 2**18 or triton.knobs.runtime.interpret else _THREADS
     tiles = triton.cdiv(positions, block)
-    launch = {"BLOCK": block, "num_warps": warps, "enable_fp_fusion": False}
-    return (batch * tiles,), (batch, channels, pixels, tiles), launch
+    return (batch * tiles,), (batch, channels, pixels, tiles), {"BLOCK": block, **LAUNCH}
+
+
+def pixels_per_thread(bytes_read: int) -> int:
+    """1 to 8 pixels, of four channels each, whose `bytes_read` per value fit in the registers.
+
+    All loads of a thread are in flight at once: about 128 registers of them leave room for the rest
+    (tests/kernels/test_triton_code.py compiles every case and finds no spill).
+    """
+    return min(8, 1 << max(0, (128 // max(bytes_read, 1)).bit_length() - 1))

@@ -73,23 +73,21 @@ def _objective(
     return totals
 
 
-@triton.jit(
-    do_not_specialize=["step", "batch", "row_step", "row_sample", "noise_step", "copies", "tiles"]
-)
+@triton.jit(do_not_specialize=["step", "batch", "row_step", "row_sample", "copies", "tiles"])
 def linear_step(
     out,  # (B, *S)
     x,  # (B, *S) | None
     outputs,  # M pointers (K, B, *S) | None, or one pointer (M, K, B, *S) when STACKED
     rows,  # coefficients, C of them from rows + step * row_step + sample * row_sample on
-    noise,  # (B, *S) from noise + step * noise_step on | None
+    noise,  # (B, *S), or (T, B, *S) when NOISE_TABLE | None
     seeds,  # (B,) int64 | None
     next_input,  # (copies, B, *S) | None
     step,  # int, or pointer to one int64 when STEP_POINTER
-    batch, channels, pixels, tiles, row_step, row_sample, noise_step, copies,
+    batch, channels, pixels, tiles, row_step, row_sample, copies,
     M: tl.constexpr,
     BRANCHES: tl.constexpr,  # K of each objective
     STACKED: tl.constexpr,
-    STEP_POINTER: tl.constexpr,
+    STEP_POINTER: tl.constexpr, NOISE_TABLE: tl.constexpr,
     RANGE: tl.constexpr,  # clip range | None
     OUT: tl.constexpr, X: tl.constexpr, OUTPUTS: tl.constexpr, NOISE: tl.constexpr,
     NEXT: tl.constexpr,  # layouts
@@ -129,7 +127,7 @@ def linear_step(
                 )  # fmt: skip
     if noise is not None or seeds is not None:
         scale = tl.load(row + 2 * M + 1)
-        given = None if noise is None else noise + k * noise_step + start
+        given = None if noise is None else noise + k * NOISE_TABLE * all_samples + start
         limit = limit_if(scale != 0, channels)
         z = noise_of(given, seeds, sample, k, at, limit, channels, pixels, NOISE, BLOCK, wide)
         totals = _add(totals, scale, z)

@@ -31,12 +31,16 @@ def _root(value):
 
 
 @triton.jit
-def _table(pointer, at, channels, pixels, PIXELWISE: tl.constexpr, BLOCK: tl.constexpr):
-    """Numbers of one objective and sample per position; a scalar four times where they repeat."""
+def _table(
+    pointer, samples, m, at, channels, pixels, PIXELWISE: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Numbers of objective m per position (4-tuple); a scalar four times where they repeat."""
+    entry = m * samples.to(tl.int64) + tl.where(samples == 1, 0, at[0])
     if PIXELWISE:
-        return read(pointer, at, channels, channels, pixels, 0, BLOCK, pointer.dtype.element_ty)
+        start = pointer + entry * (channels.to(tl.int64) * pixels)
+        return read(start, at, channels, channels, pixels, 0, BLOCK, pointer.dtype.element_ty)
     else:
-        value = tl.load(pointer)
+        value = tl.load(pointer + entry)
         return value, value, value, value
 
 
@@ -88,25 +92,19 @@ def _quotients(numerators, denominators):
     return result
 
 
-@triton.jit(
-    do_not_specialize=[
-        "step", "batch", "tiles", "noise_step",
-        "variance_objective", "variance_sample", "weight_objective", "weight_sample",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=["step", "batch", "tiles", "variance_samples", "weight_samples"])
 def moments_step(
     out,  # (B, *S)
     means,  # M pointers (B, *S), or one pointer (M, B, *S) when STACKED
-    variances, weights,  # from pointer + objective * _objective + sample * _sample on
+    variances, weights,  # (M, 1 | B), or row-major (M, 1 | B, *S) when VARIANCES, WEIGHTS
     mean, variance,  # (B, *S) row-major | None
-    noise, seeds,  # as in linear_step
-    step,
-    batch, channels, pixels, tiles, noise_step,
-    variance_objective, variance_sample, weight_objective, weight_sample,
+    noise, seeds, step,  # as in linear_step
+    batch, channels, pixels, tiles,
+    variance_samples, weight_samples,  # 1 | B
     M: tl.constexpr,
     STACKED: tl.constexpr,
-    STEP_POINTER: tl.constexpr,
-    VARIANCES: tl.constexpr, WEIGHTS: tl.constexpr,  # whether they are given per pixel, row-major
+    STEP_POINTER: tl.constexpr, NOISE_TABLE: tl.constexpr,
+    VARIANCES: tl.constexpr, WEIGHTS: tl.constexpr,  # whether they are given per pixel
     OUT: tl.constexpr, MEANS: tl.constexpr, NOISE: tl.constexpr,  # layouts
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -115,8 +113,6 @@ def moments_step(
     at = positions(channels, pixels, tiles, BLOCK)
     sample, size = at[0], channels.to(tl.int64) * pixels
     start, all_samples = sample * size, batch * size
-    variances += sample * variance_sample
-    weights += sample * weight_sample
     zero = tl.zeros((BLOCK,), wide)
     least = (zero + float("inf"), zero + float("inf"), zero + float("inf"), zero + float("inf"))
     precision = (zero, zero, zero, zero)
@@ -124,12 +120,12 @@ def moments_step(
     # the numbers are read twice: where they are few from the cache, unrolled from registers
     if STACKED:
         for m in range(M):
-            v = _table(variances + m * variance_objective, at, channels, pixels, VARIANCES, BLOCK)
-            w = _table(weights + m * weight_objective, at, channels, pixels, WEIGHTS, BLOCK)
+            v = _table(variances, variance_samples, m, at, channels, pixels, VARIANCES, BLOCK)
+            w = _table(weights, weight_samples, m, at, channels, pixels, WEIGHTS, BLOCK)
             least = _least(least, v, w)
         for m in range(M):
-            v = _table(variances + m * variance_objective, at, channels, pixels, VARIANCES, BLOCK)
-            w = _table(weights + m * weight_objective, at, channels, pixels, WEIGHTS, BLOCK)
+            v = _table(variances, variance_samples, m, at, channels, pixels, VARIANCES, BLOCK)
+            w = _table(weights, weight_samples, m, at, channels, pixels, WEIGHTS, BLOCK)
             scaled = _scaled(least, v, w)
             mu = means + m * all_samples + start
             totals, precision = _accumulate(
@@ -137,12 +133,12 @@ def moments_step(
             )
     else:
         for m in tl.static_range(M):
-            v = _table(variances + m * variance_objective, at, channels, pixels, VARIANCES, BLOCK)
-            w = _table(weights + m * weight_objective, at, channels, pixels, WEIGHTS, BLOCK)
+            v = _table(variances, variance_samples, m, at, channels, pixels, VARIANCES, BLOCK)
+            w = _table(weights, weight_samples, m, at, channels, pixels, WEIGHTS, BLOCK)
             least = _least(least, v, w)
         for m in tl.static_range(M):
-            v = _table(variances + m * variance_objective, at, channels, pixels, VARIANCES, BLOCK)
-            w = _table(weights + m * weight_objective, at, channels, pixels, WEIGHTS, BLOCK)
+            v = _table(variances, variance_samples, m, at, channels, pixels, VARIANCES, BLOCK)
+            w = _table(weights, weight_samples, m, at, channels, pixels, WEIGHTS, BLOCK)
             scaled = _scaled(least, v, w)
             totals, precision = _accumulate(
                 totals,
@@ -164,7 +160,7 @@ def moments_step(
         write(variance + start, at, var_w, channels, pixels, 0, BLOCK)
     if noise is not None or seeds is not None:
         k = tl.load(step) if STEP_POINTER else step.to(tl.int64)
-        given = None if noise is None else noise + k * noise_step + start
+        given = None if noise is None else noise + k * NOISE_TABLE * all_samples + start
         z = noise_of(given, seeds, sample, k, at, channels, channels, pixels, NOISE, BLOCK, wide)
         std = (_root(var_w[0]), _root(var_w[1]), _root(var_w[2]), _root(var_w[3]))
         mu_w = _add_each(mu_w, std, z)
