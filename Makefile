@@ -33,7 +33,7 @@ sanitize: $(STAMP)
 		--build-base $(SANITIZED) --build-lib $(SANITIZED)/lib >$(SANITIZED).log 2>&1 \
 		|| { cat $(SANITIZED).log; exit 1; }
 	$(SANITIZED_PYTHON) -c "from msdda_fast import _C; assert '/$(SANITIZED)/' in _C.__file__, _C"
-	$(SANITIZED_PYTHON) -m pytest --import-mode=append -p no:cacheprovider \
+	$(SANITIZED_PYTHON) -m pytest --capture=no --import-mode=append -p no:cacheprovider \
 		-k "(native or threads) and not moments_and_tails and not uncorrelated" \
 		tests/kernels/test_cuda_threads.py tests/kernels/test_dtypes_and_layouts.py \
 		tests/kernels/test_masks_and_limits.py tests/kernels/test_counter_noise.py

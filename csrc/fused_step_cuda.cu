@@ -13,7 +13,7 @@
 namespace msdda {
 namespace {
 
-constexpr int kBlock = 128;  // small: a 64 x 64 latent is 4096 items, spread over 32 multiprocessors
+constexpr int kBlock = 128;  // small: a 64 x 64 latent is 4096 items, on 32 processors
 constexpr int kBlocksEach = 64;  // per multiprocessor, at most; beyond that threads loop
 
 template <class A, int V, bool kClipped>
@@ -94,8 +94,8 @@ bool fills(std::int64_t wide_items, int processors) {
 template <class A, bool kClipped>
 void launch_linear(const LinearArguments& arguments, bool wide, const Queue& queue) {
   const int processors = multiprocessors(queue.device);
-  // one pixel of doubles fills the bus as it is, and eight would not fit in registers; so would
-  // the x_0 of clipping
+  // eight pixels of doubles, or of clipping with its x_0, would not fit in registers; one pixel
+  // per thread is coalesced, too
   if constexpr (sizeof(A) == 4 && !kClipped) {
     const std::int64_t items = arguments.extent.items(kLinearPixels);
     if (wide && fills(items, processors)) {

@@ -44,7 +44,7 @@ def missing(device_type: str) -> str:
             f"the compiled module msdda_fast._C is not there ({error}); install a C++17 compiler "
             "and run `pip install .` again"
         )
-    if device_type == "cuda" and not getattr(extension, "cuda_built", False):
+    if device_type == "cuda" and not extension.cuda_built:
         return (
             "msdda_fast._C was compiled without CUDA kernels, no working nvcc was found then; put "
             "one on PATH or set CUDA_HOME and run `MSDDA_BUILD_CUDA=1 pip install .` again"

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Storage types. Conversions round to nearest even. On the CPU they are branchless, so that loops
 // over them vectorise on any instruction set; NaN becomes the quiet NaN that torch writes. The GPU
-// has an instruction for each: the same bits, up to the payload of NaN. They stand here as assembler
+// has an instruction for each: the same bits, up to the payload of NaN. It is written as assembler,
 // because cuda_fp16.h needs a package (CCCL) that not every toolkit brings.
 #pragma once
 
@@ -46,7 +46,7 @@ MSDDA_HD A load(Float16 value) {
   const std::uint32_t magnitude = value.bits & 0x7FFFu;
   const std::uint32_t sign = (value.bits & 0x8000u) << 16;
   const float subnormal = static_cast<float>(static_cast<std::int32_t>(magnitude)) * 0x1p-24f;
-  const std::uint32_t rebias = magnitude >= 0x7C00u ? 0x70000000u : 0x38000000u;  // Inf and NaN stay
+  const std::uint32_t rebias = magnitude >= 0x7C00u ? 0x70000000u : 0x38000000u;  // Inf, NaN
   const std::uint32_t normal = (magnitude << 13) + rebias;
   const std::uint32_t bits =
       magnitude < 0x0400u ? static_cast<std::uint32_t>(float_bits(subnormal)) : normal;
