@@ -10,7 +10,13 @@ import hypothesis.strategies as st
 import pytest
 import torch
 
-from msdda_fast.errors import BackendUnavailable, InvalidShape, InvalidWeights, ZeroVariance
+from msdda_fast.errors import (
+    BackendUnavailable,
+    InvalidSchedule,
+    InvalidShape,
+    InvalidWeights,
+    ZeroVariance,
+)
 from msdda_fast.kernels.counter_noise import counter_noise
 from msdda_fast.kernels.fused_step import fast_fuse_step, fused_ddim_step
 from msdda_fast.schedule import StepCoefficients
@@ -18,7 +24,10 @@ from tests.kernels.drawing import DTYPES, Draw, fuzz, same_bits
 
 extents = st.integers(1, 4)
 shapes = st.lists(extents, min_size=2, max_size=5).map(tuple)
-off_range = st.one_of(st.integers(max_value=-1), st.integers(min_value=2**32))
+off_range = st.one_of(
+    st.integers(max_value=-1), st.integers(min_value=2**32), st.sampled_from([1.5, True])
+)
+off_range_tensor = st.sampled_from([-1, 2**32]).map(torch.tensor)
 not_float = st.sampled_from([torch.int64, torch.int32, torch.bool, torch.complex64, torch.uint8])
 bad_number = st.sampled_from([math.nan, math.inf, -math.inf, -1.0, -1e-30])
 
@@ -58,6 +67,7 @@ def break_noise(draw, shape):
         ({"seeds": [-(2**63) - 1, *seeds[1:]]}, ValueError),
         ({"seeds": [0.5, *seeds[1:]]}, ValueError),
         ({"seeds": seeds, "step": draw.pick(off_range)}, ValueError),
+        ({"seeds": seeds, "step": draw.pick(off_range_tensor)}, ValueError),
         ({"seeds": seeds, "step": torch.zeros(1, dtype=torch.int64)}, InvalidShape),
         ({"seeds": seeds, "step": torch.zeros(())}, InvalidShape),
         ({"generator": [torch.Generator() for _ in range(batch + 1)]}, InvalidShape),
@@ -65,8 +75,13 @@ def break_noise(draw, shape):
 
 
 def break_out(draw, shape):
-    if draw.pick(st.booleans()):
+    kind = draw.pick(st.sampled_from(["shape", "dtype", "shared", "grad"]))
+    if kind == "shape":
         return torch.full(other_shape(draw, shape), 7.0), InvalidShape
+    if kind == "shared":
+        return torch.full((1,) * len(shape), 7.0).expand(2, *shape[1:]), InvalidShape
+    if kind == "grad":
+        return torch.full(shape, 7.0, requires_grad=True), ValueError
     return torch.full(shape, 7.0).to(draw.pick(not_float)), InvalidShape
 
 
@@ -88,6 +103,7 @@ def test_a_broken_fusion_is_refused_by_name_and_writes_nothing(backend):
         good |= {"noise": draw.normal(shape, torch.float32)}
         out, w = torch.full(shape, 7.0), good["weights"]
         fast_fuse_step(**good, out=out.clone())
+
         noises = [({"noise": None} | ask, error) for ask, error in break_noise(draw, shape)]
         wrong_out, out_error = break_out(draw, shape)
         broken = [
@@ -134,17 +150,22 @@ def test_a_broken_step_is_refused_by_name_and_writes_nothing(backend):
         def table(values, number=count):
             return {"coefficients": StepCoefficients(values, number, clip_range)}
 
+        def clipped(clip_range):
+            wide = row.new_ones(1, 5 * count + 3)
+            return {"coefficients": StepCoefficients(wide, count, clip_range)}
+
         noises = [({"noise": None} | ask, error) for ask, error in break_noise(draw, shape)]
-        wrong_out, _ = break_out(draw, shape)
+        wrong_out, out_error = break_out(draw, shape)
         at = draw.pick(st.integers(0, count - 1))
         others, wrong = list(outputs), outputs.new_zeros(other_shape(draw, (2, *shape)))
         wrong_rows = row.new_zeros(other_shape(draw, tuple(row.shape)))
         broken = [
             *noises,
-            ({"out": wrong_out}, InvalidShape),
+            ({"out": wrong_out}, out_error),
             ({"x_t": x.to(draw.pick(not_float))}, InvalidShape),
             ({"x_t": x.new_zeros(other_shape(draw, shape))}, InvalidShape),
             ({"x_t": x.double()}, InvalidShape),
+            ({"x_t": x.to_sparse()}, InvalidShape),
             ({"outputs": outputs.to(draw.pick(not_float))}, InvalidShape),
             ({"outputs": outputs.double()}, InvalidShape),
             ({"outputs": outputs[0, 0, 0, 0]}, InvalidShape),
@@ -154,6 +175,7 @@ def test_a_broken_step_is_refused_by_name_and_writes_nothing(backend):
             ({"outputs": [*others[:at], others[at][1:], *others[at + 1 :]]}, InvalidShape),
             (table(wrong_rows), InvalidShape),
             (table(row, count + 1), InvalidShape),
+            (clipped(draw.pick(bad_number)), InvalidSchedule),
             (table(row.to(draw.pick(not_float))), InvalidShape),
             ({"backend": "none"}, BackendUnavailable),
         ]
@@ -173,6 +195,7 @@ def test_a_broken_request_for_noise_is_refused_by_name(backend):
         broken = [
             ({"shape": shape[:1]}, InvalidShape),
             ({"shape": ()}, InvalidShape),
+            ({"shape": (shape[0], -1)}, InvalidShape),
             ({"shape": (shape[0] + 1, *shape[1:])}, InvalidShape),
             ({"seeds": [2**64, *range(1, shape[0])]}, ValueError),
             ({"seeds": [True] * shape[0]}, ValueError),

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from msdda_fast.errors import InvalidShape
 from msdda_fast.kernels import registry
+from msdda_fast.objective import values_are_readable
 from msdda_fast.types import SeedsLike
 
 __all__ = ["STREAM_INITIAL", "STREAM_STEP", "as_seeds", "as_step", "counter_noise"]
@@ -51,15 +52,25 @@ def _int64(seed: int) -> int:
 
 
 def as_step(step: int | Tensor) -> int | Tensor:
-    """Check a step index k: an int in [0, 2^32), or a 0-d int64 tensor whose value is not read."""
+    """Check a step index k: an int in [0, 2^32), or a 0-d int64 tensor.
+
+    The value of a tensor is looked at where that costs nothing; see `values_are_readable`.
+    """
     if isinstance(step, Tensor):
         if step.dtype != torch.int64 or step.ndim != 0:
             raise InvalidShape(
                 f"step must be an int or a 0-d int64 tensor, got {step.dtype} {tuple(step.shape)}"
             )
-    elif not 0 <= step < 2**32:
-        raise ValueError(f"step must be in [0, 2^32), got {step}")
+        if values_are_readable(step):
+            _check_word("step", int(step))
+    else:
+        _check_word("step", step)
     return step
+
+
+def _check_word(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**32:
+        raise ValueError(f"{name} must be an integer in [0, 2^32), got {value!r}")
 
 
 def counter_noise(
@@ -95,12 +106,11 @@ def counter_noise(
         BackendUnavailable: the named backend cannot run on the device.
     """
     shape = tuple(shape)
-    if len(shape) < 2:
+    if len(shape) < 2 or min(shape) < 0:
         raise InvalidShape(f"shape must be (B, C, ...), got {shape}")
     if dtype not in _DTYPES:
         raise ValueError(f"dtype must be one of {_DTYPES}, got {dtype}")
-    if not 0 <= stream < 2**32:
-        raise ValueError(f"stream must be in [0, 2^32), got {stream}")
+    _check_word("stream", stream)
     if device is None:
         device = seeds.device if isinstance(seeds, Tensor) else "cpu"
     out = torch.empty(shape, dtype=dtype, device=device)

@@ -32,7 +32,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from msdda_fast.errors import InvalidShape
+from msdda_fast.errors import InvalidSchedule, InvalidShape
 from msdda_fast.kernels.fused_step._inputs import (
     by_objective,
     check_alike,
@@ -219,6 +219,7 @@ def fused_ddim_step(
     Raises:
         InvalidShape: A wrong shape (both are given), device or dtype; an output that is missing
             although a coefficient of it is not 0 (seen for coefficients on the CPU only).
+        InvalidSchedule: A clip range that is not positive and finite.
         ValueError: More than one source of noise; a seed or step outside of its range.
         BackendUnavailable: The backend cannot run here; an input requires grad without "eager".
     """
@@ -243,6 +244,9 @@ def fused_ddim_step(
             f"coefficients are {row.dtype} for x_t in float64; build the table with "
             "dtype=torch.float64"
         )
+    clip_range = coefficients.clip_range
+    if clip_range is not None and not 0 < clip_range < float("inf"):
+        raise InvalidSchedule(f"clip_range must be positive and finite, got {clip_range}")
     if row.dtype != (dtype := compute_dtype(x_t)):
         row = row.to(dtype)
     output_dtype: torch.dtype | None = None
@@ -259,7 +263,6 @@ def fused_ddim_step(
     z = randomness(x_t, noise, seeds, step, generator)
     target = check_out(out, x_t)
     raw = pick(backend, [x_t, *branches, row, z.noise])
-    clip_range = coefficients.clip_range
     raw.run(target, x_t, branches, row, clip_range=clip_range, **z._asdict())
     return target
 

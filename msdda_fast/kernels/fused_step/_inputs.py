@@ -99,6 +99,8 @@ def check_alike(
         raise InvalidShape(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
     if tensor.device != device:
         raise InvalidShape(f"{name} is on {tensor.device}, expected {device}")
+    if tensor.layout != torch.strided:
+        raise InvalidShape(f"{name} has layout {tensor.layout}, expected a dense tensor")
     if tensor.dtype not in (FLOATS if dtype is None else (dtype,)):
         accepted = dtype or ", ".join(str(d) for d in FLOATS)
         raise InvalidShape(f"{name} has dtype {tensor.dtype}, expected {accepted}")
@@ -109,6 +111,10 @@ def check_out(out: Tensor | None, like: Tensor) -> Tensor:
     if out is None:
         return torch.empty_like(like, requires_grad=False)
     check_alike(out, "out", like.shape, like.device)
+    if any(stride == 0 and n > 1 for n, stride in zip(out.shape, out.stride(), strict=True)):
+        raise InvalidShape(f"out has strides {out.stride()}: several elements share their memory")
+    if out.requires_grad and torch.is_grad_enabled():
+        raise ValueError("out requires grad; steps do not differentiate through out")
     return out
 
 

@@ -30,7 +30,7 @@ def as_numbers(values: Tensor | Sequence[object] | float, name: str) -> Tensor:
     if not isinstance(values, Tensor):
         try:
             values = torch.tensor(values, dtype=torch.float64)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise InvalidShape(f"{name}: expected numbers, got {values!r}: {error}") from None
     if values.is_complex() or values.dtype == torch.bool:
         raise InvalidShape(f"{name} must be real numbers, got dtype {values.dtype}")

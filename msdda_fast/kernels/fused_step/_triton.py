@@ -109,7 +109,7 @@ def _layout(tensor: Tensor, axes: int) -> int | None:
     if tensor.is_contiguous():
         return _ROW_MAJOR
     channel = tensor.ndim - axes + 1
-    if tensor.movedim(channel, -1).is_contiguous():
+    if axes > 1 and tensor.movedim(channel, -1).is_contiguous():
         return _LAST4 if tensor.shape[channel] == 4 else _LAST
     return None
 
