@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from msdda_fast.errors import InvalidSchedule, InvalidShape, InvalidWeights, UnknownObjective
 
@@ -27,6 +28,7 @@ __all__ = [
     "Objective",
     "as_host_float64",
     "check_eta",
+    "is_watched",
     "normalise_weights",
     "preference_schedule",
     "preference_weights",
@@ -97,10 +99,18 @@ def check_eta(eta: float, owner: str) -> None:
 def values_are_readable(tensor: Tensor) -> bool:
     """Whether the values can be looked at without a device sync, a graph break or a fake tensor.
 
-    True for plain CPU tensors outside `torch.compile`. FakeTensor and other subclasses say False.
+    True for plain CPU tensors that nothing traces; FakeTensor and other subclasses say False.
     """
-    plain = type(tensor) in (Tensor, torch.nn.Parameter)
-    return plain and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    return tensor.device.type == "cpu" and not is_watched(tensor)
+
+
+def is_watched(tensor: Tensor) -> bool:
+    """Whether someone looks on: `torch.compile`, a tensor subclass or a dispatch mode."""
+    return (
+        torch.compiler.is_compiling()
+        or type(tensor) not in (Tensor, torch.nn.Parameter)
+        or _get_current_dispatch_mode() is not None
+    )
 
 
 def normalise_weights(weights: Tensor, *, axis: int, extrapolate: bool = False) -> Tensor:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from msdda_fast.errors import InvalidShape
 from msdda_fast.kernels import registry
-from msdda_fast.objective import values_are_readable
+from msdda_fast.kernels.library import as_tensor, register_in_place
+from msdda_fast.objective import is_watched, values_are_readable
 from msdda_fast.types import SeedsLike
 
 __all__ = ["STREAM_INITIAL", "STREAM_STEP", "as_seeds", "as_step", "counter_noise"]
@@ -115,7 +116,18 @@ def counter_noise(
         device = seeds.device if isinstance(seeds, Tensor) else "cpu"
     out = torch.empty(shape, dtype=dtype, device=device)
     seeds = as_seeds(seeds, shape[0], out.device)
-    registry.resolve("counter_noise", backend, out.device.type).run(
-        out, seeds, as_step(step), stream
-    )
+    step = as_step(step)
+    if backend != "eager" and is_watched(out):
+        torch.ops.msdda_fast.counter_noise_(out, seeds, as_tensor(step, out), stream, backend)
+    else:
+        _run(out, seeds, step, stream, backend)
     return out
+
+
+def _run(out: Tensor, seeds: Tensor, step: int | Tensor, stream: int, backend: str) -> None:
+    registry.resolve("counter_noise", backend, out.device.type).run(out, seeds, step, stream)
+
+
+register_in_place(
+    "counter_noise_", "Tensor(a!) out, Tensor seeds, Tensor step, int stream, str backend", _run
+)

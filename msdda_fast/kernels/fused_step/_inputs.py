@@ -11,6 +11,8 @@ from torch import Tensor
 from msdda_fast.errors import BackendUnavailable, InvalidShape
 from msdda_fast.kernels import registry
 from msdda_fast.kernels.counter_noise import as_seeds, as_step
+from msdda_fast.kernels.fused_step._ops import Operators
+from msdda_fast.objective import is_watched
 from msdda_fast.types import GeneratorLike, SeedsLike
 
 __all__ = [
@@ -124,10 +126,8 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
-def pick(backend: str, inputs: Sequence[Tensor | None]) -> ModuleType:
-    """The backend module for these inputs.
-
-    Under `auto`, tracing (`torch.compile`, FakeTensor) gets plain torch, which can be traced.
+def pick(backend: str, inputs: Sequence[Tensor | None]) -> ModuleType | Operators:
+    """The backend for these inputs: its module, or the operators that a tracer can see.
 
     Raises:
         BackendUnavailable: The backend cannot run, or an input requires grad and it is not "eager".
@@ -139,6 +139,6 @@ def pick(backend: str, inputs: Sequence[Tensor | None]) -> ModuleType:
                 f"backend {backend!r} is for inference only and an input requires grad; "
                 'use backend="eager", which differentiates, or torch.no_grad()'
             )
-    if backend == "auto" and (torch.compiler.is_compiling() or type(tensors[0]) is not Tensor):
-        backend = "eager"
+    if backend != "eager" and is_watched(tensors[0]):
+        return Operators(backend)
     return registry.resolve("fused_step", backend, tensors[0].device.type)
