@@ -42,7 +42,7 @@ sanitize: $(STAMP)
 sanitize-gpu: $(STAMP)
 	for tool in memcheck racecheck; do PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer \
 		--tool $$tool --error-exitcode 1 $(BIN)/python -m pytest -m gpu -k "not huge" \
-		tests/kernels/test_cuda_native.py || exit 1; done
+		tests/kernels/test_on_gpu.py || exit 1; done
 
 clean:
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks *.egg-info msdda_fast/_C*.so

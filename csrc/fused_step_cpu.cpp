@@ -120,7 +120,8 @@ void linear_segment(const LinearStep& step, std::int64_t sample, std::int64_t of
   for (std::int64_t m = 0; m < m_count; ++m) {
     add(total, uncond[m], step.uncond[m], step.outputs_dtype, at_offset, n);
     add(total, cond[m], step.cond[m], step.outputs_dtype, at_offset, n);
-    if (step.clipped && x0_scale[m] != A{0}) {
+    // an absent output has no x_0 prediction
+    if (step.clipped && step.cond[m] != nullptr && x0_scale[m] != A{0}) {
       std::fill_n(x_0, n, A{0});
       add(x_0, x0_x[0], step.x.data, step.x.dtype, at_offset, n);
       add(x_0, x0_uncond[m], step.uncond[m], step.outputs_dtype, at_offset, n);

@@ -26,7 +26,7 @@ from msdda_fast.kernels.counter_noise import _eager as eager_noise
 from msdda_fast.kernels.counter_noise import _native as native_noise
 from msdda_fast.kernels.fused_step import _eager, _native_cuda
 from tests.kernels.cases import DTYPES
-from tests.kernels.cuda_cases import (
+from tests.kernels.raw_cases import (
     SHAPES,
     Draw,
     assert_same_bits,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from msdda_fast.errors import InvalidWeights, ZeroVariance
+from msdda_fast.kernels import registry
 from msdda_fast.kernels.fused_step import fast_fuse_step, fused_ddim_step
 from msdda_fast.schedule import StepCoefficients
 from tests.kernels.cases import ddim_case, moments_case
@@ -177,3 +178,13 @@ def test_extrapolation_follows_eq_7_while_the_precision_is_positive(backend):
             fused_value((3.0, 6.0), backend, variances=variances, **options)
     with pytest.raises(InvalidWeights, match=r"extrapolate=True"):
         fused_value((3.0, 6.0), backend, variances=[1.0, 2.0], weights=[1.5, -0.5])
+
+
+def test_an_absent_output_has_no_clipped_prediction(backend):
+    case = ddim_case(1, SHAPE, torch.float32)
+    run = registry.resolve("fused_step", backend, "cpu").run
+    row = torch.zeros(1, 8)
+    row[0, [0, 4, 7]] = torch.tensor([1.0, 2.0, 3.0])  # x_scale, x0_x, x0_scale
+    out = torch.empty(SHAPE)
+    run(out, case.x_t, [None], row, clip_range=1.0)
+    assert torch.equal(out, case.x_t)

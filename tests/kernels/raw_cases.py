@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random but reproducible calls of the raw functions, for the tests of the CUDA kernels."""
+"""Random but reproducible calls of the raw functions, for tests against eager."""
 
 import math
 import random
