@@ -16,7 +16,7 @@ from types import ModuleType
 from msdda_fast.errors import BackendUnavailable
 from msdda_fast.kernels import native
 
-__all__ = ["NAMES", "available", "chosen", "explain", "resolve"]
+__all__ = ["NAMES", "available", "chosen", "explain", "has", "resolve"]
 
 NAMES = ("eager", "native", "triton")
 #: What `auto` tries before eager, best first, by device type.
@@ -45,6 +45,11 @@ def _triton_missing(device_type: str) -> str:
 
 def _interpreted() -> bool:
     return bool(import_module("triton").knobs.runtime.interpret)
+
+
+def has(op: str, backend: str) -> bool:
+    """Whether operator `op` is implemented for `backend` at all."""
+    return find_spec(f"msdda_fast.kernels.{op}._{backend}") is not None
 
 
 def available(backend: str, device_type: str = "cpu") -> bool:
@@ -89,7 +94,7 @@ def _resolve(op: str, backend: str, device_type: str) -> str:
         names = [
             name
             for name in _ORDER.get(device_type, ())
-            if find_spec(f"msdda_fast.kernels.{op}._{name}") and available(name, device_type)
+            if has(op, name) and available(name, device_type)
         ]
         if "triton" in names and _interpreted():
             names.remove("triton")  # a thousand times slower: only by name
@@ -97,6 +102,8 @@ def _resolve(op: str, backend: str, device_type: str) -> str:
     if backend not in NAMES:
         accepted = ", ".join(repr(name) for name in ("auto", *NAMES))
         raise BackendUnavailable(f"{op}: no backend {backend!r} in this build; known: {accepted}")
+    if not has(op, backend):
+        raise BackendUnavailable(f"{op} is not implemented for backend {backend!r}")
     if missing := _missing(backend, device_type):
         raise BackendUnavailable(f"{op}: backend {backend!r} cannot run: {missing}")
     return backend

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from msdda_fast import assets
-from msdda_fast.kernels import registry
+from msdda_fast.kernels import native, verify
 
 __all__ = ["findings"]
 
@@ -33,9 +33,19 @@ def findings(shipped: str) -> dict[str, dict[str, str]]:
             **{name: _version(name) or "not installed (optional)" for name in _OPTIONAL},
         },
         "Devices": _devices(),
-        "Backends": registry.explain(),
+        **_kernels(),
         "Build tools": _build_tools(),
         "Models": {shipped: _model(shipped)},
+    }
+
+
+def _kernels() -> dict[str, dict[str, str]]:
+    """Each operator's backends on each kind of device that is here, as verified just now."""
+    kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    return {
+        f"{op} on {kind}": backends
+        for kind in kinds
+        for op, backends in verify.report(kind).items()
     }
 
 
@@ -61,6 +71,8 @@ def _build_tools() -> dict[str, str]:
     return {
         "C++ compiler": compiler or f"none of {', '.join(_COMPILERS)} found; not needed to run",
         "nvcc": shutil.which("nvcc") or "not found; not needed to run",
+        "C++ kernels": native.missing("cpu") or "compiled in",
+        "CUDA kernels": native.missing("cuda") or "compiled in",
     }
 
 

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run every backend that can run here against eager, on a small case: what `doctor` reports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from msdda_fast.errors import BackendUnavailable
+from msdda_fast.kernels import registry
+
+__all__ = ["report"]
+
+_SHAPE = (2, 5, 9, 7)
+
+
+def report(device_type: str) -> dict[str, dict[str, str]]:
+    """Operator -> backend -> what it is good for on this machine.
+
+    Args:
+        device_type: "cpu" or "cuda", on which small cases are run.
+    """
+    operators: dict[str, Callable[[str, str], Tensor]] = {
+        "fused_step": _fused_step,
+        "counter_noise": _counter_noise,
+        "grouped_lora": _grouped_lora,
+    }
+    return {
+        name: {
+            backend: _finding(name, backend, device_type, run)
+            for backend in registry.NAMES
+            if registry.has(name, backend)
+        }
+        for name, run in operators.items()
+    }
+
+
+def _finding(op: str, backend: str, device_type: str, run: Callable[[str, str], Tensor]) -> str:
+    chosen = "the choice here; " if registry.chosen(op, device_type) == backend else ""
+    if backend == "eager":
+        return f"{chosen}plain torch, the others are measured against it"
+    try:
+        # on the CPU eager is the definition, on a GPU it may contract products and sums
+        expected, got = run("eager", "cpu"), run(backend, device_type).cpu()
+    except BackendUnavailable as error:
+        return f"out: {str(error).partition('cannot run: ')[2] or error}"
+    except Exception as error:  # a driver or compiler of any kind; doctor reports, never fails
+        return f"out: it fails with {type(error).__name__}: {error}"
+    if torch.equal(got, expected):
+        return f"{chosen}has the bits of eager"
+    off = float((got.double() - expected.double()).norm() / expected.double().norm())
+    if off < 1e-5:
+        return f"{chosen}within {off:.0e} of eager, relative"
+    return f"WRONG: {off:.1e} off eager, relative; please report this"
+
+
+def _normal(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def _fused_step(backend: str, device: str) -> Tensor:
+    rows, x = _normal(2, 6).to(device), _normal(*_SHAPE).to(device)
+    outputs = [_normal(2, *_SHAPE).to(device) for _ in range(2)]
+    out = torch.empty_like(x)
+    run = registry.resolve("fused_step", backend, device).run
+    run(out, x, outputs, rows, step=3, seeds=torch.tensor([1, 2], device=device))
+    return out
+
+
+def _counter_noise(backend: str, device: str) -> Tensor:
+    out = torch.empty(_SHAPE, device=device)
+    seeds = torch.tensor([1, 2], device=device)
+    registry.resolve("counter_noise", backend, device).run(out, seeds, 3, 1)
+    return out
+
+
+def _grouped_lora(backend: str, device: str) -> Tensor:
+    x, weight, bias = _normal(2, 32, 64), _normal(48, 64), _normal(48)
+    down, up = _normal(2, 4, 64), _normal(2, 48, 4)
+    run = registry.resolve("grouped_lora", backend, device).run
+    y: Tensor = run(*(t.to(device) for t in (x, weight, bias, down, up)))
+    return y
