@@ -5,8 +5,10 @@
 
 Every contender starts from the same raw network outputs (M, 2, B, *S) and is checked against
 `reference.py` in float64 before it is timed. `copy` moves as many bytes as the fused step must read
-and write. The pytest-benchmark table shows the native step; the ratios, with spread, machine and
-commit, go to results/fused_step.jsonl (`python benchmarks/report.py` makes the README table).
+and write. Without a GPU the contenders run on the CPU; with one, the backends are also timed as
+captured graphs. The pytest-benchmark table shows one backend; all times, rates and counts go to
+results/fused_step.jsonl with machine and commit (`python benchmarks/report.py` makes the README
+table).
 """
 
 from collections.abc import Callable
@@ -17,13 +19,22 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
-from benchmarks.harness import append, interleaved, surroundings
+from benchmarks.harness import (
+    append,
+    captured,
+    interleaved,
+    launches,
+    operators,
+    surroundings,
+)
 from msdda_fast.kernels import registry
 from msdda_fast.kernels.counter_noise import counter_noise
 from msdda_fast.kernels.fused_step import fused_ddim_step
 from msdda_fast.reference import ddim_posterior, fuse_posteriors, guide
 from msdda_fast.schedule import StepCoefficients, coefficient_table
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FAST = [name for name in ("native", "triton") if registry.available(name, DEVICE)]
 GUIDANCE, NUM_STEPS, STEP = 7.5, 50, 20
 COPY_BYTES = 32e6  # below, a step lives in the caches and a copy says little about it
 SD, VIDEO = (4, 64, 64), (16, 21, 60, 104)
@@ -66,9 +77,9 @@ class Inputs:
 
     def __init__(self, case: Case) -> None:
         generator = torch.Generator().manual_seed(0)
-        self.x = torch.randn(case.shape, generator=generator)
-        self.outputs = torch.randn((case.count, 2, *case.shape), generator=generator)
-        self.seeds = torch.arange(case.shape[0])
+        self.x = torch.randn(case.shape, generator=generator).to(DEVICE)
+        self.outputs = torch.randn((case.count, 2, *case.shape), generator=generator).to(DEVICE)
+        self.seeds = torch.arange(case.shape[0], device=DEVICE)
         self.noise = counter_noise(self.seeds, case.shape, step=STEP)
         self.etas = torch.linspace(0.8, 1.0, case.count, dtype=torch.float64)
         self.weights = torch.full((case.count,), 1 / case.count, dtype=torch.float64)
@@ -86,6 +97,7 @@ class Inputs:
             etas=self.etas,
             weights=self.weights,
             guidance_scale=GUIDANCE,
+            device=DEVICE,
         )
         return table[STEP]
 
@@ -109,14 +121,14 @@ class Inputs:
         """`reference.py` in float64."""
         t = int(self.scheduler.timesteps[STEP])
         ends = [float(self.scheduler.alphas_cumprod[i]) for i in (t, t - 1000 // NUM_STEPS)]
-        x = self.x.double()
+        x = self.x.double().cpu()
         moments = [
-            ddim_posterior(x, guide(*output.double(), GUIDANCE), *ends, eta)
+            ddim_posterior(x, guide(*output.double().cpu(), GUIDANCE), *ends, eta)
             for output, eta in zip(self.outputs, self.etas.tolist(), strict=True)
         ]
         means, variances = (torch.stack(list(part)) for part in zip(*moments, strict=True))
         mean, variance = fuse_posteriors(means, variances, self.weights)
-        return mean + variance.sqrt() * self.noise.double()
+        return mean + variance.sqrt() * self.noise.double().cpu()
 
 
 def contenders(inputs: Inputs) -> dict[str, Callable[[], Tensor]]:
@@ -126,15 +138,20 @@ def contenders(inputs: Inputs) -> dict[str, Callable[[], Tensor]]:
         return lambda: fused_ddim_step(inputs.x, inputs.outputs, row, backend=backend, **noise)
 
     given, drawn = {"noise": inputs.noise}, {"seeds": inputs.seeds, "step": STEP}
+    compiled = torch.compile(inputs.diffusers, dynamic=False)
     runs = {
         "diffusers": lambda: inputs.diffusers(inputs.noise),
+        "diffusers, compiled": lambda: compiled(inputs.noise),
         "eager": fused("eager", **given),
-        "native": fused("native", **given),
         "diffusers, noise drawn": lambda: inputs.diffusers(None),
-        "native, noise drawn": fused("native", **drawn),
     }
+    for backend in FAST:
+        runs[backend] = fused(backend, **given)
+        runs[f"{backend}, noise drawn"] = fused(backend, **drawn)
+        if DEVICE == "cuda":
+            runs[f"{backend}, captured"] = captured(fused(backend, **drawn), DEVICE)
     if (moved := inputs.bytes_moved()) >= COPY_BYTES:
-        source, target = torch.ones(moved // 8), torch.empty(moved // 8)
+        source, target = (torch.ones(moved // 8, device=DEVICE) for _ in range(2))
         runs["copy"] = lambda: target.copy_(source)
     return runs
 
@@ -143,7 +160,7 @@ def verify(inputs: Inputs, runs: dict[str, Callable[[], Tensor]]) -> None:
     """Fused steps err at most twice as much as the stock way, plus one ulp of the largest value."""
     exact = inputs.exact()
     error = {
-        name: float((run().double() - exact).abs().max())
+        name: float((run().double().cpu() - exact).abs().max())
         for name, run in runs.items()
         if name not in ("copy", "diffusers, noise drawn")
     }
@@ -153,28 +170,50 @@ def verify(inputs: Inputs, runs: dict[str, Callable[[], Tensor]]) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
+# inductor's own, when it is first imported
+@pytest.mark.filterwarnings(
+    "ignore:.torch.jit.script_method:DeprecationWarning",
+    "ignore:.torch._prims_common.check:FutureWarning",
+)
 def test_fused_step(case: Case, benchmark) -> None:
-    if not registry.available("native"):
-        pytest.skip(registry.explain()["native"])
+    if not FAST:
+        pytest.skip(f"no fast backend: {registry.explain(DEVICE)}")
+    torch._dynamo.reset()
     inputs = Inputs(case)
     runs = contenders(inputs)
     with torch.no_grad():
         verify(inputs, runs)
-        timings = interleaved(runs, seconds=4.0)
-        benchmark.pedantic(runs["native"], rounds=20, warmup_rounds=2)
-    shared = surroundings() | {
+        timings = interleaved(runs, seconds=4.0, device=DEVICE)
+        benchmark.pedantic(runs[FAST[0]], rounds=20, warmup_rounds=2)
+        counts = {name: counted(run) for name, run in runs.items() if "compiled" not in name}
+    moved = inputs.bytes_moved()
+    shared = surroundings(DEVICE) | {
         "case": case.name,
         "shape": list(case.shape),
         "num_objectives": case.count,
         "dtype": "float32",
-        "bytes": inputs.bytes_moved(),
+        "device": DEVICE,
+        "bytes": moved,
     }
     append(
-        "fused_step", [shared | {"contender": name} | timing for name, timing in timings.items()]
+        "fused_step",
+        [
+            shared
+            | {"contender": name, "gb_per_s": round(moved / timing["median_us"] / 1e3, 2)}
+            | timing
+            | counts.get(name, {})
+            for name, timing in timings.items()
+        ],
     )
     median = {name: timing["median_us"] for name, timing in timings.items()}
-    benchmark.extra_info |= {
-        "diffusers / native": round(median["diffusers"] / median["native"], 2),
-    }
-    if "copy" in median:
-        benchmark.extra_info["native / copy"] = round(median["native"] / median["copy"], 2)
+    for backend in FAST:
+        benchmark.extra_info[f"diffusers / {backend}"] = round(
+            median["diffusers"] / median[backend], 2
+        )
+        if "copy" in median:
+            benchmark.extra_info[f"{backend} / copy"] = round(median[backend] / median["copy"], 2)
+
+
+def counted(run: Callable[[], Tensor]) -> dict[str, int]:
+    """What a call dispatches: kernels on a GPU, operators of torch on the CPU."""
+    return {"kernels": launches(run)} if DEVICE == "cuda" else operators(run)

@@ -11,17 +11,16 @@ mixed batch cannot be captured, and both of its rows are timed as a user would r
 spread, machine and commit, go to results/grouped_lora.jsonl with the number of operators per call.
 """
 
-from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.harness import append, interleaved, surroundings
+from benchmarks.harness import append, captured, interleaved, operators, surroundings
 from msdda_fast.kernels.grouped_lora import grouped_site, merge_error
 
 RANK = 4
@@ -101,50 +100,10 @@ class Layer:
         layers = {"base": self.base, **sites}
         mixed = [name for name in self.names for _ in range(2)]
         return {
-            **{name: on_device(layer, self.x) for name, layer in layers.items()},
+            **{name: captured(partial(layer, self.x), DEVICE) for name, layer in layers.items()},
             "peft, one at a time": self.one_at_a_time,
             "peft, mixed batch": lambda: self.peft(self.x, adapter_names=mixed),
         }
-
-
-def on_device(layer: nn.Module, x: Tensor) -> Callable[[], Tensor]:
-    """A call of `layer`; on a GPU as a captured graph, whose output is overwritten by each call."""
-    if DEVICE == "cpu":
-        return lambda: layer(x)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            layer(x)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = layer(x)
-
-    def replay() -> Tensor:
-        graph.replay()
-        return y
-
-    return replay
-
-
-class Operators(TorchDispatchMode):
-    """Counts the operators of a call; those that only make a view apart."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        view = func.is_view or func is torch.ops.aten._unsafe_view.default
-        self.seen["views" if view else "operators"] += 1
-        return func(*args, **(kwargs or {}))
-
-
-def operators(run: Callable[[], Tensor]) -> dict[str, int]:
-    with Operators() as mode:
-        run()
-    return {"operators": mode.seen["operators"], "views": mode.seen["views"]}
 
 
 def verify(layer: Layer, runs: dict[str, Callable[[], Tensor]]) -> None:

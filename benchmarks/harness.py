@@ -11,12 +11,14 @@ import platform
 import statistics
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -69,6 +71,57 @@ def _summary(times: list[float]) -> dict[str, float]:
     fifths = statistics.quantiles(times, n=5)
     summary = {"median_us": statistics.median(times), "p20_us": fifths[0], "p80_us": fifths[3]}
     return {key: round(value, 2) for key, value in summary.items()} | {"rounds": len(times)}
+
+
+def captured(run: Callable[[], torch.Tensor], device: str) -> Callable[[], torch.Tensor]:
+    """`run` itself on the CPU; a CUDA graph of it on a GPU, whose replays overwrite one output."""
+    if device == "cpu":
+        return run
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run()
+
+    def replay() -> torch.Tensor:
+        graph.replay()
+        return result
+
+    return replay
+
+
+def launches(run: Callable[[], object]) -> int:
+    """How many kernels a call starts on the GPU."""
+    run()
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        run()
+        torch.cuda.synchronize()
+    kernels = (event for event in profile.events() if event.device_type.name == "CUDA")
+    return sum(1 for _ in kernels)
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators of a call; those that only make a view apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        view = func.is_view or func is torch.ops.aten._unsafe_view.default
+        self.seen["views" if view else "operators"] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def operators(run: Callable[[], object]) -> dict[str, int]:
+    with Operators() as mode:
+        run()
+    return {"operators": mode.seen["operators"], "views": mode.seen["views"]}
 
 
 def surroundings(device: str = "cpu") -> dict[str, object]:

@@ -17,11 +17,12 @@ README = Path(__file__).parent.parent / "README.md"
 
 
 def latest(bench: str) -> dict[tuple, dict[str, dict]]:
-    """(case, M, shape) -> contender -> record; of several runs, the last one in the file."""
+    """((device, case), M, shape) -> contender -> record; of several runs, the last one."""
     runs: dict[tuple, dict[str, dict]] = {}
     for line in (RESULTS / f"{bench}.jsonl").read_text().splitlines():
         record = json.loads(line)
-        key = (record["case"], record["num_objectives"], tuple(record["shape"]))
+        case = (record.get("device", "cpu"), record["case"])
+        key = (case, record["num_objectives"], tuple(record["shape"]))
         if record["when"] != next(iter(runs.get(key, {}).values()), record)["when"]:
             runs[key] = {}
         runs.setdefault(key, {})[record["contender"]] = record
@@ -35,37 +36,57 @@ def duration(microseconds: float) -> str:
 
 
 def fused_step_table() -> str:
+    return "\n\n".join(
+        fused_step_on(device, backends)
+        for device, backends in (("cpu", ["native"]), ("cuda", ["triton", "native"]))
+        if any(run["eager"].get("device", "cpu") == device for run in latest("fused_step").values())
+    )
+
+
+def fused_step_on(device: str, backends: list[str]) -> str:
     rows = []
     for (_, count, _), run in latest("fused_step").items():
+        eager = run["eager"]
+        if eager.get("device", "cpu") != device:
+            continue
         time = {name: record["median_us"] for name, record in run.items()}
-        drawn = time["diffusers, noise drawn"] / time["native, noise drawn"]
-        native = run["native"]
-        copy = f"{time['native'] / time['copy']:.2f}" if "copy" in time else ""
-        size = "x".join(map(str, native["shape"]))
-        spread = f"{duration(native['p20_us'])} - {duration(native['p80_us'])}"
-        rows.append(
-            f"| {native['case']}, {size} | {count} | {duration(time['diffusers'])} "
-            f"| {duration(time['eager'])} | {duration(time['native'])} ({spread}) "
-            f"| {time['diffusers'] / time['native']:.1f}x | {drawn:.1f}x "
-            f"| {copy} |"
-        )
-    about = native
+        size = "x".join(map(str, eager["shape"]))
+        compiled = time.get("diffusers, compiled")
+        cells = [
+            f"{eager['case']}, {size}", str(count), duration(time["diffusers"]),
+            duration(compiled) if compiled else "", duration(time["eager"]),
+        ]  # fmt: skip
+        for name in backends:
+            spread = f"{duration(run[name]['p20_us'])} - {duration(run[name]['p80_us'])}"
+            drawn = time["diffusers, noise drawn"] / time[f"{name}, noise drawn"]
+            cells += [
+                f"{duration(time[name])} ({spread})",
+                f"{time['diffusers'] / time[name]:.1f}x",
+                f"{drawn:.1f}x",
+                f"{time[name] / time['copy']:.2f}" if "copy" in time else "",
+            ]
+            if device == "cuda":
+                cells.append(duration(time[f"{name}, captured"]))
+        rows.append("| " + " | ".join(cells) + " |")
     where = (
-        f"{about['machine']}, {about['threads']} threads, load {about['load']}; "
-        f"torch {about['torch']}, {about['dtype']}, commit {about['commit']}, {about['when'][:10]}"
+        f"{eager.get('gpu', eager['machine'])}, {eager['threads']} threads, load {eager['load']}; "
+        f"torch {eager['torch']}, {eager['dtype']}, commit {eager['commit']}, {eager['when'][:10]}"
     )
-    head = (
-        "| latents | M | diffusers `step` x M + Eq. 7 | eager | native (p20 - p80) "
-        "| speed-up | speed-up, noise drawn | native / copy of the same bytes |\n"
-        "|---|---|---|---|---|---|---|---|"
-    )
+    columns = ["latents", "M", "diffusers `step` x M + Eq. 7", "the same, compiled", "eager"]
+    for name in backends:
+        columns += [
+            f"{name} (p20 - p80)", "speed-up", "speed-up, noise drawn",
+            f"{name} / copy of the same bytes",
+        ]  # fmt: skip
+        columns += [f"{name}, captured, noise drawn"] if device == "cuda" else []
+    head = "| " + " | ".join(columns) + " |\n|" + "---|" * len(columns)
     return "\n".join([head, *rows, "", f"Medians of interleaved rounds; {where}."])
 
 
 def grouped_lora_table() -> str:
     designs = ("separate", "folded", "merged", "fused", "peft, one at a time", "peft, mixed batch")
     rows = []
-    for (case, count, (tokens, c, n)), run in latest("grouped_lora").items():
+    for ((_, case), count, (tokens, c, n)), run in latest("grouped_lora").items():
         base = run["base"]
         spread = f"{duration(base['p20_us'])} - {duration(base['p80_us'])}"
         cells = []
