@@ -13,6 +13,8 @@ __all__ = [
     "InvalidShape",
     "InvalidWeights",
     "MSDDAError",
+    "RankLost",
+    "RanksDiffer",
     "UnfaithfulMerge",
     "UnknownObjective",
     "ZeroVariance",
@@ -57,6 +59,14 @@ class UnknownObjective(MSDDAError, KeyError, ValueError):
 
 class BackendUnavailable(MSDDAError, RuntimeError):
     """A backend asked for by name cannot run here; the message says what is missing."""
+
+
+class RankLost(MSDDAError, RuntimeError):
+    """Another process of a parallel run failed, died, or was silent for too long."""
+
+
+class RanksDiffer(MSDDAError, ValueError):
+    """The processes of a parallel run were asked for different things; the message says in what."""
 
 
 class CaptureError(MSDDAError, RuntimeError):

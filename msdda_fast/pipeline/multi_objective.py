@@ -11,6 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from msdda_fast.engine.parallel import ObjectiveParallel
 from msdda_fast.objective import Objective
 from msdda_fast.pipeline import loading, saving
 from msdda_fast.pipeline.prediction import Variant
@@ -23,6 +24,7 @@ class MultiObjectivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffus
 
     _objectives: dict[str, Objective]
     _variants: dict[str, Variant]
+    _parallel: ObjectiveParallel | None = None
 
     @classmethod
     def from_pretrained(
@@ -94,6 +96,23 @@ class MultiObjectivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffus
     ) -> None:
         """Replace the objectives by others whose networks and adapters are in memory already."""
         self._objectives, self._variants = dict(objectives), dict(variants)
+
+    @property
+    def parallel(self) -> ObjectiveParallel | None:
+        """The processes that this one samples with, or None: alone."""
+        return self._parallel
+
+    def enable_parallel(self, parallel: ObjectiveParallel) -> None:
+        """Share the objectives of every later call out over several processes.
+
+        All of them must hold the same model, and make the same calls; each gets the images. More
+        than one pipeline may use `parallel`, which belongs to the caller.
+        """
+        self._parallel = parallel
+
+    def disable_parallel(self) -> None:
+        """Sample alone again. Every process of the group must do so."""
+        self._parallel = None
 
     def to(self, *args: Any, **kwargs: Any) -> Self:  # noqa: ANN401 - diffusers' signature
         """Move or cast every component and every objective's own network."""

@@ -14,7 +14,8 @@ from torch import Tensor
 from msdda_fast.coefficients import CoefficientTable
 from msdda_fast.engine.noise import NoiseSource
 from msdda_fast.kernels.fused_step import fused_ddim_step
-from msdda_fast.pipeline.prediction import Predictor, SequentialPredictor, Variant
+from msdda_fast.pipeline.prediction import Variant
+from msdda_fast.pipeline.predictors import choose_predictor
 from msdda_fast.pipeline.prompts import Prompts
 from msdda_fast.pipeline.switching import AdapterSwitch, adapter_names
 
@@ -103,9 +104,9 @@ def sample(
     with (
         AdapterSwitch([pipe.text_encoder, *networks.values()]) as switch,
         pipe.progress_bar(total=len(table)) as bar,
+        choose_predictor(pipe, switch, prompts, table, noise, latents) as predictor,
     ):
         cond, uncond = _encode(pipe, prompts, variants, table, switch)
-        predictor: Predictor = SequentialPredictor(variants, switch, pipe.unet.dtype)
         if latents is None:
             # generators draw in the dtype of stock diffusers
             dtype = pipe.unet.dtype if noise.seeds is None else table.rows.dtype

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which predictor a generation runs on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from msdda_fast.coefficients import CoefficientTable
+from msdda_fast.engine.noise import NoiseSource
+from msdda_fast.pipeline.parallel import ParallelPredictor, generation
+from msdda_fast.pipeline.prediction import Predictor, SequentialPredictor
+from msdda_fast.pipeline.prompts import Prompts
+from msdda_fast.pipeline.switching import AdapterSwitch
+
+if TYPE_CHECKING:
+    from msdda_fast.pipeline.stable_diffusion import MSDDAPipeline
+
+__all__ = ["choose_predictor"]
+
+
+@contextmanager
+def choose_predictor(
+    pipe: MSDDAPipeline,
+    switch: AdapterSwitch,
+    prompts: Prompts,
+    table: CoefficientTable,
+    noise: NoiseSource,
+    latents: Tensor | None,
+) -> Iterator[Predictor]:
+    """Give one generation its predictor: of this process, or of all that run in parallel with it.
+
+    Args:
+        pipe: Its variants, and its `parallel` if it has any.
+        switch: Has the adapters of every network, and has been entered.
+        prompts, table, noise, latents: The request, which the processes compare.
+
+    Raises:
+        RankLost, RanksDiffer: See `ObjectiveParallel.generation`.
+    """
+    dtype = pipe.unet.dtype
+    local: Predictor = SequentialPredictor(list(pipe.variants.values()), switch, dtype)
+    if pipe.parallel is None:
+        yield local
+        return
+    with generation(pipe.parallel, pipe, prompts, table, noise, latents):
+        yield ParallelPredictor(pipe.parallel, local, dtype)
