@@ -20,7 +20,8 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 bench: $(STAMP)
-	$(BIN)/python -m pytest benchmarks/bench_fused_step.py --benchmark-only
+	$(BIN)/python -m pytest benchmarks/bench_fused_step.py benchmarks/bench_grouped_lora.py --benchmark-only
+	$(BIN)/python benchmarks/report.py
 
 # The CPU kernels, and the threads of the CUDA kernels on the host, under AddressSanitizer and UBSan.
 SANITIZED := build/sanitize
