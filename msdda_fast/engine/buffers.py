@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Static tensors of one captured step: allocated once per shape, overwritten by each request.
+
+A captured graph replays the addresses it was captured with. All that distinguishes one request from
+another of the same shape (latents, coefficients, seeds, prompt) is therefore copied into these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from msdda_fast.coefficients import CoefficientTable
+from msdda_fast.errors import InvalidSchedule, InvalidShape
+from msdda_fast.kernels.counter_noise import as_seeds
+
+if TYPE_CHECKING:
+    from msdda_fast.types import SeedsLike
+
+__all__ = ["ShapeKey", "StepBuffers", "padded_steps"]
+
+
+def padded_steps(num_steps: int) -> int:
+    """Length of the tables that hold `num_steps` steps: a power of two, 64 at least."""
+    return max(64, 1 << (num_steps - 1).bit_length())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShapeKey:
+    """All that a captured step has fixed; requests that agree in it share one graph.
+
+    Attributes:
+        shape: (B, *S) of the latents.
+        active: (M,) flags; the outputs of the others are not computed.
+        branches: K, 2 (uncond, cond) or 1 (cond).
+        clip_range: That of the `CoefficientTable`, latent units; None: x_0 is not clipped.
+        dtype: Of the network's input.
+        input_rows: R, the copies of each latent that the network takes: 1 when it makes its own
+            rows, else one per active objective and branch.
+        channels_last: Memory format of the network's input; S is then (C, H, W).
+        rank: What the ranks of all adapters are padded to; 0 without adapters.
+        max_steps: Length of the tables; requests have as many steps or fewer.
+        noise_table: Whether z comes from a table (T, B, *S), or from one seed per sample.
+    """
+
+    shape: tuple[int, ...]
+    active: tuple[bool, ...]
+    branches: int = 1
+    clip_range: float | None = None
+    dtype: torch.dtype = torch.float32
+    input_rows: int = 1
+    channels_last: bool = False
+    rank: int = 0
+    max_steps: int = 64
+    noise_table: bool = False
+
+    @property
+    def columns(self) -> int:
+        """C, the coefficients per sample and step."""
+        count = len(self.active)
+        return 2 * count + 2 if self.clip_range is None else 5 * count + 3
+
+
+class _Write(NamedTuple):
+    name: str
+    static: Tensor
+    value: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepBuffers:
+    """What a step reads and writes, apart from the network's own storage; see `allocate`.
+
+    Attributes:
+        key: The shapes.
+        x: The state x_t, (B, *S) float32, latent units; the step overwrites it with x_{t-1}.
+        next_input: (R, B, *S) in the dtype and memory format of the network: `x`, R times.
+        rows: (max_steps, B, C) float32 coefficients; see `coefficients.StepCoefficients`.
+        timesteps: (max_steps,) int64.
+        seeds: (B,) int64.
+        noise: (max_steps, B, *S) float32, or None: noise comes from the seeds.
+        counter: 0-d int64, the index k of the step to come; the step adds 1.
+        conditioning: Static tensors that the network reads and each request overwrites; whoever
+            builds the network adds them.
+    """
+
+    key: ShapeKey
+    x: Tensor
+    next_input: Tensor
+    rows: Tensor
+    timesteps: Tensor
+    seeds: Tensor
+    noise: Tensor | None
+    counter: Tensor
+    conditioning: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def allocate(cls, key: ShapeKey, device: torch.device | str) -> StepBuffers:
+        """Make the tensors for `key`, filled with zeros."""
+        batch, steps = key.shape[0], key.max_steps
+        # (R, B, C, H, W) has no channels-last format of its own: allocate R B rows and split them
+        rows = torch.zeros((key.input_rows * batch, *key.shape[1:]), dtype=key.dtype, device=device)
+        if key.channels_last:
+            rows = rows.to(memory_format=torch.channels_last)
+        return cls(
+            key=key,
+            x=torch.zeros(key.shape, device=device),
+            next_input=rows.view(key.input_rows, *key.shape),
+            rows=torch.zeros(steps, batch, key.columns, device=device),
+            timesteps=torch.zeros(steps, dtype=torch.int64, device=device),
+            seeds=torch.zeros(batch, dtype=torch.int64, device=device),
+            noise=torch.zeros(steps, *key.shape, device=device) if key.noise_table else None,
+            counter=torch.zeros((), dtype=torch.int64, device=device),
+        )
+
+    def load(
+        self,
+        table: CoefficientTable,
+        x_T: Tensor,
+        *,
+        seeds: SeedsLike | None = None,
+        noise: Tensor | None = None,
+        conditioning: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Write a request in place; nothing is written when something does not fit.
+
+        Args:
+            table: T <= max_steps steps, rows (T, B | 1, C) float32.
+            x_T: (B, *S), latent units.
+            seeds: (B,), for keys without a noise table, and only those.
+            noise: z of every step (T, B, *S), for keys with one, and only those.
+            conditioning: A value for each of `self.conditioning`.
+
+        Raises:
+            InvalidShape: Something has another shape, or needs objectives or branches that the key
+                leaves out.
+            InvalidSchedule: More steps than `max_steps`, or another `clip_range`.
+            ValueError: Not the noise that the key wants, or other names than `self.conditioning`.
+        """
+        self._check_table(table)
+        if (noise is None) == self.key.noise_table or (seeds is None) != self.key.noise_table:
+            wanted = "a noise table" if self.key.noise_table else "seeds"
+            raise ValueError(f"these buffers are for {wanted}; give that and nothing else")
+        given, count = conditioning or {}, len(table)
+        if given.keys() != self.conditioning.keys():
+            raise ValueError(
+                f"conditioning names {sorted(given)}, expected {sorted(self.conditioning)}"
+            )
+        writes = [
+            _Write("x_T", self.x, x_T),
+            _Write("rows", self.rows[:count], table.rows.expand(-1, len(self.x), -1)),
+            _Write("timesteps", self.timesteps[:count], table.timesteps),
+            *self._conditioning_writes(given),
+        ]
+        if seeds is not None:
+            host = seeds.device if isinstance(seeds, Tensor) else torch.device("cpu")
+            writes.append(_Write("seeds", self.seeds, as_seeds(seeds, len(self.x), host)))
+        if noise is not None and self.noise is not None:
+            writes.append(_Write("noise", self.noise[:count], noise))
+        _write(writes)
+        self.next_input.copy_(self.x)
+        self.counter.zero_()
+
+    def replace_x(self, x: Tensor) -> None:
+        """Go on from another state (B, *S), between two steps.
+
+        Raises:
+            InvalidShape: `x` has another shape or device.
+        """
+        _write([_Write("x", self.x, x)])
+        self.next_input.copy_(self.x)
+
+    def replace_conditioning(self, values: Mapping[str, Tensor]) -> None:
+        """Overwrite some of the conditioning, between two steps.
+
+        Raises:
+            InvalidShape: A value has another shape or device.
+            ValueError: A name is not one of `self.conditioning`.
+        """
+        if unknown := values.keys() - self.conditioning.keys():
+            raise ValueError(
+                f"conditioning names {sorted(unknown)}, expected {sorted(self.conditioning)}"
+            )
+        _write(self._conditioning_writes(values))
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Put back afterwards what steps change inside."""
+        changed = (self.x, self.next_input, self.counter)
+        copies = [tensor.clone() for tensor in changed]
+        try:
+            yield
+        finally:
+            for tensor, copy in zip(changed, copies, strict=True):
+                tensor.copy_(copy)
+
+    def _conditioning_writes(self, values: Mapping[str, Tensor]) -> list[_Write]:
+        return [_Write(name, self.conditioning[name], value) for name, value in values.items()]
+
+    def _check_table(self, table: CoefficientTable) -> None:
+        key = self.key
+        if len(table) > key.max_steps or table.clip_range != key.clip_range:
+            raise InvalidSchedule(
+                f"a table of {len(table)} steps with clip_range={table.clip_range}, expected at "
+                f"most {key.max_steps} with clip_range={key.clip_range}"
+            )
+        batch, count = table.rows.shape[1], table.num_objectives
+        if count != len(key.active) or batch not in (1, len(self.x)):
+            raise InvalidShape(
+                f"a table for B = {batch} and M = {count}, expected 1 or {len(self.x)} and "
+                f"{len(key.active)}"
+            )
+        if table.rows.dtype != torch.float32:
+            raise InvalidShape(f"a table in {table.rows.dtype}, expected torch.float32")
+        missing = [m for m, on in enumerate(table.active) if on and not key.active[m]]
+        if missing or (table.needs_uncond and key.branches == 1):
+            raise InvalidShape(
+                f"the table needs active={table.active} and needs_uncond={table.needs_uncond}; "
+                f"these buffers are for active={list(key.active)} and K = {key.branches}"
+            )
+
+
+def _write(writes: list[_Write]) -> None:
+    """Check all, then copy all, without waiting for the device."""
+    for name, static, value in writes:
+        if value.shape != static.shape:
+            raise InvalidShape(
+                f"{name} has shape {tuple(value.shape)}, expected {tuple(static.shape)}"
+            )
+        if value.device.type != "cpu" and value.device != static.device:
+            raise InvalidShape(f"{name} is on {value.device}, expected {static.device} or the CPU")
+        if value.is_floating_point() != static.is_floating_point():
+            raise InvalidShape(f"{name} has dtype {value.dtype}, expected {static.dtype}")
+    for _, static, value in writes:
+        if static.is_cuda and value.device.type == "cpu":
+            # only a pinned copy of the same dtype and layout runs without the host
+            value = value.to(static.dtype).contiguous().pin_memory()
+        static.copy_(value, non_blocking=True)

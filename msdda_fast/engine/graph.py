@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One captured step, replayed T times; a bounded cache of such steps, one per shape.
+
+Which step a replay does is read from a counter on the device, and all that distinguishes requests
+lies in static buffers: weights, prompts, seeds, guidance, etas and the number of steps change
+without a new capture. Without graphs (on the CPU) the same step runs eagerly or compiled.
+"""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from msdda_fast.coefficients import CoefficientTable
+from msdda_fast.engine.buffers import ShapeKey, StepBuffers
+from msdda_fast.engine.compiled import compiled
+from msdda_fast.engine.graph_backends import Advance, Graph, GraphBackend, graphs_for
+from msdda_fast.engine.rehearsal import rehearse
+from msdda_fast.engine.step import Network, Step
+from msdda_fast.errors import CaptureError, InvalidShape, MSDDAError
+
+if TYPE_CHECKING:
+    from msdda_fast.types import SeedsLike
+
+__all__ = ["BuildNetwork", "Capture", "CapturedStep", "StepCache"]
+
+logger = logging.getLogger(__name__)
+
+#: "auto": where the device can, with a warning where a step cannot; "required": or raise; "off".
+Capture: TypeAlias = Literal["auto", "required", "off"]
+
+#: Makes the network for a shape; it may read the buffers and add its own `conditioning` to them.
+BuildNetwork: TypeAlias = Callable[[ShapeKey, StepBuffers], Network]
+
+#: Address, shape, strides and dtype.
+_Place: TypeAlias = tuple[int, torch.Size, tuple[int, ...], torch.dtype]
+
+
+class CapturedStep:
+    """A step with its buffers: `load` a request, then `run` it. Get it from `StepCache.prepare`."""
+
+    def __init__(
+        self, network: Network, buffers: StepBuffers, advance: Advance, graph: Graph | None
+    ) -> None:
+        self.buffers = buffers
+        self._network = network
+        self._advance = advance
+        self._graph = graph
+        self._places = {} if graph is None else _places(network)
+        self._num_steps = 0
+
+    @property
+    def is_captured(self) -> bool:
+        """Whether steps are replays of a graph."""
+        return self._graph is not None
+
+    def load(
+        self,
+        table: CoefficientTable,
+        x_T: Tensor,
+        *,
+        seeds: SeedsLike | None = None,
+        noise: Tensor | None = None,
+        conditioning: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Write a request for one run into the buffers; see `StepBuffers.load`."""
+        self.buffers.load(table, x_T, seeds=seeds, noise=noise, conditioning=conditioning)
+        self._num_steps = len(table)
+
+    def run(self) -> Tensor:
+        """Do all steps of the loaded request and return a copy of x_0, (B, *S) float32.
+
+        Raises:
+            ValueError: Nothing was loaded since the last run.
+            CaptureError: See `steps`.
+        """
+        for _ in self.steps():
+            pass
+        return self.buffers.x.clone()
+
+    def steps(self) -> Iterator[int]:
+        """Do the steps of the loaded request one by one; yield k = 0, 1, ... after each.
+
+        In between `buffers.x` may be read and `buffers.replace_x` or `replace_conditioning` called;
+        leaving early is fine.
+
+        Raises:
+            ValueError: Nothing was loaded since the last run.
+            CaptureError: A tensor of the network lies elsewhere than at capture.
+        """
+        num_steps, self._num_steps = self._num_steps, 0
+        if num_steps == 0:
+            raise ValueError("load() a request before each run")
+        self._check_places()
+        for k in range(num_steps):
+            if self._graph is not None:
+                self._graph.replay()
+            else:
+                with torch.no_grad():
+                    self._advance(self.buffers)
+            yield k
+
+    def release(self) -> None:
+        """Free the graph; later runs are eager or compiled, with the same result."""
+        if self._graph is not None:
+            self._graph.release()
+            self._graph, self._places = None, {}
+
+    def _check_places(self) -> None:
+        if self._graph is None:
+            return
+        now = _places(self._network)
+        moved = [name for name in self._places | now if self._places.get(name) != now.get(name)]
+        if moved:
+            raise CaptureError(
+                f"the storage of {moved[0]!r} changed after capture ({len(moved)} tensors in all): "
+                "update weights in place (copy_), or clear the cache and prepare again after "
+                ".to(), .half() or loading"
+            )
+
+
+class StepCache:
+    """Captured steps by shape, least recently used out first; their graphs share one memory pool.
+
+    Args:
+        build: Makes the network for a shape.
+        device: Where everything lies.
+        capacity: Most shapes kept, at least 1.
+        capture: See `Capture`.
+        compile: Pass steps through `torch.compile` first; see `engine.compiled`.
+        backend: Of the fused step: "auto", or one by name.
+        graphs: Records steps; by default what the device has.
+
+    Raises:
+        CaptureError: `capture="required"` on a device without graphs.
+    """
+
+    def __init__(
+        self,
+        build: BuildNetwork,
+        *,
+        device: torch.device | str,
+        capacity: int = 8,
+        capture: Capture = "auto",
+        compile: bool = False,
+        backend: str = "auto",
+        graphs: GraphBackend | None = None,
+    ) -> None:
+        if capacity < 1:
+            raise ValueError(f"capacity must be at least 1, got {capacity}")
+        if capture not in ("auto", "required", "off"):
+            raise ValueError(f"capture must be 'auto', 'required' or 'off', got {capture!r}")
+        self._build = build
+        self._device = torch.device(device)
+        self._capacity = capacity
+        self._capture: Capture = capture
+        self._compile = compile
+        self._backend = backend
+        self._graphs: GraphBackend | None = None
+        if capture != "off":
+            self._graphs = graphs_for(self._device) if graphs is None else graphs
+        if capture == "required" and self._graphs is None:
+            raise CaptureError(f"capture='required', but device {self._device} has no graphs")
+        self._steps: OrderedDict[ShapeKey, CapturedStep] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def __contains__(self, key: ShapeKey) -> bool:
+        return key in self._steps
+
+    def prepare(self, key: ShapeKey) -> CapturedStep:
+        """Return the step for `key`; the first time, build, compile and capture it.
+
+        Raises:
+            InvalidShape: The step needs more memory than there is (nothing was captured yet), or
+                the network returned other shapes than the key says.
+            CaptureError: It cannot be compiled or captured, and `capture` is "required"; otherwise
+                that is a warning, and the step runs eagerly.
+        """
+        if key in self._steps:
+            self._steps.move_to_end(key)
+            return self._steps[key]
+        while len(self._steps) >= self._capacity:
+            self._steps.popitem(last=False)[1].release()
+        self._steps[key] = self._make(key)
+        return self._steps[key]
+
+    def clear(self) -> None:
+        """Free all steps."""
+        while self._steps:
+            self._steps.popitem()[1].release()
+
+    def _make(self, key: ShapeKey) -> CapturedStep:
+        buffers = StepBuffers.allocate(key, self._device)
+        network = self._build(key, buffers)
+        step = Step(network, key, device=self._device, backend=self._backend)
+        try:
+            advance, graph = self._accelerate(step, buffers)
+        except CaptureError as error:
+            if self._capture == "required":
+                raise
+            logger.warning("%s; it runs eagerly", error)
+            advance, graph = step.advance, None
+        return CapturedStep(network, buffers, advance, graph)
+
+    def _accelerate(self, step: Step, buffers: StepBuffers) -> tuple[Advance, Graph | None]:
+        """Compile and capture, as far as wanted."""
+        advance: Advance = step.advance
+        if self._graphs is not None:
+            self._check_fits(rehearse(advance, buffers).peak_bytes, buffers.key, self._graphs)
+        try:
+            with buffers.kept(), torch.no_grad():
+                if self._compile:
+                    advance = compiled(advance, self._device.type)
+                    advance(buffers)
+                graph = None
+                if self._graphs is not None:
+                    graph = self._graphs.capture(advance, buffers)
+        except MSDDAError:
+            raise
+        except RuntimeError as error:
+            failed = "compiled or captured" if self._compile else "captured"
+            raise CaptureError(f"the step cannot be {failed}: {_cause(error)}") from error
+        return advance, graph
+
+    def _check_fits(self, needed: int, key: ShapeKey, graphs: GraphBackend) -> None:
+        free = graphs.free_bytes()
+        if needed > free:
+            raise InvalidShape(
+                f"a step of shape (B, *S) = {key.shape} needs about {needed / 2**30:.3g} GiB for "
+                f"its activations and {free / 2**30:.3g} GiB are free on {self._device}; use a "
+                "smaller batch or size"
+            )
+
+
+def _places(network: Network) -> dict[str, _Place]:
+    return {
+        name: (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        for name, tensor in network.storages().items()
+    }
+
+
+def _cause(error: BaseException) -> str:
+    """The first error of a chain and the line that raised it: ending a capture raises others."""
+    while error.__context__ is not None:
+        error = error.__context__
+    text = f"{type(error).__name__}: {error}"
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{text} (in {frames[-1].name}, at {frames[-1].line})" if frames else text

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can record a step and repeat it: CUDA graphs. Tests put another recorder in their place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+from msdda_fast.engine.buffers import StepBuffers
+
+__all__ = ["Advance", "CudaGraphs", "Graph", "GraphBackend", "graphs_for"]
+
+#: One step on buffers, in place.
+Advance = Callable[[StepBuffers], None]
+
+#: cuBLAS, cuDNN and Triton choose kernels and allocate workspaces in their first calls on a stream.
+WARM_UP_STEPS = 3
+
+
+class Graph(Protocol):
+    """A recorded step."""
+
+    def replay(self) -> None:
+        """Do the step again, on the storage that was recorded."""
+
+    def release(self) -> None:
+        """Give its memory back; it cannot be replayed any more."""
+
+
+class GraphBackend(Protocol):
+    """Records steps one at a time; recorded steps never run at the same time."""
+
+    def capture(self, advance: Advance, buffers: StepBuffers) -> Graph:
+        """Warm `advance` up on `buffers` and record it; may change what steps change in them.
+
+        Raises:
+            RuntimeError: Some operation cannot be recorded.
+        """
+
+    def free_bytes(self) -> int:
+        """Device memory that a new graph could use."""
+
+
+class CudaGraphs:
+    """CUDA graphs in one memory pool, recorded on one side stream.
+
+    Args:
+        device: A CUDA device.
+    """
+
+    def __init__(self, device: torch.device | str) -> None:
+        self._device = torch.device(device)
+        self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def capture(self, advance: Advance, buffers: StepBuffers) -> Graph:
+        """See `GraphBackend.capture`."""
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        graph = torch.cuda.CUDAGraph()
+        # a capture that fails does not restore the current stream; the outer context does
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            for _ in range(WARM_UP_STEPS):
+                buffers.counter.zero_()  # stay within tables that are shorter than the warm-up
+                advance(buffers)
+            try:
+                # thread_local: other threads may allocate meanwhile
+                with torch.cuda.graph(
+                    graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+                ):
+                    advance(buffers)
+            except RuntimeError:
+                # the allocator may still route to the pool of a capture that was cut off
+                self._pool = torch.cuda.graph_pool_handle()
+                raise
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        return _CudaGraph(graph, self._device)
+
+    def free_bytes(self) -> int:
+        """What the driver has left, and what the allocator holds without using it."""
+        free, _ = torch.cuda.mem_get_info(self._device)
+        reserved = torch.cuda.memory_reserved(self._device)
+        return free + reserved - torch.cuda.memory_allocated(self._device)
+
+
+class _CudaGraph:
+    def __init__(self, graph: torch.cuda.CUDAGraph, device: torch.device) -> None:
+        self._graph = graph
+        self._device = device
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+    def release(self) -> None:
+        torch.cuda.synchronize(self._device)  # replays may still be running
+        self._graph.reset()
+
+
+def graphs_for(device: torch.device | str) -> GraphBackend | None:
+    """The recorder of this device; None: it has no graphs."""
+    return CudaGraphs(device) if torch.device(device).type == "cuda" else None

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole networks that share no module, as one network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from msdda_fast.engine.step import Network, by_objective
+from msdda_fast.objective import is_watched
+
+__all__ = ["SideBySide"]
+
+
+class SideBySide:
+    """Networks on parallel CUDA streams, one after another elsewhere and under a tracer.
+
+    Every network takes the whole input. Their outputs follow one another in the order of the
+    networks, so that each network answers for one or more neighbouring objectives.
+
+    Args:
+        networks: One or more, sharing no storage that they write to.
+    """
+
+    def __init__(self, networks: Sequence[Network]) -> None:
+        self._networks = tuple(networks)
+        self._streams: list[torch.cuda.Stream] = []
+
+    def __call__(self, next_input: Tensor, k: Tensor) -> list[Tensor | None]:
+        """See `Network`."""
+        if next_input.device.type == "cuda" and not is_watched(next_input):
+            return self._forked(next_input, k)
+        return [
+            output for network in self._networks for output in by_objective(network(next_input, k))
+        ]
+
+    def storages(self) -> Mapping[str, Tensor]:
+        """Those of network i under "i."."""
+        return {
+            f"{index}.{name}": tensor
+            for index, network in enumerate(self._networks)
+            for name, tensor in network.storages().items()
+        }
+
+    def _forked(self, next_input: Tensor, k: Tensor) -> list[Tensor | None]:
+        first, *others = self._networks
+        current = torch.cuda.current_stream(next_input.device)
+        if not self._streams:
+            self._streams = [torch.cuda.Stream(next_input.device) for _ in others]  # type: ignore[no-untyped-call]
+        fork = current.record_event()
+        forked: list[Tensor | None] = []
+        for stream, network in zip(self._streams, others, strict=True):
+            stream.wait_event(fork)
+            with torch.cuda.stream(stream):
+                forked += by_objective(network(next_input, k))
+        outputs = by_objective(first(next_input, k))
+        for stream in self._streams:
+            current.wait_stream(stream)
+        for output in forked:
+            if output is not None:
+                # freed by `current`, so not to be handed out again by its own stream before that
+                output.record_stream(current)
+        return [*outputs, *forked]

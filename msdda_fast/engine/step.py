@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One reverse step over static buffers: the unit that is traced, compiled or captured.
+
+Nothing here allocates between steps, waits for the device or branches on the value of a tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from msdda_fast.engine.buffers import ShapeKey, StepBuffers
+from msdda_fast.errors import InvalidShape
+from msdda_fast.kernels import registry
+from msdda_fast.kernels.fused_step._ops import Operators
+from msdda_fast.objective import is_watched
+
+__all__ = ["Network", "Outputs", "Step", "by_objective"]
+
+#: (M, K, B, *S), or M tensors (K, B, *S); None for an objective that is not active.
+Outputs = Tensor | Sequence[Tensor | None]
+
+
+class Network(Protocol):
+    """All objectives' networks as one function over static storage.
+
+    To be captured it must not read a value on the host nor branch on one, and its own kernels must
+    be operators of `torch.library` when a tracer looks on (`objective.is_watched`).
+    """
+
+    def __call__(self, next_input: Tensor, k: Tensor, /) -> Outputs:
+        """Predict every active objective's output, in the unit of the scheduler's prediction type.
+
+        Args:
+            next_input: `StepBuffers.next_input`, (R, B, *S): latents in the network's dtype.
+            k: Step index in sampling order, 0-d int64 on the device: selects a row of tables such
+                as `StepBuffers.timesteps`.
+
+        Returns: see `Outputs`; one dtype, at most float32; rows in the order (uncond, cond).
+        """
+
+    def storages(self) -> Mapping[str, Tensor]:
+        """Name every tensor that a graph would read at a fixed address, as it is now.
+
+        Weights, adapter factors, keys and values. Their contents may change in place (`copy_`).
+        """
+
+
+class Step:
+    """x_t to x_{t-1} in place: network, fused step with the next input, counter.
+
+    Args:
+        network: Evaluates the active objectives.
+        key: Of the buffers that this step runs on.
+        device: Their device.
+        backend: Of the fused step: "auto", or one by name.
+
+    Raises:
+        BackendUnavailable: The named backend cannot run on the device.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        key: ShapeKey,
+        *,
+        device: torch.device | str,
+        backend: str = "auto",
+    ) -> None:
+        device_type = torch.device(device).type
+        self.network = network
+        self._key = key
+        self._raw = registry.resolve("fused_step", backend, device_type).run
+        self._operators = Operators(backend)
+
+    def advance(self, buffers: StepBuffers) -> None:
+        """Do step `buffers.counter` on `buffers.x`, and count.
+
+        Raises:
+            InvalidShape: The network returned something else than `Network` says.
+        """
+        outputs = by_objective(self.network(buffers.next_input, buffers.counter))
+        self._check(outputs)
+        run = self._operators.run if is_watched(buffers.x) else self._raw
+        run(
+            buffers.x,
+            buffers.x,
+            outputs,
+            buffers.rows,
+            step=buffers.counter,
+            clip_range=self._key.clip_range,
+            noise=buffers.noise,
+            seeds=buffers.seeds if buffers.noise is None else None,
+            next_input=buffers.next_input,
+        )
+        buffers.counter.add_(1)
+
+    def _check(self, outputs: Sequence[Tensor | None]) -> None:
+        active = self._key.active
+        expected = (self._key.branches, *self._key.shape)
+        if len(outputs) != len(active):
+            raise InvalidShape(
+                f"the network returned {len(outputs)} outputs, expected {len(active)}"
+            )
+        for m, output in enumerate(outputs):
+            if output is None:
+                if active[m]:
+                    raise InvalidShape(f"the network returned None for active objective {m}")
+            elif output.shape != expected:
+                raise InvalidShape(
+                    f"output {m} of the network has shape {tuple(output.shape)}, expected "
+                    f"(K, B, *S) = {expected}"
+                )
+        dtypes = {output.dtype for output in outputs if output is not None}
+        if len(dtypes) != 1 or not dtypes <= {torch.float32, torch.float16, torch.bfloat16}:
+            raise InvalidShape(
+                f"the outputs of the network are {sorted(map(str, dtypes))}, expected one dtype, "
+                "float32 or narrower"
+            )
+
+
+def by_objective(outputs: Outputs) -> list[Tensor | None]:
+    """The outputs of M objectives, (K, B, *S) each."""
+    return list(outputs.unbind()) if isinstance(outputs, Tensor) else list(outputs)
