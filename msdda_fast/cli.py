@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import random
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -15,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from msdda_fast import cli_values
+
 if TYPE_CHECKING:
-    from msdda_fast.objective import Objective
     from msdda_fast.pipeline import MSDDAPipeline
 
 # Everything that draws is imported inside the commands: `--help` must not wait for it.
@@ -111,11 +110,12 @@ def generate(
     """
     with _reported("no further image was written"):
         from msdda_fast.files import write_atomically
+        from msdda_fast.pipeline import torchrun
 
-        weights = dict(_pair(text, "--weight", float) for text in weight or []) or None
+        weights = dict(cli_values.pair(text, "--weight", float) for text in weight or []) or None
         pipe = _load(model, objective, dtype, device)
         if seed is None:
-            seed = random.randrange(2**32)
+            seed = torchrun.shared_seed(pipe.parallel)
         images = pipe(
             prompt,
             weights=weights,
@@ -125,6 +125,8 @@ def generate(
             negative_prompt=negative_prompt,
             num_images_per_prompt=num_images,
         ).images
+        if torchrun.rank() > 0:
+            return
         for index, image in enumerate(images):
             file = output.with_stem(f"{output.stem}-{index}") if num_images > 1 else output
             write_atomically(file, partial(image.save, format="PNG"))
@@ -172,11 +174,12 @@ def sweep(
     """
     with _reported(f"finished cells are in {folder}; run the same command again to continue"):
         from msdda_fast.evaluation.sweep import Sweep, run_sweep
+        from msdda_fast.pipeline import torchrun
 
         plan = Sweep(
             prompts=prompt or DEMO_PROMPTS,
-            weights=_numbers(weights, "--weights", float),
-            seeds=_numbers(seeds, "--seeds", int),
+            weights=cli_values.numbers(weights, "--weights", float),
+            seeds=cli_values.numbers(seeds, "--seeds", int),
             toward=toward,
             num_inference_steps=steps,
             guidance_scale=guidance,
@@ -184,8 +187,8 @@ def sweep(
             batch_size=batch_size,
         )
         pipe = _load(model, objective, dtype, device)
-        with _progress() as progress:
-            result = run_sweep(pipe, plan, folder, progress=progress)
+        with torchrun.own_folder(folder, pipe.parallel) as own, _progress() as progress:
+            result = run_sweep(pipe, plan, own, progress=progress)
         _print_means(plan.columns, result.means)
         out.print(f"{result.grid}\n{result.rewards}", highlight=False, soft_wrap=True)
 
@@ -212,62 +215,44 @@ def _load(
     """Load the model with the objectives of --objective, or its own."""
     import torch
 
-    from msdda_fast.pipeline import MSDDAPipeline
+    from msdda_fast.pipeline import MSDDAPipeline, torchrun
 
-    chosen = dict(_objective(text) for text in objectives or []) or None
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = dict(cli_values.objective(text) for text in objectives or []) or None
+    place = torch.device(device or torchrun.default_device())
     with err.status(f"Loading {model}"):
         pipe = MSDDAPipeline.from_pretrained(
             model, objectives=chosen, dtype=getattr(torch, dtype.value)
-        ).to(device)
-    pipe.set_progress_bar_config(leave=False, disable=not err.is_terminal)
+        ).to(place)
+        parallel = torchrun.join(place)
+    if parallel is not None:
+        pipe.enable_parallel(parallel)
+    pipe.set_progress_bar_config(leave=False, disable=err.quiet or not err.is_terminal)
     return pipe
-
-
-def _objective(text: str) -> tuple[str, Objective]:
-    """Read NAME=PATH[:ETA]; a colon that no number follows belongs to the path."""
-    from msdda_fast.objective import Objective
-
-    name, source = _pair(text, "--objective", str)
-    match = re.fullmatch(r"(.+?)(?::(-?[0-9.]+))?", source)
-    assert match is not None  # `_pair` returns no empty value
-    path, eta = match.groups("1")
-    return name, Objective(None if path == "base" else path, eta=float(eta))
-
-
-def _pair(text: str, option: str, kind: type) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    try:
-        if name and equals and value:
-            return name.strip(), kind(value)
-    except ValueError:
-        pass
-    raise ValueError(f"{option} {text!r} must be NAME=VALUE, such as consistency=0.7")
-
-
-def _numbers(text: str, option: str, kind: type) -> list[Any]:
-    try:
-        return [kind(item) for item in text.split(",")]
-    except ValueError:
-        raise ValueError(f"{option} {text!r} must be numbers with commas between them") from None
 
 
 @contextmanager
 def _reported(interrupted: str) -> Iterator[None]:
     """Turn bad input into one line and exit code 2, Ctrl-C into a line and 130."""
     from msdda_fast.errors import MSDDAError
+    from msdda_fast.pipeline import torchrun
     from msdda_fast.pipeline.notices import quieten
 
+    rank = torchrun.rank()
+    out.quiet = err.quiet = rank > 0
     try:
         quieten()  # before a command imports what draws
         yield
     except (MSDDAError, ValueError, OSError) as error:
-        err.print(f"[red]{type(error).__name__}[/red]: ", end="")
+        err.quiet = False  # what one rank cannot do, the others cannot tell
+        at = f"rank {rank}: " if rank else ""
+        err.print(f"{at}[red]{type(error).__name__}[/red]: ", end="")
         err.print(" ".join(str(error).split()), markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         err.print(f"Stopped: {interrupted}.", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(130) from None
+    finally:
+        torchrun.leave()
 
 
 @contextmanager

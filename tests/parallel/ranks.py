@@ -17,7 +17,7 @@ from msdda_fast.engine.parallel import ObjectiveParallel
 
 #: A server imports once what every rank needs, and ranks are forks of it.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "msdda_fast.pipeline.loading"])
+_context.set_forkserver_preload(["torch.distributed", "msdda_fast.pipeline.stable_diffusion"])
 
 PATIENCE = 60.0  # seconds until a test calls it a hang
 
@@ -27,7 +27,7 @@ class Outcome:
     """What one rank returned or raised, and how long it took; `died` says that it told nothing."""
 
     value: Any = None
-    error: Exception | None = None
+    error: BaseException | None = None
     seconds: float = 0.0
     died: bool = False
 
@@ -76,7 +76,7 @@ def _rank(rank, size, file, pipe, timeout, options, function, arguments) -> None
     start = time.monotonic()
     try:
         outcome = Outcome(function(parallel, *arguments))
-    except Exception as error:
+    except BaseException as error:
         error.add_note("".join(traceback.format_exception(error)))
         outcome = Outcome(error=error.with_traceback(None))
     outcome.seconds = time.monotonic() - start

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The values of command line options, read from text."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from msdda_fast.objective import Objective
+
+__all__ = ["numbers", "objective", "pair"]
+
+
+def objective(text: str) -> tuple[str, Objective]:
+    """Read NAME=PATH[:ETA]; a colon that no number follows belongs to the path.
+
+    Raises:
+        ValueError: The text has another form.
+        InvalidSchedule: eta lies outside [0, 1].
+    """
+    from msdda_fast.objective import Objective
+
+    name, source = pair(text, "--objective", str)
+    match = re.fullmatch(r"(.+?)(?::(-?[0-9.]+))?", source)
+    assert match is not None  # `pair` returns no empty value
+    path, eta = match.groups("1")
+    return name, Objective(None if path == "base" else path, eta=float(eta))
+
+
+def pair(text: str, option: str, kind: type) -> tuple[str, Any]:
+    """Read NAME=VALUE.
+
+    Raises:
+        ValueError: The text has another form, or its value is not of this kind.
+    """
+    name, equals, value = text.partition("=")
+    try:
+        if name and equals and value:
+            return name.strip(), kind(value)
+    except ValueError:
+        pass
+    raise ValueError(f"{option} {text!r} must be NAME=VALUE, such as consistency=0.7")
+
+
+def numbers(text: str, option: str, kind: type) -> list[Any]:
+    """Read numbers with commas between them.
+
+    Raises:
+        ValueError: An item is not of this kind.
+    """
+    try:
+        return [kind(item) for item in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{option} {text!r} must be numbers with commas between them") from None

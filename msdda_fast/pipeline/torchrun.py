@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Be one of the processes that `torchrun` started: its rank, its device, the others."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from msdda_fast.engine.parallel import ObjectiveParallel
+
+__all__ = ["default_device", "join", "leave", "own_folder", "rank", "shared_seed"]
+
+
+def rank() -> int:
+    """Return the rank of this process, 0 when it is alone; rank 0 writes and speaks for all."""
+    return int(os.environ["RANK"]) if _size() > 1 else 0
+
+
+def default_device() -> str:
+    """Return the GPU of this rank on its machine, or the CPU where there is none."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+
+
+def join(device: torch.device) -> ObjectiveParallel | None:
+    """Meet the other processes: over NCCL if `device` is a GPU, else over gloo.
+
+    Returns: None when this process is alone.
+
+    Raises:
+        RankLost: Another process did not come in time.
+    """
+    if _size() == 1:
+        return None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return ObjectiveParallel()
+
+
+def leave() -> None:
+    """Undo `join`, if it was called."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def shared_seed(parallel: ObjectiveParallel | None) -> int:
+    """Draw a seed, the same on every rank."""
+    seed = random.randrange(2**32)
+    return seed if parallel is None else int(parallel.from_first(torch.tensor(seed)))
+
+
+@contextmanager
+def own_folder(folder: Path, parallel: ObjectiveParallel | None) -> Iterator[Path]:
+    """Give rank 0 the folder itself, and each other rank a copy that goes afterwards.
+
+    All ranks continue from the same files then, and one writes them.
+    """
+    if rank() == 0:
+        if parallel is not None:
+            parallel.from_first(torch.zeros(()))  # until the others have their copies
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        copy = Path(temporary) / folder.name
+        if folder.exists():
+            shutil.copytree(folder, copy)
+        if parallel is not None:
+            parallel.from_first(torch.zeros(()))
+        yield copy
+
+
+def _size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A rank that dies, hangs, fails or strays ends the others with a named error, and soon."""
+
+import os
+import time
+
+import pytest
+import torch
+
+from msdda_fast.errors import RankLost, RanksDiffer
+from tests.parallel.ranks import run_ranks, values
+
+SOON = 5.0  # seconds; a closed socket takes milliseconds, the rest is a busy machine
+CULPRIT = 1
+
+
+def sample(parallel, trouble=None, steps=4):
+    """A generation of a model that returns its input; `trouble(x, k)` after the step of CULPRIT."""
+    x = torch.ones(1, 4, 2, 2)
+    with parallel.generation({}):
+        for k in range(steps):
+            (output, _) = parallel.evaluate(
+                lambda work, x=x: [x[None]] * len(work.objectives),
+                x,
+                k,
+                active=[True, True],
+                branches=1,
+                dtype=x.dtype,
+            )
+            x = x + output[0]
+            if k == 1 and trouble is not None and parallel.rank == CULPRIT:
+                x = trouble(x)
+    return x
+
+
+def die(x):
+    os._exit(3)
+
+
+def fail(x):
+    raise ZeroDivisionError("no such colour")
+
+
+def interrupt(x):
+    raise KeyboardInterrupt
+
+
+def stray(x):
+    return x + 1
+
+
+class TestDeath:
+    @pytest.mark.parametrize("size", [2, 4])
+    def test_a_rank_that_dies_ends_the_others_at_once(self, size):
+        found = run_ranks(size, sample, die, timeout=50.0)
+        assert found.pop(CULPRIT).died
+        for outcome in found:
+            assert isinstance(outcome.error, RankLost) and outcome.seconds < SOON, outcome
+            assert "lost another rank at step 2" in str(outcome.error)
+            assert f"of {size}" in str(outcome.error) and "timeout 50 s" in str(outcome.error)
+
+    def test_a_rank_that_hangs_ends_the_others_after_the_timeout(self):
+        found = run_ranks(4, sample_beside_a_hanging_rank, timeout=2.0)
+        for rank in {0, 2, 3}:
+            outcome = found[rank]
+            assert isinstance(outcome.error, RankLost), outcome
+            assert 1.5 < outcome.seconds < 2.0 + SOON and "timeout 2 s" in str(outcome.error)
+
+    def test_an_interrupted_rank_closes(self):
+        found = run_ranks(2, sample, interrupt, timeout=50.0)
+        assert isinstance(found[0].error, RankLost) and found[0].seconds < SOON
+        assert isinstance(found[1].error, KeyboardInterrupt)
+
+
+def sample_beside_a_hanging_rank(parallel):
+    if parallel.rank == CULPRIT:
+        time.sleep(4.0)  # says nothing until the others have given up
+        return None
+    return sample(parallel)
+
+
+def sample_again(parallel, trouble, everywhere=False):
+    """The error of a generation in trouble, and the result of the next one."""
+    try:
+        if everywhere:
+            parallel_trouble(parallel, trouble)
+        else:
+            sample(parallel, trouble)
+    except Exception as error:
+        first = f"{type(error).__name__}: {error}"
+    return first, sample(parallel)
+
+
+def parallel_trouble(parallel, trouble):
+    with parallel.generation({}):
+        trouble(torch.ones(1))
+
+
+class TestFailure:
+    @pytest.mark.parametrize("size", [2, 4])
+    def test_an_exception_reaches_every_rank_and_all_can_go_on(self, size):
+        found = values(run_ranks(size, sample_again, fail, timeout=50.0))
+        for rank, (error, after) in enumerate(found):
+            if rank == CULPRIT:
+                assert error == "ZeroDivisionError: no such colour"
+            else:
+                assert error.startswith(f"RankLost: rank {rank} stops at step 2 ")
+                assert "rank 1 failed after step 1 " in error
+                assert error.endswith(": ZeroDivisionError: no such colour")
+            assert after.eq(16).all()
+
+    def test_each_rank_keeps_its_own_exception(self):
+        for error, after in values(run_ranks(2, sample_again, fail, True)):
+            assert error == "ZeroDivisionError: no such colour" and after.eq(16).all()
+
+    def test_latents_that_differ_are_found(self):
+        for error, after in values(run_ranks(2, sample_again, stray)):
+            assert error.startswith("RanksDiffer: the ranks have come apart: rank 0 is at step 2 ")
+            assert "rank 1 is at step 2 with latents" in error and after.eq(16).all()
+
+
+def stop_early(parallel):
+    try:
+        sample(parallel, steps=3 if parallel.rank == CULPRIT else 4)
+    except RanksDiffer as error:
+        return str(error)
+
+
+def test_a_rank_that_stops_early_is_found():
+    for error in values(run_ranks(2, stop_early)):
+        assert "rank 0 is at step 3 " in error and "rank 1 is at the end of a generation" in error
+
+
+def use_after_close(parallel):
+    parallel.close()
+    parallel.close()
+    sample(parallel)
+
+
+def test_closed_ranks_say_so():
+    for outcome in run_ranks(2, use_after_close):
+        assert isinstance(outcome.error, RankLost) and "has left the others" in str(outcome.error)

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`torchrun -m msdda_fast ...`: the files and the words of one process, from several."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from msdda_fast import cli
+
+
+def torchrun(size, *arguments):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
+    return subprocess.run(
+        [sys.executable, *command, "-m", "msdda_fast", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=100,
+    )
+
+
+def alone(*arguments):
+    done = CliRunner().invoke(cli.app, [str(a) for a in arguments])
+    assert done.exit_code == 0, done.output
+    return done
+
+
+def generate(model, file, *more):
+    return ["generate", "a red dog", "-m", model, "-o", file, "--steps", 2, "-n", 2, *more]
+
+
+def test_two_ranks_write_the_bytes_of_one_process(tiny, tmp_path):
+    alone(*generate(tiny.folder, tmp_path / "one.png", "--seed", 5))
+    done = torchrun(2, *generate(tiny.folder, tmp_path / "two.png", "--seed", 5))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("two-0.png") == done.stdout.count("two-1.png") == 1
+    for index in range(2):
+        one, two = (tmp_path / f"{name}-{index}.png" for name in ("one", "two"))
+        assert one.read_bytes() == two.read_bytes()
+    assert len(list(tmp_path.iterdir())) == 4
+    assert "not been destroyed" not in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_four_ranks_and_a_random_seed(tiny, tmp_path):
+    done = torchrun(4, *generate(tiny.folder, tmp_path / "four.png"))
+    assert done.returncode == 0, done.stderr
+    seed = done.stdout.split("seed ")[1].split()[0]
+    alone(*generate(tiny.folder, tmp_path / "one.png", "--seed", seed))
+    for index in range(2):
+        one, four = (
+            np.asarray(Image.open(tmp_path / f"{name}-{index}.png")).astype(int)
+            for name in ("one", "four")
+        )
+        assert abs(one - four).max() <= 1  # guidance is split: one level of 255 by rounding
+
+
+@pytest.mark.slow
+def test_bad_input_names_the_rank_and_ends_all(tiny, tmp_path):
+    start = time.monotonic()
+    done = torchrun(2, *generate(tiny.folder, tmp_path / "x.png", "-w", "hot=1"))
+    assert done.returncode != 0 and time.monotonic() - start < 60
+    assert "UnknownObjective: unknown objective 'hot'" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_sweep_is_written_once_and_continues(tiny, tmp_path):
+    def sweep(folder, weights):
+        return [
+            "sweep", "-m", tiny.folder, "--toward", "cool", "--reward", "aesthetic", "--steps", 2,
+            "-p", "a red dog", "--weights", weights, "-o", folder,
+        ]  # fmt: skip
+
+    for weights in ("0.5", "0.5,1"):
+        alone(*sweep(tmp_path / "one", weights))
+        done = torchrun(2, *sweep(tmp_path / "two", weights))
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("grid.png") == 1
+    rewards = [
+        json.loads((tmp_path / name / "rewards.json").read_text()) for name in ("one", "two")
+    ]
+    assert rewards[0]["columns"] == rewards[1]["columns"] == [None, 0.5, 1.0]
+    cells = [{p.name: p for p in (tmp_path / name / "cells").iterdir()} for name in ("one", "two")]
+    assert set(cells[0]) == set(cells[1]) and len(cells[0]) == 3
+    for name in cells[0]:
+        one, two = (np.asarray(Image.open(files[name])).astype(int) for files in cells)
+        assert abs(one - two).max() <= 1, name
