@@ -233,9 +233,9 @@ def fused_ddim_step(
         )
     row = coefficients.row
     width = 2 * count + 2 if coefficients.clip_range is None else 5 * count + 3
-    if row.shape not in ((1, width), (len(x_t), width)):
+    if row.shape not in ((1, width), (shape[0], width)):
         raise InvalidShape(
-            f"coefficients have shape {tuple(row.shape)}, expected ({len(x_t)}, {width}) or "
+            f"coefficients have shape {tuple(row.shape)}, expected ({shape[0]}, {width}) or "
             f"(1, {width})"
         )
     check_alike(row, "coefficients", row.shape, x_t.device)
@@ -256,7 +256,7 @@ def fused_ddim_step(
             expected = (branch_count if branch_count in (1, 2) else 2, *shape)
             check_alike(output, f"outputs[{m}]", expected, x_t.device, output_dtype)
             output_dtype = output.dtype
-        if output is None or len(output) == 1:
+        if output is None or output.shape[0] == 1:
             _check_unused(row, count, m, whole=output is None)
     if output_dtype == torch.float64 and x_t.dtype != torch.float64:
         raise InvalidShape(f"outputs are float64, wider than x_t in {x_t.dtype}; make x_t float64")

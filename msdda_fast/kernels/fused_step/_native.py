@@ -60,8 +60,8 @@ def run(
         keep_alive.append(output)
         dtype = output.dtype
         address, branch = output.data_ptr(), out.numel() * output.element_size()
-        uncond.append(address if len(output) == 2 else 0)
-        cond.append(address + branch * (len(output) - 1))
+        uncond.append(address if output.shape[0] == 2 else 0)
+        cond.append(address + branch * (output.shape[0] - 1))
     _C.linear_step(
         native.array(target),
         native.array(x),
@@ -69,7 +69,7 @@ def run(
         cond,
         native.CODES[dtype],
         native.array(rows),
-        0 if len(rows) == 1 else rows.shape[1],
+        0 if rows.shape[0] == 1 else rows.shape[1],
         clip_range,
         native.array(noise),
         _seeded(seeds, step),
