@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -117,6 +117,13 @@ class StepBuffers:
             noise=torch.zeros(steps, *key.shape, device=device) if key.noise_table else None,
             counter=torch.zeros((), dtype=torch.int64, device=device),
         )
+
+    @classmethod
+    def nbytes(cls, key: ShapeKey) -> int:
+        """Memory that `allocate` takes, without taking it."""
+        made = cls.allocate(key, "meta")
+        tensors = (getattr(made, entry.name) for entry in fields(made))
+        return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
 
     def load(
         self,

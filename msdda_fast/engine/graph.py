@@ -49,7 +49,7 @@ class CapturedStep:
         self, network: Network, buffers: StepBuffers, advance: Advance, graph: Graph | None
     ) -> None:
         self.buffers = buffers
-        self._network = network
+        self.network = network
         self._advance = advance
         self._graph = graph
         self._places = {} if graph is None else _places(network)
@@ -115,7 +115,7 @@ class CapturedStep:
     def _check_places(self) -> None:
         if self._graph is None:
             return
-        now = _places(self._network)
+        now = _places(self.network)
         moved = [name for name in self._places | now if self._places.get(name) != now.get(name)]
         if moved:
             raise CaptureError(
@@ -198,6 +198,8 @@ class StepCache:
             self._steps.popitem()[1].release()
 
     def _make(self, key: ShapeKey) -> CapturedStep:
+        if self._graphs is not None:
+            self._check_fits("buffers", StepBuffers.nbytes(key), key, self._graphs)
         buffers = StepBuffers.allocate(key, self._device)
         network = self._build(key, buffers)
         step = Step(network, key, device=self._device, backend=self._backend)
@@ -214,7 +216,8 @@ class StepCache:
         """Compile and capture, as far as wanted."""
         advance: Advance = step.advance
         if self._graphs is not None:
-            self._check_fits(rehearse(advance, buffers).peak_bytes, buffers.key, self._graphs)
+            needed = rehearse(advance, buffers).peak_bytes
+            self._check_fits("activations", needed, buffers.key, self._graphs)
         try:
             with buffers.kept(), torch.no_grad():
                 if self._compile:
@@ -230,12 +233,12 @@ class StepCache:
             raise CaptureError(f"the step cannot be {failed}: {_cause(error)}") from error
         return advance, graph
 
-    def _check_fits(self, needed: int, key: ShapeKey, graphs: GraphBackend) -> None:
+    def _check_fits(self, what: str, needed: int, key: ShapeKey, graphs: GraphBackend) -> None:
         free = graphs.free_bytes()
         if needed > free:
             raise InvalidShape(
                 f"a step of shape (B, *S) = {key.shape} needs about {needed / 2**30:.3g} GiB for "
-                f"its activations and {free / 2**30:.3g} GiB are free on {self._device}; use a "
+                f"its {what} and {free / 2**30:.3g} GiB are free on {self._device}; use a "
                 "smaller batch or size"
             )
 

@@ -71,11 +71,20 @@ class CudaGraphs:
                 ):
                     advance(buffers)
             except RuntimeError:
-                # the allocator may still route to the pool of a capture that was cut off
-                self._pool = torch.cuda.graph_pool_handle()
+                self._recover(buffers)
                 raise
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
         return _CudaGraph(graph, self._device)
+
+    def _recover(self, buffers: StepBuffers) -> None:
+        """Bring PyTorch back after a capture that was cut off.
+
+        Its default generator goes on as if it were captured ("Offset increment outside graph
+        capture") until a capture ends well, and its allocator may still serve the old pool.
+        """
+        self._pool = torch.cuda.graph_pool_handle()
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), pool=self._pool, stream=self._stream):
+            buffers.counter.add_(1)
 
     def free_bytes(self) -> int:
         """What the driver has left, and what the allocator holds without using it."""

@@ -108,17 +108,17 @@ class Request:
         }
 
     def expected(self, weights: Tensor, backend: str = "auto") -> Tensor:
-        """One public fused step after another."""
-        x, table = self.start, self.table
+        """One public fused step after another, on the device of `weights`."""
+        x, table = self.start.to(weights.device), self.table.to(weights.device)
         for k, t in enumerate(table.timesteps):
             if self.prompt is None:
                 outputs = [predict(weight, x, t)[None] for weight in weights]
             else:
                 outputs = [
                     torch.stack([predict(weight, x, t, prompt[i]) for i in (0, 1)])
-                    for weight, prompt in zip(weights, self.prompt, strict=True)
+                    for weight, prompt in zip(weights, self.prompt.to(weights.device), strict=True)
                 ]
-            noise = None if self.noise is None else self.noise[k]
+            noise = None if self.noise is None else self.noise[k].to(weights.device)
             x = fused_ddim_step(
                 x, outputs, table[k], seeds=self.seeds, noise=noise, step=k, backend=backend
             )

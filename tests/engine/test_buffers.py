@@ -18,6 +18,13 @@ def test_tables_have_room_for_other_numbers_of_steps(num_steps: int, length: int
     assert padded_steps(num_steps) == length
 
 
+def test_their_size_is_known_before_they_are_made() -> None:
+    key = replace(KEY, dtype=torch.float16, input_rows=4, noise_table=True)
+    state = 2 * 4 * 6 * 6
+    counted = 4 * state + 2 * 4 * state + 64 * (4 * 2 * 6 + 8 + 4 * state) + 8 * 2 + 8
+    assert StepBuffers.nbytes(key) == counted
+
+
 @pytest.fixture
 def buffers() -> StepBuffers:
     made = StepBuffers.allocate(KEY, "cpu")

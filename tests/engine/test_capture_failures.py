@@ -2,6 +2,7 @@
 """A step that cannot be captured runs eagerly with one warning, or raises where it must not."""
 
 import logging
+import re
 from dataclasses import replace
 
 import pytest
@@ -85,16 +86,23 @@ def test_required_on_a_device_without_graphs() -> None:
 
 
 @pytest.mark.parametrize("capture", ["auto", "required"])
-def test_what_does_not_fit_is_said_before_capture(capture: str) -> None:
+@pytest.mark.parametrize(
+    ("key", "what"),
+    [
+        (replace(KEY, shape=(64, 4, 64, 64)), "buffers"),
+        (replace(KEY, noise_table=True, max_steps=1024), "buffers"),
+        (replace(KEY, shape=(6, 4, 64, 64)), "activations"),
+    ],
+    ids=["batch", "noise-table", "activations"],
+)
+def test_what_does_not_fit_is_said_before_capture(key: ShapeKey, what: str, capture: str) -> None:
     graphs = TracedGraphs(free=2**20)
     steps, _ = cache(small_weights(), graphs, capture=capture)
     steps.prepare(KEY)
-    huge = replace(KEY, shape=(64, 4, 64, 64))
-    with pytest.raises(
-        InvalidShape, match=r"\(64, 4, 64, 64\) needs about 0\.0\d+ GiB .* 0.000977"
-    ):
-        steps.prepare(huge)
-    assert (graphs.captures, huge in steps) == (1, False)
+    shape = re.escape(str(key.shape))
+    with pytest.raises(InvalidShape, match=rf"{shape} needs .* for its {what} .*0.000977"):
+        steps.prepare(key)
+    assert (graphs.captures, key in steps) == (1, False)
 
 
 MOVES = {

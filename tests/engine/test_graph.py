@@ -123,6 +123,22 @@ def test_a_noise_table_is_the_noise_of_denoise() -> None:
     assert graphs.captures == 1
 
 
+def test_generators_are_drawn_before_the_run() -> None:
+    weights, settings = small_weights(), dict(num_steps=5, etas=(0.8, 1.0))
+    generator = torch.Generator().manual_seed(6)
+    noise = torch.stack([torch.randn(SHAPE, generator=generator) for _ in range(5)])
+    step = cache(weights)[0].prepare(replace(KEY, noise_table=True))
+    step.load(**Request(seeds=None, noise=noise, weights=None, **settings).arguments)
+    expected = denoise(
+        [lambda x, t, weight=weight: predict(weight, x, t) for weight in weights],
+        drawn(*SHAPE),
+        scheduler=sd15_scheduler(),
+        generator=torch.Generator().manual_seed(6),
+        **settings,
+    )
+    assert step.run().equal(expected)
+
+
 def test_an_inactive_objective_is_left_out() -> None:
     weights = small_weights()
     weights[0] = torch.nan

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `CudaGraphs` and `SideBySide` ask of torch.cuda, in order, where there is no GPU to ask."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from msdda_fast.engine.buffers import StepBuffers
+from msdda_fast.engine.graph_backends import CudaGraphs
+from msdda_fast.engine.side_by_side import SideBySide
+from tests.engine.small_world import KEY
+
+
+class FakeStream:
+    def __init__(self, log: list[str], name: str) -> None:
+        self.log, self.name = log, name
+
+    def record_event(self) -> str:
+        self.log.append(f"{self.name} records")
+        return f"event of {self.name}"
+
+    def wait_event(self, event: str) -> None:
+        self.log.append(f"{self.name} waits for {event}")
+
+    def wait_stream(self, other: "FakeStream") -> None:
+        self.log.append(f"{self.name} waits for {other.name}")
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A torch.cuda that writes down what it is asked for."""
+    log: list[str] = []
+    streams = [FakeStream(log, "main")]
+    made = iter(("side", "side 2"))
+    pools = iter(("pool", "new pool"))
+
+    class CUDAGraph:
+        def replay(self) -> None:
+            log.append("replay")
+
+        def reset(self) -> None:
+            log.append("reset")
+
+    @contextmanager
+    def stream(chosen: FakeStream):
+        streams.append(chosen)
+        try:
+            yield
+        finally:
+            streams.pop()
+
+    @contextmanager
+    def graph(graph: CUDAGraph, pool: str, stream: FakeStream, capture_error_mode="global"):
+        log.append(f"capture into {pool} on {stream.name}, errors {capture_error_mode}")
+        yield
+        log.append("end capture")
+
+    @contextmanager
+    def device(chosen: torch.device):
+        yield
+
+    fake = {
+        "CUDAGraph": CUDAGraph,
+        "Stream": lambda device: FakeStream(log, next(made)),
+        "current_stream": lambda device=None: streams[-1],
+        "device": device,
+        "graph": graph,
+        "graph_pool_handle": lambda: next(pools),
+        "mem_get_info": lambda device: (100, 1000),
+        "memory_allocated": lambda device: 20,
+        "memory_reserved": lambda device: 50,
+        "stream": stream,
+        "synchronize": lambda device: log.append("synchronize"),
+    }
+    for name, value in fake.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    return log
+
+
+def test_warm_up_and_capture_run_on_one_side_stream(log: list[str]) -> None:
+    graphs, counters = CudaGraphs("cuda"), []
+
+    def advance(buffers: StepBuffers) -> None:
+        log.append(f"step on {torch.cuda.current_stream().name}")
+        counters.append(int(buffers.counter))
+        buffers.counter.add_(1)
+
+    graph = graphs.capture(advance, StepBuffers.allocate(KEY, "cpu"))
+    graph.replay()
+    graph.release()
+    assert log == [
+        "side waits for main",
+        *["step on side"] * 3,
+        "capture into pool on side, errors thread_local",
+        "step on side",
+        "end capture",
+        "main waits for side",
+        "replay",
+        "synchronize",
+        "reset",
+    ]
+    assert counters[:3] == [0, 0, 0]
+    assert graphs.free_bytes() == 130
+
+
+def test_after_a_capture_that_failed_another_ends_well(log: list[str]) -> None:
+    graphs, calls = CudaGraphs("cuda"), iter(range(10))
+
+    def advance(buffers: StepBuffers) -> None:
+        if next(calls) == 3:
+            raise RuntimeError("not permitted when stream is capturing")
+
+    with pytest.raises(RuntimeError, match="not permitted"):
+        graphs.capture(advance, StepBuffers.allocate(KEY, "cpu"))
+    assert log[1:] == [
+        "capture into pool on side, errors thread_local",
+        "capture into new pool on side, errors global",
+        "end capture",
+    ]
+    assert torch.cuda.current_stream().name == "main"
+
+
+def test_networks_fork_from_the_current_stream_and_join_it(log: list[str]) -> None:
+    class Output:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def record_stream(self, stream: FakeStream) -> None:
+            log.append(f"{self.name} is kept for {stream.name}")
+
+    class Network:
+        def __init__(self, name: str) -> None:
+            self.output = Output(name)
+
+        def __call__(self, next_input, k) -> list[object]:
+            log.append(f"{self.output.name} runs on {torch.cuda.current_stream().name}")
+            return [self.output, None]
+
+    networks = [Network(name) for name in "abc"]
+    both, x = SideBySide(networks), torch.zeros(1, *KEY.shape)
+    for _ in range(2):
+        log.clear()
+        outputs = both._forked(x, torch.tensor(0))
+        assert outputs == [part for n in networks for part in (n.output, None)]
+        assert log == [
+            "main records",
+            "side waits for event of main",
+            "b runs on side",
+            "side 2 waits for event of main",
+            "c runs on side 2",
+            "a runs on main",
+            "main waits for side",
+            "main waits for side 2",
+            "b is kept for main",
+            "c is kept for main",
+        ]
