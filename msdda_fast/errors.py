@@ -17,6 +17,7 @@ __all__ = [
     "RanksDiffer",
     "UnfaithfulMerge",
     "UnknownObjective",
+    "UnsupportedNetwork",
     "ZeroVariance",
 ]
 
@@ -43,6 +44,10 @@ class AdapterMismatch(MSDDAError, ValueError):
 
 class UnfaithfulMerge(MSDDAError, ValueError):
     """Rounding a merged weight would lose too much of an adapter; the message says how much."""
+
+
+class UnsupportedNetwork(MSDDAError, ValueError):
+    """A network has a part that the batched forward does not know; the message names it."""
 
 
 class ZeroVariance(MSDDAError, ValueError):

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a batched forward is built, and what it does once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from msdda_fast.kernels.grouped_lora import Design
+
+__all__ = ["DEFAULTS", "BatchedOptions", "Sharing"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sharing:
+    """Work that is done once because it is the same; each can be switched off, for an ablation.
+
+    Attributes:
+        prompt_cache: Keys and values of the prompt, once per generation.
+        time_table: Time embeddings of all steps and resnets, once per generation.
+        prefix: Layers before rows differ, once per image instead of once per row.
+        inactive: Objectives whose weight is 0 are not run.
+    """
+
+    prompt_cache: bool = True
+    time_table: bool = True
+    prefix: bool = True
+    inactive: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchedOptions:
+    """How a batched forward is built.
+
+    Attributes:
+        design: Of adapted linear layers, see `kernels.grouped_lora`. "separate" copies no weight;
+            "folded" and "merged" hold copies of the adapted layers. Convolutions are folded.
+        fuse_qkv: One GEMM for q, k and v of self-attention, on a concatenated copy.
+        channels_last: Convolution weights in that layout, copied unless the network has it already;
+            None: on CUDA.
+        attention: "flash", "efficient", "cudnn" or "math", the only one that will run; "auto"
+            takes the first of flash, efficient and math that can.
+        rank_pad: Room for adapters of this rank in `swap`.
+        sharing: What is done once.
+    """
+
+    design: Design = "separate"
+    fuse_qkv: bool = False
+    channels_last: bool | None = None
+    attention: str = "auto"
+    rank_pad: int = 0
+    sharing: Sharing = Sharing()
+
+
+DEFAULTS = BatchedOptions()

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows (M, K, B) that are kept apart only as far as they differ.
+
+Until the first layer that treats objectives differently, and the first cross-attention, all rows of
+an image are the same numbers. A tensor therefore carries only the axes its rows have so far, and is
+widened where it meets a wider one or a layer that needs more. Channels stay innermost in memory
+where they were.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from msdda_fast.kernels.grouped_lora import Site
+
+__all__ = ["Layer", "Rows", "add", "apply", "concatenate", "hold", "objectives_of"]
+
+Layer = nn.Linear | nn.Conv2d | Site
+
+
+class Rows(NamedTuple):
+    """`x` (m k b, ...): m is M, or 1 while objectives share the rows; k is K or 1; b is B or 1."""
+
+    x: Tensor
+    objectives: int = 1
+    branches: int = 1
+
+    def holding(self, x: Tensor) -> Rows:
+        """The same rows with another content."""
+        return self._replace(x=x)
+
+    def grid(self) -> Tensor:
+        """(m, k, b, ...), a view."""
+        return self.x.view(self.objectives, self.branches, -1, *self.x.shape[1:])
+
+    def expand(self, objectives: int = 1, branches: int = 1) -> Rows:
+        """Repeat the rows where they have fewer objectives or branches than asked for."""
+        m, k = max(self.objectives, objectives), max(self.branches, branches)
+        if (m, k) == (self.objectives, self.branches):
+            return self
+        inner = _channels_inner(self.x)
+        grid = self.grid().movedim(3, -1) if inner else self.grid()
+        x = grid.expand(m, k, *grid.shape[2:]).flatten(0, 2).contiguous()
+        return Rows(x.movedim(-1, 1) if inner else x, m, k)
+
+
+def objectives_of(*layers: nn.Module) -> int:
+    """The number of objectives that the input of some layers must tell apart."""
+    return max(layer.num_objectives if isinstance(layer, Site) else 1 for layer in layers)
+
+
+def apply(layer: nn.Module, rows: Rows) -> Rows:
+    """Run a layer on as few rows as it allows."""
+    rows = rows.expand(objectives_of(layer))
+    return rows.holding(layer(rows.x))
+
+
+def add(a: Rows, b: Rows) -> Rows:
+    """a + b on the rows of the wider, in the memory layout of `a`."""
+    m, k = max(a.objectives, b.objectives), max(a.branches, b.branches)
+    if a[1:] == (m, k) and (len(b.x) == 1 or (b[1:] == (m, k) and len(a.x) == len(b.x))):
+        return a.holding(a.x + b.x)
+    return Rows((a.grid() + b.grid()).flatten(0, 2), m, k)
+
+
+def concatenate(a: Rows, b: Rows) -> Rows:
+    """The channels of `a`, then those of `b`, on the rows of the wider."""
+    m, k = max(a.objectives, b.objectives), max(a.branches, b.branches)
+    if a[1:] == b[1:]:
+        return a.holding(torch.cat([a.x, b.x], dim=1))
+    inner = _channels_inner(a.x)
+    grids = [rows.grid().movedim(3, -1) if inner else rows.grid() for rows in (a, b)]
+    wide = [grid.expand(m, k, *grid.shape[2:]) for grid in grids]
+    x = torch.cat(wide, dim=-1 if inner else 3).flatten(0, 2)
+    return Rows(x.movedim(-1, 1) if inner else x, m, k)
+
+
+def hold(old: Rows | None, new: Rows) -> Rows:
+    """A dense copy of `new`, at the address of `old` if that has its shape."""
+    if old is None or old.x.shape != new.x.shape:
+        return new.holding(new.x.clone(memory_format=torch.contiguous_format))
+    old.x.copy_(new.x)
+    return new.holding(old.x)
+
+
+def _channels_inner(x: Tensor) -> bool:
+    """Whether a picture is in channels_last; one that is both dense formats counts as NCHW."""
+    return (
+        x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    )
