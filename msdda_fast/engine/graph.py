@@ -52,7 +52,7 @@ class CapturedStep:
         self.network = network
         self._advance = advance
         self._graph = graph
-        self._places = {} if graph is None else _places(network)
+        self._places = {} if graph is None else _places(network, buffers)
         self._num_steps = 0
 
     @property
@@ -92,7 +92,8 @@ class CapturedStep:
 
         Raises:
             ValueError: Nothing was loaded since the last run.
-            CaptureError: A tensor of the network lies elsewhere than at capture.
+            CaptureError: A tensor of the network, or of the conditioning, lies elsewhere than at
+                capture.
         """
         num_steps, self._num_steps = self._num_steps, 0
         if num_steps == 0:
@@ -115,7 +116,7 @@ class CapturedStep:
     def _check_places(self) -> None:
         if self._graph is None:
             return
-        now = _places(self.network)
+        now = _places(self.network, self.buffers)
         moved = [name for name in self._places | now if self._places.get(name) != now.get(name)]
         if moved:
             raise CaptureError(
@@ -127,6 +128,8 @@ class CapturedStep:
 
 class StepCache:
     """Captured steps by shape, least recently used out first; their graphs share one memory pool.
+
+    Steps of one cache run one at a time, on one thread.
 
     Args:
         build: Makes the network for a shape.
@@ -243,10 +246,10 @@ class StepCache:
             )
 
 
-def _places(network: Network) -> dict[str, _Place]:
+def _places(network: Network, buffers: StepBuffers) -> dict[str, _Place]:
     return {
         name: (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-        for name, tensor in network.storages().items()
+        for name, tensor in {**network.storages(), **buffers.conditioning}.items()
     }
 
 

@@ -13,6 +13,7 @@ from msdda_fast.engine.buffers import ShapeKey, StepBuffers
 from msdda_fast.engine.graph import StepCache
 from msdda_fast.errors import CaptureError, InvalidShape
 from tests.engine.small_world import (
+    CHANNELS,
     KEY,
     Request,
     SmallNetwork,
@@ -129,6 +130,16 @@ def test_weights_that_moved_after_capture_are_named(move) -> None:
     with pytest.raises(CaptureError, match="storage of 'weights' changed after capture"):
         step.run()
     assert graphs.replays == request.num_steps  # not one more
+
+
+def test_conditioning_that_moved_after_capture_is_named() -> None:
+    prompt = torch.zeros(2, 2, 2, CHANNELS)
+    request = Request(guidance=7.5, prompt=prompt)
+    step = cache(small_weights())[0].prepare(replace(KEY, branches=2))
+    step.buffers.conditioning["prompt"] = prompt.clone()
+    step.load(**request.arguments)
+    with pytest.raises(CaptureError, match="storage of 'prompt' changed"):
+        step.run()
 
 
 def test_a_wrong_network_is_not_taken_for_a_failed_capture() -> None:
