@@ -107,6 +107,8 @@ def generate(
     """Draw a prompt with the objectives balanced by your weights.
 
     [dim]msdda-fast generate "A purple colored dog." -w aesthetic=0.3 -w consistency=0.7[/dim]
+
+    With a GPU for each objective: [dim]torchrun --nproc-per-node 2 -m msdda_fast generate ...[/dim]
     """
     with _reported("no further image was written"):
         from msdda_fast.files import write_atomically

@@ -5,9 +5,10 @@ Every rank holds the same x_t and evaluates its share of the networks. The raw o
 all-gathered in the order of the objectives, and every rank runs the same fused step on them with
 the same coefficients and noise: no sum depends on the number of ranks, and the ranks stay in step.
 
-Outputs travel over the caller's group (NCCL on GPUs, captured by nothing: the host meets the other
-ranks first). Words between hosts, and outputs on the CPU, travel over a gloo group of our own,
-whose timeout bounds every wait; a process that dies closes its sockets, which ends it at once.
+Outputs travel over the caller's group: NCCL between GPUs. Words between hosts, and outputs on the
+CPU, travel over a gloo group of our own, whose timeout bounds every wait; a process that dies
+closes its sockets, which ends the wait at once. The hosts meet before every exchange of outputs, so
+a step that cannot be finished is never started on a GPU. That costs a copy of x_t to the host.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from msdda_fast.engine.assignment import Work, assign
-from msdda_fast.errors import BackendUnavailable, RankLost, RanksDiffer
+from msdda_fast.errors import BackendUnavailable, InvalidShape, RankLost, RanksDiffer
 
 __all__ = ["ObjectiveParallel", "tensor_bytes"]
 
@@ -85,12 +86,18 @@ class ObjectiveParallel:
         self._timeout = timeout
         self._place = "the first meeting"
         self._told_idle = False
-        self._hosts: dist.ProcessGroup | None = dist.new_group(
-            dist.get_process_group_ranks(self._group),
-            timeout=timedelta(seconds=timeout),
-            backend="gloo",
-            use_local_synchronization=True,
-        )
+        self._hosts: dist.ProcessGroup | None = None
+        try:
+            self._hosts = dist.new_group(
+                dist.get_process_group_ranks(self._group),
+                timeout=timedelta(seconds=timeout),
+                backend="gloo",
+                use_local_synchronization=True,
+            )
+        except RuntimeError as error:
+            raise RankLost(
+                f"rank {self.rank} of {self.size} did not meet all others within {timeout:g} s"
+            ) from error
 
     def close(self) -> None:
         """Leave the others: their next meeting, or the one they wait in, raises `RankLost`."""
@@ -151,6 +158,7 @@ class ObjectiveParallel:
         Returns: M outputs (K, B, *S); None for inactive objectives.
 
         Raises:
+            InvalidShape: `run` gave outputs of another shape or dtype.
             RanksDiffer: Another rank is at another step, or has another x_t.
             RankLost: See `generation`.
         """
@@ -162,6 +170,11 @@ class ObjectiveParallel:
         begin = 0
         for work in shares[self.rank]:
             outputs = torch.cat(list(run(work)))
+            if outputs.shape != (len(work.rows), *x_t.shape) or outputs.dtype != dtype:
+                raise InvalidShape(
+                    f"{work} gave {outputs.dtype} {tuple(outputs.shape)}, expected {dtype} "
+                    f"{(len(work.rows), *x_t.shape)}"
+                )
             mine[begin : begin + len(work.rows)] = outputs
             begin += len(work.rows)
         # a callback or a kernel that differs would go unnoticed otherwise

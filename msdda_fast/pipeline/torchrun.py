@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -17,6 +18,10 @@ import torch.distributed as dist
 from msdda_fast.engine.parallel import ObjectiveParallel
 
 __all__ = ["default_device", "join", "leave", "own_folder", "rank", "shared_seed"]
+
+#: Seconds to wait for a rank that is there and silent; it may still be loading the model. One that
+#: is gone is noticed at once.
+TIMEOUT = 600.0
 
 
 def rank() -> int:
@@ -41,8 +46,9 @@ def join(device: torch.device) -> ObjectiveParallel | None:
         return None
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return ObjectiveParallel()
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT))
+    return ObjectiveParallel(timeout=TIMEOUT)
 
 
 def leave() -> None:

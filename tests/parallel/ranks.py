@@ -7,7 +7,6 @@ import time
 import traceback
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,14 +31,22 @@ class Outcome:
     died: bool = False
 
 
-def run_ranks(size, function, *arguments, timeout=20.0, **options) -> list[Outcome]:
+def run_ranks(size, function, *arguments, timeout=20.0, backend="gloo", **options) -> list[Outcome]:
     """Call `function(parallel, *arguments)` on `size` ranks; raises if a rank never ends."""
+    options["timeout"] = timeout
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
         for rank in range(size):
             ours, theirs = _context.Pipe(duplex=False)
-            options_of_rank = (rank, size, Path(folder) / "meet", theirs, timeout, options)
-            process = _context.Process(target=_rank, args=(*options_of_rank, function, arguments))
+            meeting = dict(
+                backend=backend,
+                init_method=f"file://{folder}/meet",
+                rank=rank,
+                world_size=size,
+            )
+            process = _context.Process(
+                target=_rank, args=(theirs, meeting, options, function, arguments)
+            )
             process.start()
             theirs.close()
             pipes.append(ours)
@@ -69,10 +76,12 @@ def _receive(pipe: Connection) -> Outcome:
         return Outcome(died=True)
 
 
-def _rank(rank, size, file, pipe, timeout, options, function, arguments) -> None:
+def _rank(pipe, meeting, options, function, arguments) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=size)
-    parallel = ObjectiveParallel(timeout=timeout, **options)
+    if meeting["backend"] == "nccl":
+        torch.cuda.set_device(meeting["rank"])
+    dist.init_process_group(**meeting)
+    parallel = ObjectiveParallel(**options)
     start = time.monotonic()
     try:
         outcome = Outcome(function(parallel, *arguments))

@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+import torch.distributed as dist
 from diffusers import DDIMScheduler
 
 import msdda_fast as mf
@@ -23,14 +24,19 @@ CASES = list(
 )
 
 
-def one_step(weights, guidance, dtype, evaluate):
+def one_step(weights, guidance, dtype, evaluate, device="cpu"):
     table = mf.coefficient_table(
-        DDIMScheduler(clip_sample=False), 2, etas=ETAS, weights=weights, guidance_scale=guidance
+        DDIMScheduler(clip_sample=False),
+        2,
+        etas=ETAS,
+        weights=weights,
+        guidance_scale=guidance,
+        device=device,
     )
     draw = torch.Generator().manual_seed(1)
-    x_t = torch.randn(SHAPE, generator=draw)
+    x_t = torch.randn(SHAPE, generator=draw).to(device)
     branches = 2 if table.needs_uncond else 1
-    outputs = torch.randn((3, branches, *SHAPE), generator=draw).to(dtype)
+    outputs = torch.randn((3, branches, *SHAPE), generator=draw).to(device, dtype)
     found = evaluate(outputs, x_t, table.active)
     return mf.fused_ddim_step(x_t, found, table[0], seeds=[3, 4])
 
@@ -41,7 +47,7 @@ def alone(outputs, x_t, active):
     ]
 
 
-def steps_of_all_cases(parallel):
+def steps_of_all_cases(parallel, device="cpu"):
     """x_prev of each case, and the rows that this rank evaluated."""
     steps, rows = [], []
 
@@ -56,7 +62,7 @@ def steps_of_all_cases(parallel):
 
     with parallel.generation({}):
         for case in CASES:
-            steps.append(one_step(*case, evaluate))
+            steps.append(one_step(*case, evaluate, device).cpu())
     return steps, sum(rows)
 
 
@@ -70,6 +76,16 @@ def test_a_step_has_the_bits_of_one_process(size, split):
             assert torch.equal(step, expected), case
     active = sum(sum(w > 0 for w in weights) * (1 + (g > 1)) for weights, g, _ in CASES)
     assert sum(rows for _, rows in found) == active  # nothing twice, nothing that is inactive
+
+
+@pytest.mark.gpu
+def test_gpus_over_nccl():
+    """On all GPUs of the machine; one still goes through NCCL."""
+    size = torch.cuda.device_count()
+    found = values(run_ranks(size, steps_of_all_cases, "cuda", backend="nccl"))
+    for case, *steps in zip(CASES, *(steps for steps, _ in found), strict=True):
+        expected = one_step(*case, alone, "cuda").cpu()
+        assert all(torch.equal(step, expected) for step in steps), case
 
 
 class TestAssignment:
@@ -114,7 +130,46 @@ class TestAssignment:
         assert shares == [[Work((1,), 0, 1)], [Work((2,), 0, 1)], [], []]
 
 
+def in_a_group_of_the_last_two(parallel):
+    group = dist.new_group([1, 2])
+    try:
+        parallel = ObjectiveParallel(group, timeout=20.0)
+    except ValueError as error:
+        return str(error)
+    return parallel.rank, parallel.size, steps_of_all_cases(parallel)[0][0]
+
+
+def test_a_group_of_some_ranks():
+    outside, first, second = values(run_ranks(3, in_a_group_of_the_last_two))
+    assert outside == "this process is not in the group"
+    assert first[:2] == (0, 2) and second[:2] == (1, 2)
+    assert torch.equal(first[2], one_step(*CASES[0], alone)) and torch.equal(first[2], second[2])
+
+
+def wrong_outputs(parallel):
+    """The errors of outputs that broadcast, or would be rounded, if nobody looked."""
+    errors = []
+    for wrong in (torch.zeros(1, *SHAPE), torch.zeros(2, *SHAPE, dtype=torch.float64)):
+        with pytest.raises(mf.MSDDAError) as caught, parallel.generation({}):
+            parallel.evaluate(
+                lambda work, wrong=wrong: [wrong],
+                torch.zeros(SHAPE),
+                0,
+                active=[True, True],
+                branches=2,
+                dtype=torch.float32,
+            )
+        errors.append(caught.value)
+    return errors
+
+
 class TestBadInput:
+    def test_outputs_of_another_shape_or_dtype(self):
+        first, _ = values(run_ranks(2, wrong_outputs))
+        assert [type(error) for error in first] == [mf.InvalidShape] * 2
+        assert "(1, 2, 4, 3, 5), expected torch.float32 (2, 2, 4, 3, 5)" in str(first[0])
+        assert "torch.float64 (2, 2, 4, 3, 5)" in str(first[1])
+
     def test_without_a_group(self):
         with pytest.raises(mf.BackendUnavailable, match="init_process_group"):
             ObjectiveParallel()

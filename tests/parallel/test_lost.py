@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 
+from msdda_fast.engine.parallel import ObjectiveParallel
 from msdda_fast.errors import RankLost, RanksDiffer
 from tests.parallel.ranks import run_ranks, values
 
@@ -129,6 +130,17 @@ def stop_early(parallel):
 def test_a_rank_that_stops_early_is_found():
     for error in values(run_ranks(2, stop_early)):
         assert "rank 0 is at step 3 " in error and "rank 1 is at the end of a generation" in error
+
+
+def come_alone(parallel):
+    if parallel.rank != CULPRIT:
+        ObjectiveParallel(timeout=1.0)
+
+
+def test_a_rank_that_never_comes():
+    outcome = run_ranks(2, come_alone)[0]
+    assert isinstance(outcome.error, RankLost) and outcome.seconds < 1.0 + SOON
+    assert "rank 0 of 2 did not meet all others within 1 s" in str(outcome.error)
 
 
 def use_after_close(parallel):

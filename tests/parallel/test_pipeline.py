@@ -60,6 +60,7 @@ def draw_all(parallel, tiny):
     handler = logging.Handler()
     handler.emit = lambda record: told.append(record.getMessage())
     logging.getLogger("msdda_fast.engine.parallel").addHandler(handler)
+    pipe.prepare(2, 32, 32, 2)
     ran, forward = [], UNet2DConditionModel.forward
 
     def noting(network, sample, *args, **kwargs):
@@ -77,7 +78,7 @@ def draw_all(parallel, tiny):
     return found
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [3, pytest.param(2, marks=pytest.mark.slow)])
 def test_whole_objectives_have_the_bits_of_one_process(tiny, pipe, size):
     found = values(run_ranks(size, draw_all, tiny))
     for name in REQUESTS:
