@@ -92,8 +92,8 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.heads = stock.heads
         self.to_q = build.linear(f"{path}.to_q")
-        self.to_k = build.linear(f"{path}.to_k")
-        self.to_v = build.linear(f"{path}.to_v")
+        self.to_k = build.linear(f"{path}.to_k", once=True)
+        self.to_v = build.linear(f"{path}.to_v", once=True)
         #: Whether the rows that come here differ between objectives.
         self.diverged = build.diverged
         self.to_out = build.linear(f"{path}.to_out.0")

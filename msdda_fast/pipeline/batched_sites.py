@@ -109,14 +109,19 @@ class SiteBuilder:
             "time_emb" in path or path.startswith("add_embedding") for path in adapters.divergent
         )
 
-    def linear(self, path: str) -> Layer:
-        """The linear layer at `path`, or a 1x1 convolution as one: the same weight, not copied."""
+    def linear(self, path: str, *, once: bool = False) -> Layer:
+        """The linear layer at `path`, or a 1x1 convolution as one: the same weight, not copied.
+
+        One that runs `once` per generation is "separate", whose copies are the smallest.
+        """
         base, stacked = self._base(path), self._stacked(path)
         flat = isinstance(base, nn.Conv2d)
         if flat:
             base = _linear(base.weight.detach().flatten(1), base.bias)
             stacked = stacked and _flatten(stacked)
-        return base if stacked is None else self._place(base, stacked, (path,), flat=flat)
+        return (
+            base if stacked is None else self._place(base, stacked, (path,), flat=flat, once=once)
+        )
 
     def fused(self, paths: Sequence[str]) -> Layer:
         """Several linear layers of one input as one, with a concatenated copy of their weights."""
@@ -180,8 +185,11 @@ class SiteBuilder:
         paths: tuple[str, ...],
         *,
         flat: bool = False,
+        once: bool = False,
     ) -> Layer:
-        design: Design = "folded" if isinstance(base, nn.Conv2d) else self._design
+        design: Design = "separate" if once else self._design
+        if isinstance(base, nn.Conv2d):
+            design = "folded"
         name = ", ".join(paths)
         site = grouped_site(base, stacked.down, stacked.up, design=design, name=name)
         assert isinstance(site, Site)  # there are factors, so it is not the base

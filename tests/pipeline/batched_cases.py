@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small UNets of each supported kind with random adapters, and stock diffusers' answer for them."""
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -68,10 +69,19 @@ def sdxl():
 KINDS = {"sd15": sd15, "sd21": sd21, "sdxl": sdxl}
 
 
+def network(kind="sd15", dtype=torch.float64):
+    """The same random weights every time."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return KINDS[kind]().to(dtype)
+
+
 def add_adapter(unet, name, targets=ATTENTION, *, rank=2, seed=0, size=0.2, **config):
     """Inject an adapter with random factors, B included."""
     config = LoraConfig(r=rank, lora_alpha=3, target_modules=targets, **config)
-    inject_adapter_in_model(config, unet, adapter_name=name)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)
+        inject_adapter_in_model(config, unet, adapter_name=name)
     unet.peft_config = {**getattr(unet, "peft_config", {}), name: config}
     generator = torch.Generator().manual_seed(seed)
     for path, parameter in unet.named_parameters():

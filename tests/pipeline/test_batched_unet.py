@@ -2,7 +2,6 @@
 """One batched forward is the stock forward of every objective, however much of it is shared."""
 
 import itertools
-import warnings
 
 import pytest
 import torch
@@ -20,6 +19,7 @@ from tests.pipeline.batched_cases import (
     UP_BLOCKS,
     add_adapter,
     inputs,
+    network,
     relative,
 )
 from tests.tiny_model import quiet
@@ -27,19 +27,6 @@ from tests.tiny_model import quiet
 UNSHARED = Sharing(prompt_cache=False, time_table=False, prefix=False, inactive=False)
 #: Sixteen decimals less what some tens of layers lose; float32 is judged by stock's own error.
 EXACT = 1e-10
-
-
-@pytest.fixture(autouse=True)
-def _quiet_peft():
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)
-        yield
-
-
-def network(kind="sd15", dtype=torch.float64, seed=0):
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return KINDS[kind]().to(dtype)
 
 
 def mixed(kind="sd15", targets=ATTENTION, dtype=torch.float64):

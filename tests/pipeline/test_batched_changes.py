@@ -1,0 +1,322 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters that change, objectives that come and go, and what is refused by name."""
+
+import pytest
+import torch
+from peft.utils.hotswap import hotswap_adapter_from_state_dict
+from torch import nn
+
+from msdda_fast.errors import (
+    AdapterMismatch,
+    BackendUnavailable,
+    InvalidSchedule,
+    InvalidShape,
+    UnfaithfulMerge,
+    UnsupportedNetwork,
+)
+from msdda_fast.pipeline.batched_options import BatchedOptions, Sharing
+from msdda_fast.pipeline.batched_prediction import BatchedPredictor
+from msdda_fast.pipeline.batched_time import AddedConditions
+from msdda_fast.pipeline.batched_unet import BatchedUNet
+from msdda_fast.pipeline.prediction import SequentialPredictor, Variant
+from msdda_fast.pipeline.switching import AdapterSwitch
+from tests.pipeline.batched_cases import (
+    ATTENTION,
+    EVERYTHING,
+    KINDS,
+    UP_BLOCKS,
+    add_adapter,
+    inputs,
+    network,
+    relative,
+)
+
+EXACT = 1e-10
+
+
+def variants(targets=ATTENTION, kind="sd15", dtype=torch.float64):
+    """Adapters a and b are objectives; c and d, of ranks 1 and 4, are not."""
+    unet = network(kind, dtype)
+    for rank, name in enumerate("cabd", start=1):
+        add_adapter(unet, name, targets, rank=rank, seed=rank)
+    return [Variant(unet, "a"), Variant(unet, "b"), Variant(unet, None)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        BatchedOptions(),
+        BatchedOptions(design="folded", fuse_qkv=True),
+        BatchedOptions(design="merged"),
+    ],
+    ids=["separate", "folded fused", "merged"],
+)
+@pytest.mark.parametrize("new", ["c", "b", None])
+def test_swap_is_in_place_and_reaches_subsets(options, new):
+    case = inputs(variants(EVERYTHING))
+    batched = BatchedUNet.of(case.variants, options)
+    early = batched.subset((True, False, True))
+    case.run(batched)
+    held = {name: t.data_ptr() for name, t in batched.named_buffers()}
+    kept = [t.x.data_ptr() for layer in batched._cross for t in layer._kept]
+    batched.swap(0, Variant(case.unet, new, 0.7))
+    with pytest.raises(InvalidShape, match="call begin"):
+        batched(case.x, torch.tensor(0))
+    case.variants[0] = Variant(case.unet, new, 0.7)
+    expected = case.stock()
+    assert relative(case.run(batched), expected) < EXACT
+    assert {name: t.data_ptr() for name, t in batched.named_buffers()} == held
+    assert [t.x.data_ptr() for layer in batched._cross for t in layer._kept] == kept
+    assert batched.adapters.is_current()
+    late = batched.subset((True, True, False))
+    for subset, index in ((early, [0, 2]), (late, [0, 1])):
+        subset.begin(case.prompts[index], case.timesteps)
+        assert relative(subset(case.x, torch.tensor(1)), expected[index]) < EXACT
+
+
+def test_a_swap_that_does_not_fit_changes_nothing():
+    chosen = variants()
+    unet = chosen[0].network
+    add_adapter(unet, "elsewhere", ["conv1"])
+    case = inputs(chosen)
+    batched = BatchedUNet.of(chosen)
+    before = case.run(batched)
+    with pytest.raises(InvalidShape, match=r"to_q: rank 4, expected at most 3.*rank_pad"):
+        batched.swap(0, Variant(unet, "d"))
+    with pytest.raises(AdapterMismatch, match=r"no site at 'down_blocks\.0\.resnets\.0\.conv1'"):
+        batched.swap(0, Variant(unet, "elsewhere"))
+    with pytest.raises(UnsupportedNetwork, match="another network"):
+        batched.swap(0, Variant(network(), None))
+    with pytest.raises(InvalidShape, match="objective 3"):
+        batched.swap(3, Variant(unet, "c"))
+    assert torch.equal(batched(case.x, torch.tensor(1)), before)
+    padded = BatchedUNet.of(chosen, BatchedOptions(rank_pad=4))
+    padded.swap(0, Variant(unet, "d"))
+    case.variants[0] = Variant(unet, "d")
+    assert relative(case.run(padded), case.stock()) < EXACT
+
+
+def test_a_swap_where_objectives_share_rows_is_refused():
+    unet = variants()[0].network
+    batched = BatchedUNet.of([Variant(unet, "a"), Variant(unet, "a")])
+    batched.swap(1, Variant(unet, "a"))
+    with pytest.raises(AdapterMismatch, match="share their rows"):
+        batched.swap(1, Variant(unet, "b"))
+
+
+def test_an_unfaithful_swap_changes_nothing():
+    chosen = variants(dtype=torch.bfloat16)
+    add_adapter(chosen[0].network, "faint", size=1e-3)
+    chosen = [Variant(chosen[0].network, None), Variant(chosen[0].network, "a", 20.0)]
+    case = inputs(chosen, dtype=torch.float32)
+    batched = BatchedUNet.of(chosen, BatchedOptions(design="merged"))
+    before = case.run(batched)
+    with pytest.raises(UnfaithfulMerge, match="objective 0"):
+        batched.swap(0, Variant(chosen[0].network, "faint"))
+    assert torch.equal(batched(case.x, torch.tensor(1)), before)
+
+
+def test_every_change_of_the_network_is_noticed():
+    chosen = variants(dtype=torch.float32)
+    unet = chosen[0].network
+
+    def current_after(change):
+        adapters = BatchedUNet.of(chosen).adapters
+        assert adapters.is_current()
+        change()
+        return adapters.is_current()
+
+    layer = unet.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
+    down, base = layer.lora_A["a"].weight, layer.base_layer.weight
+    state = {
+        name: torch.randn_like(value)
+        for name, value in unet.named_parameters()
+        if ".a.weight" in name
+    }
+    assert current_after(lambda: layer.set_scale("a", 3.0))  # sampling sets its own
+    assert current_after(lambda: layer.lora_A["c"].weight.data.mul_(2))  # no objective
+    assert not current_after(lambda: down.data.mul_(2))
+    assert not current_after(lambda: layer.lora_B["b"].weight.data.mul_(2))
+    assert not current_after(lambda: layer.lora_alpha.update(a=9))
+    with torch.no_grad():
+        assert not current_after(lambda: base.mul_(2))
+    assert not current_after(lambda: unet.to(torch.float64))
+    assert not current_after(
+        lambda: hotswap_adapter_from_state_dict(unet, state, "a", _config(unet))
+    )
+
+
+def _config(unet):
+    return unet.peft_config["a"]
+
+
+@pytest.mark.parametrize("inactive", [True, False], ids=["left out", "run"])
+def test_predictor_equals_one_after_another(inactive):
+    case = inputs(variants())
+    batched = BatchedUNet.of(case.variants, BatchedOptions(sharing=Sharing(inactive=inactive)))
+    predictor = BatchedPredictor(batched, case.timesteps, torch.float64)
+    steps = [(True, True, True), (True, False, True), (False, True, False), (True, True, True)]
+    with torch.no_grad(), AdapterSwitch([case.unet]) as switch:
+        stock = SequentialPredictor(case.variants, switch, torch.float64)
+        for k, active in zip((0, 1, 2, 2), steps, strict=True):
+            request = (case.x, case.timesteps[k], case.prompts, active)
+            expected, actual = stock.predict(*request), predictor.predict(*request)
+            assert [out is not None for out in actual] == ([*active] if inactive else [True] * 3)
+            for theirs, ours in zip(expected, actual, strict=True):
+                assert theirs is None or relative(ours, theirs) < EXACT
+    assert batched.generations == 1
+
+
+def test_predictor_sees_every_change_of_the_prompt():
+    case = inputs(variants(UP_BLOCKS), shared_prompt=True)
+    case.prompts = case.prompts.clone()
+    batched = BatchedUNet.of(case.variants)
+    predictor, other = (BatchedPredictor(batched, case.timesteps, torch.float64) for _ in range(2))
+
+    def check():
+        actual = predictor.predict(case.x, case.timesteps[1], case.prompts, [True] * 3)
+        assert relative(torch.stack(list(actual)), case.stock()) < EXACT
+
+    check()
+    check()
+    assert batched.generations == 1 and batched._prompts.objectives == 1
+    case.prompts[1, 1] += 1  # in place, for one objective
+    check()
+    assert batched.generations == 2 and batched._prompts.objectives == 3
+    case.prompts = case.prompts * 2
+    check()
+    other.predict(case.x, case.timesteps[1], -case.prompts, [True] * 3)
+    check()
+    with torch.inference_mode():
+        case.prompts = case.prompts * 2
+    check()
+    with pytest.raises(InvalidSchedule, match=r"t=7 is none of \[801, 401, 1\]"):
+        predictor.predict(case.x, torch.tensor(7), case.prompts, [True] * 3)
+
+
+def test_predictor_passes_sdxl_conditions_of_the_active():
+    case = inputs(variants(kind="sdxl"))
+    batched = BatchedUNet.of(case.variants)
+    predictor = BatchedPredictor(batched, case.timesteps, torch.float64, case.added)
+    out = predictor.predict(case.x, case.timesteps[1], case.prompts, [False, True, True])
+    assert relative(torch.stack(list(out[1:])), case.stock()[1:]) < EXACT
+
+
+def _replaced(unet, path, module):
+    parent, name = path.rsplit(".", 1)
+    setattr(unet.get_submodule(parent), name, module)
+    return unet
+
+
+def _config_of(**changes):
+    unet = network()
+    unet.register_to_config(**changes)
+    return unet
+
+
+@pytest.mark.parametrize(
+    ("unet", "error", "match"),
+    [
+        (lambda: nn.Linear(1, 1), UnsupportedNetwork, "Linear is no UNet2DConditionModel"),
+        (lambda: _config_of(act_fn="gelu"), UnsupportedNetwork, "act_fn='gelu'.*'silu'"),
+        (lambda: _config_of(class_embed_type="timestep"), UnsupportedNetwork, "class_embed_type"),
+        (
+            lambda: _replaced(network(), "down_blocks.1", nn.Identity()),
+            UnsupportedNetwork,
+            r"down_blocks\.1 is a Identity",
+        ),
+        (lambda: _freeu(), UnsupportedNetwork, r"up_blocks\.0 has FreeU"),
+        (lambda: _fused(), UnsupportedNetwork, "FusedAttnProcessor"),
+        (lambda: add_adapter(network(), "a", use_dora=True), AdapterMismatch, "no plain LoRA in"),
+        (
+            lambda: add_adapter(network(), "a", ["ff.net.2"], lora_bias=True),
+            AdapterMismatch,
+            "no plain LoRA in",
+        ),
+        (lambda: _merged(), AdapterMismatch, "unfuse_lora"),
+    ],
+    ids=["class", "config", "embedding", "block", "freeu", "processor", "dora", "bias", "merged"],
+)
+def test_networks_and_adapters_it_does_not_know(unet, error, match):
+    made = unet()
+    if not hasattr(made, "dtype"):
+        made.dtype = torch.float32
+    with pytest.raises(error, match=match):
+        BatchedUNet.of([Variant(made, "a")])
+
+
+def _freeu():
+    unet = network()
+    unet.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+    return unet
+
+
+def _fused():
+    unet = network()
+    unet.fuse_qkv_projections()
+    return unet
+
+
+def _merged():
+    unet = add_adapter(network(), "a")
+    unet.fuse_lora()
+    return unet
+
+
+def test_variants_that_share_no_network():
+    with pytest.raises(UnsupportedNetwork, match="networks of their own"):
+        BatchedUNet.of([Variant(network(), None), Variant(network(), None)])
+    with pytest.raises(InvalidShape, match="0 variants"):
+        BatchedUNet.of([])
+    with pytest.raises(BackendUnavailable, match="'efficient' cannot run here"):
+        BatchedUNet.of([Variant(network(), None)], BatchedOptions(attention="efficient"))
+    with pytest.raises(ValueError, match="attention must be"):
+        BatchedUNet.of([Variant(network(), None)], BatchedOptions(attention="quick"))
+
+
+def test_wrong_shapes_are_named():
+    case = inputs(variants())
+    batched = BatchedUNet.of(case.variants)
+    k = torch.tensor(0)
+    with pytest.raises(InvalidShape, match=r"call begin"):
+        batched(case.x, k)
+    for bad in (case.prompts[:2], case.prompts[0], case.prompts[..., :3], case.prompts[:, :0]):
+        with pytest.raises(InvalidShape, match=r"expected \(3 or 1, K, B, L, 16\)"):
+            batched.begin(bad, case.timesteps)
+    for bad in (case.timesteps.float(), case.timesteps[None], case.timesteps[:0]):
+        with pytest.raises(InvalidShape, match=r"expected int64 \(T,\)"):
+            batched.begin(case.prompts, bad)
+    batched.begin(case.prompts, case.timesteps)
+    for bad in (case.x[:1], case.x[:, :3], case.x[None]):
+        with pytest.raises(InvalidShape, match=r"expected \(2, 4, h, w\)"):
+            batched(bad, k)
+    for bad in (k[None], k.float(), k.to("meta")):
+        with pytest.raises(InvalidShape, match="expected 0-d int64"):
+            batched(case.x, bad)
+    for flags in ([True], [False] * 3):
+        with pytest.raises(InvalidShape, match="expected 3 flags"):
+            batched.subset(flags)
+
+
+def test_conditions_must_fit_the_network():
+    xl = inputs(variants(kind="sdxl"))
+    batched = BatchedUNet.of(xl.variants)
+    with pytest.raises(InvalidShape, match="takes AddedConditions"):
+        batched.begin(xl.prompts, xl.timesteps)
+    short = AddedConditions(xl.added.text_embeds[:2], xl.added.time_ids[:2])
+    with pytest.raises(InvalidShape, match=r"expected \(3, 2, 2\) or \(1, 2, 2\)"):
+        batched.begin(xl.prompts, xl.timesteps, short)
+    plain = inputs(variants())
+    with pytest.raises(InvalidShape, match="takes no added conditions"):
+        BatchedUNet.of(plain.variants).begin(plain.prompts, plain.timesteps, xl.added)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_set_of_conditions_for_all_objectives(kind):
+    case = inputs(variants(kind=kind))
+    if case.added is not None:
+        case.added.text_embeds[1:] = case.added.text_embeds[:1]
+    expected = case.stock()
+    if case.added is not None:
+        case.added = AddedConditions(case.added.text_embeds[:1], case.added.time_ids[:1])
+    assert relative(case.batched(BatchedOptions()), expected) < EXACT
