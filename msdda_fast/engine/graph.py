@@ -23,7 +23,7 @@ from msdda_fast.engine.compiled import compiled
 from msdda_fast.engine.graph_backends import Advance, Graph, GraphBackend, graphs_for
 from msdda_fast.engine.rehearsal import rehearse
 from msdda_fast.engine.step import Network, Step
-from msdda_fast.errors import CaptureError, InvalidShape, MSDDAError
+from msdda_fast.errors import CaptureError, InvalidShape
 
 if TYPE_CHECKING:
     from msdda_fast.types import SeedsLike
@@ -229,8 +229,6 @@ class StepCache:
                 graph = None
                 if self._graphs is not None:
                     graph = self._graphs.capture(advance, buffers)
-        except MSDDAError:
-            raise
         except RuntimeError as error:
             failed = "compiled or captured" if self._compile else "captured"
             raise CaptureError(f"the step cannot be {failed}: {_cause(error)}") from error

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from msdda_fast.engine.buffers import ShapeKey, StepBuffers
 from msdda_fast.engine.graph import StepCache
-from msdda_fast.errors import CaptureError, InvalidShape
+from msdda_fast.errors import BackendUnavailable, CaptureError, InvalidShape
 from tests.engine.small_world import (
     CHANNELS,
     KEY,
@@ -147,8 +147,13 @@ def test_a_wrong_network_is_not_taken_for_a_failed_capture() -> None:
         def __call__(self, next_input: Tensor, k: Tensor) -> list[Tensor | None]:
             return super().__call__(next_input, k)[:1]
 
-    with pytest.raises(InvalidShape, match="returned 1 outputs"):
-        StepCache(build(Short), device="cpu", graphs=TracedGraphs()).prepare(KEY)
+    class Missing(SmallNetwork):
+        def __call__(self, next_input: Tensor, k: Tensor) -> list[Tensor | None]:
+            raise BackendUnavailable("no such kernel")
+
+    for network, error in ((Short, InvalidShape), (Missing, BackendUnavailable)):
+        with pytest.raises(error, match="returned 1 outputs|^no such kernel"):
+            StepCache(build(network), device="cpu", graphs=TracedGraphs()).prepare(KEY)
 
 
 def test_each_run_wants_a_request() -> None:
