@@ -152,7 +152,7 @@ def test_a_wrong_network_is_not_taken_for_a_failed_capture() -> None:
             raise BackendUnavailable("no such kernel")
 
     for network, error in ((Short, InvalidShape), (Missing, BackendUnavailable)):
-        with pytest.raises(error, match="returned 1 outputs|^no such kernel"):
+        with pytest.raises(error, match=r"returned 1 outputs|^no such kernel"):
             StepCache(build(network), device="cpu", graphs=TracedGraphs()).prepare(KEY)
 
 
