@@ -104,8 +104,9 @@ class LoadedAdapters:
     def is_current(self) -> bool:
         """Whether weights and adapters are still those that were read.
 
-        Base weights are compared by address and version, adapters by their numbers, because peft's
-        hotswap writes where no version counts. Two launches and one sync per objective.
+        Base weights are compared by address and version, which a write through `.data` does not
+        raise; adapters by their numbers, because peft's hotswap writes that way. Two launches and
+        one sync per objective.
         """
         if self._base != self._base_state():
             return False

@@ -124,6 +124,9 @@ def test_equal_objectives_share_every_row():
 
 def test_an_adapter_without_effect_does_not_part_the_rows():
     unet = add_adapter(network(), "zero", size=0.0)
+    for name, parameter in unet.named_parameters():
+        if "lora_A.zero" in name:
+            parameter.data.fill_(1.0)  # as before training: A random, B zero
     add_adapter(unet, "up", UP_BLOCKS, seed=2)
     batched = BatchedUNet.of([Variant(unet, "zero"), Variant(unet, "up"), Variant(unet, "up", 0.0)])
     assert batched.frontier.startswith("up_blocks.1.attentions.0")
@@ -153,12 +156,14 @@ def test_a_new_prompt_and_schedule_leave_nothing_of_the_old():
     case, other = inputs(mixed("sdxl")), inputs(mixed("sdxl"))
     batched = BatchedUNet.of(case.variants)
     case.run(batched)
+    mine = case.prompts.clone(), case.timesteps.clone()
     kept = [t.x.data_ptr() for layer in batched._cross for t in layer._kept]
     other.prompts, other.timesteps = -other.prompts, torch.tensor([999, 500, 250])
     other.added.text_embeds.mul_(2)
     other.variants = case.variants
     assert relative(other.run(batched), other.stock()) < EXACT
     assert [t.x.data_ptr() for layer in batched._cross for t in layer._kept] == kept
+    assert torch.equal(case.prompts, mine[0]) and torch.equal(case.timesteps, mine[1])
     narrow = inputs(case.variants, k=1, b=1)  # other shapes
     assert relative(narrow.run(batched), narrow.stock()) < EXACT
 
