@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/* csrc/include/msdda/*)
 OUT ?= out/demo
 
-.PHONY: demo test lint bench sanitize sanitize-gpu clean
+.PHONY: demo test lint bench gpu sanitize sanitize-gpu clean
 
 demo: $(STAMP)
 	$(BIN)/msdda-fast sweep --seeds 1,2 --out $(OUT)
@@ -22,6 +22,12 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m pytest benchmarks/bench_fused_step.py benchmarks/bench_grouped_lora.py --benchmark-only
 	$(BIN)/python benchmarks/report.py
+
+# On a machine with a GPU, without a network: with what is installed there; it names what is missing.
+gpu: OUT := out/gpu
+gpu: STAGES := *
+gpu:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu_runbook.py --out $(OUT) --stages "$(STAGES)"
 
 # The CPU kernels, and the threads of the CUDA kernels on the host, under AddressSanitizer and UBSan.
 SANITIZED := build/sanitize

@@ -4,8 +4,8 @@
     python benchmarks/report.py
 
 Prints the tables of the latest run of each case, and rewrites the README blocks between
-`<!-- bench:fused_step:begin -->` and `<!-- bench:fused_step:end -->` (and likewise `grouped_lora`)
-where there are any.
+`<!-- bench:fused_step:begin -->` and `<!-- bench:fused_step:end -->` (and likewise `grouped_lora`
+and `latency`) where there are any.
 """
 
 import json
@@ -112,6 +112,82 @@ def grouped_lora_table() -> str:
     return "\n".join([head, *rows, "", f"{note} of operators per call; {where}."])
 
 
+def latency_table() -> str:
+    return "\n\n".join(latency_run(run) for run in latency_runs().values())
+
+
+def latency_runs() -> dict[tuple, list[dict]]:
+    """(device, model, dtype, batch, rank) -> the records of the last run."""
+    runs: dict[tuple, list[dict]] = {}
+    file = RESULTS / "latency.jsonl"
+    for line in file.read_text().splitlines() if file.exists() else ():
+        record = json.loads(line)
+        key = tuple(record[name] for name in ("device", "model", "dtype", "batch", "rank"))
+        if key in runs and runs[key][0]["when"] != record["when"]:
+            del runs[key]
+        runs.setdefault(key, []).append(record)
+    return runs
+
+
+def ratios(record: dict, run: list[dict]) -> dict[str, float | None]:
+    """Time relative to S, to E1, and to E3 with as many objectives."""
+    time = {other["contender"]: other.get("median_us") for other in run}
+    against = {"S": "S", "E1": "E1", "E3": f"E3-M{record['num_objectives']}"}
+    return {
+        name: record["median_us"] / time[other] if time.get(other) else None
+        for name, other in against.items()
+    }
+
+
+def is_noisy(run: list[dict]) -> bool:
+    """Whether the same contender, timed twice in the run, differs by more than 2%."""
+    time = {record["contender"]: record.get("median_us") for record in run}
+    pair = time.get("S"), time.get("S again")
+    return None not in pair and abs(pair[0] / pair[1] - 1) > 0.02
+
+
+def latency_run(run: list[dict]) -> str:
+    first = run[0]
+    kind = "kernels" if first["device"] == "cuda" else "operators"
+    ends = first["text_ms"] + first["vae_ms"]
+    rows, skipped = [], {}
+    for record in run:
+        if "skipped" in record:
+            if record["skipped"] != "not asked for":
+                reason = record["skipped"].split(": ", 1)[-1]
+                skipped.setdefault(reason, []).append(record["contender"])
+            continue
+        spread = f"{duration(record['p20_us'])} - {duration(record['p80_us'])}"
+        loop = record.get("loop_ms")
+        cells = [
+            f"{record['contender']}: {record['title']}", str(record["num_objectives"]),
+            f"{duration(record['median_us'])} ({spread})",
+            *("" if ratio is None else f"{ratio:.2f}" for ratio in ratios(record, run).values()),
+            "" if loop is None else f"{loop + ends:.0f} ({loop:.0f})",
+            str(record.get(kind, "")), f"{record['parameters_mb']:.1f}",
+            f"{record['peak_mb']:.1f}" if "peak_mb" in record else "",
+        ]  # fmt: skip
+        rows.append("| " + " | ".join(cells) + " |")
+    columns = [
+        f"{first['model']}, batch {first['batch']}", "M", "a step (p20 - p80)", "/ S", "/ E1",
+        "/ E3", "ms per image (without text and decoding)", f"{kind} per step", "weights, MB",
+        "peak of the networks, MB",
+    ]  # fmt: skip
+    head = "| " + " | ".join(columns) + " |\n|" + "---|" * len(columns)
+    notes = (
+        f"Medians of {max(record.get('rounds', 0) for record in run)} interleaved rounds, "
+        f"{first['weights']} weights, guidance {first['guidance']}, T = {first['steps']}; "
+        f"{first.get('gpu', first['machine'])}, {first['threads']} threads, load {first['load']}; "
+        f"torch {first['torch']}, {first['dtype']}, commit {first['commit']}, {first['when'][:10]}."
+    )
+    if is_noisy(run):
+        notes += " Noisy: S, timed twice, differs by more than 2%."
+    if skipped:
+        reasons = "; ".join(f"{', '.join(names)} ({why})" for why, names in skipped.items())
+        notes += f" Not run: {reasons}."
+    return "\n".join([head, *rows, "", notes])
+
+
 def rewrite(name: str, table: str) -> None:
     begin, end = f"<!-- bench:{name}:begin -->", f"<!-- bench:{name}:end -->"
     text = README.read_text() if README.exists() else ""
@@ -120,7 +196,11 @@ def rewrite(name: str, table: str) -> None:
         README.write_text(block.sub(lambda _: f"{begin}\n{table}\n{end}", text))
 
 
-TABLES = {"fused_step": fused_step_table, "grouped_lora": grouped_lora_table}
+TABLES = {
+    "fused_step": fused_step_table,
+    "grouped_lora": grouped_lora_table,
+    "latency": latency_table,
+}
 
 if __name__ == "__main__":
     for bench, make in TABLES.items():

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All contenders by name; those that cannot run here, with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import get_args
+
+import torch
+
+from benchmarks.contenders import engine, stock
+from benchmarks.contenders.contender import Contender, Impossible
+from benchmarks.contenders.request import Request
+from msdda_fast.errors import MSDDAError
+from msdda_fast.kernels.grouped_lora import Design
+from msdda_fast.pipeline.batched_options import BatchedOptions, Sharing
+
+__all__ = ["AGAIN", "DESIGNS", "Entry", "build", "catalogue"]
+
+DESIGNS: tuple[str, ...] = get_args(Design)
+#: The denominator a second time: how far two medians of the same thing lie apart.
+AGAIN = "S again"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One contender before it is built.
+
+    `headline` marks those whose whole T-step loop is timed too.
+    """
+
+    name: str
+    title: str
+    count: int
+    make: Callable[[Request], Contender]
+    headline: bool = False
+
+
+def catalogue(counts: Sequence[int], design: str, device: str) -> list[Entry]:
+    """Every contender of a run, for the numbers of objectives asked for.
+
+    Args:
+        counts: M, each at least 1.
+        design: Of S and M2, M3, ...; the other designs get entries of their own.
+        device: "cpu" or "cuda".
+    """
+    several = [count for count in counts if count > 1]
+    entries = [Entry("E1", "diffusers, one model", 1, stock.single, headline=True)]
+    entries += [_stock("E2", "reward soup", stock.soup, m) for m in several[:1]]
+    for m in several:
+        entries += [
+            _stock("E3", "the paper: set_adapter x M, Eq. 7", stock.adapters_in_turn, m),
+            _stock("E4", "merged copies x M, Eq. 7", stock.merged_copies, m),
+            _stock("E5", "peft adapter_names", stock.mixed_batch, m),
+        ]
+    entries += _compiled(several)
+    entries += _captured(several, device)
+    for m in sorted({1, *counts}):
+        entries += _ours(m, design)
+    entries += [_entry(AGAIN, "ours, one objective, again", 1, BatchedOptions(design=design))]
+    if several:
+        entries += _ablations(several[0], design, device)
+    return entries
+
+
+def build(
+    entries: Sequence[Entry], request: Request, patterns: Sequence[str]
+) -> tuple[dict[str, Contender], dict[str, str]]:
+    """Build what matches `patterns`; return contenders, and why the other entries are not there."""
+    built, skipped = {}, {}
+    for entry in entries:
+        if not any(fnmatchcase(entry.name, pattern) for pattern in patterns):
+            skipped[entry.name] = "not asked for"
+            continue
+        try:
+            contender = entry.make(request)
+            contender.first()
+            contender.step()  # compiles; whatever cannot run fails here
+        except (Impossible, MSDDAError, torch.OutOfMemoryError) as error:
+            skipped[entry.name] = f"{type(error).__name__}: {error}".removeprefix("Impossible: ")
+        except RuntimeError as error:
+            if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                raise
+            skipped[entry.name] = f"torch.compile: {type(error).__name__}: {error}".splitlines()[0]
+        else:
+            built[entry.name] = contender
+    return built, skipped
+
+
+def _stock(name: str, title: str, make: Callable[[Request, int], Contender], count: int) -> Entry:
+    suffix = "" if name in ("E2", "C2") else f"-M{count}"
+    # the soup is one network, whatever went into it
+    objectives = 1 if name in ("E2", "C2") else count
+    return Entry(
+        name + suffix, title, objectives, lambda request: make(request, count), headline=True
+    )
+
+
+def _compiled(several: Sequence[int]) -> list[Entry]:
+    """C1 to C4: E1 to E4 under torch.compile, channels last."""
+    entries = [Entry("C1", "E1 compiled", 1, partial(stock.single, compile=True))]
+    makes = {"C2": stock.soup, "C3": stock.adapters_in_turn, "C4": stock.merged_copies}
+    for m in several:
+        for name, make in makes.items():
+            if name != "C2" or m == several[0]:
+                title = f"{name.replace('C', 'E')} compiled"
+                entries.append(_stock(name, title, partial(make, compile=True), m))
+        entries.append(
+            Entry(f"C5-M{m}", "E5 compiled", m, _impossible(
+                "peft's hooks set an attribute that dynamo cannot trace, and every list of names "
+                "compiles anew"
+            ))
+        )  # fmt: skip
+    return entries
+
+
+def _captured(several: Sequence[int], device: str) -> list[Entry]:
+    """G1 and G4: E1 and E4 inside our captured step; whatever sets Python attributes cannot be."""
+    entries = []
+    for m in (0, *several):  # 0: the base model alone
+        for kind, compile in (("G", False), ("GC", True)):
+            name = f"{kind}4-M{m}" if m else f"{kind}1"
+            title = f"E{name.removeprefix(kind)[0]} captured" + (", compiled" if compile else "")
+            make = partial(engine.captured_copies, count=m, compile=compile)
+            if device == "cpu":
+                make = _impossible("the CPU has no graphs")
+            entries.append(Entry(name, title, max(m, 1), make))
+    return entries
+
+
+def _entry(name: str, title: str, count: int, options: BatchedOptions, **how: object) -> Entry:
+    headline = bool(how.pop("headline", False))
+    make = partial(engine.batched, count=count, options=options, **how)
+    return Entry(name, title, count, make, headline=headline)
+
+
+def _ours(count: int, design: str) -> list[Entry]:
+    name = "S" if count == 1 else f"M{count}"
+    title = "ours, one objective" if count == 1 else f"ours, M = {count}"
+    chosen = BatchedOptions(design=design)
+    entries = [_entry(name, f"{title}, {design}", count, chosen, headline=True)]
+    entries += [
+        _entry(f"{name}/{other}", f"{title}, {other}", count, BatchedOptions(design=other))
+        for other in DESIGNS
+        if other != design
+    ]
+    fused = BatchedOptions(design=design, fuse_qkv=True)
+    entries.append(_entry(f"{name}/qkv", f"{title}, one GEMM for q, k, v", count, fused))
+    compiled = _entry(f"{name}/compiled", f"{title}, compiled", count, chosen, compile=True)
+    return [*entries, compiled]
+
+
+def _ablations(count: int, design: str, device: str) -> list[Entry]:
+    def without(what: str, title: str, **how: object) -> Entry:
+        sharing = how.pop("sharing", Sharing())
+        options = BatchedOptions(
+            design=design, sharing=sharing, channels_last=how.pop("channels_last", None)
+        )
+        return _entry(f"M{count}-no-{what}", f"ours, {title}", count, options, **how)
+
+    entries = [
+        without("fused-step", "step in plain torch", backend="eager"),
+        without(
+            "sharing",
+            "nothing shared between rows or steps but K/V",
+            sharing=Sharing(prefix=False, time_table=False),
+        ),
+        without("kv-cache", "prompt K/V every step", sharing=Sharing(prompt_cache=False)),
+    ]
+    for what, title, how in [
+        ("graph", "no graph", {"capture": False}),
+        ("nhwc", "NCHW", {"channels_last": False}),
+    ]:
+        entry = without(what, title, **how)
+        if device == "cpu":
+            make = _impossible(f"{title} is what runs on the CPU")
+            entry = Entry(entry.name, entry.title, count, make)
+        entries.append(entry)
+    return entries
+
+
+def _impossible(reason: str) -> Callable[[Request], Contender]:
+    def make(request: Request) -> Contender:
+        raise Impossible(reason)
+
+    return make

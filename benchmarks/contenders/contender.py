@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a contender is, and how it is checked before anything is timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from benchmarks.contenders.request import Request
+
+__all__ = ["LIMITS", "Contender", "Impossible", "Unverified", "verify"]
+
+#: Largest accepted ||x - exact|| / ||exact|| after one step, by the dtype of the networks.
+LIMITS = {torch.float16: 5e-3, torch.bfloat16: 5e-3, torch.float32: 1e-4, torch.float64: 1e-6}
+
+
+class Impossible(Exception):
+    """This contender cannot run here; the message is the reason that the output gives."""
+
+
+class Unverified(Exception):
+    """Some contender computes something else than it is timed for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """One way to run a denoising step.
+
+    Attributes:
+        step: Runs one step, network and all, and returns x, (B, C, h, w).
+        loop: Runs all T steps from x_T.
+        first: Goes back to x_T, so that the next `step` is the first.
+        systems: What `Request.exact` takes to give the same x after the first step.
+        parameters: Everything that must be in memory between steps.
+        forward: The networks of one step alone, which can be run on tensors without data.
+        compiled: Whether kernels come from a compiler: operators cannot be counted on the host.
+    """
+
+    step: Callable[[], Tensor]
+    loop: Callable[[], Tensor]
+    systems: Sequence[Mapping[int, float] | None]
+    parameters: Sequence[Tensor]
+    forward: Callable[[], object] | None = None
+    first: Callable[[], None] = field(default=lambda: None)
+    compiled: bool = False
+
+
+def verify(contenders: Mapping[str, Contender], request: Request) -> dict[str, float]:
+    """The error of each after its first step, relative to the reference.
+
+    Raises:
+        Unverified: Names those that err more than `LIMITS` says, or return no numbers.
+    """
+    errors = {}
+    for name, contender in contenders.items():
+        exact = request.exact(contender.systems)
+        contender.first()
+        x = contender.step().double()
+        errors[name] = float((x - exact).norm() / exact.norm())
+    limit = LIMITS[request.dtype]
+    wrong = {name: f"{error:.2e}" for name, error in errors.items() if not error <= limit}
+    if wrong:
+        raise Unverified(f"nothing was timed: {wrong} from the reference, at most {limit:.0e}")
+    return errors

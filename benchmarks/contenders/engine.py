@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Our own: all objectives in one forward, inside a step over static buffers, captured on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.contenders.contender import Contender
+from benchmarks.contenders.request import Request
+from benchmarks.contenders.stock import with_adapters
+from msdda_fast.engine.buffers import ShapeKey, StepBuffers
+from msdda_fast.engine.graph import CapturedStep, StepCache
+from msdda_fast.engine.step import Network
+from msdda_fast.pipeline.batched_options import BatchedOptions
+from msdda_fast.pipeline.batched_unet import BatchedUNet
+
+__all__ = ["batched", "captured_copies"]
+
+
+class Batched:
+    """A `BatchedUNet` as the network of a step."""
+
+    def __init__(self, unet: BatchedUNet) -> None:
+        self._unet = unet
+
+    def __call__(self, next_input: Tensor, k: Tensor) -> Tensor:
+        return self._unet(next_input[0], k)
+
+    def storages(self) -> Mapping[str, Tensor]:
+        return dict((*self._unet.named_parameters(), *self._unet.named_buffers()))
+
+
+class Copies:
+    """Stock networks one after another, as the network of a step."""
+
+    def __init__(self, request: Request, buffers: StepBuffers, unets: Sequence[nn.Module]) -> None:
+        self._conditions = request.conditions()
+        self._timesteps = buffers.timesteps
+        self._unets = unets
+        self._branches = request.branches
+
+    def __call__(self, next_input: Tensor, k: Tensor) -> list[Tensor]:
+        t = self._timesteps.index_select(0, k[None])[0]
+        rows = next_input.flatten(0, 1)
+        outputs = [unet(rows, t, return_dict=False, **self._conditions)[0] for unet in self._unets]
+        return [output.unflatten(0, (self._branches, -1)) for output in outputs]
+
+    def storages(self) -> Mapping[str, Tensor]:
+        return {
+            f"{i}.{name}": parameter
+            for i, unet in enumerate(self._unets)
+            for name, parameter in unet.named_parameters()
+        }
+
+
+class _Runner:
+    """Steps of one request, which is loaded again when all its steps are done."""
+
+    def __init__(self, request: Request, count: int, step: CapturedStep) -> None:
+        self._request, self._step = request, step
+        self._table = request.table(count)
+        self._steps: Iterator[int] = iter(())
+
+    def first(self) -> None:
+        self._step.load(self._table, self._request.x, seeds=self._request.seeds)
+        self._steps = self._step.steps()
+
+    def step(self) -> Tensor:
+        if next(self._steps, None) is None:
+            self.first()
+            next(self._steps)
+        return self._step.buffers.x
+
+    def loop(self) -> Tensor:
+        self._step.load(self._table, self._request.x, seeds=self._request.seeds)
+        self._steps = iter(())
+        return self._step.run()
+
+
+def batched(
+    request: Request,
+    count: int,
+    options: BatchedOptions,
+    *,
+    capture: bool = True,
+    compile: bool = False,
+    backend: str = "auto",
+) -> Contender:
+    """M objectives in one forward and one fused step.
+
+    Args:
+        request: What to run.
+        count: M.
+        options: How the forward is built.
+        capture: Replay a graph where the device has them; never fall back in silence.
+        compile: Pass the step through `torch.compile`.
+        backend: Of the fused step.
+    """
+    nhwc = request.device.type == "cuda" if options.channels_last is None else options.channels_last
+    variants = request.model.in_channels_last() if nhwc else request.model.variants
+    variants = variants[:count]
+    unet = BatchedUNet.of(variants, options)
+    unet.begin(request.prompts[None], request.scheduler.timesteps, request.added())
+
+    def build(key: ShapeKey, buffers: StepBuffers) -> Network:
+        return Batched(unet)
+
+    key = _key(request, count, channels_last=nhwc)
+    step = _cache(request, build, capture, compile, backend).prepare(key)
+    runner = _Runner(request, count, step)
+    network = step.buffers.next_input
+    base = with_adapters(variants[0].network, [variant.adapter for variant in variants])
+    return Contender(
+        runner.step,
+        runner.loop,
+        [{m: 1.0} for m in range(count)],
+        [*base, *unet.parameters(), *unet.buffers()],
+        forward=lambda: unet(network[0], step.buffers.counter),
+        first=runner.first,
+        compiled=compile,
+    )
+
+
+def captured_copies(request: Request, count: int, *, compile: bool) -> Contender:
+    """Merged copies of the stock network inside the same captured step: sequential, as fast.
+
+    Args:
+        request: What to run.
+        count: M; 0: the base model alone.
+        compile: Pass the step through `torch.compile`.
+    """
+    systems: list[dict[int, float] | None] = [{m: 1.0} for m in range(count)] or [None]
+    unets = [
+        request.model.plain(system or {}).to(memory_format=torch.channels_last)
+        for system in systems
+    ]
+
+    def build(key: ShapeKey, buffers: StepBuffers) -> Network:
+        return Copies(request, buffers, unets)
+
+    key = _key(request, len(systems), channels_last=True, input_rows=request.branches)
+    step = _cache(request, build, True, compile, "auto").prepare(key)
+    runner = _Runner(request, len(systems), step)
+    parameters = [p for unet in unets for p in unet.parameters()]
+    return Contender(
+        runner.step, runner.loop, systems, parameters, first=runner.first, compiled=compile
+    )
+
+
+def _key(request: Request, count: int, *, channels_last: bool, input_rows: int = 1) -> ShapeKey:
+    table = request.table(count)
+    return ShapeKey(
+        shape=request.shape,
+        active=(True,) * count,
+        branches=request.branches,
+        clip_range=table.clip_range,
+        dtype=request.dtype,
+        input_rows=input_rows,
+        channels_last=channels_last,
+    )
+
+
+def _cache(request: Request, build, capture: bool, compile: bool, backend: str) -> StepCache:
+    on_gpu = request.device.type == "cuda"
+    return StepCache(
+        build,
+        device=request.device,
+        capture="required" if capture and on_gpu else "off",
+        compile=compile,
+        backend=backend,
+    )

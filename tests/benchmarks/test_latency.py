@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""latency.py refuses wrong contenders and keeps what it measured; the runbook resumes."""
+
+import io
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from rich.console import Console
+
+from benchmarks import gpu_runbook, latency, latency_output, report
+from benchmarks.contenders import stock
+from benchmarks.contenders.catalogue import catalogue
+from benchmarks.contenders.contender import Unverified, verify
+from benchmarks.contenders.models import load
+from benchmarks.contenders.request import Request
+
+SOME = "E1,E2,E3-M2,E4-M2,E5-M2,S,S again,M2,M2/separate,M2-no-graph,C5-M2"
+TINY = ["--device", "cpu", "--dtype", "fp32", "--model", "tiny", "--steps", "3", "--rounds", "7"]
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def run(folder, contenders, *more):
+    return latency.main([*TINY, "--contenders", contenders, "--results", str(folder), *more])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def settings():
+    """The script sets these for its own process."""
+    limit, threads = torch._dynamo.config.recompile_limit, torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.random.fork_rng():
+        yield
+    torch.set_num_threads(threads)
+    torch._dynamo.config.recompile_limit = limit
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """Folder and records of one run."""
+    folder = tmp_path_factory.mktemp("latency")
+    assert run(folder, SOME, "--objectives", "1,2") == 0
+    return folder, lines(folder / "latency.jsonl")
+
+
+@pytest.fixture(scope="module")
+def request_of_two():
+    torch.manual_seed(0)
+    device = torch.device("cpu")
+    model = load("tiny", num_objectives=2, rank=2, device=device, dtype=torch.float32)
+    return Request(model, batch=1, num_steps=3)
+
+
+def test_every_contender_is_timed_or_has_a_reason(measured):
+    _, records = measured
+    names = [entry.name for entry in catalogue([1, 2], "merged", "cpu")]
+    assert [record["contender"] for record in records] == names
+    assert all(("median_us" in record) != bool(record.get("skipped")) for record in records)
+    skipped = {record["contender"]: record.get("skipped") for record in records}
+    assert "no graph" in skipped["M2-no-graph"]
+    assert "dynamo" in skipped["C5-M2"]
+    assert skipped["C1"] == "not asked for"
+
+
+def test_a_record_says_what_was_measured_and_where(measured):
+    _, records = measured
+    ours = next(record for record in records if record["contender"] == "M2")
+    for field in ("when", "machine", "load", "commit", "weights", "text_ms", "vae_ms", "loop_ms"):
+        assert ours[field] not in (None, "")
+    assert ours["p20_us"] <= ours["median_us"] <= ours["p80_us"]
+    assert ours["rounds"] >= 7
+    assert ours["error"] <= 1e-4
+    assert ours["num_objectives"] == 2 and ours["branches"] == 2 and ours["guidance"] == 7.5
+
+
+def test_two_objectives_take_few_more_operators_than_one(measured):
+    _, records = measured
+    count = {record["contender"]: record.get("operators") for record in records}
+    assert count["M2"] <= 1.05 * count["S"]
+    assert count["M2"] < count["E1"] < count["E4-M2"] < count["E3-M2"]
+
+
+def test_copies_hold_each_weight_again_and_one_forward_does_not(measured):
+    _, records = measured
+    held = {record["contender"]: record.get("parameters_mb") for record in records}
+    peak = {record["contender"]: record.get("peak_mb") for record in records}
+    assert held["E4-M2"] == pytest.approx(2 * held["E1"], rel=1e-2)
+    assert held["M2/separate"] == pytest.approx(held["E3-M2"], rel=1e-2)
+    assert peak["S"] < peak["M2"]
+
+
+def test_the_tables_have_what_was_timed_and_what_was_not(measured, monkeypatch):
+    folder, records = measured
+    monkeypatch.setattr(report, "RESULTS", folder)
+    console = Console(width=200, record=True, file=io.StringIO())
+    latency_output.show(console, records)
+    for text in (report.latency_table(), console.export_text()):
+        assert "M2" in text and "E3-M2" in text
+        assert "C5-M2" in text and "dynamo" in text
+        assert "E4-M3" not in text
+    assert (folder / "latency.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_ratios_are_of_one_run_and_the_last_run_is_reported(measured, tmp_path, monkeypatch):
+    _, records = measured
+    later = [record | {"when": "2099-01-01T00:00:00+00:00"} for record in records]
+    for record in later:
+        if record["contender"] == "S":
+            record["median_us"] *= 2
+    text = "".join(json.dumps(record) + "\n" for record in [*records, *later])
+    (tmp_path / "latency.jsonl").write_text(text)
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    (last,) = report.latency_runs().values()
+    ours, single = (next(r for r in last if r["contender"] == name) for name in ("M2", "S"))
+    assert report.ratios(ours, last)["S"] == ours["median_us"] / single["median_us"]
+    assert report.is_noisy(last)
+
+
+def test_a_wrong_contender_is_refused_by_name(request_of_two):
+    right = stock.merged_copies(request_of_two, 2)
+    wrong = replace(stock.adapters_in_turn(request_of_two, 2), systems=[{0: 1.0}, {0: 1.0}])
+    assert verify({"right": right}, request_of_two)["right"] < 1e-5
+    with pytest.raises(Unverified, match=r"nothing was timed: \{'wrong'"):
+        verify({"right": right, "wrong": wrong}, request_of_two)
+
+
+def test_no_numbers_are_wrong_numbers(request_of_two):
+    right = stock.single(request_of_two)
+    nan = replace(right, step=lambda: torch.full_like(request_of_two.x, torch.nan))
+    with pytest.raises(Unverified):
+        verify({"nan": nan}, request_of_two)
+
+
+def test_nothing_is_kept_of_a_refused_run(tmp_path, monkeypatch, capsys):
+    def refuse(contenders, request):
+        raise Unverified("nothing was timed")
+
+    monkeypatch.setattr(latency, "verify", refuse)
+    assert run(tmp_path, "E1", "--objectives", "1") == 1
+    assert list(tmp_path.iterdir()) == []
+    assert "ms/step" not in capsys.readouterr().out
+
+
+def python(name, code, **needs):
+    return gpu_runbook.Stage(name, [sys.executable, "-c", code], needs.pop("wheels", ()), **needs)
+
+
+def test_the_runbook_goes_on_where_it_stopped(tmp_path, capsys):
+    out = tmp_path / "out"
+    once = python("once", f"open({str(tmp_path / 'ran')!r}, 'a').write('x'); print('figures')")
+    waits = python(
+        "waits", f"import os, sys; sys.exit(not os.path.exists({str(tmp_path / 'go')!r}))"
+    )
+    lacking = python("lacking", "", wheels=["no_such_wheel"], tools=["no-such-tool"])
+    assert not gpu_runbook.run_all([once, waits, lacking], out)
+    assert "lacking: missing: no_such_wheel, no-such-tool" in capsys.readouterr().out
+    (tmp_path / "go").touch()
+    assert gpu_runbook.run_all([once, waits], out)
+    assert (tmp_path / "ran").read_text() == "x"
+    assert (out / "once.txt").read_text() == "figures\n"
+    seen = [(record["stage"], record["status"]) for record in lines(out / "stages.jsonl")]
+    assert seen == [
+        ("once", "passed"), ("waits", "failed"), ("lacking", "missing"), ("waits", "passed"),
+    ]  # fmt: skip
+
+
+def test_a_stage_that_takes_too_long_is_cut_off(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_runbook, "LIMIT_S", 0.2)
+    assert not gpu_runbook.run_all([python("slow", "import time; time.sleep(60)")], tmp_path)
+    assert json.loads((tmp_path / "stages.jsonl").read_text())["status"] == "cut off"
+
+
+def test_stages_name_files_and_contenders_that_exist(tmp_path):
+    names = [entry.name for entry in catalogue([1, 2, 3, 4], "merged", "cuda")]
+    for stage in gpu_runbook.stages(tmp_path):
+        for part in stage.command:
+            if part.endswith(".py"):
+                assert (gpu_runbook.ROOT / part).exists(), part
+        if "--contenders" in stage.command:
+            patterns = stage.command[stage.command.index("--contenders") + 1].split(",")
+            for pattern in patterns:
+                assert any(gpu_runbook.fnmatchcase(name, pattern) for name in names), pattern
