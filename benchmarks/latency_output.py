@@ -28,7 +28,7 @@ def show(console: Console, records: list[dict]) -> None:
         title_justify="left",
     )
     table.add_column("contender", no_wrap=True)
-    table.add_column("", no_wrap=True)
+    table.add_column("", no_wrap=True, max_width=34)
     columns = [
         "M", "ms/step", "p20 - p80", "/ S", "/ E1", "/ E3", "ms/image", "loop only", kind,
         "held MB", "peak MB", "error",
@@ -87,10 +87,13 @@ def draw(records: list[dict], path: Path) -> None:
                 for end in ("p20_us", "p80_us")
             ]
             axes.errorbar(list(points), middle, yerr=spread, marker="o", capsize=3, label=label)
-    if "S" in time:
-        single = time["S"]["median_us"] / 1e3
-        line = [m * single for m in range(1, most + 1)]
-        axes.plot(range(1, most + 1), line, "k--", lw=1, label="M x ours at M = 1 (2.0x at 2)")
+    for name, style, label in (
+        ("E1", "k-.", "M x diffusers: the paper's 2.0x at M = 2"),
+        ("S", "k--", "M x ours at M = 1"),
+    ):
+        if name in time:
+            line = [m * time[name]["median_us"] / 1e3 for m in range(1, most + 1)]
+            axes.plot(range(1, most + 1), line, style, lw=1, label=label)
     on_h100 = "H100" in first.get("gpu", "") and first["dtype"] in ("fp16", "bf16")
     if on_h100 and first["model"] == "sd15" and first["batch"] == 1 and first["branches"] == 2:
         floor = H100_ROOFLINE_SD15[:most]

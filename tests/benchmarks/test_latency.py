@@ -90,7 +90,7 @@ def test_copies_hold_each_weight_again_and_one_forward_does_not(measured):
     held = {record["contender"]: record.get("parameters_mb") for record in records}
     peak = {record["contender"]: record.get("peak_mb") for record in records}
     assert held["E4-M2"] == pytest.approx(2 * held["E1"], rel=1e-2)
-    assert held["M2/separate"] == pytest.approx(held["E3-M2"], rel=1e-2)
+    assert held["E3-M2"] <= held["M2/separate"] <= 1.1 * held["E1"]
     assert peak["S"] < peak["M2"]
 
 
