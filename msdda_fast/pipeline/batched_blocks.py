@@ -21,7 +21,7 @@ from msdda_fast.pipeline.batched_attention import Transformer
 from msdda_fast.pipeline.batched_rows import Rows, add, apply, concatenate
 from msdda_fast.pipeline.batched_sites import SiteBuilder
 
-__all__ = ["Body", "Step"]
+__all__ = ["Body", "DownBlock", "Step", "UpBlock", "norm_silu"]
 
 
 class Step(NamedTuple):
@@ -140,13 +140,17 @@ class UpBlock(_Block):
     def forward(self, rows: Rows, skips: list[Rows], step: Step) -> Rows:
         """(rows, C, h, w) -> (rows, C', h', w'), taking its inputs off the end of `skips`."""
         for i in range(len(self.resnets)):
-            rows = self.pair(i, concatenate(rows, skips.pop()), step)
+            rows = self.join(i, rows, skips, step)
         if self.upsample is None:
             return rows
         # the size of what it meets next, which need not be twice its own
         size = skips[-1].x.shape[2:]
         larger = functional.interpolate(rows.x, size=size, mode="nearest")
         return apply(self.upsample, rows.holding(larger))
+
+    def join(self, i: int, rows: Rows, skips: list[Rows], step: Step) -> Rows:
+        """Resnet i and its transformer, on `rows` and the end of `skips`."""
+        return self.pair(i, concatenate(rows, skips.pop()), step)
 
 
 _B = TypeVar("_B", DownBlock, MidBlock, UpBlock)

@@ -105,4 +105,6 @@ class TimeEmbedding(nn.Module):
         parts = [apply(layer, emb) for layer in projections]
         m = max(part.objectives for part in parts)
         parts = [part.expand(m) for part in parts]
-        return parts[0].holding(torch.cat([part.x for part in parts], dim=-1))
+        count = max(len(part.x) for part in parts)  # a layer may also part the samples
+        wide = [part.x.expand(count, -1, -1) for part in parts]
+        return parts[0].holding(torch.cat(wide, dim=-1))

@@ -59,6 +59,8 @@ class BatchedUNet(nn.Module):
         UnsupportedNetwork: The network has a part that the forward does not know.
     """
 
+    builder = SiteBuilder
+
     def __init__(
         self,
         adapters: LoadedAdapters,
@@ -72,7 +74,7 @@ class BatchedUNet(nn.Module):
         self.objectives = tuple(range(len(adapters.variants)) if objectives is None else objectives)
         self._subsets: dict[tuple[int, ...], BatchedUNet] = {}
         nhwc = options.channels_last
-        build = SiteBuilder(
+        build = self.builder(
             adapters,
             self.objectives,
             design=options.design,
@@ -171,7 +173,7 @@ class BatchedUNet(nn.Module):
             InvalidShape: Another shape, dtype or device, or no `begin` since the last `swap`.
         """
         unet = self.adapters.unet
-        if not self._begun or self._prompts is None:
+        if not self._begun:
             raise InvalidShape("no prompt: call begin(), again after each swap()")
         if x.ndim != 4 or x.shape[:2] != (self._batch, unet.config.in_channels):
             raise InvalidShape(
@@ -184,16 +186,27 @@ class BatchedUNet(nn.Module):
                 f"0-d int64 and both on {unet.device}"
             )
         with sdpa_kernel(ATTENTION_BACKENDS[self.attention_backend]):
-            return self._run(x.to(unet.dtype), k, self._prompts)
+            return self.leave(self.body(*self.enter(x, k)))
 
-    def _run(self, x: Tensor, k: Tensor, prompts: Rows) -> Tensor:
-        every = (len(self.objectives), prompts.branches)
+    def enter(self, x: Tensor, k: Tensor) -> tuple[Rows, Step]:
+        """What the body runs on, of latents (B, C, h, w) at step k, after `begin`."""
+        x = x.to(self.adapters.unet.dtype)
         if self._nhwc:
             x = x.contiguous(memory_format=torch.channels_last)
-        rows = Rows(x) if self.options.sharing.prefix else Rows(x).expand(*every)
-        step = Step(self._times(k), prompts)
-        out: Rows = self.body(rows, step)
-        return out.expand(*every).grid().contiguous()
+        step = self.step(k)
+        if self.options.sharing.prefix:
+            return Rows(x), step
+        return Rows(x).expand(len(self.objectives), step.prompts.branches), step
+
+    def step(self, k: Tensor) -> Step:
+        """What all layers see at step k, after `begin`."""
+        assert self._prompts is not None  # begin() has been called
+        return Step(self._times(k), self._prompts)
+
+    def leave(self, out: Rows) -> Tensor:
+        """The body's output as (M, K, B, C, h, w), new."""
+        assert self._prompts is not None  # begin() has been called
+        return out.expand(len(self.objectives), self._prompts.branches).grid().contiguous()
 
     def _times(self, k: Tensor) -> list[Rows]:
         """What each resnet adds at step k, (m k b, C, 1, 1)."""
