@@ -130,9 +130,11 @@ def run(stage: Stage, out: Path) -> dict[str, object]:
             if not isinstance(error, subprocess.TimeoutExpired):
                 raise
     for path in RESULTS.glob("*.jsonl"):  # benchmarks append there: keep a copy of what is new
-        with path.open("rb") as source, (out / path.name).open("ab") as copy:
+        with path.open("rb") as source:
             source.seek(sizes.get(path, 0))
-            copy.write(source.read())
+            if new := source.read():
+                with (out / path.name).open("ab") as copy:
+                    copy.write(new)
     status = {0: "passed", -signal.SIGKILL: "cut off"}.get(code, "failed")
     return record | {"status": status, "rc": code, "seconds": round(time.monotonic() - start, 1)}
 

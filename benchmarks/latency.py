@@ -33,7 +33,7 @@ from rich.console import Console
 from benchmarks import latency_output
 from benchmarks.contenders.catalogue import DESIGNS, Entry, build, catalogue
 from benchmarks.contenders.configs import CONFIGS
-from benchmarks.contenders.contender import Contender, Unverified, verify
+from benchmarks.contenders.contender import LIMITS, Contender, Unverified, effect, verify
 from benchmarks.contenders.models import Model, held_bytes, load
 from benchmarks.contenders.request import Request
 from benchmarks.harness import RESULTS, append, interleaved, launches, operators, surroundings
@@ -104,6 +104,7 @@ def measure(
     request = Request(model, batch=batch, num_steps=args.steps)
     contenders, skipped = build(entries, request, args.contenders.split(","))
     errors = verify(contenders, request)
+    effects = {name: effect(contender, request) for name, contender in contenders.items()}
     facts = {name: describe(contender, args.device) for name, contender in contenders.items()}
     parts = {"text_ms": lambda: request.encode(), "vae_ms": lambda: request.decode()}
     before = clocks(args.device)
@@ -141,6 +142,7 @@ def measure(
         else:
             record |= timings[entry.name] | facts[entry.name]
             record["error"] = float(f"{errors[entry.name]:.3g}")
+            record |= {"effect": effects[entry.name], "limit": LIMITS[request.dtype]}
             record |= {"loop_ms": loops[entry.name]} if entry.name in loops else {}
         records.append(record)
     return records

@@ -61,6 +61,10 @@ def show(console: Console, records: list[dict]) -> None:
     )
     if is_noisy(records):
         console.print("[bold red]NOISY: S and S again differ by more than 2%; measure again.")
+    blind = [r["contender"] for r in timed if r["effect"] is not None and r["effect"] < r["limit"]]
+    if blind:
+        names = ", ".join(blind)
+        console.print(f"[bold red]The adapters change less than the check allows: {names}.")
     for record in records:
         if record.get("skipped", "not asked for") != "not asked for":
             console.print(f"skipped {record['contender']}: {record['skipped']}", markup=False)

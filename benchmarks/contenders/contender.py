@@ -11,10 +11,11 @@ from torch import Tensor
 
 from benchmarks.contenders.request import Request
 
-__all__ = ["LIMITS", "Contender", "Impossible", "Unverified", "verify"]
+__all__ = ["LIMITS", "Contender", "Impossible", "Unverified", "effect", "verify"]
 
-#: Largest accepted ||x - exact|| / ||exact|| after one step, by the dtype of the networks.
-LIMITS = {torch.float16: 5e-3, torch.bfloat16: 5e-3, torch.float32: 1e-4, torch.float64: 1e-6}
+#: Largest accepted ||x - exact|| / ||exact|| after one step, by the dtype of the networks. That of
+#: bfloat16 is eight times that of float16, as its rounding is: stock diffusers needs 1.6e-2 there.
+LIMITS = {torch.float16: 5e-3, torch.bfloat16: 4e-2, torch.float32: 1e-4, torch.float64: 1e-6}
 
 
 class Impossible(Exception):
@@ -65,3 +66,15 @@ def verify(contenders: Mapping[str, Contender], request: Request) -> dict[str, f
     if wrong:
         raise Unverified(f"nothing was timed: {wrong} from the reference, at most {limit:.0e}")
     return errors
+
+
+def effect(contender: Contender, request: Request) -> float | None:
+    """How far x lies from that of the base model; None: the contender has no adapters.
+
+    Only where this is above the limit could `verify` have told that adapters were left out.
+    """
+    if contender.systems == [None]:
+        return None
+    exact = request.exact(contender.systems)
+    base = request.exact([None] * len(contender.systems))
+    return float((exact - base).norm() / exact.norm())

@@ -13,7 +13,7 @@ from rich.console import Console
 from benchmarks import gpu_runbook, latency, latency_output, report
 from benchmarks.contenders import stock
 from benchmarks.contenders.catalogue import catalogue
-from benchmarks.contenders.contender import Unverified, verify
+from benchmarks.contenders.contender import LIMITS, Unverified, verify
 from benchmarks.contenders.models import load
 from benchmarks.contenders.request import Request
 
@@ -127,6 +127,13 @@ def test_a_wrong_contender_is_refused_by_name(request_of_two):
     assert verify({"right": right}, request_of_two)["right"] < 1e-5
     with pytest.raises(Unverified, match=r"nothing was timed: \{'wrong'"):
         verify({"right": right, "wrong": wrong}, request_of_two)
+
+
+def test_adapters_change_more_than_half_precision_loses(measured):
+    _, records = measured
+    effects = {record["contender"]: record.get("effect") for record in records}
+    assert effects["E1"] is None
+    assert effects["M2"] == effects["E3-M2"] > 5 * LIMITS[torch.float16]
 
 
 def test_no_numbers_are_wrong_numbers(request_of_two):
