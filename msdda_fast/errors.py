@@ -9,6 +9,7 @@ __all__ = [
     "AdapterMismatch",
     "BackendUnavailable",
     "CaptureError",
+    "InvalidMode",
     "InvalidSchedule",
     "InvalidShape",
     "InvalidWeights",
@@ -36,6 +37,10 @@ class InvalidShape(MSDDAError, ValueError):
 
 class InvalidSchedule(MSDDAError, ValueError):
     """Steps, eta, guidance or a scheduler setting for which the DDIM kernel is not defined."""
+
+
+class InvalidMode(MSDDAError, ValueError):
+    """A mode that there is not, or that this pipeline cannot run; the message says which can."""
 
 
 class AdapterMismatch(MSDDAError, ValueError):

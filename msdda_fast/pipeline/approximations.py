@@ -71,7 +71,7 @@ class Staggered:
         head = split.head(x, k)
         self._ages = [age + 1 for age in self._ages]
         call, self._calls = self._calls, self._calls + 1
-        if call == 0 or call % REFRESH == 1:
+        if call == 0 or (call - 1) % REFRESH == 0:
             deep = split.deep(head, k)
             outputs = split.tail(head, deep, k)
             if self._kept:
