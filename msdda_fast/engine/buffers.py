@@ -46,6 +46,7 @@ class ShapeKey:
         rank: What the ranks of all adapters are padded to; 0 without adapters.
         max_steps: Length of the tables; requests have as many steps or fewer.
         noise_table: Whether z comes from a table (T, B, *S), or from one seed per sample.
+        context: Shape of what the network itself keeps of a request, such as embeddings.
     """
 
     shape: tuple[int, ...]
@@ -58,6 +59,7 @@ class ShapeKey:
     rank: int = 0
     max_steps: int = 64
     noise_table: bool = False
+    context: tuple[int, ...] = ()
 
     @property
     def columns(self) -> int:

@@ -94,6 +94,8 @@ class BatchedUNet(nn.Module):
         self.attention_backend = choose_backend(
             options.attention, head_dims, unet.dtype, unet.device
         )
+        # asked of the network, these walk all of its modules: milliseconds in each step
+        self.device, self.dtype = unet.device, unet.dtype
         self.generations = 0
         self._begun = False
         self._batch = 0
@@ -142,12 +144,12 @@ class BatchedUNet(nn.Module):
             )
         self.time.check(added, (count, *prompt_embeds.shape[1:3]))
         sharing = self.options.sharing
-        embeds = prompt_embeds.to(unet.device, unet.dtype)
+        embeds = prompt_embeds.to(self.device, self.dtype)
         prompts = Rows(embeds.flatten(0, 2), *embeds.shape[:2])
         if not sharing.prefix:
             prompts = prompts.expand(count)
         self._prompts = hold(self._prompts, prompts)
-        self._timesteps = hold(self._timesteps, Rows(timesteps.to(unet.device)))
+        self._timesteps = hold(self._timesteps, Rows(timesteps.to(self.device)))
         self._added = added
         if sharing.prompt_cache:
             for layer in self._cross:
@@ -180,17 +182,17 @@ class BatchedUNet(nn.Module):
                 f"x has shape {tuple(x.shape)}, expected ({self._batch}, "
                 f"{unet.config.in_channels}, h, w)"
             )
-        if k.ndim != 0 or k.dtype != torch.int64 or {k.device, x.device} != {unet.device}:
+        if k.ndim != 0 or k.dtype != torch.int64 or {k.device, x.device} != {self.device}:
             raise InvalidShape(
                 f"k is {k.dtype} {tuple(k.shape)} on {k.device} and x is on {x.device}, expected "
-                f"0-d int64 and both on {unet.device}"
+                f"0-d int64 and both on {self.device}"
             )
         with sdpa_kernel(ATTENTION_BACKENDS[self.attention_backend]):
             return self.leave(self.body(*self.enter(x, k)))
 
     def enter(self, x: Tensor, k: Tensor) -> tuple[Rows, Step]:
         """What the body runs on, of latents (B, C, h, w) at step k, after `begin`."""
-        x = x.to(self.adapters.unet.dtype)
+        x = x.to(self.dtype)
         if self._nhwc:
             x = x.contiguous(memory_format=torch.channels_last)
         step = self.step(k)

@@ -209,6 +209,8 @@ def attach_loaded(
     pipe: P, source: DiffusionPipeline, objectives: Mapping[str, Objective] | None
 ) -> P:
     """Make objectives of the adapters already in the networks; see `MSDDAPipeline.from_pipe`."""
+    if (settings := getattr(source, "forward_settings", None)) is not None:
+        pipe.set_forward(**settings)
     loaded = adapter_names(pipe.unet, pipe.text_encoder)
     for module in pipe.unet.modules():
         if isinstance(module, BaseTunerLayer) and module.merged:

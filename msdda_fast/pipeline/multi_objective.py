@@ -3,20 +3,32 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from msdda_fast.engine.graph import Capture
 from msdda_fast.engine.parallel import ObjectiveParallel
+from msdda_fast.errors import AdapterMismatch, UnsupportedNetwork
 from msdda_fast.objective import Objective
 from msdda_fast.pipeline import loading, saving
+from msdda_fast.pipeline.batched_options import DEFAULTS, BatchedOptions
+from msdda_fast.pipeline.captured import CapturedSampler
+from msdda_fast.pipeline.modes import ModeNetworks
 from msdda_fast.pipeline.prediction import Variant
 
-__all__ = ["MultiObjectivePipeline"]
+__all__ = ["Forward", "MultiObjectivePipeline"]
+
+logger = logging.getLogger(__name__)
+
+#: "batched": one forward for all objectives; "sequential": one after another; "auto": batched where
+#: the objectives share a network that can.
+Forward = Literal["auto", "batched", "sequential"]
 
 
 class MultiObjectivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers ships no types
@@ -25,6 +37,11 @@ class MultiObjectivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffus
     _objectives: dict[str, Objective]
     _variants: dict[str, Variant]
     _parallel: ObjectiveParallel | None = None
+    _forward: Forward = "auto"
+    _sampler_options: Mapping[str, Any] = {}
+    _sampler: CapturedSampler | None = None
+    _mode_networks: ModeNetworks | None = None
+    _said: str = ""
 
     @classmethod
     def from_pretrained(
@@ -113,6 +130,63 @@ class MultiObjectivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffus
     def disable_parallel(self) -> None:
         """Sample alone again. Every process of the group must do so."""
         self._parallel = None
+
+    def set_forward(
+        self,
+        forward: Forward = "auto",
+        *,
+        capture: Capture = "auto",
+        compile: bool = False,
+        options: BatchedOptions = DEFAULTS,
+    ) -> None:
+        """Choose how the objectives' networks run in later calls.
+
+        Args:
+            forward: See `Forward`. "batched" raises where "auto" would run one after another.
+            capture: Of the batched step as a graph, where the device has them: "auto", "required"
+                or "off".
+            compile: Pass the batched step through `torch.compile`.
+            options: How the batched forward is built.
+
+        Raises:
+            ValueError: Another word than those.
+        """
+        for name, value, known in (
+            ("forward", forward, ("auto", "batched", "sequential")),
+            ("capture", capture, ("auto", "required", "off")),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {known}, got {value!r}")
+        self._forward, self._sampler = forward, None
+        self._sampler_options = {"capture": capture, "compile": compile, "options": options}
+
+    @property
+    def forward_settings(self) -> dict[str, Any]:
+        """The arguments that `set_forward` was last called with."""
+        return {"forward": self._forward, **self._sampler_options}
+
+    def captured_sampler(self) -> CapturedSampler | None:
+        """The batched forward of the objectives as they are now; None: one after another.
+
+        Raises:
+            AdapterMismatch, UnsupportedNetwork: `set_forward("batched")`, and it cannot be.
+            CaptureError: Graphs are required on a device without them.
+        """
+        if self._forward == "sequential":
+            return None
+        variants = list(self._variants.values())
+        if self._sampler is not None and self._sampler.is_current(variants):
+            return self._sampler
+        self._sampler = None  # free the old one before building anew
+        try:
+            self._sampler = CapturedSampler(variants, **self._sampler_options)
+        except (AdapterMismatch, UnsupportedNetwork) as error:
+            if self._forward == "batched":
+                raise
+            if str(error) != self._said:
+                logger.info("objectives run one after another: %s", error)
+                self._said = str(error)
+        return self._sampler
 
     def to(self, *args: Any, **kwargs: Any) -> Self:  # noqa: ANN401 - diffusers' signature
         """Move or cast every component and every objective's own network."""

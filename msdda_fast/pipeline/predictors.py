@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from msdda_fast.coefficients import CoefficientTable
 from msdda_fast.engine.noise import NoiseSource
+from msdda_fast.pipeline.captured import CapturedSampler
 from msdda_fast.pipeline.parallel import ParallelPredictor, generation
 from msdda_fast.pipeline.prediction import Predictor, SequentialPredictor
 from msdda_fast.pipeline.prompts import Prompts
@@ -30,8 +32,10 @@ def choose_predictor(
     table: CoefficientTable,
     noise: NoiseSource,
     latents: Tensor | None,
-) -> Iterator[Predictor]:
-    """Give one generation its predictor: of this process, or of all that run in parallel with it.
+) -> Iterator[Predictor | CapturedSampler]:
+    """Give one generation what runs its networks, in this process or in all of a group.
+
+    Alone, and with a float32 state: the batched step where the objectives can share a forward.
 
     Args:
         pipe: Its variants, and its `parallel` if it has any.
@@ -41,6 +45,12 @@ def choose_predictor(
     Raises:
         RankLost, RanksDiffer: See `ObjectiveParallel.generation`.
     """
+    sampler = None
+    if pipe.parallel is None and table.rows.dtype == torch.float32:
+        sampler = pipe.captured_sampler()
+    if sampler is not None:
+        yield sampler
+        return
     dtype = pipe.unet.dtype
     local: Predictor = SequentialPredictor(list(pipe.variants.values()), switch, dtype)
     if pipe.parallel is None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -14,7 +15,8 @@ from torch import Tensor
 from msdda_fast.coefficients import CoefficientTable
 from msdda_fast.engine.noise import NoiseSource
 from msdda_fast.kernels.fused_step import fused_ddim_step
-from msdda_fast.pipeline.prediction import Variant
+from msdda_fast.pipeline.captured import CapturedSampler
+from msdda_fast.pipeline.prediction import Predictor
 from msdda_fast.pipeline.predictors import choose_predictor
 from msdda_fast.pipeline.prompts import Prompts
 from msdda_fast.pipeline.switching import AdapterSwitch, adapter_names
@@ -75,6 +77,11 @@ class State:
     cond: Tensor
     uncond: Tensor | None
 
+    def embeddings(self) -> Tensor:
+        """(M, K, B, L, D), in the order (uncond, cond)."""
+        branches = [self.cond] if self.uncond is None else [self.uncond, self.cond]
+        return torch.stack(branches, dim=1)
+
 
 def sample(
     pipe: MSDDAPipeline,
@@ -83,6 +90,7 @@ def sample(
     noise: NoiseSource,
     latents: Tensor | None,
     callback: Callback,
+    predictor: Predictor | None = None,
 ) -> Tensor:
     """Run Algorithm 1 with a checked request.
 
@@ -93,20 +101,22 @@ def sample(
         noise: Source of x_T and z.
         latents: x_T in place of the drawn one, (B, C, h, w).
         callback: Sees the state after each step.
+        predictor: Runs the networks, in place of the one that `choose_predictor` would choose.
 
     Returns: x_0, (B, C, h, w), in the dtype of the table.
     """
     variants = list(pipe.variants.values())
     networks = {id(variant.network): variant.network for variant in variants}
-    active = (table.share != 0).any(1).tolist()  # [T][M]
     pipe._interrupt = False
     pipe._num_timesteps = len(table)
     with (
         AdapterSwitch([pipe.text_encoder, *networks.values()]) as switch,
         pipe.progress_bar(total=len(table)) as bar,
-        choose_predictor(pipe, switch, prompts, table, noise, latents) as predictor,
+        nullcontext(predictor)
+        if predictor is not None
+        else choose_predictor(pipe, switch, prompts, table, noise, latents) as chosen,
     ):
-        cond, uncond = _encode(pipe, prompts, variants, table, switch)
+        cond, uncond = _encode(pipe, prompts, table, switch)
         if latents is None:
             # generators draw in the dtype of stock diffusers
             dtype = pipe.unet.dtype if noise.seeds is None else table.rows.dtype
@@ -116,22 +126,62 @@ def sample(
             # eta = 0 throughout: like diffusers, leave the generators alone
             none = state.x.new_zeros(()).expand(len(table), *state.x.shape)
             noise = replace(noise, noise=none)
-        for k, t in enumerate(table.timesteps):
-            if pipe.interrupt:
-                break
-            branches = [state.cond] if state.uncond is None else [state.uncond, state.cond]
-            outputs = predictor.predict(state.x, t, torch.stack(branches, dim=1), active[k])
-            like = next(output for output in outputs if output is not None)[0]
-            x_prev = fused_ddim_step(state.x, outputs, table[k], **noise.step(k, like=like))
-            state = callback(pipe, k, t, replace(state, x=x_prev))
-            bar.update()
+        if isinstance(chosen, CapturedSampler):
+            return _captured(pipe, chosen, table, noise, state, callback, bar)
+        return _predicted(pipe, chosen, table, noise, state, callback, bar)
+
+
+def _predicted(
+    pipe: MSDDAPipeline,
+    predictor: Predictor,
+    table: CoefficientTable,
+    noise: NoiseSource,
+    state: State,
+    callback: Callback,
+    bar: Any,  # noqa: ANN401 - diffusers' tqdm
+) -> Tensor:
+    active = (table.share != 0).any(1).tolist()  # [T][M]
+    embeds = state.embeddings()
+    for k, t in enumerate(table.timesteps):
+        if pipe.interrupt:
+            break
+        outputs = predictor.predict(state.x, t, embeds, active[k])
+        like = next(output for output in outputs if output is not None)[0]
+        x_prev = fused_ddim_step(state.x, outputs, table[k], **noise.step(k, like=like))
+        state = callback(pipe, k, t, replace(state, x=x_prev))
+        if callback.function is not None:
+            embeds = state.embeddings()
+        bar.update()
     return state.x
+
+
+def _captured(
+    pipe: MSDDAPipeline,
+    sampler: CapturedSampler,
+    table: CoefficientTable,
+    noise: NoiseSource,
+    state: State,
+    callback: Callback,
+    bar: Any,  # noqa: ANN401 - diffusers' tqdm
+) -> Tensor:
+    shared = _share_text(pipe)
+    generation = sampler.begin(table, noise, state.x, state.embeddings(), shared=shared)
+    looks = callback.function is not None
+    for k in generation.steps():
+        if looks:
+            # the state is a buffer that the next step overwrites
+            state = callback(pipe, k, table.timesteps[k], replace(state, x=generation.x.clone()))
+            generation.replace_x(state.x)
+            generation.replace_prompt(state.embeddings())
+        bar.update()
+        if pipe.interrupt:
+            break
+    return generation.x.clone()
 
 
 def _encode(
     pipe: MSDDAPipeline,
     prompts: Prompts,
-    variants: Sequence[Variant],
     table: CoefficientTable,
     switch: AdapterSwitch,
 ) -> tuple[Tensor, Tensor | None]:
@@ -139,9 +189,8 @@ def _encode(
 
     Objectives share one encoding unless their adapters change the text encoder.
     """
-    in_text = adapter_names(pipe.text_encoder)
     encoded: dict[tuple[str | None, float], tuple[Tensor, Tensor]] = {}
-    keys = [(v.adapter, v.scale) if v.adapter in in_text else (None, 1.0) for v in variants]
+    keys = _text_encoders(pipe)
     for key, active in zip(keys, table.active, strict=True):
         if active and key not in encoded:
             switch.select(*key)
@@ -160,3 +209,14 @@ def _encode(
     if not table.needs_uncond:
         return cond, None
     return cond, torch.stack([row[1] for row in rows])
+
+
+def _text_encoders(pipe: MSDDAPipeline) -> list[tuple[str | None, float]]:
+    """By objective, the adapter and scale that its text encoder runs with."""
+    in_text = adapter_names(pipe.text_encoder)
+    variants = pipe.variants.values()
+    return [(v.adapter, v.scale) if v.adapter in in_text else (None, 1.0) for v in variants]
+
+
+def _share_text(pipe: MSDDAPipeline) -> bool:
+    return len(set(_text_encoders(pipe))) == 1

@@ -19,27 +19,36 @@ def close(actual, expected, tolerance=1e-5):
     return (actual - expected).abs().max() <= tolerance * expected.abs().max()
 
 
+@pytest.fixture
+def one_by_one(tiny) -> mf.MSDDAPipeline:
+    """Runs stock forwards, which can be counted."""
+    pipe = quiet(mf.MSDDAPipeline.from_pipe(tiny.shared()))
+    pipe.set_forward("sequential")
+    return pipe
+
+
 class TestWhatIsEvaluated:
-    def test_each_objective_runs_once_a_step_with_its_own_adapter(self, pipe, calls):
-        pipe(PROMPTS, **SHORT)
+    def test_each_objective_runs_once_a_step_with_its_own_adapter(self, one_by_one, calls):
+        one_by_one(PROMPTS, **SHORT)
         assert calls == [("warm",), ("cool",)] * 2
 
     @pytest.mark.parametrize("one_hot, name", [((1, 0), "warm"), ((0, 1), "cool")])
-    def test_weight_zero_is_never_evaluated(self, pipe, calls, one_hot, name):
-        pipe(PROMPTS, weights=one_hot, **SHORT)
+    def test_weight_zero_is_never_evaluated(self, one_by_one, calls, one_hot, name):
+        one_by_one(PROMPTS, weights=one_hot, **SHORT)
         assert calls == [(name,)] * 2
 
-    def test_weight_zero_for_some_prompts_only_is_evaluated(self, pipe, calls):
-        pipe(PROMPTS, weights=[{"warm": 1, "cool": 0}, {"warm": 0.5, "cool": 0.5}], **SHORT)
+    def test_weight_zero_for_some_prompts_only_is_evaluated(self, one_by_one, calls):
+        one_by_one(PROMPTS, weights=[{"warm": 1, "cool": 0}, {"warm": 0.5, "cool": 0.5}], **SHORT)
         assert calls == [("warm",), ("cool",)] * 2
 
-    def test_a_schedule_evaluates_what_each_step_needs(self, pipe, calls):
-        pipe(PROMPTS, weights=lambda k: (1, 0) if k == 0 else (0, 1), **SHORT)
+    def test_a_schedule_evaluates_what_each_step_needs(self, one_by_one, calls):
+        one_by_one(PROMPTS, weights=lambda k: (1, 0) if k == 0 else (0, 1), **SHORT)
         assert calls == [("warm",), ("cool",)]
 
     def test_the_base_model_runs_without_adapters(self, tiny, calls):
         objectives = {"warm": mf.Objective(), "cool": mf.Objective(), "plain": mf.Objective.base()}
         pipe = quiet(mf.MSDDAPipeline.from_pipe(tiny.shared(), objectives=objectives))
+        pipe.set_forward("sequential")
         pipe(PROMPTS, weights={"warm": 0, "cool": 0, "plain": 1}, **SHORT)
         assert calls == [()] * 2
 
@@ -59,7 +68,7 @@ class TestWhatIsEvaluated:
 
     @pytest.mark.parametrize("guidance, rows", [(1.0, 2), (3.0, 4), ({"warm": 1, "cool": 2}, 4)])
     def test_the_unconditional_half_runs_only_under_guidance(
-        self, pipe, monkeypatch, guidance, rows
+        self, one_by_one, monkeypatch, guidance, rows
     ):
         seen, forward = [], UNet2DConditionModel.forward
 
@@ -68,7 +77,7 @@ class TestWhatIsEvaluated:
             return forward(network, sample, *args, **kwargs)
 
         monkeypatch.setattr(UNet2DConditionModel, "forward", note)
-        pipe(PROMPTS, **{**SHORT, "guidance_scale": guidance})
+        one_by_one(PROMPTS, **{**SHORT, "guidance_scale": guidance})
         assert seen == [rows] * 4
 
     def test_scale_zero_is_the_base_and_scale_one_is_not(self, tiny):
@@ -213,17 +222,18 @@ class TestCallback:
 
         assert pipe(PROMPTS, callback_on_step_end=zero, **SHORT).images.eq(0).all()
 
-    def test_may_interrupt(self, pipe, calls):
+    def test_may_interrupt(self, one_by_one, calls):
         def stop(pipe, k, t, tensors):
             pipe._interrupt = True
 
-        pipe(PROMPTS, callback_on_step_end=stop, **SHORT)
+        one_by_one(PROMPTS, callback_on_step_end=stop, **SHORT)
         assert len(calls) == 2  # two objectives, one step
-        pipe(PROMPTS, **SHORT)
+        one_by_one(PROMPTS, **SHORT)
         assert len(calls) == 6  # the next call runs to its end
 
 
-def test_prepare_runs_one_step_of_every_objective(pipe, calls):
+def test_prepare_runs_one_step_of_every_objective(one_by_one, calls):
+    pipe = one_by_one
     pipe.prepare(batch_size=2, height=32, width=32, num_inference_steps=5)
     assert calls == [("warm",), ("cool",)]
     with pytest.raises(mf.InvalidShape, match="33"):

@@ -36,6 +36,11 @@ def parameters(pipe):
     }
 
 
+def assert_close(actual, expected):
+    """Equal up to float32 rounding, which depends on where matrices lie and how many rows share."""
+    assert (actual - expected).norm() < 1e-4 * expected.norm()
+
+
 class TestFromPretrained:
     def test_objectives_json_is_used_when_none_are_given(self, tiny, tmp_path):
         folder = tmp_path / "model"
@@ -204,7 +209,7 @@ class TestHub:
         pipe = tiny.load(objectives=objectives, token="t")
         expected = tiny.shared()(PROMPTS, weights=(0.3, 0.7), **SHORT).images
         for weights in ((0.3, 0.7, 0), (0.3, 0, 0.7)):
-            assert torch.equal(pipe(PROMPTS, weights=weights, **SHORT).images, expected)
+            assert_close(pipe(PROMPTS, weights=weights, **SHORT).images, expected)
 
     def test_what_is_not_there_is_named(self, tiny, repository):
         repository.mkdir()
@@ -319,7 +324,7 @@ class TestFromPipe:
             {"warm": mf.Objective(eta=1.0), "cool": mf.Objective(eta=0.8)},
         ):
             pipe = mf.MSDDAPipeline.from_pipe(stock, objectives=objectives)
-            assert torch.equal(pipe(PROMPTS, weights=(0.3, 0.7), **SHORT).images, expected)
+            assert_close(pipe(PROMPTS, weights=(0.3, 0.7), **SHORT).images, expected)
 
     def test_every_adapter_without_objectives(self, stock):
         pipe = mf.MSDDAPipeline.from_pipe(stock)
@@ -334,7 +339,8 @@ class TestFromPipe:
         pipe = mf.MSDDAPipeline.from_pipe(stock, objectives=objectives)
         half = pipe(PROMPTS, weights=(0, 1, 0), **SHORT).images
         alone = tiny.only(mf.Objective("warm", scale=0.5))
-        assert torch.equal(half, alone(PROMPTS, **SHORT).images)
+        assert_close(half, alone(PROMPTS, **SHORT).images)
+        pipe.set_forward("sequential")
         calls.clear()
         pipe(PROMPTS, **SHORT)
         assert calls == [("warm",), ("warm",), ()] * 2

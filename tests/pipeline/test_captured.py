@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Generations on the captured step give the images of one network after another."""
+
+import logging
+
+import pytest
+import torch
+
+import msdda_fast as mf
+from msdda_fast.engine import graph
+from msdda_fast.errors import CaptureError, InvalidShape, UnsupportedNetwork
+from msdda_fast.pipeline.batched_options import BatchedOptions
+from tests.engine.small_world import TracedGraphs
+from tests.tiny_model import quiet, small_unet
+
+PROMPTS = ["a red dog", "a blue cat"]
+SHORT = dict(num_inference_steps=3, guidance_scale=3.0, seed=0, output_type="latent")
+WEIGHTS = [{"warm": 0.2, "cool": 0.8}, {"warm": 1, "cool": 0}]
+
+
+def both(pipe, **request):
+    """Latents of the same request, run one after another and in one forward."""
+    given = {"prompt": PROMPTS, **SHORT, **request}
+    pipe.set_forward("sequential")
+    apart = pipe(**given).images
+    pipe.set_forward("batched")
+    return apart, pipe(**given).images
+
+
+def assert_close(actual, expected):
+    # float32, sums in another order, through three steps of guidance of a random network
+    assert (actual - expected).norm() < 2e-4 * expected.norm()
+
+
+@pytest.fixture
+def pipe(tiny) -> mf.MSDDAPipeline:
+    """Of this test alone: its settings change."""
+    return quiet(mf.MSDDAPipeline.from_pipe(tiny.shared()))
+
+
+@pytest.fixture
+def graphs(monkeypatch) -> TracedGraphs:
+    """Graphs on the CPU, so that capture and replay are what runs."""
+    made = TracedGraphs()
+    monkeypatch.setattr(graph, "graphs_for", lambda device: made)
+    return made
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {},
+        {"weights": WEIGHTS},
+        {"weights": lambda k: (1, 0) if k == 0 else (0.5, 0.5)},
+        {"guidance_scale": 1.0},
+        {"guidance_scale": {"warm": 1, "cool": 4}},
+        {"etas": {"warm": 0.0, "cool": 0.0}},
+        {"weights": {"warm": 0, "cool": 1}},
+        {"num_images_per_prompt": 2},
+    ],
+    ids=["plain", "per prompt", "schedule", "no cfg", "two scales", "eta 0", "one hot", "images"],
+)
+def test_latents_are_those_of_one_after_another(pipe, request_):
+    apart, together = both(pipe, **request_)
+    assert_close(together, apart)
+
+
+def test_generators_draw_what_they_would(pipe):
+    images = []
+    for forward in ("sequential", "batched"):
+        pipe.set_forward(forward)
+        generator = torch.Generator().manual_seed(5)
+        images.append(pipe(PROMPTS, **{**SHORT, "seed": None}, generator=generator).images)
+        images.append(torch.randn(3, generator=generator))
+    assert_close(images[2], images[0])
+    assert torch.equal(images[3], images[1])
+
+
+@pytest.mark.parametrize("name", ["latents", "prompt_embeds"])
+def test_what_a_callback_replaces_is_what_goes_on(pipe, name):
+    def halve(pipe, k, t, tensors):
+        return {name: tensors[name] * 0.5} if k == 0 else {}
+
+    options = dict(callback_on_step_end=halve, callback_on_step_end_tensor_inputs=[name])
+    apart, together = both(pipe, **options)
+    assert_close(together, apart)
+    _, plain = both(pipe)
+    assert (together - plain).norm() > 1e-2 * plain.norm()
+
+
+def test_an_interrupted_generation_ends_there(pipe):
+    def stop(pipe, k, t, tensors):
+        pipe._interrupt = k == 1
+        return {}
+
+    apart, together = both(pipe, callback_on_step_end=stop)
+    assert_close(together, apart)
+
+
+def test_no_request_of_a_shape_captures_again(pipe, graphs):
+    pipe.set_forward("batched", capture="required")
+    requests = [
+        {}, {"weights": WEIGHTS}, {"seed": 7}, {"prompt": ["a cup", "a car"]},
+        {"guidance_scale": 5.0}, {"etas": {"warm": 0.3, "cool": 0.9}}, {"num_inference_steps": 5},
+    ]  # fmt: skip
+    for request in requests:
+        given = {"prompt": PROMPTS, **SHORT, **request}
+        captured = pipe(**given).images
+        sampler = pipe.captured_sampler()
+        pipe.set_forward("sequential")
+        assert_close(captured, pipe(**given).images)
+        pipe._forward, pipe._sampler = "batched", sampler
+    assert graphs.captures == 1 and graphs.replays == 3 * 6 + 5
+    pipe(PROMPTS[:1], **SHORT)
+    assert graphs.captures == 2
+
+
+def test_prepare_captures_ahead(pipe, graphs):
+    pipe.prepare(batch_size=2, num_inference_steps=3)
+    assert graphs.captures == 1
+    pipe(PROMPTS, **{**SHORT, "guidance_scale": None})
+    assert graphs.captures == 1
+
+
+def test_an_adapter_that_changed_is_not_run_from_before(pipe):
+    pipe.set_forward("batched")
+    before = pipe(PROMPTS, **SHORT).images
+    warm = [p for name, p in pipe.unet.named_parameters() if ".lora_B.warm" in name]
+    for parameter in warm:
+        parameter.data.mul_(3.0)
+    try:
+        apart, together = both(pipe)
+    finally:
+        for parameter in warm:
+            parameter.data.div_(3.0)
+    assert_close(together, apart)
+    assert (together - before).norm() > 1e-2 * before.norm()
+
+
+def test_an_image_does_not_depend_on_what_shares_its_batch(pipe):
+    pipe.set_forward("batched")
+    batch = pipe(PROMPTS, weights=WEIGHTS, **SHORT).images
+    alone = pipe(PROMPTS[1], weights=WEIGHTS[1], **{**SHORT, "seed": 1}).images
+    assert_close(alone[0], batch[1])
+
+
+def test_networks_of_their_own_run_one_after_another(tiny, caplog):
+    objectives = {"warm": mf.Objective(), "own": mf.Objective(unet=small_unet())}
+    pipe = quiet(mf.MSDDAPipeline.from_pipe(tiny.shared(), objectives=objectives))
+    with caplog.at_level(logging.INFO, logger="msdda_fast"):
+        pipe(PROMPTS, **SHORT)
+        pipe(PROMPTS, **SHORT)
+    assert [r.message for r in caplog.records if "one after another" in r.message] == [
+        "objectives run one after another: objectives with networks of their own share no forward"
+    ]
+    pipe.set_forward("batched")
+    with pytest.raises(UnsupportedNetwork, match="networks of their own"):
+        pipe(PROMPTS, **SHORT)
+
+
+def test_embeddings_of_one_objective_alone_are_refused(pipe):
+    def shift(pipe, k, t, tensors):
+        embeds = tensors["prompt_embeds"].clone()
+        embeds[0] += 1
+        return {"prompt_embeds": embeds}
+
+    pipe.set_forward("batched")
+    options = dict(callback_on_step_end=shift, callback_on_step_end_tensor_inputs=["prompt_embeds"])
+    with pytest.raises(InvalidShape, match="sequential"):
+        pipe(PROMPTS, **SHORT, **options)
+
+
+@pytest.mark.parametrize("wrong", [{"forward": "fast"}, {"capture": "maybe"}])
+def test_unknown_words_are_refused(pipe, wrong):
+    with pytest.raises(ValueError, match="must be one of"):
+        pipe.set_forward(**wrong)
+
+
+def test_required_graphs_on_a_device_without(pipe):
+    pipe.set_forward("batched", capture="required")
+    with pytest.raises(CaptureError, match="has no graphs"):
+        pipe(PROMPTS, **SHORT)
+
+
+def test_a_folded_build_agrees(pipe):
+    pipe.set_forward("sequential")
+    apart = pipe(PROMPTS, **SHORT).images
+    pipe.set_forward("batched", options=BatchedOptions(design="folded", fuse_qkv=True))
+    assert_close(pipe(PROMPTS, **SHORT).images, apart)
