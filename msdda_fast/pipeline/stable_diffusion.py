@@ -14,7 +14,6 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
-from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from torch import Tensor
@@ -28,7 +27,9 @@ from transformers import (
 from msdda_fast.engine.noise import image_seeds, noise_source
 from msdda_fast.objective import Objective
 from msdda_fast.pipeline import loading, request, sampling
+from msdda_fast.pipeline.modes import Mode, ModeNetworks, ModePredictor
 from msdda_fast.pipeline.multi_objective import MultiObjectivePipeline
+from msdda_fast.pipeline.output import MSDDAPipelineOutput
 from msdda_fast.pipeline.prediction import Variant
 from msdda_fast.pipeline.prompts import Prompts
 from msdda_fast.schedule import coefficient_table
@@ -121,6 +122,7 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
         num_inference_steps: int = 50,
         *,
         weights: WeightSchedule = None,
+        mode: Mode = "exact",
         seed: int | Sequence[int] | None = None,
         etas: Mapping[str, float] | Sequence[float] | None = None,
         guidance_scale: float | Mapping[str, float] | Sequence[float] | None = None,
@@ -153,6 +155,10 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
                 to a number, a list of P mappings, one per prompt, (M,) or (B, M) numbers, or a
                 callable from the step index 0..T-1 to any of these. None: uniform. An objective
                 whose weight is 0 throughout is not evaluated.
+            mode: "exact", or for speed an approximation that reports how far its steps may be off:
+                "staggered" renews the deep features of one objective per step, in turn; "merged"
+                runs one network with the adapters merged by precision, the limit of Rewarded Soups;
+                "hybrid" is merged, and exact in the last fifth of the steps.
             seed: Counter-based noise: image i gets the seed `seed + i`; a list has one per image.
             etas: eta in [0, 1] by objective, in place of the objectives' own.
             guidance_scale: >= 1, for all objectives, by name, or (M,); 1 is no guidance. None: the
@@ -168,26 +174,30 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
             extrapolate: Accept negative weights while the fused precision stays positive.
             output_type: "pil", "np" (B, H, W, 3) in [0, 1], "pt" (B, 3, H, W) in [0, 1], or
                 "latent": x_0 (B, C, h, w), float32.
-            return_dict: Return a `StableDiffusionPipelineOutput`; else the tuple of its fields.
+            return_dict: Return an `MSDDAPipelineOutput`; else the tuple (images, flags).
             callback_on_step_end: Called after step k as `f(pipe, k, t, tensors)`; what it returns
                 in its dict replaces those tensors.
             callback_on_step_end_tensor_inputs: Which tensors it gets: "latents" (B, C, h, w),
                 "prompt_embeds" and "negative_prompt_embeds", both (M, B, L, D).
 
-        Returns: A `StableDiffusionPipelineOutput`: `images`, and `nsfw_content_detected` (None
-            without a safety checker).
+        Returns: An `MSDDAPipelineOutput`: `images`, `nsfw_content_detected` (None without a safety
+            checker), and `step_kl_estimate` (None in exact mode).
 
         Raises:
             UnknownObjective: A name in `weights`, `etas` or `guidance_scale` is no objective.
             InvalidWeights: Weights off the simplex, or that leave no positive precision.
             InvalidSchedule: A number of steps, eta or guidance scale outside its range.
             InvalidShape: A tensor or list of the wrong length or shape.
+            InvalidMode: An unknown mode, or an approximate one in several processes.
+            AdapterMismatch, UnsupportedNetwork: An approximate mode, and objectives that cannot
+                share one forward.
             ZeroVariance: A prompt mixes eta = 0 with eta > 0 under `zero_variance="error"`.
             ValueError: Prompts that contradict each other; seed and generator together; an argument
                 of stock pipelines that has no meaning here, among them `eta`.
         """
         request.refuse(refused)
         request.check_output_type(output_type)
+        request.check_mode(mode, in_parallel=self.parallel is not None)
         callback = sampling.Callback.of(callback_on_step_end, callback_on_step_end_tensor_inputs)
         prompts = Prompts.check(
             prompt,
@@ -221,12 +231,19 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
         seeds = None if seed is None else image_seeds(seed, prompts.batch_size)
         noise = noise_source(shape, len(table), device, seeds=seeds, generator=generator)
 
-        x_0 = sampling.sample(self, prompts, table, noise, latents, callback)
+        approximate = None
+        if mode != "exact":
+            approximate = ModePredictor(ModeNetworks.of(self), mode, table)
+        x_0 = sampling.sample(self, prompts, table, noise, latents, callback, approximate)
         images, flagged = self._decode(x_0, output_type)
         self.maybe_free_model_hooks()
         if not return_dict:
             return images, flagged
-        return StableDiffusionPipelineOutput(images=images, nsfw_content_detected=flagged)
+        return MSDDAPipelineOutput(
+            images=images,
+            nsfw_content_detected=flagged,
+            step_kl_estimate=None if approximate is None else approximate.step_kl,
+        )
 
     def _decode(self, x_0: Tensor, output_type: str) -> tuple[Any, list[bool] | None]:
         if output_type == "latent":
