@@ -47,6 +47,7 @@ class ShapeKey:
         max_steps: Length of the tables; requests have as many steps or fewer.
         noise_table: Whether z comes from a table (T, B, *S), or from one seed per sample.
         context: Shape of what the network itself keeps of a request, such as embeddings.
+        shared_context: Whether that is the same for all objectives.
     """
 
     shape: tuple[int, ...]
@@ -60,6 +61,7 @@ class ShapeKey:
     max_steps: int = 64
     noise_table: bool = False
     context: tuple[int, ...] = ()
+    shared_context: bool = False
 
     @property
     def columns(self) -> int:

@@ -16,6 +16,7 @@ from msdda_fast.coefficients import CoefficientTable
 from msdda_fast.engine.buffers import ShapeKey, StepBuffers, padded_steps
 from msdda_fast.engine.graph import Capture, CapturedStep, StepCache
 from msdda_fast.engine.noise import NoiseSource
+from msdda_fast.engine.side_by_side import SideBySide
 from msdda_fast.errors import InvalidShape, UnsupportedNetwork
 from msdda_fast.pipeline.batched_options import DEFAULTS, BatchedOptions
 from msdda_fast.pipeline.batched_rows import Rows
@@ -26,30 +27,68 @@ from msdda_fast.pipeline.prediction import Variant
 __all__ = ["CapturedSampler", "Generation"]
 
 
-class ActiveObjectives:
-    """`engine.step.Network` over the batched UNet of the active objectives."""
+class OneNetwork:
+    """`engine.step.Network` over the batched forward of the objectives that share a network."""
 
-    def __init__(self, network: BatchedUNet, active: Sequence[bool]) -> None:
-        self.unet = network
-        self._active = tuple(active)
+    def __init__(self, unet: BatchedUNet, dtype: torch.dtype) -> None:
+        self.unet = unet
+        self._dtype = dtype
 
-    def __call__(self, next_input: Tensor, k: Tensor, /) -> list[Tensor | None]:
+    def __call__(self, next_input: Tensor, k: Tensor, /) -> Tensor:
         """See `engine.step.Network`; the network makes its own rows, so R = 1."""
-        outputs = iter(self.unet(next_input[0], k))
-        return [next(outputs) if runs else None for runs in self._active]
+        outputs: Tensor = self.unet(next_input[0], k)
+        return outputs.to(self._dtype)
 
     def storages(self) -> Mapping[str, Tensor]:
         """Weights, factors, keys and values of the prompt, time embeddings."""
-        named: dict[str, Tensor] = {**dict(self.unet.named_parameters())}
-        named |= dict(self.unet.named_buffers())
+        named = dict(self.unet.named_parameters()) | dict(self.unet.named_buffers())
         for path, module in self.unet.named_modules():
             for name, value in vars(module).items():
-                rows = (
-                    value if isinstance(value, tuple) and not isinstance(value, Rows) else [value]
-                )
-                held = [entry.x for entry in rows if isinstance(entry, Rows)]
-                named |= {f"{path}.{name}.{i}": tensor for i, tensor in enumerate(held)}
+                alone = isinstance(value, Rows) or not isinstance(value, tuple)
+                rows = [entry for entry in ([value] if alone else value) if isinstance(entry, Rows)]
+                named |= {f"{path}.{name}.{i}": entry.x for i, entry in enumerate(rows)}
         return named
+
+
+class ActiveObjectives:
+    """`engine.step.Network` of all objectives: those of one network in one forward.
+
+    Args:
+        members: By network, its batched forward and the objectives that it runs.
+        count: M; the others have no output.
+        dtype: Of the outputs.
+    """
+
+    def __init__(
+        self, members: Sequence[tuple[BatchedUNet, Sequence[int]]], count: int, dtype: torch.dtype
+    ) -> None:
+        self._members = members
+        self._count = count
+        self._side_by_side = SideBySide([OneNetwork(unet, dtype) for unet, _ in members])
+
+    def begin(self, embeds: Mapping[int, Tensor], timesteps: Tensor, *, shared: bool) -> None:
+        """Start a generation; see `BatchedUNet.begin`.
+
+        Args:
+            embeds: (K, B, L, D) by active objective.
+            timesteps: (T,) int64.
+            shared: Whether they are the same for all objectives.
+        """
+        for unet, objectives in self._members:
+            rows = [embeds[m] for m in objectives]
+            unet.begin(torch.stack(rows[:1] if shared else rows), timesteps)
+
+    def __call__(self, next_input: Tensor, k: Tensor, /) -> list[Tensor | None]:
+        """See `engine.step.Network`."""
+        outputs: list[Tensor | None] = [None] * self._count
+        order = [m for _, objectives in self._members for m in objectives]
+        for m, output in zip(order, self._side_by_side(next_input, k), strict=True):
+            outputs[m] = output
+        return outputs
+
+    def storages(self) -> Mapping[str, Tensor]:
+        """See `engine.step.Network`."""
+        return self._side_by_side.storages()
 
 
 class Generation:
@@ -79,33 +118,34 @@ class Generation:
             InvalidShape: Another shape; or they differ between objectives, and did not before.
         """
         key = self._step.buffers.key
-        rows = _of_active(prompt_embeds, key.active)
-        if self._shared:
-            if not bool((rows == rows[:1]).all()):
-                raise InvalidShape(
-                    "the callback gave each objective embeddings of its own, where all share one "
-                    'text encoding; use set_forward("sequential")'
-                )
-            rows = rows[:1]
-        if rows.shape != key.context:
+        if prompt_embeds.shape != key.context:
             raise InvalidShape(
-                f"embeddings have shape {tuple(rows.shape)} now, expected {key.context}"
+                f"embeddings have shape {tuple(prompt_embeds.shape)} now, expected {key.context}"
             )
-        self._network.unet.begin(rows, self._step.buffers.timesteps)
+        embeds = {m: prompt_embeds[m] for m, runs in enumerate(key.active) if runs}
+        first = next(iter(embeds.values()))
+        if self._shared and not all(bool((rows == first).all()) for rows in embeds.values()):
+            raise InvalidShape(
+                "the callback gave each objective embeddings of its own, where all share one text "
+                'encoding; use set_forward("sequential")'
+            )
+        self._network.begin(embeds, self._step.buffers.timesteps, shared=self._shared)
 
 
 class CapturedSampler:
-    """The steps of M variants of one network, for requests of any kind.
+    """The steps of M variants of one or more networks, for requests of any kind.
+
+    Variants of one network share its forward; networks run side by side in the same step.
 
     Args:
-        variants: All of one network.
+        variants: One per objective.
         options: How its batched forward is built.
         capture: "auto", "required" or "off"; see `engine.graph`.
         compile: Pass steps through `torch.compile` before capture.
         capacity: Most shapes of requests kept.
 
     Raises:
-        AdapterMismatch, UnsupportedNetwork: The variants cannot share a forward.
+        AdapterMismatch, UnsupportedNetwork: A network that has no batched forward.
         CaptureError: Capture is required on a device without graphs.
     """
 
@@ -118,17 +158,22 @@ class CapturedSampler:
         compile: bool = False,
         capacity: int = 8,
     ) -> None:
-        self._adapters = LoadedAdapters(variants, rank_pad=options.rank_pad)
-        self._options = options
-        if getattr(self._adapters.unet, "_hf_hook", None) is not None:
-            raise UnsupportedNetwork(
-                "the network is moved between devices as it runs (offloading), so its weights have "
-                "no fixed place"
-            )
-        BatchedUNet(self._adapters, options)  # what cannot be built is refused here
+        self._variants, self._options = list(variants), options
+        self._groups: list[tuple[LoadedAdapters, list[int]]] = []
+        for network in dict.fromkeys(variant.network for variant in variants):
+            members = [m for m, variant in enumerate(variants) if variant.network is network]
+            if getattr(network, "_hf_hook", None) is not None:
+                raise UnsupportedNetwork(
+                    "a network is moved between devices as it runs (offloading), so its weights "
+                    "have no fixed place"
+                )
+            own = [variants[m] for m in members]
+            self._groups.append((LoadedAdapters(own, rank_pad=options.rank_pad), members))
+            BatchedUNet(self._groups[-1][0], options)  # what cannot be built is refused here
+        self._unet = variants[0].network
         self._cache = StepCache(
             self._build,
-            device=self._adapters.unet.device,
+            device=self._unet.device,
             capacity=capacity,
             capture=capture,
             compile=compile,
@@ -139,7 +184,8 @@ class CapturedSampler:
 
     def is_current(self, variants: Sequence[Variant]) -> bool:
         """Whether these variants, as they are now, are what was built; one sync per objective."""
-        return list(variants) == self._adapters.variants and self._adapters.is_current()
+        same = list(variants) == self._variants
+        return same and all(adapters.is_current() for adapters, _ in self._groups)
 
     def begin(
         self,
@@ -163,24 +209,22 @@ class CapturedSampler:
             InvalidShape: The step needs more memory than there is.
             CaptureError: It cannot be captured, and that is required.
         """
-        unet, options = self._adapters.unet, self._options
-        every = not options.sharing.inactive
-        active = tuple(every or on for on in table.active)
-        rows = _of_active(prompt_embeds, active)
-        rows = rows[:1] if shared else rows
-        nhwc = options.channels_last
+        unet, options = self._unet, self._options
+        every, nhwc = not options.sharing.inactive, options.channels_last
+        ranks = [s.down.shape[1] for adapters, _ in self._groups for s in adapters.stacks.values()]
         step = self._cache.prepare(
             ShapeKey(
                 shape=tuple(x_T.shape),
-                active=active,
-                branches=rows.shape[1],
+                active=tuple(every or on for on in table.active),
+                branches=prompt_embeds.shape[1],
                 clip_range=table.clip_range,
                 dtype=unet.dtype,
                 channels_last=unet.device.type == "cuda" if nhwc is None else nhwc,
-                rank=max((s.down.shape[1] for s in self._adapters.stacks.values()), default=0),
+                rank=max(ranks, default=0),
                 max_steps=padded_steps(len(table)),
                 noise_table=noise.seeds is None,
-                context=tuple(rows.shape),
+                context=tuple(prompt_embeds.shape),
+                shared_context=shared,
             )
         )
         z = None if noise.seeds is not None else _drawn(noise, table, x_T, unet.dtype)
@@ -190,16 +234,17 @@ class CapturedSampler:
         return generation
 
     def _build(self, key: ShapeKey, buffers: StepBuffers) -> ActiveObjectives:
-        unet = self._adapters.unet
-        chosen = [m for m, runs in enumerate(key.active) if runs]
-        network = BatchedUNet(self._adapters, self._options, chosen)
-        prompt = torch.zeros(key.context, dtype=unet.dtype, device=unet.device)
-        network.begin(prompt, buffers.timesteps)
-        return ActiveObjectives(network, key.active)
-
-
-def _of_active(prompt_embeds: Tensor, active: Sequence[bool]) -> Tensor:
-    return prompt_embeds[[m for m, runs in enumerate(active) if runs]]
+        members = []
+        for adapters, objectives in self._groups:
+            chosen = [i for i, m in enumerate(objectives) if key.active[m]]
+            if chosen:
+                unet = BatchedUNet(adapters, self._options, chosen)
+                members.append((unet, [objectives[i] for i in chosen]))
+        network = ActiveObjectives(members, len(key.active), key.dtype)
+        nothing = torch.zeros(key.context[1:], dtype=key.dtype, device=self._unet.device)
+        embeds = {m: nothing for m, runs in enumerate(key.active) if runs}
+        network.begin(embeds, buffers.timesteps, shared=key.shared_context)
+        return network
 
 
 def _drawn(noise: NoiseSource, table: CoefficientTable, x_T: Tensor, dtype: torch.dtype) -> Tensor:

@@ -56,6 +56,7 @@ class TestWhatIsEvaluated:
         own = small_unet()
         objectives = {"warm": mf.Objective(), "cool": mf.Objective(), "own": mf.Objective(unet=own)}
         pipe = quiet(mf.MSDDAPipeline.from_pipe(tiny.shared(), objectives=objectives))
+        pipe.set_forward("sequential")
         ran, forward = [], UNet2DConditionModel.forward
 
         def note(network, *args, **kwargs):

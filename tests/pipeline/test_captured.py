@@ -144,17 +144,31 @@ def test_an_image_does_not_depend_on_what_shares_its_batch(pipe):
     assert_close(alone[0], batch[1])
 
 
-def test_networks_of_their_own_run_one_after_another(tiny, caplog):
-    objectives = {"warm": mf.Objective(), "own": mf.Objective(unet=small_unet())}
+@pytest.mark.parametrize("weights", [(0.2, 0.5, 0.3), (0.4, 0, 0.6), (0, 0, 1)], ids=str)
+def test_networks_of_their_own_run_in_the_same_step(tiny, graphs, weights):
+    objectives = {
+        "warm": mf.Objective(),
+        "own": mf.Objective(unet=small_unet()),
+        "cool": mf.Objective(),
+    }
+    pipe = quiet(mf.MSDDAPipeline.from_pipe(tiny.shared(), objectives=objectives))
+    apart, together = both(pipe, weights=weights)
+    assert_close(together, apart)
+    assert graphs.captures == 1
+
+
+def test_a_network_without_a_batched_forward_runs_one_after_another(tiny, caplog):
+    own = small_unet()
+    own.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+    objectives = {"warm": mf.Objective(), "own": mf.Objective(unet=own)}
     pipe = quiet(mf.MSDDAPipeline.from_pipe(tiny.shared(), objectives=objectives))
     with caplog.at_level(logging.INFO, logger="msdda_fast"):
         pipe(PROMPTS, **SHORT)
         pipe(PROMPTS, **SHORT)
-    assert [r.message for r in caplog.records if "one after another" in r.message] == [
-        "objectives run one after another: objectives with networks of their own share no forward"
-    ]
+    told = [r.message for r in caplog.records if "one after another" in r.message]
+    assert len(told) == 1 and "FreeU" in told[0]
     pipe.set_forward("batched")
-    with pytest.raises(UnsupportedNetwork, match="networks of their own"):
+    with pytest.raises(UnsupportedNetwork, match="FreeU"):
         pipe(PROMPTS, **SHORT)
 
 
