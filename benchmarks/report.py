@@ -4,8 +4,8 @@
     python benchmarks/report.py
 
 Prints the tables of the latest run of each case, and rewrites the README blocks between
-`<!-- bench:fused_step:begin -->` and `<!-- bench:fused_step:end -->` (and likewise `grouped_lora`
-and `latency`) where there are any.
+`<!-- bench:fused_step:begin -->` and `<!-- bench:fused_step:end -->` (and likewise `grouped_lora`,
+`latency` and `modes`) where there are any.
 """
 
 import json
@@ -190,6 +190,61 @@ def latency_run(run: list[dict]) -> str:
     return "\n".join([head, *rows, "", notes])
 
 
+def modes_table() -> str:
+    """One row per mode: divergence and reward of the last quality run, time of the last runs."""
+    runs: dict[tuple, list[dict]] = {}
+    file = RESULTS / "modes.jsonl"
+    for line in file.read_text().splitlines() if file.exists() else ():
+        record = json.loads(line)
+        key = (record["kind"], record.get("batch"))
+        if key in runs and runs[key][0]["when"] != record["when"]:
+            del runs[key]
+        runs.setdefault(key, []).append(record)
+    if not runs:
+        return ""
+    quality = runs.pop(("quality", None), [])
+    timed = {
+        batch: {record["mode"]: record["median_us"] for record in run}
+        for (_, batch), run in sorted(runs.items())
+    }
+    yardstick = next(record["kl"][0] for record in quality if record["mode"] == "exact, bfloat16")
+    rows = []
+    for record in quality:
+        kl, change = record["kl"][0], record["changes"]
+        cells = [
+            record["mode"], spread(record["kl"]) if kl else "0",
+            f"{kl / yardstick:.2g}" if kl else "0", f"{record['kl_late']:.0%}" if kl else "",
+            spread(record["estimate"]) if "estimate" in record else "",
+            *(spread(change[r], "+") if kl else "0" for r in ("consistency", "aesthetic")),
+            *(
+                f"{times[record['mode']] / times['exact']:.2f}" if record["mode"] in times else ""
+                for times in timed.values()
+            ),
+        ]  # fmt: skip
+        rows.append("| " + " | ".join(cells) + " |")
+    first = quality[0]
+    columns = [
+        "mode", "path KL, nats", "/ bfloat16", "of it in the last fifth", "estimated online",
+        "consistency reward, change", "aesthetic reward, change",
+        *(f"time / exact, batch {batch}" for batch in timed),
+    ]  # fmt: skip
+    head = "| " + " | ".join(columns) + " |\n|" + "---|" * len(columns)
+    note = (
+        f"Shipped model, M = 2, T = {first['steps']}, w = {first['weight']}, {first['images']} "
+        f"images of {first['prompts']} held-out prompts; in brackets 95% bootstrap intervals over "
+        f"images. Times are medians of whole calls in turns. {first['machine']}, "
+        f"{first['threads']} thread; torch {first['torch']}, {first['dtype']}, commit "
+        f"{first['commit']}, {first['when'][:10]}."
+    )
+    return "\n".join([head, *rows, "", note])
+
+
+def spread(interval: list[float], sign: str = "-") -> str:
+    """A mean and its interval, to three digits."""
+    mean, low, high = (f"{value:{sign}.3g}" for value in interval)
+    return f"{mean} ({low}, {high})"
+
+
 def rewrite(name: str, table: str) -> None:
     begin, end = f"<!-- bench:{name}:begin -->", f"<!-- bench:{name}:end -->"
     text = README.read_text() if README.exists() else ""
@@ -202,6 +257,7 @@ TABLES = {
     "fused_step": fused_step_table,
     "grouped_lora": grouped_lora_table,
     "latency": latency_table,
+    "modes": modes_table,
 }
 
 if __name__ == "__main__":

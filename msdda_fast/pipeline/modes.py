@@ -6,8 +6,12 @@
     "merged"     one network with the adapters merged by precision: the limit of Rewarded Soups.
     "hybrid"     merged, and exact in the last fifth of the steps.
 
-The last steps are the sensitive ones: sigma_w falls faster there than the weight of the outputs, so
-that the same error in an output counts for several times the divergence.
+Approximate modes are not captured into graphs. "staggered" would need one per objective and one for
+the refresh; all of its shapes are constant.
+
+The last steps are the sensitive ones. The error of an output counts |B| / sigma_w fold, squared:
+over 25 steps of Stable Diffusion's schedule that is 0.55 to 0.76 up to the last fifth, and up to
+5.1 in it.
 """
 
 from __future__ import annotations
