@@ -201,3 +201,16 @@ def test_a_folded_build_agrees(pipe):
     apart = pipe(PROMPTS, **SHORT).images
     pipe.set_forward("batched", options=BatchedOptions(design="folded", fuse_qkv=True))
     assert_close(pipe(PROMPTS, **SHORT).images, apart)
+
+
+def test_images_of_the_shipped_model_are_the_same_pictures():
+    pipe = quiet(mf.MSDDAPipeline.from_pretrained("msdda-fast/emoji"))
+    request = dict(num_inference_steps=4, seed=3, output_type="np")
+    weights = [{"aesthetic": 0.3, "consistency": 0.7}, {"aesthetic": 0.8, "consistency": 0.2}]
+    images = []
+    for forward in ("sequential", "batched"):
+        pipe.set_forward(forward)
+        images.append(pipe(["A purple colored dog.", "A cup."], weights=weights, **request).images)
+    # a tenth of a level of 255
+    assert abs(images[1] - images[0]).max() < 0.1 / 255
+    assert images[0].std() > 0.05
