@@ -7,20 +7,16 @@ from peft.utils.hotswap import hotswap_adapter_from_state_dict
 
 from msdda_fast.errors import (
     AdapterMismatch,
-    InvalidSchedule,
     InvalidShape,
     UnfaithfulMerge,
     UnsupportedNetwork,
 )
-from msdda_fast.pipeline.batched_options import BatchedOptions, Sharing
-from msdda_fast.pipeline.batched_prediction import BatchedPredictor
+from msdda_fast.pipeline.batched_options import BatchedOptions
 from msdda_fast.pipeline.batched_unet import BatchedUNet
-from msdda_fast.pipeline.prediction import SequentialPredictor, Variant
-from msdda_fast.pipeline.switching import AdapterSwitch
+from msdda_fast.pipeline.prediction import Variant
 from tests.pipeline.batched_cases import (
     ATTENTION,
     EVERYTHING,
-    UP_BLOCKS,
     add_adapter,
     inputs,
     network,
@@ -144,55 +140,3 @@ def test_every_change_of_the_network_is_noticed():
 
 def _config(unet):
     return unet.peft_config["a"]
-
-
-@pytest.mark.parametrize("inactive", [True, False], ids=["left out", "run"])
-def test_predictor_equals_one_after_another(inactive):
-    case = inputs(variants())
-    batched = BatchedUNet.of(case.variants, BatchedOptions(sharing=Sharing(inactive=inactive)))
-    predictor = BatchedPredictor(batched, case.timesteps, torch.float64)
-    steps = [(True, True, True), (True, False, True), (False, True, False), (True, True, True)]
-    with torch.no_grad(), AdapterSwitch([case.unet]) as switch:
-        stock = SequentialPredictor(case.variants, switch, torch.float64)
-        for k, active in zip((0, 1, 2, 2), steps, strict=True):
-            request = (case.x, case.timesteps[k], case.prompts, active)
-            expected, actual = stock.predict(*request), predictor.predict(*request)
-            assert [out is not None for out in actual] == ([*active] if inactive else [True] * 3)
-            for theirs, ours in zip(expected, actual, strict=True):
-                assert theirs is None or relative(ours, theirs) < EXACT
-    assert batched.generations == 1
-
-
-def test_predictor_sees_every_change_of_the_prompt():
-    case = inputs(variants(UP_BLOCKS), shared_prompt=True)
-    case.prompts = case.prompts.clone()
-    batched = BatchedUNet.of(case.variants)
-    predictor, other = (BatchedPredictor(batched, case.timesteps, torch.float64) for _ in range(2))
-
-    def check():
-        actual = predictor.predict(case.x, case.timesteps[1], case.prompts, [True] * 3)
-        assert relative(torch.stack(list(actual)), case.stock()) < EXACT
-
-    check()
-    check()
-    assert batched.generations == 1 and batched._prompts.objectives == 1
-    case.prompts[1, 1] += 1  # in place, for one objective
-    check()
-    assert batched.generations == 2 and batched._prompts.objectives == 3
-    case.prompts = case.prompts * 2
-    check()
-    other.predict(case.x, case.timesteps[1], -case.prompts, [True] * 3)
-    check()
-    with torch.inference_mode():
-        case.prompts = case.prompts * 2
-    check()
-    with pytest.raises(InvalidSchedule, match=r"t=7 is none of \[801, 401, 1\]"):
-        predictor.predict(case.x, torch.tensor(7), case.prompts, [True] * 3)
-
-
-def test_predictor_passes_sdxl_conditions_of_the_active():
-    case = inputs(variants(kind="sdxl"))
-    batched = BatchedUNet.of(case.variants)
-    predictor = BatchedPredictor(batched, case.timesteps, torch.float64, case.added)
-    out = predictor.predict(case.x, case.timesteps[1], case.prompts, [False, True, True])
-    assert relative(torch.stack(list(out[1:])), case.stock()[1:]) < EXACT
