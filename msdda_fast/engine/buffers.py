@@ -48,6 +48,7 @@ class ShapeKey:
         noise_table: Whether z comes from a table (T, B, *S), or from one seed per sample.
         context: Shape of what the network itself keeps of a request, such as embeddings.
         shared_context: Whether that is the same for all objectives.
+        mode: Which of the networks that its builder knows.
     """
 
     shape: tuple[int, ...]
@@ -62,6 +63,7 @@ class ShapeKey:
     noise_table: bool = False
     context: tuple[int, ...] = ()
     shared_context: bool = False
+    mode: str = "exact"
 
     @property
     def columns(self) -> int:

@@ -3,7 +3,9 @@
 
 Which step a replay does is read from a counter on the device, and all that distinguishes requests
 lies in static buffers: weights, prompts, seeds, guidance, etas and the number of steps change
-without a new capture. Without graphs (on the CPU) the same step runs eagerly or compiled.
+without a new capture. A network of several kinds of step has a graph of each, all captured at once,
+and a request says which to replay when. Without graphs (on the CPU) the same steps run eagerly or
+compiled.
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ from __future__ import annotations
 import logging
 import traceback
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
@@ -22,7 +25,7 @@ from msdda_fast.engine.buffers import ShapeKey, StepBuffers
 from msdda_fast.engine.compiled import compiled
 from msdda_fast.engine.graph_backends import Advance, Graph, GraphBackend, graphs_for
 from msdda_fast.engine.rehearsal import rehearse
-from msdda_fast.engine.step import Network, Step
+from msdda_fast.engine.step import Kinds, Network, Step
 from msdda_fast.errors import CaptureError, InvalidShape
 
 if TYPE_CHECKING:
@@ -36,29 +39,43 @@ logger = logging.getLogger(__name__)
 Capture: TypeAlias = Literal["auto", "required", "off"]
 
 #: Makes the network for a shape; it may read the buffers and add its own `conditioning` to them.
-BuildNetwork: TypeAlias = Callable[[ShapeKey, StepBuffers], Network]
+BuildNetwork: TypeAlias = Callable[[ShapeKey, StepBuffers], Network | Kinds]
 
 #: Address, shape, strides and dtype.
 _Place: TypeAlias = tuple[int, torch.Size, tuple[int, ...], torch.dtype]
+
+
+@dataclass(slots=True)
+class _Move:
+    """A step of one kind."""
+
+    advance: Advance
+    graph: Graph | None
+
+    def __call__(self, buffers: StepBuffers) -> None:
+        if self.graph is not None:
+            self.graph.replay()
+            return
+        with torch.no_grad():
+            self.advance(buffers)
 
 
 class CapturedStep:
     """A step with its buffers: `load` a request, then `run` it. Get it from `StepCache.prepare`."""
 
     def __init__(
-        self, network: Network, buffers: StepBuffers, advance: Advance, graph: Graph | None
+        self, network: Network | Kinds, buffers: StepBuffers, moves: Mapping[str, _Move]
     ) -> None:
         self.buffers = buffers
         self.network = network
-        self._advance = advance
-        self._graph = graph
-        self._places = {} if graph is None else _places(network, buffers)
-        self._num_steps = 0
+        self._moves = moves
+        self._places = _places(network, buffers) if self._graphs() else {}
+        self._plan: list[_Move] = []
 
     @property
     def is_captured(self) -> bool:
-        """Whether steps are replays of a graph."""
-        return self._graph is not None
+        """Whether steps of every kind are replays of a graph."""
+        return len(self._graphs()) == len(self._moves)
 
     def load(
         self,
@@ -68,10 +85,25 @@ class CapturedStep:
         seeds: SeedsLike | None = None,
         noise: Tensor | None = None,
         conditioning: Mapping[str, Tensor] | None = None,
+        kinds: Sequence[str] | None = None,
     ) -> None:
-        """Write a request for one run into the buffers; see `StepBuffers.load`."""
+        """Write a request for one run into the buffers; see `StepBuffers.load`.
+
+        Args:
+            kinds: The kind of each of its T steps, where the network has several.
+
+        Raises:
+            ValueError: Not one known kind per step.
+        """
+        if kinds is None and len(self._moves) == 1:
+            kinds = list(self._moves) * len(table)
+        if kinds is None or len(kinds) != len(table) or not self._moves.keys() >= set(kinds):
+            raise ValueError(
+                f"kinds is {kinds}, expected one of {sorted(self._moves)} for each of the "
+                f"{len(table)} steps"
+            )
         self.buffers.load(table, x_T, seeds=seeds, noise=noise, conditioning=conditioning)
-        self._num_steps = len(table)
+        self._plan = [self._moves[kind] for kind in kinds]
 
     def run(self) -> Tensor:
         """Do all steps of the loaded request and return a copy of x_0, (B, *S) float32.
@@ -95,26 +127,26 @@ class CapturedStep:
             CaptureError: A tensor of the network, or of the conditioning, lies elsewhere than at
                 capture.
         """
-        num_steps, self._num_steps = self._num_steps, 0
-        if num_steps == 0:
+        plan, self._plan = self._plan, []
+        if not plan:
             raise ValueError("load() a request before each run")
         self._check_places()
-        for k in range(num_steps):
-            if self._graph is not None:
-                self._graph.replay()
-            else:
-                with torch.no_grad():
-                    self._advance(self.buffers)
+        for k, move in enumerate(plan):
+            move(self.buffers)
             yield k
 
     def release(self) -> None:
-        """Free the graph; later runs are eager or compiled, with the same result."""
-        if self._graph is not None:
-            self._graph.release()
-            self._graph, self._places = None, {}
+        """Free the graphs; later runs are eager or compiled, with the same result."""
+        for graph in self._graphs():
+            graph.release()
+        for move in self._moves.values():
+            move.graph = None
+
+    def _graphs(self) -> list[Graph]:
+        return [move.graph for move in self._moves.values() if move.graph is not None]
 
     def _check_places(self) -> None:
-        if self._graph is None:
+        if not self._graphs():
             return
         now = _places(self.network, self.buffers)
         moved = [name for name in self._places | now if self._places.get(name) != now.get(name)]
@@ -205,17 +237,20 @@ class StepCache:
             self._check_fits("buffers", StepBuffers.nbytes(key), key, self._graphs)
         buffers = StepBuffers.allocate(key, self._device)
         network = self._build(key, buffers)
-        step = Step(network, key, device=self._device, backend=self._backend)
-        try:
-            advance, graph = self._accelerate(step, buffers)
-        except CaptureError as error:
-            if self._capture == "required":
-                raise
-            logger.warning("%s; it runs eagerly", error)
-            advance, graph = step.advance, None
-        return CapturedStep(network, buffers, advance, graph)
+        kinds = network.kinds if isinstance(network, Kinds) else {key.mode: network}
+        moves = {}
+        for kind, predict in kinds.items():
+            step = Step(predict, key, device=self._device, backend=self._backend)
+            try:
+                moves[kind] = self._accelerate(step, buffers)
+            except CaptureError as error:
+                if self._capture == "required":
+                    raise
+                logger.warning("%s; it runs eagerly", error)
+                moves[kind] = _Move(step.advance, None)
+        return CapturedStep(network, buffers, moves)
 
-    def _accelerate(self, step: Step, buffers: StepBuffers) -> tuple[Advance, Graph | None]:
+    def _accelerate(self, step: Step, buffers: StepBuffers) -> _Move:
         """Compile and capture, as far as wanted."""
         advance: Advance = step.advance
         if self._graphs is not None:
@@ -232,7 +267,7 @@ class StepCache:
         except RuntimeError as error:
             failed = "compiled or captured" if self._compile else "captured"
             raise CaptureError(f"the step cannot be {failed}: {_cause(error)}") from error
-        return advance, graph
+        return _Move(advance, graph)
 
     def _check_fits(self, what: str, needed: int, key: ShapeKey, graphs: GraphBackend) -> None:
         free = graphs.free_bytes()
@@ -244,7 +279,7 @@ class StepCache:
             )
 
 
-def _places(network: Network, buffers: StepBuffers) -> dict[str, _Place]:
+def _places(network: Network | Kinds, buffers: StepBuffers) -> dict[str, _Place]:
     return {
         name: (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         for name, tensor in {**network.storages(), **buffers.conditioning}.items()

@@ -6,8 +6,8 @@ Nothing here allocates between steps, waits for the device or branches on the va
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -18,10 +18,13 @@ from msdda_fast.kernels import registry
 from msdda_fast.kernels.fused_step._ops import Operators
 from msdda_fast.objective import is_watched
 
-__all__ = ["Network", "Outputs", "Step", "by_objective"]
+__all__ = ["Kinds", "Network", "Outputs", "Predict", "Step", "by_objective"]
 
 #: (M, K, B, *S), or M tensors (K, B, *S); None for an objective that is not active.
 Outputs = Tensor | Sequence[Tensor | None]
+
+#: How a step asks its network; see `Network.__call__`.
+Predict: TypeAlias = Callable[[Tensor, Tensor], Outputs]
 
 
 class Network(Protocol):
@@ -49,11 +52,26 @@ class Network(Protocol):
         """
 
 
+@runtime_checkable
+class Kinds(Protocol):
+    """Several ways to predict on shared storage; each step of a request goes one of them.
+
+    What one kind of step leaves in the storage, another may read.
+    """
+
+    @property
+    def kinds(self) -> Mapping[str, Predict]:
+        """By name, a function that does what is said at `Network`."""
+
+    def storages(self) -> Mapping[str, Tensor]:
+        """See `Network.storages`; of all kinds together."""
+
+
 class Step:
     """x_t to x_{t-1} in place: network, fused step with the next input, counter.
 
     Args:
-        network: Evaluates the active objectives.
+        predict: Evaluates the active objectives.
         key: Of the buffers that this step runs on.
         device: Their device.
         backend: Of the fused step: "auto", or one by name.
@@ -64,14 +82,14 @@ class Step:
 
     def __init__(
         self,
-        network: Network,
+        predict: Predict,
         key: ShapeKey,
         *,
         device: torch.device | str,
         backend: str = "auto",
     ) -> None:
         device_type = torch.device(device).type
-        self.network = network
+        self._predict = predict
         self._key = key
         self._raw = registry.resolve("fused_step", backend, device_type).run
         self._operators = Operators(backend)
@@ -82,7 +100,7 @@ class Step:
         Raises:
             InvalidShape: The network returned something else than `Network` says.
         """
-        outputs = by_objective(self.network(buffers.next_input, buffers.counter))
+        outputs = by_objective(self._predict(buffers.next_input, buffers.counter))
         self._check(outputs)
         run = self._operators.run if is_watched(buffers.x) else self._raw
         run(
