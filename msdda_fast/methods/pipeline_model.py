@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A diffusers pipeline as the model that methods sample from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping, Sequence
+from functools import partial
+from types import TracebackType
+from typing import Self
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from msdda_fast.ddim_grid import ddim_grid
+from msdda_fast.engine.noise import image_seeds
+from msdda_fast.errors import UnknownObjective
+from msdda_fast.kernels.counter_noise import (
+    STREAM_INITIAL,
+    STREAM_STEP,
+    as_seeds,
+    counter_noise,
+)
+from msdda_fast.methods.model import BASE, Cost, Fusion
+from msdda_fast.objective import Objective, preference_weights
+from msdda_fast.pipeline import request
+from msdda_fast.pipeline.prediction import Variant
+from msdda_fast.pipeline.stable_diffusion import MSDDAPipeline
+from msdda_fast.pipeline.switching import AdapterSwitch
+from msdda_fast.rewards import Reward
+
+__all__ = ["PipelineModel"]
+
+#: Latents per forward of a network, and per decode: what a call with many copies is cut into.
+MAX_ROWS = 64
+
+#: Streams of counter noise from here on belong to methods: `COPIES` for each purpose.
+_FIRST_STREAM, _COPIES = 16, 1 << 16
+
+#: By pipeline, the views of it with other objectives, so that their networks are built once.
+_views: MutableMapping[MSDDAPipeline, dict[tuple[str, ...], MSDDAPipeline]] = WeakKeyDictionary()
+
+
+class PipelineModel:
+    """`LatentModel` over the networks of a pipeline; a context manager that leaves them as found.
+
+    Args:
+        pipe: Its objectives are the aligned models.
+        prompts: B texts.
+        weights: Preference, by names of objectives or rewards.
+        seeds: One per prompt.
+        num_steps: T.
+        guidance_scale: See `Method.__call__`.
+        rewards: By name; None: nothing asks for them.
+
+    Raises: As `Method.__call__`.
+    """
+
+    def __init__(
+        self,
+        pipe: MSDDAPipeline,
+        prompts: Sequence[str],
+        weights: Mapping[str, float],
+        seeds: Sequence[int],
+        *,
+        num_steps: int,
+        guidance_scale: float | None = None,
+        rewards: Mapping[str, Reward] | None = None,
+    ) -> None:
+        objectives = pipe.objectives
+        known = {**objectives, **(rewards or {})}
+        if unknown := [name for name in weights if name not in known]:
+            raise UnknownObjective(f"unknown objective {unknown[0]!r}; known: {', '.join(known)}")
+        row = preference_weights(dict(weights), list(weights), 1)[0]
+        self.preference = dict(zip(weights, row.tolist(), strict=True))
+        self.etas = {name: objective.eta for name, objective in objectives.items()}
+        self.batch_size = len(prompts)
+        self.cost = Cost()
+        self.grid = ddim_grid(pipe.scheduler, num_steps)
+        self._guidance = dict(
+            zip(objectives, request.objective_guidance(objectives, guidance_scale), strict=True)
+        )
+        # the base as the aligned models are sampled, or they would differ in more than alignment
+        self._guidance.setdefault(BASE, next(iter(self._guidance.values())))
+        self._variants = {**pipe.variants}
+        self._variants.setdefault(BASE, Variant(pipe.unet, None))
+        self._pipe = pipe
+        self._prompts = list(prompts)
+        self._rewards = dict(rewards or {})
+        self._device = pipe._execution_device
+        self._seeds = image_seeds(list(seeds), self.batch_size)
+        shape = request.latent_shape(
+            self.batch_size, pipe.unet.config, pipe.vae_scale_factor, None, None
+        )
+        self._shape = shape[1:]
+        self._texts: dict[tuple[str | None, float], Tensor] = {}
+        networks = {id(v.network): v.network for v in self._variants.values()}
+        self._switch = AdapterSwitch([pipe.text_encoder, *networks.values()])
+
+    def __enter__(self) -> Self:
+        self._switch.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._switch.__exit__(kind, error, trace)
+
+    def initial(self) -> Tensor:
+        """See `LatentModel.initial`."""
+        return self._draw(0, STREAM_INITIAL)
+
+    def noise(self, k: int, copies: int = 1, *, purpose: int = 0) -> Tensor:
+        """See `LatentModel.noise`."""
+        streams = [_FIRST_STREAM + _COPIES * purpose + copy for copy in range(copies)]
+        if purpose == 0:
+            streams[0] = STREAM_STEP
+        return torch.cat([self._draw(k, stream) for stream in streams])
+
+    def uniform(self, k: int, *, purpose: int) -> Tensor:
+        """See `LatentModel.uniform`."""
+        z = self._draw(k, _FIRST_STREAM + _COPIES * purpose).double().flatten(1)[:, 0]
+        chances: Tensor = torch.special.ndtr(z)
+        return chances
+
+    def eps(self, x: Tensor, k: int, name: str = BASE, rows: Tensor | None = None) -> Tensor:
+        """See `LatentModel.eps`."""
+        rows = self._rows(x, rows)
+        terms = self.grid.prediction_terms()[2:]
+        of_x, of_output = (float(term[k]) for term in terms)
+        parts = [
+            self._predict(part, k, name, rows_)
+            for part, rows_ in zip(
+                torch.split(x, MAX_ROWS), torch.split(rows, MAX_ROWS), strict=True
+            )
+        ]
+        return of_x * x + of_output * torch.cat(parts)
+
+    def decode(self, x_0: Tensor) -> Tensor:
+        """See `LatentModel.decode`."""
+        self.cost.decodes += len(x_0)
+        vae = self._pipe.vae
+        latents = (x_0 / vae.config.scaling_factor).to(vae.dtype)
+        parts = [vae.decode(part, return_dict=False)[0] for part in torch.split(latents, MAX_ROWS)]
+        return (torch.cat(parts).float() / 2 + 0.5).clamp(0, 1)
+
+    def rewards(self, images: Tensor, rows: Tensor | None = None) -> dict[str, Tensor]:
+        """See `LatentModel.rewards`."""
+        prompts = [self._prompts[row] for row in self._rows(images, rows).tolist()]
+        if not images.requires_grad:
+            images = (255 * images).round() / 255
+        active = [name for name, weight in self.preference.items() if weight != 0]
+        self.cost.reward_calls += len(images) * len(active)
+        return {name: self._rewards[name](images, prompts) for name in active}
+
+    def generate(
+        self,
+        weights: Mapping[str, float],
+        etas: Mapping[str, float],
+        *,
+        fusion: Fusion = "posterior",
+        extrapolate: bool = False,
+    ) -> Tensor:
+        """See `LatentModel.generate`."""
+        view = self._view(tuple(weights))
+        branches = 2 if any(self._guidance[n] != 1 for n, w in weights.items() if w != 0) else 1
+        active = sum(weight != 0 for weight in weights.values())
+        self.cost.unet_forwards += self.batch_size * len(self.grid.timesteps) * branches * active
+        x_0: Tensor = view(
+            self._prompts,
+            num_inference_steps=len(self.grid.timesteps),
+            weights=dict(weights),
+            etas={name: etas[name] for name in weights},
+            guidance_scale={name: self._guidance[name] for name in weights},
+            seed=self._seeds,
+            extrapolate=extrapolate,
+            output_type="latent",
+        ).images
+        return x_0
+
+    def _view(self, names: tuple[str, ...]) -> MSDDAPipeline:
+        """The pipeline with the named models as its objectives."""
+        views = _views.setdefault(self._pipe, {})
+        view = views.get(names)
+        variants = {name: self._variants[name] for name in names}
+        if view is None or view.variants != variants:
+            view = MSDDAPipeline.from_pipe(self._pipe)
+            own = self._pipe.objectives
+            view.set_objectives({n: own.get(n, Objective.base()) for n in names}, variants)
+            view.set_forward(**self._pipe.forward_settings)
+            view.set_progress_bar_config(disable=True)
+            views[names] = view
+        return view
+
+    def _predict(self, x: Tensor, k: int, name: str, rows: Tensor) -> Tensor:
+        """The guided output of one network, (n, *S) in the dtype of x."""
+        variant, scale = self._variants[name], self._guidance[name]
+        text = self._text(variant)  # (K, B, L, D)
+        self._switch.select(variant.adapter, variant.scale)
+        network = variant.network
+        count = len(text) * len(x)
+        self.cost.unet_forwards += count
+        output: Tensor = network(
+            x.to(network.dtype).repeat(len(text), 1, 1, 1),
+            self.grid.timesteps[k].to(self._device),
+            encoder_hidden_states=text[:, rows].flatten(0, 1).to(network.dtype),
+            return_dict=False,
+        )[0].to(x.dtype)
+        if output.requires_grad:
+            output.register_hook(partial(self._count_backward, count))  # type: ignore[no-untyped-call]
+        uncond, cond = output.chunk(2) if len(text) == 2 else (output, output)
+        return uncond + scale * (cond - uncond) if scale != 1 else cond
+
+    def _count_backward(self, count: int, grad: Tensor) -> None:
+        self.cost.unet_backwards += count
+
+    def _text(self, variant: Variant) -> Tensor:
+        """Embeddings (K, B, L, D) as the text encoder gives them with this variant's adapter."""
+        key = (variant.adapter, variant.scale)
+        if key not in self._texts:
+            self._switch.select(*key)
+            guided = any(scale != 1 for scale in self._guidance.values())
+            with torch.no_grad():
+                cond, uncond = self._pipe.encode_prompt(self._prompts, self._device, 1, guided)
+            self._texts[key] = torch.stack([uncond, cond] if guided else [cond])
+        return self._texts[key]
+
+    def _draw(self, step: int, stream: int) -> Tensor:
+        seeds = as_seeds(self._seeds, self.batch_size, self._device)
+        shape = (self.batch_size, *self._shape)
+        return counter_noise(seeds, shape, step=step, stream=stream, device=self._device)
+
+    def _rows(self, x: Tensor, rows: Tensor | None) -> Tensor:
+        return torch.arange(len(x), device=x.device) % self.batch_size if rows is None else rows
