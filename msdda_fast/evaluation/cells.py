@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import zlib
 from collections.abc import Mapping
@@ -13,14 +12,10 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
-from msdda_fast.errors import MSDDAError
+from msdda_fast.evaluation.settings import bind_settings
 from msdda_fast.files import write_atomically
 
-__all__ = ["Cell", "SweepConflict", "SweepFolder", "write_json"]
-
-
-class SweepConflict(MSDDAError, ValueError):
-    """A folder holds cells that were made with other settings."""
+__all__ = ["Cell", "SweepFolder"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,28 +43,13 @@ class SweepFolder:
         settings: JSON values; everything but prompts, weights and seeds that an image depends on.
 
     Raises:
-        SweepConflict: The folder was made with other settings; names those that differ.
+        SettingsConflict: The folder was made with other settings; names those that differ.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self.path = path
         self._cells = path / "cells"
-        record = path / "settings.json"
-        wanted = json.loads(json.dumps(settings))
-        if not record.exists():
-            write_json(record, wanted)
-            return
-        stored = json.loads(record.read_text("utf-8"))
-        differ = [
-            f"{key} was {stored.get(key)!r}, is {wanted.get(key)!r}"
-            for key in sorted({*stored, *wanted})
-            if stored.get(key) != wanted.get(key)
-        ]
-        if differ:
-            raise SweepConflict(
-                f"{path} holds a sweep with other settings ({'; '.join(differ)}); "
-                "use these settings again, or another folder"
-            )
+        bind_settings(path, settings)
 
     def has(self, cell: Cell) -> bool:
         """Whether the cell is finished."""
@@ -100,9 +80,3 @@ class SweepFolder:
     def relative(self, cell: Cell) -> str:
         """The path of a cell inside the folder."""
         return f"{self._cells.name}/{cell.file_name}"
-
-
-def write_json(file: Path, value: Any) -> None:  # noqa: ANN401 - any JSON value
-    """Write a JSON file, whole or not at all."""
-    text = json.dumps(value, indent=2) + "\n"
-    write_atomically(file, lambda partial: partial.write_text(text, "utf-8"))

@@ -7,7 +7,6 @@ the paper's `r_w = w r_1 + (1 - w) r_2`. The base model is a column of its own.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,11 +14,11 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import nn
 
 from msdda_fast.errors import InvalidWeights, UnknownObjective
-from msdda_fast.evaluation.cells import Cell, SweepFolder, write_json
+from msdda_fast.evaluation.cells import Cell, SweepFolder
 from msdda_fast.evaluation.grid import labelled_grid
+from msdda_fast.evaluation.settings import model_settings, write_json
 from msdda_fast.files import write_atomically
 from msdda_fast.objective import Objective
 from msdda_fast.pipeline import MSDDAPipeline
@@ -117,7 +116,7 @@ def run_sweep(
         UnknownObjective: `sweep.toward` is no objective of the pipeline.
         ValueError: The pipeline has other than two objectives, a reward is unknown or cannot judge
             a prompt.
-        SweepConflict: The folder holds cells of another model or other settings.
+        SettingsConflict: The folder holds cells of another model or other settings.
     """
     names = list(pipe.objectives)
     if sweep.toward not in names:
@@ -209,30 +208,11 @@ def _batches(sweep: Sweep, store: SweepFolder) -> Iterator[list[Cell]]:
 def _settings(pipe: MSDDAPipeline, sweep: Sweep) -> dict[str, Any]:
     """Everything an image depends on besides prompt, weight and seed."""
     return {
-        "model": _checksum(pipe),
-        "dtype": str(pipe.unet.dtype),
-        "scheduler": {key: str(value) for key, value in pipe.scheduler.config.items()},
-        "objectives": {
-            name: {"eta": o.eta, "scale": o.scale, "guidance_scale": o.guidance_scale}
-            for name, o in pipe.objectives.items()
-        },
+        **model_settings(pipe),
         "toward": sweep.toward,
         "num_inference_steps": sweep.num_inference_steps,
         "guidance_scale": sweep.guidance_scale,
     }
-
-
-def _checksum(pipe: MSDDAPipeline) -> str:
-    """SHA-256 over the weights of every network, adapters included."""
-    digest = hashlib.sha256()
-    networks = [v.network for v in pipe.variants.values() if v.network is not pipe.unet]
-    for module in (*pipe.components.values(), *networks):
-        if isinstance(module, nn.Module):
-            for name, parameter in module.named_parameters():
-                digest.update(f"{name} {tuple(parameter.shape)}".encode())
-                flat = parameter.detach().cpu().contiguous().flatten()
-                digest.update(flat.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _label(weight: float | None, toward: str, other: str) -> str:

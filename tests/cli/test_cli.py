@@ -129,7 +129,7 @@ class TestSweep:
         assert run(*sweep_of("unused", tmp_path)).exit_code == 0
         done = run(*sweep_of("unused", tmp_path), "--steps", 3)
         assert done.exit_code == 2
-        assert "SweepConflict" in done.stderr and "num_inference_steps was 2, is 3" in done.stderr
+        assert "SettingsConflict" in done.stderr and "num_inference_steps was 2, is 3" in done.stderr
 
     def test_ctrl_c_keeps_finished_cells_and_says_how_to_resume(self, tiny, loaded, tmp_path):
         arguments = [str(a) for a in sweep_of(tiny.folder, tmp_path, "--batch-size", 1)]
