@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Draw and score the images of a comparison, shard by shard; finished shards are never redone.
+
+A shard is one entry and one seed: an image of every prompt. It is two files, the scores and a strip
+of the images, and the scores are written last: where they are, all is.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from msdda_fast.evaluation.scores import COSTS, Score
+from msdda_fast.evaluation.settings import bind_settings, model_settings, write_json
+from msdda_fast.files import write_atomically
+from msdda_fast.methods.method import Drawn, Method
+from msdda_fast.pipeline import MSDDAPipeline
+from msdda_fast.rewards import Reward
+
+__all__ = ["Comparison", "Entry", "collect_scores", "run_comparison", "strip_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A system at one preference.
+
+    Attributes:
+        method: With its settings.
+        variant: Name of these settings in tables; empty if there are no others.
+        weights: Preference by objective; the first one's is the paper's w.
+        seeds: Of the images of every prompt.
+        weighted: Whether the preference matters; else it is left out of the scores.
+    """
+
+    method: Method
+    variant: str
+    weights: Mapping[str, float]
+    seeds: Sequence[int]
+    weighted: bool = True
+
+    @property
+    def w(self) -> float | None:
+        """Weight of the first objective."""
+        return next(iter(self.weights.values())) if self.weighted else None
+
+    @property
+    def weights_text(self) -> str:
+        """All weights, as in the scores."""
+        if not self.weighted:
+            return ""
+        return " ".join(f"{name}={weight:g}" for name, weight in self.weights.items())
+
+    @property
+    def folder_name(self) -> str:
+        """A name of its own for every method, setting and preference."""
+        words = f"{self.method.name} {self.variant} {self.weights_text}"
+        setting = f"{words} {type(self.method).__name__} {self.method!r}"
+        slug = re.sub(r"[^a-z0-9.=]+", "-", words.lower()).strip("-")
+        return f"{slug}_{zlib.crc32(setting.encode()):08x}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """What every entry has in common.
+
+    Args:
+        prompts: All different.
+        rewards: By name; every image gets all of them, and methods see those they have weights for.
+        num_inference_steps: T.
+        guidance_scale: Of every model; None: the objectives' own.
+        batch_size: Images per call; None: all prompts of a shard.
+    """
+
+    prompts: Sequence[str]
+    rewards: Mapping[str, Reward]
+    num_inference_steps: int = 50
+    guidance_scale: float | None = None
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.prompts or len(set(self.prompts)) != len(self.prompts):
+            raise ValueError(f"prompts must be one or more different ones, got {self.prompts}")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+
+
+def run_comparison(
+    pipe: MSDDAPipeline,
+    comparison: Comparison,
+    entries: Sequence[Entry],
+    folder: Path,
+    *,
+    part: tuple[int, int] = (0, 1),
+    progress: Callable[[int, int], None] = lambda finished, total: None,
+) -> None:
+    """Draw the shards that are not there yet, seed by seed, so that all entries grow together.
+
+    Args:
+        pipe: Its objectives are the aligned models.
+        comparison: What all have in common.
+        entries: What to draw.
+        folder: Finished shards stay there; a later call continues, or adds entries and seeds.
+        part: (i, n): of n processes that share the folder, this is number i.
+        progress: Called with the numbers of finished and of all images.
+
+    Raises:
+        SettingsConflict: The folder holds shards of another model, prompts or settings.
+        ValueError: A reward cannot judge a prompt, or `part` is not one.
+    """
+    index, parts = part
+    if not 0 <= index < parts:
+        raise ValueError(f"part must be (i, n) with 0 <= i < n, got {part}")
+    blank = torch.zeros(len(comparison.prompts), 3, 64, 64)
+    for reward in comparison.rewards.values():  # found before hours of drawing
+        reward(blank, comparison.prompts)
+    bind_settings(
+        folder,
+        {
+            **model_settings(pipe),
+            "prompts": list(comparison.prompts),
+            "num_inference_steps": comparison.num_inference_steps,
+            "guidance_scale": comparison.guidance_scale,
+        },
+    )
+    count = len(comparison.prompts)
+    shards = list(_shards(folder, entries))
+    mine = [shard for number, shard in enumerate(shards) if number % parts == index]
+    finished = sum(file.exists() for _, _, file in mine)
+    progress(finished * count, len(mine) * count)
+    for entry, seed, file in mine:
+        if file.exists():
+            _score_again(comparison, file)
+            continue
+        _draw_shard(pipe, comparison, entry, seed, file)
+        finished += 1
+        progress(finished * count, len(mine) * count)
+
+
+def collect_scores(
+    comparison: Comparison, entries: Sequence[Entry], folder: Path
+) -> Iterator[Score]:
+    """The rows of all shards of these entries that are finished."""
+    for entry, seed, file in _shards(folder, entries):
+        if not file.exists():
+            continue
+        shard = json.loads(file.read_text("utf-8"))
+        for i, prompt in enumerate(comparison.prompts):
+            yield Score(
+                method=entry.method.name,
+                variant=entry.variant,
+                w=entry.w,
+                weights=entry.weights_text,
+                steps=comparison.num_inference_steps,
+                prompt=prompt,
+                seed=seed,
+                rewards={name: values[i] for name, values in shard["rewards"].items()},
+                seconds=shard["seconds"],
+                costs=shard["costs"],
+            )
+
+
+def strip_of(folder: Path, entry: Entry, seed: int) -> list[Image.Image]:
+    """The images of one shard, a prompt each.
+
+    Raises:
+        FileNotFoundError: It is not finished.
+    """
+    file = next(file for e, s, file in _shards(folder, [entry]) if s == seed)
+    return _cut(file, len(json.loads(file.read_text("utf-8"))["prompts"]))
+
+
+def _shards(folder: Path, entries: Sequence[Entry]) -> Iterator[tuple[Entry, int, Path]]:
+    for seed in sorted({seed for entry in entries for seed in entry.seeds}):
+        for entry in entries:
+            if seed in entry.seeds:
+                yield entry, seed, folder / "shards" / entry.folder_name / f"seed-{seed:04d}.json"
+
+
+def _draw_shard(
+    pipe: MSDDAPipeline, comparison: Comparison, entry: Entry, seed: int, file: Path
+) -> None:
+    prompts = list(comparison.prompts)
+    size = comparison.batch_size or len(prompts)
+    chosen = {n: r for n, r in comparison.rewards.items() if n in entry.weights}
+    drawn: list[Drawn] = []
+    start = time.perf_counter()
+    for at in range(0, len(prompts), size):
+        batch = prompts[at : at + size]
+        drawn.append(
+            entry.method(
+                pipe,
+                batch,
+                entry.weights,
+                [seed] * len(batch),
+                num_inference_steps=comparison.num_inference_steps,
+                guidance_scale=comparison.guidance_scale,
+                rewards=chosen,
+            )
+        )
+    seconds = (time.perf_counter() - start) / len(prompts)
+    pixels = (255 * torch.cat([d.images for d in drawn]).cpu()).round().to(torch.uint8)
+    strip = _strip(pixels)
+    shard: dict[str, Any] = {
+        "entry": entry.folder_name,
+        "method": repr(entry.method),
+        "seed": seed,
+        "prompts": prompts,
+        "rewards": _score(comparison.rewards, pixels, prompts),
+        "seconds": seconds,
+        "costs": {n: sum(asdict(d.cost)[n] for d in drawn) / len(prompts) for n in COSTS},
+    }
+    write_atomically(file.with_suffix(".png"), lambda partial: strip.save(partial, format="PNG"))
+    write_json(file, shard)
+
+
+def _score_again(comparison: Comparison, file: Path) -> None:
+    """Add the rewards that a finished shard has not been judged by."""
+    shard = json.loads(file.read_text("utf-8"))
+    missing = {n: r for n, r in comparison.rewards.items() if n not in shard["rewards"]}
+    if not missing:
+        return
+    prompts = shard["prompts"]
+    images = [torch.from_numpy(np.array(image)) for image in _cut(file, len(prompts))]
+    pixels = torch.stack(images).permute(0, 3, 1, 2).contiguous()
+    shard["rewards"] |= _score(missing, pixels, prompts)
+    write_json(file, shard)
+
+
+@torch.no_grad()
+def _score(
+    rewards: Mapping[str, Reward], pixels: Tensor, prompts: Sequence[str]
+) -> dict[str, list[float]]:
+    images = pixels.float() / 255
+    return {name: reward(images, prompts).tolist() for name, reward in rewards.items()}
+
+
+def _cut(file: Path, count: int) -> list[Image.Image]:
+    with Image.open(file.with_suffix(".png")) as strip:
+        width = strip.width // count
+        return [strip.crop((i * width, 0, (i + 1) * width, strip.height)) for i in range(count)]
+
+
+def _strip(pixels: Tensor) -> Image.Image:
+    """Images (B, 3, H, W) uint8 next to each other."""
+    row = torch.cat(list(pixels), dim=-1).permute(1, 2, 0).contiguous()
+    return Image.fromarray(row.numpy())

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A comparison is drawn shard by shard; what is finished stays, and its scores add up."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from msdda_fast.evaluation import runs
+from msdda_fast.evaluation.runs import Comparison, Entry, collect_scores, run_comparison, strip_of
+from msdda_fast.evaluation.scores import merge_scores, read_scores
+from msdda_fast.evaluation.settings import SettingsConflict
+from msdda_fast.methods.msdda import MSDDA
+from msdda_fast.methods.sd import SD
+
+PROMPTS = ["a dog", "a cat"]
+WEIGHTS = {"warm": 0.3, "cool": 0.7}
+
+
+class Red:
+    name, differentiable = "red", True
+
+    def __call__(self, images, prompts):
+        return images[:, 0].mean((1, 2)) + torch.tensor([float(len(p)) for p in prompts])
+
+
+class Dark(Red):
+    name = "dark"
+
+    def __call__(self, images, prompts):
+        return 1 - images.mean((1, 2, 3))
+
+
+COMPARISON = Comparison(prompts=PROMPTS, rewards={"red": Red()}, num_inference_steps=2)
+ENTRIES = [
+    Entry(SD(), "", WEIGHTS, seeds=[0, 1], weighted=False),
+    Entry(MSDDA(), "", WEIGHTS, seeds=[0]),
+]
+
+
+def test_every_image_is_the_methods_own(pipe, tmp_path):
+    run_comparison(pipe, COMPARISON, ENTRIES, tmp_path)
+    rows = {row.key: row for row in collect_scores(COMPARISON, ENTRIES, tmp_path)}
+    assert len(rows) == 2 * 2 + 2
+    drawn = MSDDA()(pipe, PROMPTS, WEIGHTS, [0, 0], num_inference_steps=2)
+    images = (255 * drawn.images).round() / 255
+    for i, prompt in enumerate(PROMPTS):
+        row = rows["MSDDA", "", 0.3, "warm=0.3 cool=0.7", 2, prompt, 0]
+        assert row.rewards["red"] == pytest.approx(float(Red()(images, PROMPTS)[i]), abs=1e-6)
+        assert row.costs == {
+            "unet_forwards": 2 * 2 * 2, "unet_backwards": 0, "decodes": 1, "reward_calls": 0
+        }  # fmt: skip
+        assert rows["SD", "", None, "", 2, prompt, 1].costs["unet_forwards"] == 2 * 2
+        stored = torch.from_numpy(runs.np.array(strip_of(tmp_path, ENTRIES[1], 0)[i]))
+        assert torch.equal(stored.permute(2, 0, 1) / 255, images[i])
+
+
+def test_batches_make_no_difference(pipe, tmp_path):
+    alone = replace(COMPARISON, batch_size=1)
+    run_comparison(pipe, COMPARISON, ENTRIES[1:], tmp_path / "a")
+    run_comparison(pipe, alone, ENTRIES[1:], tmp_path / "b")
+    a, b = (list(collect_scores(alone, ENTRIES[1:], tmp_path / name)) for name in "ab")
+    for one, other in zip(a, b, strict=True):
+        assert one.rewards == pytest.approx(other.rewards, abs=5e-3)
+        assert one.costs == other.costs
+
+
+def test_an_interrupted_run_continues(pipe, tmp_path, calls, monkeypatch):
+    draw, budget = runs._draw_shard, [2]
+
+    def stops(*arguments):
+        if not budget[0]:
+            raise KeyboardInterrupt
+        budget[0] -= 1
+        draw(*arguments)
+
+    monkeypatch.setattr(runs, "_draw_shard", stops)
+    with pytest.raises(KeyboardInterrupt):
+        run_comparison(pipe, COMPARISON, ENTRIES, tmp_path)
+    assert len(list(collect_scores(COMPARISON, ENTRIES, tmp_path))) == 4
+    monkeypatch.setattr(runs, "_draw_shard", draw)
+    seen = []
+    run_comparison(
+        pipe, COMPARISON, ENTRIES, tmp_path, progress=lambda *counts: seen.append(counts)
+    )
+    assert seen == [(4, 6), (6, 6)]
+    calls.clear()
+    run_comparison(pipe, COMPARISON, ENTRIES, tmp_path)
+    assert calls == []
+
+
+def test_processes_share_a_folder_without_overlap(pipe, tmp_path):
+    seen = []
+    for i in range(2):
+        run_comparison(
+            pipe, COMPARISON, ENTRIES, tmp_path, part=(i, 2), progress=lambda *c: seen.append(c)
+        )
+    assert seen == [(0, 4), (2, 4), (4, 4), (0, 2), (2, 2)]
+
+
+def test_a_later_reward_judges_the_stored_images(pipe, tmp_path, calls):
+    run_comparison(pipe, COMPARISON, ENTRIES, tmp_path)
+    calls.clear()
+    both = replace(COMPARISON, rewards={"red": Red(), "dark": Dark()})
+    run_comparison(pipe, both, ENTRIES, tmp_path)
+    assert calls == []
+    run_comparison(pipe, both, ENTRIES, tmp_path / "fresh")
+    again, fresh = (
+        [row.rewards for row in collect_scores(both, ENTRIES, folder)]
+        for folder in (tmp_path, tmp_path / "fresh")
+    )
+    assert again == fresh and "dark" in again[0]
+
+
+def test_other_settings_of_a_method_are_other_shards():
+    names = {
+        Entry(method, "", weights, [0]).folder_name
+        for method in (MSDDA(), MSDDA(fusion="eps"), SD(), SD(eta=0.8))
+        for weights in (WEIGHTS, {"warm": 0.5, "cool": 0.5})
+    }
+    assert len(names) == 8
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"num_inference_steps": 3}, "num_inference_steps was 2"), ({"prompts": ["a"]}, "prompts")],
+)
+def test_other_settings_of_the_comparison_are_refused(pipe, tmp_path, calls, change, message):
+    run_comparison(pipe, COMPARISON, ENTRIES[:1], tmp_path)
+    calls.clear()
+    with pytest.raises(SettingsConflict, match=message):
+        run_comparison(pipe, replace(COMPARISON, **change), ENTRIES[:1], tmp_path)
+    assert calls == []
+
+
+def test_a_reward_that_cannot_judge_is_found_before_any_work(pipe, tmp_path, calls):
+    class Picky(Red):
+        def __call__(self, images, prompts):
+            raise ValueError("no cats")
+
+    with pytest.raises(ValueError, match="no cats"):
+        run_comparison(pipe, replace(COMPARISON, rewards={"red": Picky()}), ENTRIES, tmp_path)
+    assert calls == [] and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("part", [(2, 2), (-1, 2), (0, 0)])
+def test_a_part_is_one_of_its_number(pipe, tmp_path, part):
+    with pytest.raises(ValueError, match="part"):
+        run_comparison(pipe, COMPARISON, ENTRIES, tmp_path, part=part)
+
+
+def test_scores_survive_the_file_and_only_grow(pipe, tmp_path):
+    file = tmp_path / "scores.csv"
+    run_comparison(pipe, COMPARISON, ENTRIES, tmp_path)
+    rows = list(collect_scores(COMPARISON, ENTRIES, tmp_path))
+    merge_scores(file, rows[:3])
+    merged = merge_scores(file, [replace(rows[3], seconds=7.0), *rows[4:]])
+    assert {row.key for row in merged} == {row.key for row in rows}
+    assert read_scores(file) == read_scores(file) and len(read_scores(file)) == len(rows)
+    back = {row.key: row for row in read_scores(file)}
+    for row in rows:
+        assert back[row.key].rewards == pytest.approx(row.rewards, abs=1e-5)
+    assert back[rows[3].key].seconds == 7.0
+
+
+def test_a_file_that_is_no_scores_is_named(tmp_path):
+    file = tmp_path / "scores.csv"
+    file.write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="no column method"):
+        read_scores(file)
+    merged = merge_scores(tmp_path / "good.csv", [])
+    assert merged == []
+    lines = (tmp_path / "good.csv").read_text() + "SD,,x,,50,a dog,0,1,10,0,1,0\n"
+    file.write_text(lines)
+    with pytest.raises(ValueError, match="line 2"):
+        read_scores(file)
+
+
+def test_shards_say_what_made_them(pipe, tmp_path):
+    run_comparison(pipe, COMPARISON, ENTRIES[1:], tmp_path)
+    (file,) = (tmp_path / "shards").rglob("*.json")
+    assert json.loads(file.read_text())["method"] == repr(MSDDA())
