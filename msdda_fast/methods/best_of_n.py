@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Best-of-N: the best by r_w of N independent images of the base model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from msdda_fast.methods.copies import best, check_counts, initial_copies, score
+from msdda_fast.methods.ddim import DDIMStep
+from msdda_fast.methods.method import Method
+from msdda_fast.methods.model import LatentModel
+from msdda_fast.methods.sd import SD
+from msdda_fast.objective import check_eta
+
+__all__ = ["BestOfN"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BestOfN(Method):
+    """N draws with x_T and noise of their own; the first is SD's, so that N = 1 is SD.
+
+    Per image N T evaluations of the base, N decodes and, for N > 1, N scores.
+
+    Args:
+        num_particles: N, at least 1.
+        eta: In [0, 1].
+
+    Raises:
+        InvalidSchedule: eta outside its range.
+        ValueError: N is not a positive integer; while sampling, a reward is NaN.
+    """
+
+    name: ClassVar[str] = "Best-of-N"
+    needs_rewards: ClassVar[bool] = True
+    num_particles: int = 20
+    eta: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_counts(self.name, num_particles=self.num_particles)
+        check_eta(self.eta, self.name)
+
+    def sample(self, model: LatentModel) -> Tensor:
+        """See `Method.sample`."""
+        if self.num_particles == 1:
+            return SD(eta=self.eta).sample(model)
+        x = initial_copies(model, self.num_particles)
+        for k in range(len(model.grid.timesteps)):
+            z = model.noise(k, self.num_particles)
+            x = DDIMStep.of(model.grid, k, self.eta).prev(x, model.eps(x, k), z)
+        images = model.decode(x)
+        return best(images, score(model, images), model.batch_size)
