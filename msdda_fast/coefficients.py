@@ -44,7 +44,8 @@ class CoefficientTable:
         timesteps: (T,) int64, on the device of `rows`, decreasing.
         num_objectives: M.
         clip_range: x_0 predictions are clamped to [-clip_range, clip_range]; None: they are not.
-        share: (T, B, M) float64 on the host, the fusion weights: sum 1 over M.
+        share: (T, B, M) float64 on the host, the fusion weights of means, or of predictions with
+            `fusion="eps"`: sum 1 over M.
         std: (T, B) float64 on the host, sigma_w in latent units.
         needs_uncond: Whether some coefficient of an unconditional output is not zero.
     """

@@ -12,7 +12,8 @@ so the fusion weights of Eq. 7 are time-free shares, defined even where v = 0:
     share_i = (w_i / eta_i^2) / sum_j w_j / eta_j^2,      eta_w^2 = 1 / sum_j w_j / eta_j^2,
     x_prev = (sum_i share_i A_i) x_t + sum_i share_i B_i m_i + eta_w sqrt(v) z.
 
-Everything is float64 on the host and is cast once.
+With `fusion="eps"` the predictions are mixed instead, and one step is taken at eta_w; see
+`coefficient_table`. Everything is float64 on the host and is cast once.
 """
 
 from __future__ import annotations
@@ -24,14 +25,21 @@ import torch
 from torch import Tensor
 
 from msdda_fast.coefficients import CoefficientTable, StepCoefficients
-from msdda_fast.ddim_grid import ddim_grid
-from msdda_fast.errors import InvalidSchedule, InvalidShape, InvalidWeights, ZeroVariance
+from msdda_fast.ddim_grid import DDIMGrid, ddim_grid
+from msdda_fast.errors import InvalidSchedule, InvalidShape
+from msdda_fast.fusion import effective_weights, eps_mixture, fusion_shares
 from msdda_fast.objective import as_host_float64, check_eta, preference_schedule
 
 if TYPE_CHECKING:
-    from msdda_fast.types import Scheduler, ZeroVariancePolicy
+    from msdda_fast.types import Fusion, Scheduler, ZeroVariancePolicy
 
-__all__ = ["CoefficientTable", "StepCoefficients", "coefficient_table", "fusion_shares"]
+__all__ = [
+    "CoefficientTable",
+    "StepCoefficients",
+    "coefficient_table",
+    "effective_weights",
+    "fusion_shares",
+]
 
 
 def coefficient_table(
@@ -44,6 +52,7 @@ def coefficient_table(
     zero_variance: ZeroVariancePolicy = "error",
     rates: Sequence[float] | Tensor | None = None,
     extrapolate: bool = False,
+    fusion: Fusion = "posterior",
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> CoefficientTable:
@@ -62,6 +71,14 @@ def coefficient_table(
         zero_variance: What to do when a sample mixes eta = 0 with eta > 0; see `fusion_shares`.
         rates: (M,) > 0, the relative rates c_i of `zero_variance="ratio"`.
         extrapolate: Accept negative weights while the total precision stays positive.
+        fusion: "posterior" is Eq. 7. "eps" is one DDIM step at eta_w of the mixed predictions,
+
+                epshat_w = sum_i what_i epshat_i,
+                what_i = share_i B(eta_i) / sum_j share_j B(eta_j),
+
+            where B(eta) = sqrt(1 - p - eta^2 v) - sqrt(p (1 - a) / a) is what a step makes of a
+            prediction. The two are the same where etas are equal. Where they differ, Eq. 7 leaves
+            a step with less noise than alpha_bar_prev stands for, by O(1/T); "eps" does not.
         device: Where `rows` and `timesteps` go; the CPU by default.
         dtype: Of `rows`: float32, or float64 for a float64 state.
 
@@ -70,8 +87,10 @@ def coefficient_table(
 
     Raises:
         InvalidSchedule: An eta, guidance scale, number of steps or scheduler setting is outside the
-            range above, or not one the affine kernel can express.
-        InvalidWeights: Weights off the simplex, or a total precision that is not positive.
+            range above, or not one the affine kernel can express; another fusion than those; or
+            "eps" with x_0 clipping, where predictions cannot be mixed.
+        InvalidWeights: Weights off the simplex, or a total precision that is not positive; with
+            "eps" also extrapolated ones that leave eta_w > 1 or predictions that cancel.
         InvalidShape: `weights`, `etas`, `rates` or `guidance_scale` of another shape.
         ZeroVariance: A sample mixes eta = 0 with eta > 0 under `zero_variance="error"`.
     """
@@ -82,20 +101,23 @@ def coefficient_table(
     batch = _batch_size(weights, guidance)
     weight = preference_schedule(weights, count, batch, num_steps, extrapolate=extrapolate)
     share, eta_w = fusion_shares(weight, eta, zero_variance=zero_variance, rates=rates)
+    level = eta
+    if _mixes_eps(fusion, grid):
+        share, level = eps_mixture(grid, share, eta, eta_w), eta_w[..., None]
 
-    var = grid.var[:, None]
+    var = grid.var[:, None, None]
     x0_x, x0_m, eps_x, eps_m = (term[:, None, None] for term in grid.prediction_terms())
-    x0_scale = grid.alpha_bar_prev.sqrt()[:, None, None] * share
+    prev = grid.alpha_bar_prev[:, None, None]
+    x0_scale = prev.sqrt() * share
     # 1 - p - sigma^2 >= 0 holds for eta <= 1, up to rounding
-    direction = (1 - grid.alpha_bar_prev[:, None] - eta**2 * var).clamp(min=0).sqrt()
-    eps_scale = direction[:, None, :] * share
+    eps_scale = (1 - prev - level**2 * var).clamp(min=0).sqrt() * share
 
     x_scale = eps_scale * eps_x
     output_scale = eps_scale * eps_m
     if grid.clip_range is None:
         x_scale = x_scale + x0_scale * x0_x
         output_scale = output_scale + x0_scale * x0_m
-    std = eta_w * var.sqrt()
+    std = eta_w * var[..., 0].sqrt()
     columns = [
         x_scale.sum(-1, keepdim=True),
         output_scale * (1 - guidance),
@@ -121,83 +143,15 @@ def coefficient_table(
     )
 
 
-def fusion_shares(
-    weights: Tensor,
-    etas: Tensor,
-    *,
-    zero_variance: ZeroVariancePolicy = "error",
-    rates: Sequence[float] | Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return `share_i = (w_i / eta_i^2) / sum_j w_j / eta_j^2` and `eta_w`, with their limits.
-
-    Objectives of weight 0 are dropped first. When every remaining eta is 0 the shares are the
-    weights, the limit of equal etas. When some are 0 and some are not, the product of experts has
-    no limit that all paths share, and `zero_variance` decides; the step is then deterministic:
-
-    - "error": raise `ZeroVariance`;
-    - "dominate": the literal limit, objectives with eta = 0 decide, `share_i ~ w_i` among them;
-    - "ratio": likewise, vanishing at the given relative rates, `share_i ~ w_i / c_i^2` among them
-      (also when every eta is 0).
-
-    Args:
-        weights: (..., M) float64 on the host, sum 1 over M; negative entries extrapolate.
-        etas: (M,) float64 on the host, in [0, 1].
-        zero_variance: The policy.
-        rates: (M,) > 0, with "ratio" and only then.
-
-    Returns:
-        `share` (..., M), sum 1 over M, and `eta_w` (...), both without unit.
-
-    Raises:
-        ZeroVariance: Under "error", a row mixes eta = 0 and eta > 0.
-        InvalidWeights: A row leaves no positive total precision.
-        InvalidSchedule: An unknown policy, or rates that are missing, not positive or unused.
-        InvalidShape: `rates` is not (M,).
-    """
-    limit_rates = _limit_rates(zero_variance, rates, etas)
-    active = weights != 0
-    zero = active & (etas == 0)
-    degenerate = zero.any(-1, keepdim=True)
-    if zero_variance == "error" and (mixed := degenerate & (zero != active)).any():
-        row = weights[mixed.any(-1)][0].tolist()
-        raise ZeroVariance(
-            f"etas {etas.tolist()} with weights {row} mix zero and positive variance, which has no "
-            f"unique limit; use etas all 0 or all positive, or zero_variance='dominate' (those "
-            f"with eta = 0 decide) or 'ratio' (likewise, with shares w_i / rates_i^2)"
+def _mixes_eps(fusion: Fusion, grid: DDIMGrid) -> bool:
+    if fusion not in (known := ("posterior", "eps")):
+        raise InvalidSchedule(f"fusion is {fusion!r}, expected one of {known}")
+    if fusion == "eps" and grid.clip_range is not None:
+        raise InvalidSchedule(
+            "fusion='eps' mixes predictions, of which a step with x_0 clipping (clip_sample=True) "
+            "is no affine function; use fusion='posterior'"
         )
-    deciding = torch.where(degenerate, zero, active)
-    spread = torch.where(degenerate, limit_rates, etas)
-    # relative precisions (s_min / s_i)^2 <= 1: no overflow at any eta, and exact in the limit
-    smallest = spread.masked_fill(~deciding, torch.inf).amin(-1, keepdim=True)
-    precision = torch.where(deciding, weights * (smallest / spread) ** 2, 0.0)
-    total = precision.sum(-1, keepdim=True)
-    if not (total > 0).all():
-        index = (~(total > 0)).any(-1).nonzero()[0].tolist()
-        raise InvalidWeights(
-            f"weights {weights[tuple(index)].tolist()} with etas {etas.tolist()} leave the total "
-            f"precision sum w_i / eta_i^2 at or below 0; it must be positive"
-        )
-    eta_w = torch.where(degenerate, 0.0, smallest / total.sqrt())
-    return precision / total, eta_w.squeeze(-1)
-
-
-def _limit_rates(
-    policy: ZeroVariancePolicy, rates: Sequence[float] | Tensor | None, etas: Tensor
-) -> Tensor:
-    if policy not in (policies := ("error", "dominate", "ratio")):
-        raise InvalidSchedule(f"zero_variance is {policy!r}, expected one of {policies}")
-    if (rates is None) == (policy == "ratio"):
-        raise InvalidSchedule(f"rates={rates!r} with zero_variance={policy!r}: 'ratio' takes rates")
-    if rates is None:
-        return torch.ones_like(etas)
-    values = as_host_float64(rates, "rates")
-    if values.shape != etas.shape:
-        raise InvalidShape(
-            f"rates have shape {tuple(values.shape)}, expected (M,) = {tuple(etas.shape)}"
-        )
-    if not ((values > 0) & values.isfinite()).all():
-        raise InvalidSchedule(f"rates must be positive and finite, got {values.tolist()}")
-    return values
+    return fusion == "eps"
 
 
 def _etas(etas: Sequence[float] | Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 __all__ = [
     "Backend",
     "Denoiser",
+    "Fusion",
     "GeneratorLike",
     "Scheduler",
     "SeedsLike",
@@ -19,6 +20,9 @@ __all__ = [
 ]
 
 Backend: TypeAlias = Literal["auto", "eager", "native", "triton"]
+
+#: "posterior": Eq. 7. "eps": one noise prediction mixed of all, stepped at eta_w.
+Fusion: TypeAlias = Literal["posterior", "eps"]
 
 #: What to do where some fused variances are zero and others are not (see `schedule.fusion_shares`).
 ZeroVariancePolicy: TypeAlias = Literal["error", "dominate", "ratio"]

@@ -11,7 +11,9 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "msdda_fast"
 
 #: Level 0 in order: each module may import those before it.
-LEVEL_0 = ("errors", "types", "files", "objective", "coefficients", "ddim_grid", "schedule")
+LEVEL_0 = (
+    "errors", "types", "files", "objective", "coefficients", "ddim_grid", "fusion", "schedule",
+)  # fmt: skip
 
 #: room -> the rooms it may import, itself aside.
 BELOW_PIPELINE = {"engine", "lora", "kernels", "assets", *LEVEL_0}

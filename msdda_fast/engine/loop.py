@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from msdda_fast.types import (
         Backend,
         Denoiser,
+        Fusion,
         GeneratorLike,
         Scheduler,
         SeedsLike,
@@ -45,6 +46,7 @@ def denoise(
     zero_variance: ZeroVariancePolicy = "error",
     rates: Sequence[float] | Tensor | None = None,
     extrapolate: bool = False,
+    fusion: Fusion = "posterior",
     backend: Backend = "auto",
 ) -> Tensor:
     """Sample x_0 from the product of experts of M denoisers, step by step (Algorithm 1, Eq. 7).
@@ -71,6 +73,8 @@ def denoise(
             "ratio"; see `schedule.fusion_shares`.
         rates: (M,) > 0, the rates of "ratio".
         extrapolate: Accept negative weights while the total precision stays positive.
+        fusion: "posterior", or "eps": one step at eta_w of mixed predictions, which keeps the noise
+            level where etas differ; see `coefficient_table`.
         backend: "auto", or one by name: "eager", "native" or "triton".
 
     Returns:
@@ -107,6 +111,7 @@ def denoise(
         zero_variance=zero_variance,
         rates=rates,
         extrapolate=extrapolate,
+        fusion=fusion,
         device=x_T.device,
         dtype=state_dtype,
     )

@@ -12,20 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeAlias
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from msdda_fast.ddim_grid import DDIMGrid
+from msdda_fast.types import Fusion
 
 __all__ = ["BASE", "Cost", "Fusion", "LatentModel", "preferred"]
 
 #: The name of the base model among the models.
 BASE = "base"
-
-#: "posterior": Eq. 7. "eps": one noise prediction mixed of all, stepped at eta_w.
-Fusion: TypeAlias = Literal["posterior", "eps"]
 
 
 @dataclass(slots=True)

@@ -177,6 +177,7 @@ class PipelineModel:
             guidance_scale={name: self._guidance[name] for name in weights},
             seed=self._seeds,
             extrapolate=extrapolate,
+            fusion=fusion,
             output_type="latent",
         ).images
         return x_0

@@ -33,7 +33,7 @@ from msdda_fast.pipeline.output import MSDDAPipelineOutput
 from msdda_fast.pipeline.prediction import Variant
 from msdda_fast.pipeline.prompts import Prompts
 from msdda_fast.schedule import coefficient_table
-from msdda_fast.types import GeneratorLike, WeightSchedule, ZeroVariancePolicy
+from msdda_fast.types import Fusion, GeneratorLike, WeightSchedule, ZeroVariancePolicy
 
 __all__ = ["MSDDAPipeline"]
 
@@ -135,6 +135,7 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
         zero_variance: ZeroVariancePolicy = "error",
         rates: Sequence[float] | None = None,
         extrapolate: bool = False,
+        fusion: Fusion = "posterior",
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: sampling.StepCallback | None = None,
@@ -172,6 +173,8 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
             zero_variance, rates: What to do where a prompt mixes eta = 0 with eta > 0; see
                 `msdda_fast.schedule.fusion_shares`.
             extrapolate: Accept negative weights while the fused precision stays positive.
+            fusion: "posterior" (Eq. 7), or "eps": one step at eta_w of mixed predictions, which
+                keeps the noise level where etas differ; see `msdda_fast.coefficient_table`.
             output_type: "pil", "np" (B, H, W, 3) in [0, 1], "pt" (B, 3, H, W) in [0, 1], or
                 "latent": x_0 (B, C, h, w), float32.
             return_dict: Return an `MSDDAPipelineOutput`; else the tuple (images, flags).
@@ -221,6 +224,7 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
             zero_variance=zero_variance,
             rates=rates,
             extrapolate=extrapolate,
+            fusion=fusion,
             device=device,
             dtype=torch.float64 if self.unet.dtype == torch.float64 else torch.float32,
         )

@@ -95,6 +95,7 @@ class GaussianModel:
             etas=[etas[name] for name in weights],
             noise=torch.stack([self.noise(k) for k in range(self.num_steps)]),
             extrapolate=extrapolate,
+            fusion=fusion,
         )
 
     def _count_backward(self, count: int) -> None:
