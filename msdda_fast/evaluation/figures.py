@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pareto fronts of two objectives, and rewards over the simplex of three."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # figures go to files, whatever display there is
+
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.tri import Triangulation
+
+from msdda_fast.evaluation.statistics import Arm, mean_reward
+from msdda_fast.files import write_atomically
+
+__all__ = ["label_of", "pareto_figure", "simplex_figure"]
+
+_OURS = ("MSDDA", "")
+_INK, _SOFT, _RED = "#1a1a1a", "#8a8a8a", "#d62728"
+_MARKERS = "osD^vPX<>hdp"
+
+
+def label_of(system: tuple[str, str]) -> str:
+    """Method, and the variant in brackets if it has one."""
+    method, variant = system
+    return f"{method} ({variant})" if variant else method
+
+
+def pareto_figure(arms: Sequence[Arm], rewards: tuple[str, str], file: Path) -> None:
+    """Draw mean rewards with 95% intervals, a line per system through its preferences.
+
+    Args:
+        arms: With and without weights; those of MSDDA itself are drawn thickest.
+        rewards: Horizontal and vertical.
+        file: PNG.
+    """
+    systems: dict[tuple[str, str], list[Arm]] = {}
+    for arm in sorted(arms, key=lambda a: -1.0 if a.w is None else a.w):
+        systems.setdefault(arm.system, []).append(arm)
+    figure, axes = plt.subplots(figsize=(10.5, 6.4), layout="constrained")
+    # red is taken
+    colors = [c for i, c in enumerate(plt.get_cmap("tab20").colors) if i not in (6, 7)]
+    colors = colors[::2] + colors[1::2]
+    for i, system in enumerate(sorted(systems, key=lambda s: s != _OURS)):
+        ours, alone = system == _OURS, systems[system][0].w is None
+        points = [[mean_reward(arm.values(name)) for name in rewards] for arm in systems[system]]
+        x, y = ([point[axis] for point in points] for axis in (0, 1))
+        counts = sorted({interval.pairs for interval in x})
+        axes.errorbar(
+            [v.mean for v in x],
+            [v.mean for v in y],
+            color=_RED if ours else colors[i % len(colors)],
+            marker="*" if alone else _MARKERS[i % len(_MARKERS)],
+            markersize=13 if alone else 6 + 2 * ours,
+            linewidth=2.6 if ours else 1.3,
+            zorder=4 if ours else 3,
+            label=f"{label_of(system)}, n = {'/'.join(map(str, counts))}",
+        )
+        axes.errorbar(
+            [v.mean for v in x],
+            [v.mean for v in y],
+            xerr=[[v.mean - v.low for v in x], [v.high - v.mean for v in x]],
+            yerr=[[v.mean - v.low for v in y], [v.high - v.mean for v in y]],
+            color=_RED if ours else colors[i % len(colors)],
+            linestyle="none",
+            elinewidth=0.8,
+            alpha=1.0 if ours else 0.4,
+            zorder=2,
+        )
+        if ours:
+            for arm, px, py in zip(systems[system], x, y, strict=True):
+                axes.annotate(
+                    f"w = {arm.w:g}",
+                    (px.mean, py.mean),
+                    textcoords="offset points",
+                    xytext=(9, 7),
+                    color=_INK,
+                    fontsize=9,
+                )
+    axes.set_xlabel(f"{rewards[0]} reward, mean and 95% interval")
+    axes.set_ylabel(f"{rewards[1]} reward, mean and 95% interval")
+    _plain(axes)
+    axes.legend(
+        loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8.5,
+        title="images per point: n", title_fontsize=8.5,
+    )  # fmt: skip
+    _save(figure, file)
+
+
+def simplex_figure(arms: Sequence[Arm], rewards: Sequence[str], file: Path) -> None:
+    """Draw each of three mean rewards of one system over the triangle of preferences.
+
+    Args:
+        arms: At three or more preferences that are not on a line.
+        rewards: Three, with a corner each.
+        file: PNG.
+    """
+    corners = np.array([[0.5, np.sqrt(3) / 2], [0.0, 0.0], [1.0, 0.0]])
+    places = np.array([[arm.weights.get(name, 0.0) for name in rewards] for arm in arms]) @ corners
+    figure, row = plt.subplots(1, 3, figsize=(13, 4.6), layout="constrained")
+    for name, axes in zip(rewards, row, strict=True):
+        values = np.array([mean_reward(arm.values(name)).mean for arm in arms])
+        shades = axes.tricontourf(Triangulation(*places.T), values, levels=14, cmap="viridis")
+        axes.plot(*corners[[0, 1, 2, 0]].T, color=_INK, linewidth=1)
+        axes.plot(*places.T, ".", color="white", markersize=11, markeredgecolor=_INK)
+        for place, value in zip(places, values, strict=True):
+            axes.annotate(
+                f"{value:.2f}", place, textcoords="offset points", xytext=(0, 8), ha="center",
+                fontsize=8, color=_INK, bbox={"fc": "white", "ec": "none", "alpha": 0.7, "pad": 1},
+            )  # fmt: skip
+        for corner, other, offset in zip(corners, rewards, (16, -20, -20), strict=True):
+            axes.annotate(
+                f"all {other}", corner, textcoords="offset points", xytext=(0, offset),
+                ha="center", fontsize=9, color=_SOFT,
+            )  # fmt: skip
+        axes.set_title(f"{name} reward", fontsize=11, pad=18)
+        axes.set_xlim(-0.14, 1.14)
+        axes.set_ylim(-0.16, 1.0)
+        axes.set_aspect("equal")
+        axes.axis("off")
+        figure.colorbar(shades, ax=axes, shrink=0.7)
+    _save(figure, file)
+
+
+def _plain(axes: Any) -> None:  # noqa: ANN401 - matplotlib has no types
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _save(figure: Any, file: Path) -> None:  # noqa: ANN401 - matplotlib has no types
+    write_atomically(file, lambda partial: figure.savefig(partial, format="png", dpi=140))
+    plt.close(figure)
