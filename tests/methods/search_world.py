@@ -39,24 +39,11 @@ class Indifferent:
 INDIFFERENT = dict.fromkeys(WEIGHTS, Indifferent())
 
 
-def normal_grid() -> tuple[Tensor, Tensor]:
-    """Points z and weights phi(z) dz with which a sum over them is an expectation."""
-    z = torch.linspace(-9, 9, 20001, dtype=torch.float64)
-    return z, torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi) * (z[1] - z[0])
-
-
 def largest_of(n: int) -> float:
     """E max of n standard normals: the density of the maximum is n phi Phi^(n - 1)."""
-    z, phi = normal_grid()
-    return float((z * n * phi * torch.special.ndtr(z) ** (n - 1)).sum())
-
-
-def nearest_of(n: int, target: float) -> float:
-    """E of that one of n standard normals which is nearest to `target`."""
-    z, phi = normal_grid()
-    distance = (z - target).abs()
-    closer = torch.special.ndtr(target + distance) - torch.special.ndtr(target - distance)
-    return float((z * n * phi * (1 - closer) ** (n - 1)).sum())
+    z = torch.linspace(-9, 9, 20001, dtype=torch.float64)
+    phi = torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)
+    return float((z * n * phi * torch.special.ndtr(z) ** (n - 1)).sum() * (z[1] - z[0]))
 
 
 def has_mean(draws: Tensor, mean: float) -> bool:
