@@ -12,7 +12,7 @@ demo: $(STAMP)
 	$(BIN)/msdda-fast sweep --seeds 1,2 --out $(OUT)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal -p no:benchmark
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -5,10 +5,6 @@ The fixtures are imported by the conftest of every folder that needs them.
 """
 
 import json
-import os
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the hub client is first imported
-
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -45,6 +41,10 @@ class TinyModel:
     folder: Path
     warm: Path
     cool: Path
+
+    @classmethod
+    def at(cls, root: Path) -> "TinyModel":
+        return cls(root / "model", root / "warm", root / "cool")
 
     def objectives(self, **changes) -> dict[str, mf.Objective]:
         return {
@@ -144,12 +144,13 @@ def one_thread():
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory) -> TinyModel:
+def tiny(made_once) -> TinyModel:
     """DDIM scheduler and AutoencoderTiny, as the shipped model has them; with objectives.json."""
-    root = tmp_path_factory.getbasetemp() / "tiny"
-    model = TinyModel(root / "model", root / "warm", root / "cool")
-    if root.exists():  # by another folder's fixture
-        return model
+    return TinyModel.at(made_once("tiny", make_tiny))
+
+
+def make_tiny(root: Path) -> None:
+    model = TinyModel.at(root)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         vae = AutoencoderTiny(
@@ -163,13 +164,15 @@ def tiny(tmp_path_factory) -> TinyModel:
         write_adapter(model.cool, small_unet(), rank=3, lora_alpha=3)
     entries = {"warm": {"source": "../warm"}, "cool": {"source": "../cool", "eta": 0.8}}
     (model.folder / "objectives.json").write_text(json.dumps(entries))
-    return model
 
 
 @pytest.fixture(scope="session")
-def tiny_kl(tmp_path_factory, tiny) -> TinyModel:
+def tiny_kl(made_once, tiny) -> TinyModel:
     """PNDM scheduler and AutoencoderKL, as Stable Diffusion 1.5 has them; the same adapters."""
-    root = tmp_path_factory.mktemp("tiny_kl")
+    return TinyModel(made_once("tiny_kl", make_tiny_kl) / "model", tiny.warm, tiny.cool)
+
+
+def make_tiny_kl(root: Path) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(1)
         vae = AutoencoderKL(
@@ -181,7 +184,6 @@ def tiny_kl(tmp_path_factory, tiny) -> TinyModel:
         )
         scheduler = PNDMScheduler(**SD15_NOISE, skip_prk_steps=True)
         build(root / "model", scheduler, vae)
-    return TinyModel(root / "model", tiny.warm, tiny.cool)
 
 
 @pytest.fixture(scope="session")

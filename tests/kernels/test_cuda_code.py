@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HOME = os.environ.get("CUDA_HOME")
 FOUND = shutil.which("nvcc", path=f"{HOME}/bin" if HOME else None)
 COMPILERS = [path for path in os.environ.get("MSDDA_NVCC", FOUND or "").split(os.pathsep) if path]
+OBJECT = "fused_step_cuda.o"
 WIDE = ("linear_kernelIfLi8ELb0E", "moments_kernelIfLi4E")  # float32, 8 or 4 pixels a thread
 NAMES = {
     *WIDE, "linear_kernelIfLi1ELb0E", "linear_kernelIfLi1ELb1E", "linear_kernelIdLi1ELb0E",
@@ -35,17 +37,19 @@ class Code(NamedTuple):
 
 
 @pytest.fixture(scope="module", params=COMPILERS or [None], ids=str)
-def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def compiled(request: pytest.FixtureRequest, made_once: Callable[..., Path]) -> Path:
     """The object file that the build makes."""
     if request.param is None:
         pytest.skip("no nvcc")
-    target = tmp_path_factory.mktemp("cuda") / "fused_step_cuda.o"
-    command = [request.param, "--options-file", ROOT / "csrc/nvcc.flags"]
-    command += [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/include'}", "-o", target]
-    command += ["-c", ROOT / "csrc/fused_step_cuda.cu"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    return target
+
+    def make(folder: Path) -> None:
+        command = [request.param, "--options-file", ROOT / "csrc/nvcc.flags"]
+        command += [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/include'}"]
+        command += ["-o", folder / OBJECT, "-c", ROOT / "csrc/fused_step_cuda.cu"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+
+    return made_once(f"nvcc-{COMPILERS.index(request.param)}", make) / OBJECT
 
 
 @pytest.fixture(scope="module")

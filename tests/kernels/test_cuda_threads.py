@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -42,10 +43,17 @@ FLAGS = "-std=c++17 -O1 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextr
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+def built(made_once: Callable[..., Path]) -> ModuleType:
     if shutil.which(COMPILER[0]) is None:
         pytest.skip("no C++ compiler")
-    folder = tmp_path_factory.mktemp("host_threads")
+    library = made_once("host_threads", build) / "host_threads.so"
+    spec = importlib.util.spec_from_file_location("host_threads", library)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def build(folder: Path) -> None:
     include = [ROOT / "csrc", ROOT / "csrc/include", pybind11.get_include()]
     environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
     flags = FLAGS.split() + [f"-I{path}" for path in (*include, sysconfig.get_path("include"))]
@@ -57,10 +65,6 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     assert [compiler.wait() for compiler in compilers] == [0, 0]
     library = folder / "host_threads.so"
     subprocess.run([*COMPILER, "-shared", *objects, "-o", library], check=True, env=environment)
-    spec = importlib.util.spec_from_file_location("host_threads", library)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(params=["wide", "narrow"])

@@ -124,8 +124,8 @@ BUILDS = [
 
 
 @pytest.fixture(scope="module")
-def compiled() -> dict:
-    return report("tests.kernels.compiled_grouped_lora")
+def compiled(made_once) -> dict:
+    return report("tests.kernels.compiled_grouped_lora", made_once)
 
 
 class TestAheadOfTime:

@@ -8,10 +8,10 @@ from tests.kernels.ahead_of_time import report
 
 
 @pytest.fixture(scope="module")
-def compiled() -> dict[str, dict]:
+def compiled(made_once) -> dict[str, dict]:
     if not registry.available("triton"):
         pytest.skip(registry.explain()["triton"])
-    return report("tests.kernels.compiled_fused_step")
+    return report("tests.kernels.compiled_fused_step", made_once)
 
 
 @pytest.fixture

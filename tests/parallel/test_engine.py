@@ -133,7 +133,7 @@ class TestAssignment:
 def in_a_group_of_the_last_two(parallel):
     group = dist.new_group([1, 2])
     try:
-        parallel = ObjectiveParallel(group, timeout=20.0)
+        parallel = ObjectiveParallel(group, timeout=60.0)
     except ValueError as error:
         return str(error)
     return parallel.rank, parallel.size, steps_of_all_cases(parallel)[0][0]

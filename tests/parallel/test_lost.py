@@ -2,7 +2,6 @@
 """A rank that dies, hangs, fails or strays ends the others with a named error, and soon."""
 
 import os
-import time
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from msdda_fast.engine.parallel import ObjectiveParallel
 from msdda_fast.errors import RankLost, RanksDiffer
 from tests.parallel.ranks import run_ranks, values
 
-SOON = 5.0  # seconds; a closed socket takes milliseconds, the rest is a busy machine
+SOON = 20.0  # seconds; a closed socket takes milliseconds, the rest is a busy machine
 CULPRIT = 1
 
 
@@ -61,11 +60,11 @@ class TestDeath:
             assert f"of {size}" in str(outcome.error) and "timeout 50 s" in str(outcome.error)
 
     def test_a_rank_that_hangs_ends_the_others_after_the_timeout(self):
-        found = run_ranks(4, sample_beside_a_hanging_rank, timeout=2.0)
+        found = run_ranks(4, sample_beside_a_hanging_rank, timeout=4.0)
         for rank in {0, 2, 3}:
             outcome = found[rank]
             assert isinstance(outcome.error, RankLost), outcome
-            assert 1.5 < outcome.seconds < 2.0 + SOON and "timeout 2 s" in str(outcome.error)
+            assert 3.5 < outcome.seconds < 4.0 + SOON and "timeout 4 s" in str(outcome.error)
 
     def test_an_interrupted_rank_closes(self):
         found = run_ranks(2, sample, interrupt, timeout=50.0)
@@ -75,8 +74,7 @@ class TestDeath:
 
 def sample_beside_a_hanging_rank(parallel):
     if parallel.rank == CULPRIT:
-        time.sleep(4.0)  # says nothing until the others have given up
-        return None
+        return None  # to `_rank`, which sleeps with its sockets open
     return sample(parallel)
 
 

@@ -23,7 +23,7 @@ def torchrun(size, *arguments):
         capture_output=True,
         text=True,
         env=environment,
-        timeout=100,
+        timeout=300,
     )
 
 
