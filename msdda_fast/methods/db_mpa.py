@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DB-MPA (Diffusion Blend): one DDIM step of the averaged noise predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from msdda_fast.methods.method import Method
+from msdda_fast.methods.model import LatentModel
+from msdda_fast.schedule import effective_weights
+
+__all__ = ["DBMPA"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DBMPA(Method):
+    """`eps = sum_i w_i eps_i`, then one DDIM step at an eta that all models share.
+
+    Where the aligned models have one eta, and that is it, this is MSDDA. Where they have several,
+    the remapped one tends to MSDDA for T -> infinity; see `effective_weights`.
+
+    Args:
+        eta: In [0, 1]; None: 1, or eta_w where remapped.
+        remapped: Use the effective weights and eta_w of the objectives' own etas.
+
+    Raises:
+        ValueError: An eta for the remapped one, which has its own.
+    """
+
+    name: ClassVar[str] = "DB-MPA"
+    eta: float | None = None
+    remapped: bool = False
+
+    def __post_init__(self) -> None:
+        if self.remapped and self.eta is not None:
+            raise ValueError(f"the remapped DB-MPA steps at eta_w, got eta={self.eta!r} as well")
+
+    def sample(self, model: LatentModel) -> Tensor:
+        """See `Method.sample`."""
+        weights, eta = self._setting(model)
+        x_0 = model.generate(weights, dict.fromkeys(weights, eta), fusion="eps")
+        return model.decode(x_0)
+
+    def _setting(self, model: LatentModel) -> tuple[Mapping[str, float], float]:
+        w = model.preference
+        if not self.remapped:
+            return w, 1.0 if self.eta is None else self.eta
+        what, eta_w = effective_weights(list(w.values()), [model.etas[name] for name in w])
+        return dict(zip(w, what.tolist(), strict=True)), float(eta_w)
