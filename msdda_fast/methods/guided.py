@@ -10,7 +10,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
 from torch import Tensor
 
 from msdda_fast.methods.ddim import DDIMStep
@@ -80,7 +79,7 @@ def require(holds: bool, rule: str, value: object) -> None:
 
 def repeated(x: Tensor, copies: int) -> Tensor:
     """(N B, *S) of x (B, *S), copy-major."""
-    return torch.cat([x] * copies)
+    return x.repeat(copies, *[1] * (x.ndim - 1))
 
 
 def log_mean_exp(values: Tensor, copies: int) -> Tensor:
