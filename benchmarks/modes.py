@@ -14,6 +14,7 @@ Appends to results/modes.jsonl; `benchmarks/report.py` makes the table of the RE
 
 import argparse
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # when run as a script
@@ -23,36 +24,12 @@ import torch
 import msdda_fast as mf
 from benchmarks.harness import append, interleaved, surroundings
 from msdda_fast.embedded.prompts import TEST_PROMPTS
-from msdda_fast.pipeline.batched_options import DEFAULTS
-from msdda_fast.pipeline.modes import MODES, ModeNetworks, ModePredictor, exact_steps
-from msdda_fast.pipeline.step_kl import step_kl
+from msdda_fast.pipeline.batched_unet import BatchedUNet
+from msdda_fast.pipeline.modes import MODES, exact_steps
 from msdda_fast.rewards import REWARDS, load_reward
 
 STEPS, WEIGHT, RESAMPLES = 25, 0.5, 4000
 BFLOAT16 = "exact, bfloat16"
-
-
-class Exact:
-    """Every objective's network in every step, on embeddings that stay."""
-
-    def __init__(self, networks, table, embeds):
-        self._network, self._table = networks.batched, table
-        self._network.begin(embeds, table.timesteps)
-
-    def predict(self, x, k):
-        return self._network(x, torch.tensor(k)).float()
-
-
-class InMode:
-    """A mode of the pipeline."""
-
-    def __init__(self, networks, table, embeds, mode):
-        self.inner = ModePredictor(networks, mode, table)
-        self._table, self._embeds = table, embeds.expand(2, -1, -1, -1, -1)
-
-    def predict(self, x, k):
-        active = [True] * 2
-        return torch.stack(self.inner.predict(x, self._table.timesteps[k], self._embeds, active))
 
 
 def load(dtype):
@@ -61,19 +38,49 @@ def load(dtype):
     return pipe
 
 
+def coefficients(pipe, batch):
+    return mf.coefficient_table(
+        pipe.scheduler,
+        STEPS,
+        weights=torch.tensor([[1 - WEIGHT, WEIGHT]] * batch),
+        etas=[objective.eta for objective in pipe.objectives.values()],
+    )
+
+
+def trajectory(pipe, mode, embeds, seeds):
+    """The states x_T .. x_0, (T + 1, B, C, h, w), and the estimate of the mode."""
+    states = [mf.counter_noise(seeds, (len(seeds), 4, 16, 16), stream=0)]
+
+    def look(pipe, k, t, tensors):
+        states.append(tensors["latents"].float())
+        return {}
+
+    out = pipe(
+        prompt_embeds=embeds,
+        mode=mode,
+        weights=[1 - WEIGHT, WEIGHT],
+        num_inference_steps=STEPS,
+        guidance_scale=1.0,
+        seed=seeds,
+        output_type="latent",
+        callback_on_step_end=look,
+    )
+    return torch.stack(states), out.step_kl_estimate
+
+
 @torch.no_grad()
-def trajectory(predictor, judge, table, seeds):
-    """x_0, and the divergence (T, B) of each step from the exact one at the same state."""
-    shape = (len(seeds), 4, 16, 16)
-    x = mf.counter_noise(seeds, shape, stream=0)
-    divergence = torch.zeros(STEPS, len(seeds))
-    for k in range(STEPS):
-        outputs = predictor.predict(x, k)
-        if judge is not None:
-            right = judge.predict(x, k)
-            divergence[k] = step_kl(x, outputs, right, table[k], table.std[k])
-        x = mf.fused_ddim_step(x, outputs, table[k], seeds=seeds, step=k)
-    return x, divergence
+def divergence(judge, states, table, seeds):
+    """KL (T, B), in nats, of each step from the exact one at the same state.
+
+    With the same noise, steps differ by as much as their means do.
+    """
+    found = torch.zeros(STEPS, len(seeds))
+    for k, (x, after) in enumerate(pairwise(states)):
+        outputs = judge(x, torch.tensor(k))
+        right = mf.fused_ddim_step(x, outputs, table[k], seeds=seeds, step=k)
+        distance = (after - right).square().flatten(1).sum(1)
+        found[k] = distance / (2 * table.std[k].square())
+    return found
 
 
 def interval(values):
@@ -88,33 +95,25 @@ def interval(values):
 def quality(seeds_per_prompt):
     torch.manual_seed(0)
     pipe = load(torch.float32)
-    table = mf.coefficient_table(
-        pipe.scheduler,
-        STEPS,
-        weights=torch.tensor([[1 - WEIGHT, WEIGHT]] * len(TEST_PROMPTS)),
-        etas=[objective.eta for objective in pipe.objectives.values()],
-    )
-    embeds = pipe.encode_prompt(list(TEST_PROMPTS), "cpu", 1, False)[0][None, None]
-    networks = ModeNetworks([*pipe.variants.values()], DEFAULTS)
-    judges = ModeNetworks([*pipe.variants.values()], DEFAULTS)  # begun apart from the modes'
-    narrow = ModeNetworks([*load(torch.bfloat16).variants.values()], DEFAULTS)
+    narrow = load(torch.bfloat16)
+    table = coefficients(pipe, len(TEST_PROMPTS))
+    embeds = pipe.encode_prompt(list(TEST_PROMPTS), "cpu", 1, False)[0]
+    judge = BatchedUNet.of([*pipe.variants.values()])
+    judge.begin(embeds[None, None], table.timesteps)
     rewards = {name: load_reward(name) for name in REWARDS}
     found = {}
     for name in (*MODES, BFLOAT16):
         kls, estimates, scores = [], [], {reward: [] for reward in REWARDS}
         for s in range(seeds_per_prompt):
-            judge = None if name == "exact" else Exact(judges, table, embeds)
-            if name in ("exact", BFLOAT16):
-                chosen = networks if name == "exact" else narrow
-                predictor = Exact(chosen, table, embeds)
-            else:
-                predictor = InMode(networks, table, embeds, name)
             seeds = [s * len(TEST_PROMPTS) + i for i in range(len(TEST_PROMPTS))]
-            x_0, kl = trajectory(predictor, judge, table, seeds)
-            kls.append(kl)
-            if isinstance(predictor, InMode):
-                estimates.append(predictor.inner.step_kl)
-            images = pipe.vae.decode(x_0 / pipe.vae.config.scaling_factor).sample
+            if name == BFLOAT16:
+                states, estimate = trajectory(narrow, "exact", embeds, seeds)
+            else:
+                states, estimate = trajectory(pipe, name, embeds, seeds)
+            kls.append(divergence(judge, states, table, seeds))
+            if estimate is not None:
+                estimates.append(estimate)
+            images = pipe.vae.decode(states[-1] / pipe.vae.config.scaling_factor).sample
             images = (images / 2 + 0.5).clamp(0, 1)
             for reward, judged in rewards.items():
                 scores[reward].append(judged(images, TEST_PROMPTS))

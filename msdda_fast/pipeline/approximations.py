@@ -1,95 +1,118 @@
 # SPDX-License-Identifier: Apache-2.0
 """Outputs of all objectives for less than one forward of each, and how wrong they may be.
 
-Both ways run exactly every `REFRESH` calls, and compare what they would have said with what is
-right. That difference, kept, is the estimated error of the calls until the next.
+Both ways are exact at a refresh, and compare there what they would have said with what is right.
+That difference, kept, is the estimated error of the steps until the next. All that one step leaves
+to another lies in storage that is written in place, so that each kind of step can be captured.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from msdda_fast.engine.buffers import ShapeKey
+from msdda_fast.pipeline.active_objectives import storages
 from msdda_fast.pipeline.batched_unet import BatchedUNet
 from msdda_fast.pipeline.merged_unet import MergedUNet
 from msdda_fast.pipeline.split_unet import SplitUNet
 
-__all__ = ["REFRESH", "Approximation", "Guess", "Merged", "Staggered"]
-
-#: Calls from one exact refresh to the next.
-REFRESH = 8
+__all__ = ["Approximation", "Guess", "Merged", "Staggered"]
 
 
 class Guess(NamedTuple):
-    """Raw outputs, and an estimate of what is missing to the exact ones; (M, K, B, C, h, w)."""
+    """Raw outputs, and an estimate of what is missing to the exact ones; (M, K, B, C, h, w).
+
+    Without errors the outputs are exact.
+    """
 
     outputs: Tensor
-    errors: Tensor
+    errors: Tensor | None
 
 
 class Approximation(Protocol):
-    """Stands in for the batched network of M objectives, for the length of one generation."""
+    """Stands in for the batched network of M objectives.
 
-    def begin(self, prompt_embeds: Tensor, timesteps: Tensor, shares: Tensor) -> None:
-        """Take the prompts (M or 1, K, B, L, D) and shares (B, M) of the next calls."""
+    Attributes:
+        kinds: By kind of step, what gives its `Guess` for latents (B, C, h, w) at step k, 0-d
+            int64; a generation begins with a "refresh".
+    """
 
-    def __call__(self, x: Tensor, k: Tensor) -> Guess:
-        """The outputs at step k, 0-d int64, of latents (B, C, h, w)."""
+    kinds: Mapping[str, Callable[[Tensor, Tensor], Guess]]
+
+    def begin(self, prompt_embeds: Tensor, timesteps: Tensor, k: int) -> None:
+        """Take the prompts (M or 1, K, B, L, D) of step k and later ones."""
+
+    def mix(self, k: int) -> None:
+        """Take the shares of step k."""
+
+    def storages(self) -> Mapping[str, Tensor]:
+        """See `engine.step.Network.storages`."""
 
 
 class Staggered:
-    """Deep features are kept, and those of one objective are renewed per call, in turn.
+    """Deep features are kept, and those of one objective are renewed per step, in turn.
 
-    A call runs the shallow layers of all objectives and the deep layers of one: always the same
-    shapes, one set of operators per renewed objective. The first two calls renew all.
-
-    The error of stale features is taken to grow in proportion to their age.
+    "renew m" runs the shallow layers of all objectives and the deep layers of objective m;
+    "refresh" renews all. The error of stale features is taken to grow in proportion to their age.
 
     Args:
         network: Of M objectives.
+        key: Shapes: B, K, memory format.
+        x: The state (B, C, h, w); errors are of its dtype.
 
     Raises:
         UnsupportedNetwork: See `SplitUNet`.
     """
 
-    def __init__(self, network: BatchedUNet) -> None:
-        self._split = SplitUNet(network)
-        self._calls = 0
-        self._kept: list[Tensor] = []  # by objective, (K B, C, h, w)
-        self._ages = [0] * self._split.count
-        self._rate: Tensor | None = None  # error per call of age, (M, K, B, C, h, w)
+    kinds: Mapping[str, Callable[[Tensor, Tensor], Guess]]
 
-    def begin(self, prompt_embeds: Tensor, timesteps: Tensor, shares: Tensor) -> None:
-        """See `Approximation.begin`; the shares play no part."""
+    def __init__(self, network: BatchedUNet, key: ShapeKey, x: Tensor) -> None:
+        self._split = split = SplitUNet(network)
+        self._kept = split.features(x, key.branches, channels_last=key.channels_last)
+        self._ages = x.new_zeros(split.count, 1, 1, 1, 1, 1)  # in steps
+        self._rate = x.new_zeros(split.count, key.branches, *x.shape)  # error per step of age
+        self.kinds = {"refresh": self._refresh}
+        self.kinds |= {f"renew {m}": partial(self._renew, m) for m in range(split.count)}
+
+    def begin(self, prompt_embeds: Tensor, timesteps: Tensor, k: int) -> None:
+        """See `Approximation.begin`."""
         self._split.begin(prompt_embeds, timesteps)
 
-    def __call__(self, x: Tensor, k: Tensor) -> Guess:
-        """See `Approximation.__call__`."""
-        split, count = self._split, self._split.count
-        head = split.head(x, k)
-        self._ages = [age + 1 for age in self._ages]
-        call, self._calls = self._calls, self._calls + 1
-        if call == 0 or (call - 1) % REFRESH == 0:
-            deep = split.deep(head, k)
-            outputs = split.tail(head, deep, k)
-            if self._kept:
-                stale = split.tail(head, torch.cat(self._kept), k)
-                self._rate = self._per_age(outputs.to(x) - stale.to(x))
-            self._kept = list(deep.chunk(count))
-            self._ages = [0] * count
-            return Guess(outputs, torch.zeros_like(outputs, dtype=x.dtype))
-        m = call % count
-        self._kept[m] = split.deep(head, k, m)
-        self._ages[m] = 0
-        outputs = split.tail(head, torch.cat(self._kept), k)
-        assert self._rate is not None  # measured by the second call
-        grown = [rate * age for rate, age in zip(self._rate, self._ages, strict=True)]
-        return Guess(outputs, torch.stack(grown))
+    def mix(self, k: int) -> None:
+        """Shares play no part."""
 
-    def _per_age(self, errors: Tensor) -> Tensor:
-        return torch.stack([e / age for e, age in zip(errors, self._ages, strict=True)])
+    def storages(self) -> Mapping[str, Tensor]:
+        """See `Approximation.storages`."""
+        named = {"kept": self._kept, "ages": self._ages, "rate": self._rate}
+        for m, network in enumerate([self._split.network, *self._split.alone]):
+            named |= {f"{m}.{name}": tensor for name, tensor in storages(network).items()}
+        return named
+
+    def _refresh(self, x: Tensor, k: Tensor) -> Guess:
+        split = self._split
+        head = split.head(x, k)
+        deep = split.deep(head, k)
+        outputs = split.tail(head, deep, k)
+        # the first refresh compares with another generation; no step reads that, see `plan`
+        stale = split.tail(head, self._kept, k)
+        self._ages.add_(1)
+        self._rate.copy_((outputs.to(self._rate) - stale.to(self._rate)) / self._ages)
+        self._ages.zero_()
+        self._kept.copy_(deep)
+        return Guess(outputs, None)
+
+    def _renew(self, m: int, x: Tensor, k: Tensor) -> Guess:
+        split = self._split
+        head = split.head(x, k)
+        self._kept.chunk(split.count)[m].copy_(split.deep(head, k, m))
+        self._ages.add_(1)
+        self._ages[m].zero_()
+        return Guess(split.tail(head, self._kept, k), self._rate * self._ages)
 
 
 class Merged:
@@ -98,33 +121,48 @@ class Merged:
     Embeddings that differ between objectives are averaged with the same shares.
 
     Args:
-        network: Of M objectives, for the exact refresh.
-        merged: Of the same.
+        network: Of the M objectives that run, for the exact refresh.
+        merged: Of all N.
+        key: Shapes: B, K.
+        x: The state (B, C, h, w); errors are of its dtype.
+        shares: Of each step (T, B, N), on the device; read by `begin` and `mix`.
     """
 
-    def __init__(self, network: BatchedUNet, merged: MergedUNet) -> None:
-        self._network, self._merged = network, merged
-        self._calls = 0
-        self._errors: Tensor | None = None
+    kinds: Mapping[str, Callable[[Tensor, Tensor], Guess]]
 
-    def begin(self, prompt_embeds: Tensor, timesteps: Tensor, shares: Tensor) -> None:
+    def __init__(
+        self, network: BatchedUNet, merged: MergedUNet, key: ShapeKey, x: Tensor, shares: Tensor
+    ) -> None:
+        self._network, self._merged, self._shares = network, merged, shares
+        self._errors = x.new_zeros(len(network.objectives), key.branches, *x.shape)
+        self.kinds = {"refresh": self._refresh, "merged": self._guess}
+
+    def begin(self, prompt_embeds: Tensor, timesteps: Tensor, k: int) -> None:
         """See `Approximation.begin`."""
         self._network.begin(prompt_embeds, timesteps)
-        every = shares.new_zeros(len(shares), len(self._merged.adapters.variants))
-        every[:, list(self._network.objectives)] = shares
-        self._merged.mix(every)
-        if len(prompt_embeds) > 1:
-            weight = shares.to(prompt_embeds).T[:, None, :, None, None]  # (M, 1, B, 1, 1)
-            prompt_embeds = (weight * prompt_embeds).sum(0, keepdim=True)
-        self._merged.begin(prompt_embeds, timesteps)
+        self._begun = prompt_embeds, timesteps
+        self.mix(k)
 
-    def __call__(self, x: Tensor, k: Tensor) -> Guess:
-        """See `Approximation.__call__`."""
-        merged = self._merged(x, k).expand(len(self._network.objectives), -1, -1, -1, -1, -1)
-        call, self._calls = self._calls, self._calls + 1
-        if call % REFRESH == 0:
-            outputs = self._network(x, k)
-            self._errors = outputs.to(x) - merged.to(x)
-            return Guess(outputs, torch.zeros_like(self._errors))
-        assert self._errors is not None  # measured by the first call
-        return Guess(merged, self._errors)
+    def mix(self, k: int) -> None:
+        """See `Approximation.mix`; in place, without a sync."""
+        embeds, timesteps = self._begun
+        shares = self._shares[k]
+        self._merged.mix(shares)
+        if len(embeds) > 1:
+            own = torch.stack([shares[:, m] for m in self._network.objectives])
+            embeds = (own.to(embeds)[:, None, :, None, None] * embeds).sum(0, keepdim=True)
+        self._merged.begin(embeds, timesteps)
+
+    def storages(self) -> Mapping[str, Tensor]:
+        """See `Approximation.storages`."""
+        merged = {f"merged.{name}": tensor for name, tensor in storages(self._merged).items()}
+        return storages(self._network) | merged | {"errors": self._errors}
+
+    def _refresh(self, x: Tensor, k: Tensor) -> Guess:
+        outputs = self._network(x, k)
+        self._errors.copy_(outputs.to(self._errors) - self._merged(x, k).to(self._errors))
+        return Guess(outputs, None)
+
+    def _guess(self, x: Tensor, k: Tensor) -> Guess:
+        outputs = self._merged(x, k).expand(len(self._network.objectives), -1, -1, -1, -1, -1)
+        return Guess(outputs, self._errors)

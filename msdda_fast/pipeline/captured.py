@@ -2,12 +2,13 @@
 """Generations on captured steps: one forward for all objectives, one graph for all steps.
 
 A pipeline keeps one `CapturedSampler`. It builds a network per shape of request, and captures its
-step where the device has graphs; on the CPU the same step runs eagerly.
+step where the device has graphs; on the CPU the same step runs eagerly. Approximate modes have a
+graph per kind of step; see `modes`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -16,96 +17,48 @@ from msdda_fast.coefficients import CoefficientTable
 from msdda_fast.engine.buffers import ShapeKey, StepBuffers, padded_steps
 from msdda_fast.engine.graph import Capture, CapturedStep, StepCache
 from msdda_fast.engine.noise import NoiseSource
-from msdda_fast.engine.side_by_side import SideBySide
 from msdda_fast.errors import InvalidShape, UnsupportedNetwork
+from msdda_fast.pipeline.active_objectives import ActiveObjectives
 from msdda_fast.pipeline.batched_options import DEFAULTS, BatchedOptions
-from msdda_fast.pipeline.batched_rows import Rows
 from msdda_fast.pipeline.batched_unet import BatchedUNet
 from msdda_fast.pipeline.loaded_adapters import LoadedAdapters
+from msdda_fast.pipeline.modes import Mode, ModeNetwork, plan
 from msdda_fast.pipeline.prediction import Variant
 
 __all__ = ["CapturedSampler", "Generation"]
 
 
-class OneNetwork:
-    """`engine.step.Network` over the batched forward of the objectives that share a network."""
-
-    def __init__(self, unet: BatchedUNet, dtype: torch.dtype) -> None:
-        self.unet = unet
-        self._dtype = dtype
-
-    def __call__(self, next_input: Tensor, k: Tensor, /) -> Tensor:
-        """See `engine.step.Network`; the network makes its own rows, so R = 1."""
-        outputs: Tensor = self.unet(next_input[0], k)
-        return outputs.to(self._dtype)
-
-    def storages(self) -> Mapping[str, Tensor]:
-        """Weights, factors, keys and values of the prompt, time embeddings."""
-        named = dict(self.unet.named_parameters()) | dict(self.unet.named_buffers())
-        for path, module in self.unet.named_modules():
-            for name, value in vars(module).items():
-                alone = isinstance(value, Rows) or not isinstance(value, tuple)
-                rows = [entry for entry in ([value] if alone else value) if isinstance(entry, Rows)]
-                named |= {f"{path}.{name}.{i}": entry.x for i, entry in enumerate(rows)}
-        return named
-
-
-class ActiveObjectives:
-    """`engine.step.Network` of all objectives: those of one network in one forward.
-
-    Args:
-        members: By network, its batched forward and the objectives that it runs.
-        count: M; the others have no output.
-        dtype: Of the outputs.
-    """
-
-    def __init__(
-        self, members: Sequence[tuple[BatchedUNet, Sequence[int]]], count: int, dtype: torch.dtype
-    ) -> None:
-        self._members = members
-        self._count = count
-        self._side_by_side = SideBySide([OneNetwork(unet, dtype) for unet, _ in members])
-
-    def begin(self, embeds: Mapping[int, Tensor], timesteps: Tensor, *, shared: bool) -> None:
-        """Start a generation; see `BatchedUNet.begin`.
-
-        Args:
-            embeds: (K, B, L, D) by active objective.
-            timesteps: (T,) int64.
-            shared: Whether they are the same for all objectives.
-        """
-        for unet, objectives in self._members:
-            rows = [embeds[m] for m in objectives]
-            unet.begin(torch.stack(rows[:1] if shared else rows), timesteps)
-
-    def __call__(self, next_input: Tensor, k: Tensor, /) -> list[Tensor | None]:
-        """See `engine.step.Network`."""
-        outputs: list[Tensor | None] = [None] * self._count
-        order = [m for _, objectives in self._members for m in objectives]
-        for m, output in zip(order, self._side_by_side(next_input, k), strict=True):
-            outputs[m] = output
-        return outputs
-
-    def storages(self) -> Mapping[str, Tensor]:
-        """See `engine.step.Network`."""
-        return self._side_by_side.storages()
-
-
 class Generation:
     """One loaded request: run its steps, looking in between."""
 
-    def __init__(self, step: CapturedStep, shared: bool) -> None:
-        assert isinstance(step.network, ActiveObjectives)
-        self._step, self._network, self._shared = step, step.network, shared
+    def __init__(self, step: CapturedStep, table: CoefficientTable, shared: bool) -> None:
+        network = step.network
+        assert isinstance(network, (ActiveObjectives, ModeNetwork))
+        self._step, self._network, self._shared = step, network, shared
+        self._size = table.share.shape[:2]
+        changes = (table.share[1:] != table.share[:-1]).flatten(1).any(1).tolist()
+        self._reweighted = [False, *changes, False]  # whether shares change before step k
+        self._next = 0
 
     @property
     def x(self) -> Tensor:
         """The state, (B, C, h, w) float32; the next step overwrites it."""
         return self._step.buffers.x
 
+    @property
+    def step_kl(self) -> Tensor:
+        """Estimated KL divergence of each step so far from the exact one, (T, B) nats; a copy."""
+        if isinstance(self._network, ModeNetwork):
+            return self._network.step_kl[: self._size[0]].clone()
+        return self.x.new_zeros(self._size)
+
     def steps(self) -> Iterator[int]:
         """See `CapturedStep.steps`."""
-        return self._step.steps()
+        for k in self._step.steps():
+            self._next = k + 1
+            yield k
+            if self._reweighted[k + 1] and isinstance(self._network, ModeNetwork):
+                self._network.mix(k + 1)
 
     def replace_x(self, x: Tensor) -> None:
         """Go on from another state, between two steps."""
@@ -129,7 +82,11 @@ class Generation:
                 "the callback gave each objective embeddings of its own, where all share one text "
                 'encoding; use set_forward("sequential")'
             )
-        self._network.begin(embeds, self._step.buffers.timesteps, shared=self._shared)
+        timesteps = self._step.buffers.timesteps
+        if isinstance(self._network, ModeNetwork):
+            self._network.begin(embeds, timesteps, shared=self._shared, k=self._next)
+        else:
+            self._network.begin(embeds, timesteps, shared=self._shared)
 
 
 class CapturedSampler:
@@ -195,6 +152,7 @@ class CapturedSampler:
         prompt_embeds: Tensor,
         *,
         shared: bool,
+        mode: Mode = "exact",
     ) -> Generation:
         """Write a request into the step of its shape, which is built and captured the first time.
 
@@ -204,11 +162,15 @@ class CapturedSampler:
             x_T: (B, C, h, w), latent units.
             prompt_embeds: (M, K, B, L, D).
             shared: Whether they are the same for all objectives.
+            mode: See `modes`.
 
         Raises:
             InvalidShape: The step needs more memory than there is.
             CaptureError: It cannot be captured, and that is required.
+            UnsupportedNetwork: The mode is approximate, and cannot run these networks.
         """
+        kinds = plan(mode, table)
+        exact = all(kind == "exact" for kind in kinds)
         unet, options = self._unet, self._options
         every, nhwc = not options.sharing.inactive, options.channels_last
         ranks = [s.down.shape[1] for adapters, _ in self._groups for s in adapters.stacks.values()]
@@ -225,26 +187,36 @@ class CapturedSampler:
                 noise_table=noise.seeds is None,
                 context=tuple(prompt_embeds.shape),
                 shared_context=shared,
+                mode="exact" if exact else "staggered" if mode == "staggered" else "merged",
             )
         )
         z = None if noise.seeds is not None else _drawn(noise, table, x_T, unet.dtype)
-        step.load(table, x_T, seeds=noise.seeds, noise=z)
-        generation = Generation(step, shared)
+        conditioning = {}
+        if isinstance(step.network, ModeNetwork):
+            conditioning = step.network.conditioning(table)
+        step.load(table, x_T, seeds=noise.seeds, noise=z, conditioning=conditioning, kinds=kinds)
+        generation = Generation(step, table, shared)
         generation.replace_prompt(prompt_embeds)
         return generation
 
-    def _build(self, key: ShapeKey, buffers: StepBuffers) -> ActiveObjectives:
+    def _build(self, key: ShapeKey, buffers: StepBuffers) -> ActiveObjectives | ModeNetwork:
         members = []
         for adapters, objectives in self._groups:
             chosen = [i for i, m in enumerate(objectives) if key.active[m]]
             if chosen:
                 unet = BatchedUNet(adapters, self._options, chosen)
                 members.append((unet, [objectives[i] for i in chosen]))
-        network = ActiveObjectives(members, len(key.active), key.dtype)
         nothing = torch.zeros(key.context[1:], dtype=key.dtype, device=self._unet.device)
         embeds = {m: nothing for m, runs in enumerate(key.active) if runs}
-        network.begin(embeds, buffers.timesteps, shared=key.shared_context)
-        return network
+        if key.mode == "exact":
+            network = ActiveObjectives(members, len(key.active), key.dtype)
+            network.begin(embeds, buffers.timesteps, shared=key.shared_context)
+            return network
+        if len(self._groups) > 1:
+            raise UnsupportedNetwork("modes do not run objectives with networks of their own")
+        approximate = ModeNetwork(members[0][0], key, buffers)
+        approximate.begin(embeds, buffers.timesteps, shared=key.shared_context, k=0)
+        return approximate
 
 
 def _drawn(noise: NoiseSource, table: CoefficientTable, x_T: Tensor, dtype: torch.dtype) -> Tensor:

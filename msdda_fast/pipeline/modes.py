@@ -6,8 +6,8 @@
     "merged"     one network with the adapters merged by precision: the limit of Rewarded Soups.
     "hybrid"     merged, and exact in the last fifth of the steps.
 
-Approximate modes are not captured into graphs. "staggered" would need one per objective and one for
-the refresh; all of its shapes are constant.
+An approximate mode has a few kinds of step, each of constant shapes and captured once; `plan` says
+which of them each step of a generation is. "hybrid" has those of "merged".
 
 The last steps are the sensitive ones. The error of an output counts |B| / sigma_w fold, squared:
 over 25 steps of Stable Diffusion's schedule that is 0.55 to 0.76 up to the last fifth, and up to
@@ -16,32 +16,32 @@ over 25 steps of Stable Diffusion's schedule that is 0.55 to 0.76 up to the last
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from functools import partial
 from math import ceil
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from msdda_fast.coefficients import CoefficientTable
-from msdda_fast.errors import UnsupportedNetwork
+from msdda_fast.coefficients import CoefficientTable, StepCoefficients
+from msdda_fast.engine.buffers import ShapeKey, StepBuffers
+from msdda_fast.engine.step import Predict
 from msdda_fast.pipeline.approximations import Approximation, Merged, Staggered
-from msdda_fast.pipeline.batched_options import DEFAULTS, BatchedOptions
 from msdda_fast.pipeline.batched_unet import BatchedUNet
-from msdda_fast.pipeline.loaded_adapters import LoadedAdapters
 from msdda_fast.pipeline.merged_unet import MergedUNet
-from msdda_fast.pipeline.prediction import Variant
 from msdda_fast.pipeline.step_kl import step_kl
 
-if TYPE_CHECKING:
-    from msdda_fast.pipeline.stable_diffusion import MSDDAPipeline
-
-__all__ = ["MODES", "Mode", "ModeNetworks", "ModePredictor", "exact_steps"]
+__all__ = ["MODES", "Mode", "ModeNetwork", "exact_steps", "plan"]
 
 Mode = Literal["exact", "staggered", "merged", "hybrid"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 
 EXACT_FRACTION = 0.2
+
+#: Approximate steps from one exact refresh to the next.
+REFRESH = 8
 
 
 def exact_steps(mode: Mode, num_steps: int) -> int:
@@ -49,107 +49,112 @@ def exact_steps(mode: Mode, num_steps: int) -> int:
     return {"exact": num_steps, "hybrid": ceil(EXACT_FRACTION * num_steps)}.get(mode, 0)
 
 
-class ModeNetworks:
-    """The networks that modes run on; a pipeline keeps one.
+def plan(mode: Mode, table: CoefficientTable) -> list[str]:
+    """The kind of each of T steps: "exact", or one of the approximation of the mode.
 
-    Args:
-        variants: M, of one network.
-        options: How the batched forward is built.
-
-    Raises:
-        AdapterMismatch, UnsupportedNetwork: The variants cannot share a forward.
+    Steps at which one objective alone has influence are exact in every mode.
     """
-
-    def __init__(self, variants: Sequence[Variant], options: BatchedOptions) -> None:
-        self.adapters = LoadedAdapters(variants, rank_pad=options.rank_pad)
-        if getattr(self.adapters.unet, "_hf_hook", None) is not None:
-            raise UnsupportedNetwork("modes do not run networks that are moved as they run")
-        self.options = options
-        self.batched = BatchedUNet(self.adapters, options)
-        self._merged: MergedUNet | None = None
-
-    @classmethod
-    def of(cls, pipe: MSDDAPipeline) -> ModeNetworks:
-        """Those that `pipe` has, or new ones if its adapters or weights have changed since."""
-        variants = list(pipe.variants.values())
-        options = pipe._sampler_options.get("options", DEFAULTS)
-        held: ModeNetworks | None = pipe._mode_networks
-        if (
-            held is None
-            or held.options != options
-            or held.adapters.variants != variants
-            or not held.adapters.is_current()
-        ):
-            pipe._mode_networks = None  # free the old ones before building anew
-            pipe._mode_networks = held = cls(variants, options)
-        return held
-
-    def approximation(self, mode: Mode, active: Sequence[bool]) -> Approximation:
-        """The approximation of a mode, for those of M objectives that are active."""
-        network = self.batched.subset(active)
+    active = (table.share != 0).any(1)  # (T, M)
+    count = int(active.any(0).sum())
+    exact_from = len(table) - exact_steps(mode, len(table))
+    kinds: list[str] = []
+    done = 0  # approximate steps so far
+    for k, runs in enumerate(active.sum(1).tolist()):
+        if k >= exact_from or runs == 1:
+            kinds.append("exact")
+            continue
         if mode == "staggered":
-            return Staggered(network)
-        self._merged = self._merged or MergedUNet(self.adapters)
-        return Merged(network, self._merged)
+            # ages and errors are known from the second refresh on, so it follows at once
+            fresh = done == 0 or (done - 1) % REFRESH == 0
+            kinds.append("refresh" if fresh else f"renew {done % count}")
+        else:
+            kinds.append("refresh" if done % REFRESH == 0 else "merged")
+        done += 1
+    return kinds
 
 
-class ModePredictor:
-    """`Predictor` of one generation in an approximate mode. Call it once per step, in order.
-
-    A step at which one objective alone has influence is exact too.
+class ModeNetwork:
+    """`engine.step.Kinds` of an approximate mode, for requests of one shape.
 
     Args:
-        networks: Of the pipeline.
-        mode: Not "exact".
-        table: Of the generation.
+        network: Of the objectives that run.
+        key: Its `mode` is "staggered" or "merged".
+        buffers: Get `conditioning` of their own.
 
     Attributes:
-        step_kl: Estimated KL divergence of each step from the exact one, (T, B) nats on the device
-            of the table; 0 where a step was exact. See `step_kl.step_kl`.
+        kinds: See `plan`.
+        step_kl: Estimated KL divergence of each step from the exact one, (T, B) nats; written by
+            approximate steps. See `step_kl.step_kl`.
+
+    Raises:
+        UnsupportedNetwork: The mode cannot run it.
     """
 
-    def __init__(self, networks: ModeNetworks, mode: Mode, table: CoefficientTable) -> None:
-        self._network = networks.batched.subset(table.active)
-        self._approximation = networks.approximation(mode, table.active)
-        self._table = table
-        self._exact_from = len(table) - exact_steps(mode, len(table))
-        self._k = 0
-        self._begun: tuple[Tensor | None, Tensor | None] = (None, None)
-        self.step_kl = table.rows.new_zeros(table.share.shape[:2])
+    kinds: Mapping[str, Predict]
 
-    @torch.no_grad()
-    def predict(
-        self, x_t: Tensor, t: Tensor, prompt_embeds: Tensor, active: Sequence[bool]
-    ) -> Sequence[Tensor | None]:
-        """See `Predictor.predict`."""
-        step, self._k = self._k, self._k + 1
-        table, chosen = self._table, list(self._network.objectives)
-        self._begin(prompt_embeds, table.share[step][:, chosen])
-        k = torch.tensor(step, device=x_t.device)
-        if step >= self._exact_from or sum(active) == 1:
-            return self._spread(self._network(x_t, k))
-        outputs, errors = self._approximation(x_t, k)
-        self.step_kl[step] = step_kl(
-            x_t,
-            self._spread(outputs.to(x_t)),
-            self._spread(outputs.to(x_t) + errors),
-            table[step],
-            table.std[step],
-        )
+    def __init__(self, network: BatchedUNet, key: ShapeKey, buffers: StepBuffers) -> None:
+        self._network, self._key, self._buffers = network, key, buffers
+        size, x = (key.max_steps, key.shape[0]), buffers.x
+        self.step_kl = x.new_zeros(size)
+        self._std = buffers.conditioning["std"] = x.new_zeros(size)
+        share = buffers.conditioning["share"] = x.new_zeros(*size, len(key.active))
+        self._approximation: Approximation
+        if key.mode == "staggered":
+            self._approximation = Staggered(network, key, x)
+        else:
+            merged = MergedUNet(network.adapters)
+            self._approximation = Merged(network, merged, key, x, share)
+        self.kinds = {"exact": self._exact} | {
+            kind: partial(self._approximate, kind) for kind in self._approximation.kinds
+        }
+
+    def conditioning(self, table: CoefficientTable) -> dict[str, Tensor]:
+        """Start a request: what to load into the buffers for it; nothing is estimated yet."""
+        self.step_kl.zero_()
+        rows = self._key.max_steps - len(table)
+        return {
+            "share": functional.pad(table.share, (0, 0, 0, 0, 0, rows)),
+            "std": functional.pad(table.std, (0, 0, 0, rows)),
+        }
+
+    def begin(
+        self, embeds: Mapping[int, Tensor], timesteps: Tensor, *, shared: bool, k: int
+    ) -> None:
+        """See `ActiveObjectives.begin`; `k` is the step to come, whose shares are taken."""
+        rows = [embeds[m] for m in self._network.objectives]
+        self._approximation.begin(torch.stack(rows[:1] if shared else rows), timesteps, k)
+
+    def mix(self, k: int) -> None:
+        """Take the shares of step k, where they are not those of the step before."""
+        self._approximation.mix(k)
+
+    def storages(self) -> Mapping[str, Tensor]:
+        """See `engine.step.Kinds`."""
+        return {**self._approximation.storages(), "step_kl": self.step_kl}
+
+    def _exact(self, next_input: Tensor, k: Tensor) -> list[Tensor | None]:
+        return self._spread(self._network(next_input[0], k))
+
+    def _approximate(self, kind: str, next_input: Tensor, k: Tensor) -> list[Tensor | None]:
+        outputs, errors = self._approximation.kinds[kind](next_input[0], k)
+        if errors is not None:
+            self._estimate(outputs, errors, k)
         return self._spread(outputs)
+
+    def _estimate(self, outputs: Tensor, errors: Tensor, k: Tensor) -> None:
+        x, at = self._buffers.x, k[None]
+        row = self._buffers.rows.index_select(0, at)[0]
+        wide = outputs.to(x)
+        kl = step_kl(
+            x,
+            self._spread(wide),
+            self._spread(wide + errors),
+            StepCoefficients(row, len(self._key.active), self._key.clip_range),
+            self._std.index_select(0, at)[0],
+        )
+        self.step_kl.index_copy_(0, at, kl[None])
 
     def _spread(self, outputs: Tensor) -> list[Tensor | None]:
         """The outputs of the active objectives, at their places among all."""
         found = dict(zip(self._network.objectives, outputs, strict=True))
-        return [found.get(m) for m in range(self._table.num_objectives)]
-
-    def _begin(self, prompt_embeds: Tensor, shares: Tensor) -> None:
-        """Tell the networks of prompts or shares that are not those of the step before."""
-        embeds, before = self._begun
-        if embeds is prompt_embeds and before is not None and torch.equal(before, shares):
-            return
-        self._begun = prompt_embeds, shares
-        rows = prompt_embeds[list(self._network.objectives)]
-        if bool((rows == rows[:1]).all()):
-            rows = rows[:1]  # objectives share their rows until an adapter parts them
-        self._approximation.begin(rows, self._table.timesteps, shares)
+        return [found.get(m) for m in range(len(self._key.active))]

@@ -19,7 +19,7 @@ from msdda_fast.objective import Objective
 from msdda_fast.pipeline import loading, saving
 from msdda_fast.pipeline.batched_options import DEFAULTS, BatchedOptions
 from msdda_fast.pipeline.captured import CapturedSampler
-from msdda_fast.pipeline.modes import ModeNetworks
+from msdda_fast.pipeline.modes import Mode
 from msdda_fast.pipeline.prediction import Variant
 
 __all__ = ["Forward", "MultiObjectivePipeline"]
@@ -40,7 +40,6 @@ class MultiObjectivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffus
     _forward: Forward = "auto"
     _sampler_options: Mapping[str, Any] = {}
     _sampler: CapturedSampler | None = None
-    _mode_networks: ModeNetworks | None = None
     _said: str = ""
 
     @classmethod
@@ -165,14 +164,18 @@ class MultiObjectivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffus
         """The arguments that `set_forward` was last called with."""
         return {"forward": self._forward, **self._sampler_options}
 
-    def captured_sampler(self) -> CapturedSampler | None:
+    def captured_sampler(self, *, required: bool = False) -> CapturedSampler | None:
         """The batched forward of the objectives as they are now; None: one after another.
 
+        Args:
+            required: Never None, whatever `set_forward` says.
+
         Raises:
-            AdapterMismatch, UnsupportedNetwork: `set_forward("batched")`, and it cannot be.
+            AdapterMismatch, UnsupportedNetwork: Required, or `set_forward("batched")`, and it
+                cannot be.
             CaptureError: Graphs are required on a device without them.
         """
-        if self._forward == "sequential":
+        if self._forward == "sequential" and not required:
             return None
         variants = list(self._variants.values())
         if self._sampler is not None and self._sampler.is_current(variants):
@@ -181,7 +184,7 @@ class MultiObjectivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffus
         try:
             self._sampler = CapturedSampler(variants, **self._sampler_options)
         except (AdapterMismatch, UnsupportedNetwork) as error:
-            if self._forward == "batched":
+            if required or self._forward == "batched":
                 raise
             if str(error) != self._said:
                 logger.info("objectives run one after another: %s", error)
@@ -203,15 +206,18 @@ class MultiObjectivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffus
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 50,
+        mode: Mode = "exact",
     ) -> None:
         """Check a shape of requests, and run one step of it with every objective to warm it up.
 
+        Where the device has graphs, all kinds of steps of the mode are captured.
+
         Args:
             batch_size: B, the number of images.
-            height, width, num_inference_steps: As in the call.
+            height, width, num_inference_steps, mode: As in the call.
 
         Raises:
-            InvalidShape, InvalidSchedule: As the call.
+            InvalidShape, InvalidSchedule, InvalidMode: As the call.
         """
 
         def stop(pipe: Any, k: int, t: Tensor, tensors: dict[str, Any]) -> dict[str, Any]:  # noqa: ANN401
@@ -226,6 +232,7 @@ class MultiObjectivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffus
                 height,
                 width,
                 num_inference_steps,
+                mode=mode,
                 seed=0,
                 zero_variance="dominate",
                 output_type="latent",

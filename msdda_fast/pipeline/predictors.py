@@ -12,7 +12,9 @@ from torch import Tensor
 
 from msdda_fast.coefficients import CoefficientTable
 from msdda_fast.engine.noise import NoiseSource
+from msdda_fast.errors import InvalidMode
 from msdda_fast.pipeline.captured import CapturedSampler
+from msdda_fast.pipeline.modes import Mode
 from msdda_fast.pipeline.parallel import ParallelPredictor, generation
 from msdda_fast.pipeline.prediction import Predictor, SequentialPredictor
 from msdda_fast.pipeline.prompts import Prompts
@@ -32,22 +34,30 @@ def choose_predictor(
     table: CoefficientTable,
     noise: NoiseSource,
     latents: Tensor | None,
+    mode: Mode = "exact",
 ) -> Iterator[Predictor | CapturedSampler]:
     """Give one generation what runs its networks, in this process or in all of a group.
 
     Alone, and with a float32 state: the batched step where the objectives can share a forward.
+    Approximate modes have no other.
 
     Args:
         pipe: Its variants, and its `parallel` if it has any.
         switch: Has the adapters of every network, and has been entered.
         prompts, table, noise, latents: The request, which the processes compare.
+        mode: Of the request.
 
     Raises:
+        AdapterMismatch, UnsupportedNetwork: The mode is approximate, and the objectives cannot
+            share a forward.
+        InvalidMode: It is approximate, and the state is float64.
         RankLost, RanksDiffer: See `ObjectiveParallel.generation`.
     """
-    sampler = None
-    if pipe.parallel is None and table.rows.dtype == torch.float32:
-        sampler = pipe.captured_sampler()
+    sampler, narrow = None, table.rows.dtype == torch.float32
+    if mode != "exact" and not narrow:
+        raise InvalidMode(f'a float64 network samples with mode="exact" only, got {mode!r}')
+    if pipe.parallel is None and narrow:
+        sampler = pipe.captured_sampler(required=mode != "exact")
     if sampler is not None:
         yield sampler
         return

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -15,7 +14,8 @@ from torch import Tensor
 from msdda_fast.coefficients import CoefficientTable
 from msdda_fast.engine.noise import NoiseSource
 from msdda_fast.kernels.fused_step import fused_ddim_step
-from msdda_fast.pipeline.captured import CapturedSampler
+from msdda_fast.pipeline.captured import CapturedSampler, Generation
+from msdda_fast.pipeline.modes import Mode
 from msdda_fast.pipeline.prediction import Predictor
 from msdda_fast.pipeline.predictors import choose_predictor
 from msdda_fast.pipeline.prompts import Prompts
@@ -90,8 +90,8 @@ def sample(
     noise: NoiseSource,
     latents: Tensor | None,
     callback: Callback,
-    predictor: Predictor | None = None,
-) -> Tensor:
+    mode: Mode = "exact",
+) -> tuple[Tensor, Tensor | None]:
     """Run Algorithm 1 with a checked request.
 
     Args:
@@ -101,9 +101,10 @@ def sample(
         noise: Source of x_T and z.
         latents: x_T in place of the drawn one, (B, C, h, w).
         callback: Sees the state after each step.
-        predictor: Runs the networks, in place of the one that `choose_predictor` would choose.
+        mode: How the networks run.
 
-    Returns: x_0, (B, C, h, w), in the dtype of the table.
+    Returns: x_0, (B, C, h, w), in the dtype of the table; and in approximate modes the estimated
+        divergence of each step, see `Generation.step_kl`.
     """
     variants = list(pipe.variants.values())
     networks = {id(variant.network): variant.network for variant in variants}
@@ -112,9 +113,7 @@ def sample(
     with (
         AdapterSwitch([pipe.text_encoder, *networks.values()]) as switch,
         pipe.progress_bar(total=len(table)) as bar,
-        nullcontext(predictor)
-        if predictor is not None
-        else choose_predictor(pipe, switch, prompts, table, noise, latents) as chosen,
+        choose_predictor(pipe, switch, prompts, table, noise, latents, mode) as chosen,
     ):
         cond, uncond = _encode(pipe, prompts, table, switch)
         if latents is None:
@@ -127,8 +126,13 @@ def sample(
             none = state.x.new_zeros(()).expand(len(table), *state.x.shape)
             noise = replace(noise, noise=none)
         if isinstance(chosen, CapturedSampler):
-            return _captured(pipe, chosen, table, noise, state, callback, bar)
-        return _predicted(pipe, chosen, table, noise, state, callback, bar)
+            shared = _share_text(pipe)
+            generation = chosen.begin(
+                table, noise, state.x, state.embeddings(), shared=shared, mode=mode
+            )
+            x_0 = _captured(pipe, generation, table, state, callback, bar)
+            return x_0, None if mode == "exact" else generation.step_kl
+        return _predicted(pipe, chosen, table, noise, state, callback, bar), None
 
 
 def _predicted(
@@ -157,15 +161,12 @@ def _predicted(
 
 def _captured(
     pipe: MSDDAPipeline,
-    sampler: CapturedSampler,
+    generation: Generation,
     table: CoefficientTable,
-    noise: NoiseSource,
     state: State,
     callback: Callback,
     bar: Any,  # noqa: ANN401 - diffusers' tqdm
 ) -> Tensor:
-    shared = _share_text(pipe)
-    generation = sampler.begin(table, noise, state.x, state.embeddings(), shared=shared)
     looks = callback.function is not None
     for k in generation.steps():
         if looks:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import sdpa_kernel
 
 from msdda_fast.errors import UnsupportedNetwork
@@ -54,6 +54,11 @@ def _last(body: Body) -> UpBlock:
     return block
 
 
+def _width(norm: object) -> int:
+    assert isinstance(norm, nn.GroupNorm)
+    return norm.num_channels
+
+
 class SplitUNet:
     """A batched network and, per objective, one that runs it alone; all share the weights.
 
@@ -89,6 +94,23 @@ class SplitUNet:
             for m, network in enumerate(self.alone):
                 own = prompt_embeds[m : m + 1] if len(prompt_embeds) > 1 else prompt_embeds
                 network.begin(own, timesteps)
+
+    def features(self, x: Tensor, branches: int, *, channels_last: bool) -> Tensor:
+        """Storage for the deep features of all objectives: zeros (M K B, C, h, w).
+
+        Args:
+            x: Latents (B, C', h, w).
+            branches: K.
+            channels_last: Its memory format.
+        """
+        body = self.network.body
+        # what the first shallow layer up takes, less what the head gives it
+        taken = _width(_last(body).resnets[-SHALLOW_PAIRS].norm1)
+        channels = taken - _width(_first(body).resnets[0].norm2)
+        shape = (self.count * branches * len(x), channels, *x.shape[2:])
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        kept = torch.zeros(shape, dtype=self.network.dtype, device=x.device)
+        return kept.to(memory_format=layout)
 
     @torch.no_grad()
     def head(self, x: Tensor, k: Tensor) -> Head:

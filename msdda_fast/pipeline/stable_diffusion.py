@@ -27,7 +27,7 @@ from transformers import (
 from msdda_fast.engine.noise import image_seeds, noise_source
 from msdda_fast.objective import Objective
 from msdda_fast.pipeline import loading, request, sampling
-from msdda_fast.pipeline.modes import Mode, ModeNetworks, ModePredictor
+from msdda_fast.pipeline.modes import Mode
 from msdda_fast.pipeline.multi_objective import MultiObjectivePipeline
 from msdda_fast.pipeline.output import MSDDAPipelineOutput
 from msdda_fast.pipeline.prediction import Variant
@@ -191,7 +191,8 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
             InvalidWeights: Weights off the simplex, or that leave no positive precision.
             InvalidSchedule: A number of steps, eta or guidance scale outside its range.
             InvalidShape: A tensor or list of the wrong length or shape.
-            InvalidMode: An unknown mode, or an approximate one in several processes.
+            InvalidMode: An unknown mode, or an approximate one in several processes or for networks
+                in float64.
             AdapterMismatch, UnsupportedNetwork: An approximate mode, and objectives that cannot
                 share one forward.
             ZeroVariance: A prompt mixes eta = 0 with eta > 0 under `zero_variance="error"`.
@@ -235,18 +236,13 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
         seeds = None if seed is None else image_seeds(seed, prompts.batch_size)
         noise = noise_source(shape, len(table), device, seeds=seeds, generator=generator)
 
-        approximate = None
-        if mode != "exact":
-            approximate = ModePredictor(ModeNetworks.of(self), mode, table)
-        x_0 = sampling.sample(self, prompts, table, noise, latents, callback, approximate)
+        x_0, step_kl = sampling.sample(self, prompts, table, noise, latents, callback, mode)
         images, flagged = self._decode(x_0, output_type)
         self.maybe_free_model_hooks()
         if not return_dict:
             return images, flagged
         return MSDDAPipelineOutput(
-            images=images,
-            nsfw_content_detected=flagged,
-            step_kl_estimate=None if approximate is None else approximate.step_kl,
+            images=images, nsfw_content_detected=flagged, step_kl_estimate=step_kl
         )
 
     def _decode(self, x_0: Tensor, output_type: str) -> tuple[Any, list[bool] | None]:

@@ -41,4 +41,4 @@ def step_kl(
     )
     distance = (mean - other).square().flatten(1).sum(1)
     variance = std.to(distance).square()
-    return torch.where(distance == 0, 0.0, distance / (2 * variance))
+    return (distance / (2 * variance)).masked_fill(distance == 0, 0.0)

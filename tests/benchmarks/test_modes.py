@@ -36,21 +36,20 @@ def test_quality_and_its_table(monkeypatch, tmp_path):
     assert rows[3].endswith("| 0.50 |")  # merged
 
 
-def test_the_exact_trajectory_is_that_of_the_pipeline():
+def test_an_exact_step_diverges_by_nothing_and_another_by_its_square(monkeypatch):
+    monkeypatch.setattr(modes, "STEPS", 6)
     pipe = quiet(modes.load(torch.float32))
-    weights = [0.5, 0.5]
-    table = modes.mf.coefficient_table(
-        pipe.scheduler, modes.STEPS, weights=[weights] * 2, etas=[1.0, 0.8]
-    )
-    prompts = list(modes.TEST_PROMPTS[:2])
-    embeds = pipe.encode_prompt(prompts, "cpu", 1, False)[0][None, None].detach()
-    networks = modes.ModeNetworks([*pipe.variants.values()], modes.DEFAULTS)
-    exact = modes.Exact(networks, table, embeds)
-    x_0, divergence = modes.trajectory(exact, exact, table, [7, 8])
-    call = dict(weights=weights, num_inference_steps=modes.STEPS, seed=7, output_type="latent")
-    expected = pipe(prompts, **call).images
-    assert (x_0 - expected).abs().max() < 1e-4
-    assert not divergence.any()
+    table = modes.coefficients(pipe, 2)
+    embeds = pipe.encode_prompt(list(modes.TEST_PROMPTS[:2]), "cpu", 1, False)[0].detach()
+    judge = modes.BatchedUNet.of([*pipe.variants.values()])
+    judge.begin(embeds[None, None], table.timesteps)
+    states, _ = modes.trajectory(pipe, "exact", embeds, [7, 8])
+    assert not modes.divergence(judge, states, table, [7, 8]).any()
+    states[-1] += 0.01
+    off = modes.divergence(judge, states, table, [7, 8])
+    assert not off[:-1].any()
+    expected = states[0, 0].numel() * 0.01**2 / (2 * table.std[-1].square())
+    torch.testing.assert_close(off[-1].double(), expected, rtol=1e-3, atol=0)
 
 
 def line(record) -> str:

@@ -6,12 +6,14 @@ import torch
 from diffusers import DDIMScheduler
 
 import msdda_fast as mf
+from msdda_fast.engine.buffers import ShapeKey
 from msdda_fast.errors import InvalidShape, UnsupportedNetwork
-from msdda_fast.pipeline.approximations import REFRESH, Merged, Staggered
+from msdda_fast.pipeline.approximations import Merged, Staggered
 from msdda_fast.pipeline.batched_options import BatchedOptions, Sharing
 from msdda_fast.pipeline.batched_unet import BatchedUNet
 from msdda_fast.pipeline.loaded_adapters import LoadedAdapters
 from msdda_fast.pipeline.merged_unet import MergedUNet
+from msdda_fast.pipeline.modes import REFRESH
 from msdda_fast.pipeline.prediction import Variant
 from msdda_fast.pipeline.split_unet import SplitUNet
 from msdda_fast.pipeline.step_kl import step_kl
@@ -144,61 +146,96 @@ class TestMerged:
             assert relative(out[:, m], case.stock()[m, :, m]) < EXACT
 
 
+def key_of(case):
+    return ShapeKey(shape=tuple(case.x.shape), active=(True,), branches=case.prompts.shape[1])
+
+
+def staggered_of(case):
+    batched = BatchedUNet.of(case.variants)
+    guess = Staggered(batched, key_of(case), case.x)
+    guess.begin(case.prompts, case.timesteps, 0)
+    return batched, guess
+
+
 class TestGuesses:
-    def test_staggered_renews_one_objective_in_turn_and_all_at_a_refresh(self):
-        case = inputs(objectives()[:2])
-        batched = BatchedUNet.of(case.variants)
-        guess = Staggered(batched)
-        guess.begin(case.prompts, case.timesteps, torch.full((2, 2), 0.5))
-        x = case.x
-        for call in range(2 * REFRESH + 2):
+    def test_staggered_renews_one_objective_and_knows_the_age_of_the_others(self):
+        case = inputs(objectives())
+        batched, guess = staggered_of(case)
+        x, ages = case.x, None
+        for kind in ("refresh", "refresh", "renew 2", "renew 0", "renew 2", "refresh", "renew 1"):
             x = x + 0.05 * torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator())
-            right, (outputs, errors) = batched(x, STEP), guess(x, STEP)
-            fresh = [relative(outputs[m], right[m]) < EXACT for m in range(2)]
-            if call == 0 or call % REFRESH == 1:
-                assert fresh == [True, True] and not errors.any()
-            else:
-                assert fresh == [call % 2 == 0, call % 2 == 1]
-                assert [bool(errors[m].any()) for m in range(2)] == [not f for f in fresh]
+            right, (outputs, errors) = batched(x, STEP), guess.kinds[kind](x, STEP)
+            if kind == "refresh":
+                assert torch.equal(outputs, right) and errors is None
+                ages, rate = [0, 0, 0], guess._rate.clone()
+                continue
+            ages = [age + 1 for age in ages]
+            ages[int(kind[-1])] = 0
+            fresh = [relative(outputs[m], right[m]) < EXACT for m in range(3)]
+            assert fresh == [age == 0 for age in ages]
+            assert torch.equal(errors, torch.stack([rate[m] * ages[m] for m in range(3)]))
+            assert [bool(error.any()) for error in errors] == [age > 0 for age in ages]
 
     def test_staggered_errors_are_those_measured_if_nothing_changes_speed(self):
         """With latents on a line that is short enough for the network to be one, too."""
         case = inputs(objectives()[:2])
-        batched = BatchedUNet.of(case.variants)
-        guess = Staggered(batched)
-        guess.begin(case.prompts, case.timesteps, torch.full((2, 2), 0.5))
+        batched, guess = staggered_of(case)
         direction = torch.randn(case.x.shape, dtype=case.x.dtype, generator=torch.Generator())
         for call in range(REFRESH):
             x = case.x + 1e-5 * call * direction
-            outputs, errors = guess(x, STEP)
+            kind = "refresh" if call < 2 else f"renew {call % 2}"
+            outputs, errors = guess.kinds[kind](x, STEP)
             right = batched(x, STEP)
             if call >= 2:
                 stale = 1 - call % 2
                 assert relative((right - outputs)[stale], errors[stale]) < 0.01
 
+    def test_nothing_of_another_generation_is_left_after_two_refreshes(self):
+        case = inputs(objectives()[:2])
+        (_, fresh), (_, used) = staggered_of(case), staggered_of(case)
+        for kind in ("refresh", "renew 0", "renew 1", "renew 0"):
+            used.kinds[kind](7 - case.x, STEP)
+        for call, kind in enumerate(("refresh", "refresh", "renew 0", "renew 1")):
+            x = case.x + 0.1 * call
+            one, other = (guess.kinds[kind](x, STEP) for guess in (fresh, used))
+            assert torch.equal(one.outputs, other.outputs)
+            assert kind == "refresh" or torch.equal(one.errors, other.errors)
+
     def test_one_staggered_objective_is_exact(self):
         case = inputs(objectives()[:1])
-        batched = BatchedUNet.of(case.variants)
-        guess = Staggered(batched)
-        guess.begin(case.prompts, case.timesteps, torch.ones(2, 1))
-        for call in range(4):
-            outputs, errors = guess(case.x + call, STEP)
-            assert torch.equal(outputs, batched(case.x + call, STEP)) and not errors.any()
+        batched, guess = staggered_of(case)
+        for call, kind in enumerate(("refresh", "refresh", "renew 0", "renew 0")):
+            outputs, errors = guess.kinds[kind](case.x + call, STEP)
+            assert torch.equal(outputs, batched(case.x + call, STEP))
+            assert errors is None or not errors.any()
 
     def test_merged_errors_are_those_of_the_last_refresh(self):
         case = inputs(objectives())
-        shares = torch.tensor([[0.2, 0.3, 0.5], [0.1, 0.1, 0.8]]).double()
+        shares = torch.tensor([[0.2, 0.3, 0.5], [0.1, 0.1, 0.8]]).double()[None]
         batched = BatchedUNet.of(case.variants)
-        guess = Merged(batched, MergedUNet(batched.adapters))
-        guess.begin(case.prompts, case.timesteps, shares)
+        guess = Merged(batched, MergedUNet(batched.adapters), key_of(case), case.x, shares)
+        guess.begin(case.prompts, case.timesteps, 0)
         right = batched(case.x, STEP)
-        first = guess(case.x, STEP)
-        assert torch.equal(first.outputs, right) and not first.errors.any()
-        for _ in range(REFRESH - 1):
-            outputs, errors = guess(case.x, STEP)
+        first = guess.kinds["refresh"](case.x, STEP)
+        assert torch.equal(first.outputs, right) and first.errors is None
+        for _ in range(3):
+            outputs, errors = guess.kinds["merged"](case.x, STEP)
             assert relative(outputs + errors, right) < EXACT
             assert relative(outputs, right) > 1e-3
-        assert torch.equal(guess(case.x, STEP).outputs, right)
+
+    def test_merged_follows_the_shares_of_a_step_in_place(self):
+        case = inputs(objectives())
+        shares = torch.tensor([[[0.2, 0.3, 0.5]] * 2, [[0.6, 0.4, 0.0]] * 2]).double()
+        batched = BatchedUNet.of(case.variants)
+        guess = Merged(batched, MergedUNet(batched.adapters), key_of(case), case.x, shares)
+        guess.begin(case.prompts, case.timesteps, 0)
+        kept = {name: tensor.data_ptr() for name, tensor in guess.storages().items()}
+        guess.mix(1)
+        outputs = guess.kinds["merged"](case.x, STEP).outputs
+        weight = shares[1].T[:, None, :, None, None]
+        prompts = (weight * case.prompts).sum(0, keepdim=True)
+        assert torch.equal(outputs[0], merged_of(case, shares[1], prompts)(case.x, STEP)[0])
+        assert kept == {name: tensor.data_ptr() for name, tensor in guess.storages().items()}
 
 
 class TestStepKL:

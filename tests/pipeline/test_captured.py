@@ -2,14 +2,21 @@
 """Generations on the captured step give the images of one network after another."""
 
 import logging
+from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import msdda_fast as mf
 from msdda_fast.engine import graph
+from msdda_fast.engine.buffers import ShapeKey, StepBuffers
+from msdda_fast.engine.rehearsal import rehearse
+from msdda_fast.engine.step import Step
 from msdda_fast.errors import CaptureError, InvalidShape, UnsupportedNetwork
 from msdda_fast.pipeline.batched_options import BatchedOptions
+from msdda_fast.pipeline.batched_unet import BatchedUNet
+from msdda_fast.pipeline.modes import ModeNetwork
 from tests.engine.small_world import TracedGraphs
 from tests.tiny_model import quiet, small_unet
 
@@ -201,6 +208,105 @@ def test_a_folded_build_agrees(pipe):
     apart = pipe(PROMPTS, **SHORT).images
     pipe.set_forward("batched", options=BatchedOptions(design="folded", fuse_qkv=True))
     assert_close(pipe(PROMPTS, **SHORT).images, apart)
+
+
+class CountedGraphs(TracedGraphs):
+    """Counts, and runs the step again instead of tracing it, which takes a second."""
+
+    def capture(self, advance, buffers):
+        self.captures += 1
+        return SimpleNamespace(replay=lambda: advance(buffers), release=lambda: None)
+
+
+@pytest.fixture
+def counted(monkeypatch) -> CountedGraphs:
+    made = CountedGraphs()
+    monkeypatch.setattr(graph, "graphs_for", lambda device: made)
+    return made
+
+
+def reversed_prompt(pipe, k, t, tensors):
+    return {"prompt_embeds": -tensors["prompt_embeds"]} if k == 2 else {}
+
+
+#: Of one shape; the third turns to one objective alone, the fourth reaches a second refresh.
+REQUESTS = [
+    {},
+    {"weights": WEIGHTS, "prompt": ["a cup", "a car"], "seed": 7},
+    {"weights": lambda k: (1, 0) if k == 2 else (0.2 * (k % 2), 1 - 0.2 * (k % 2))},
+    {"num_inference_steps": 11, "guidance_scale": 5.0, "etas": {"warm": 0.3, "cool": 0.9}},
+    {
+        "callback_on_step_end": reversed_prompt,
+        "callback_on_step_end_tensor_inputs": ["prompt_embeds"],
+    },
+]
+
+
+class TestModes:
+    @pytest.mark.parametrize(("mode", "kinds"), [("staggered", 4), ("merged", 3)])
+    def test_each_kind_of_step_is_captured_once_and_has_the_bits_of_the_eager_one(
+        self, pipe, graphs, mode, kinds
+    ):
+        eager = quiet(mf.MSDDAPipeline.from_pipe(pipe))
+        eager.set_forward(capture="off")
+        pipe.set_forward(capture="required")
+        requests = [{"mode": mode, **request} for request in REQUESTS]
+        if mode == "merged":
+            requests.append({"mode": "hybrid"})  # of the same kinds
+        steps = 0
+        for request in requests:
+            given = {"prompt": PROMPTS, **SHORT, "num_inference_steps": 6, **request}
+            captured, plain = pipe(**given), eager(**given)
+            assert torch.equal(captured.images, plain.images), request
+            assert torch.equal(captured.step_kl_estimate, plain.step_kl_estimate), request
+            assert captured.step_kl_estimate.any()
+            steps += len(captured.step_kl_estimate)
+        assert (graphs.captures, graphs.replays) == (kinds, steps)
+
+    def test_one_objective_alone_takes_the_exact_graph(self, pipe, counted):
+        alone = {"weights": {"warm": 0, "cool": 1}}
+        images = [
+            pipe(PROMPTS, **SHORT, **alone, mode=mode).images for mode in ("exact", "staggered")
+        ]
+        assert torch.equal(*images) and counted.captures == 1
+
+    def test_prepare_captures_all_kinds_ahead(self, pipe, counted):
+        pipe.prepare(batch_size=2, num_inference_steps=3, mode="merged")
+        assert counted.captures == 3
+        pipe(PROMPTS, **{**SHORT, "guidance_scale": None}, mode="merged")
+        assert counted.captures == 3
+
+    @pytest.mark.parametrize(
+        ("mode", "clip_range"), [("staggered", None), ("merged", 1.0)], ids=str
+    )
+    def test_no_kind_of_step_reads_a_value_and_turns_are_alike(self, pipe, mode, clip_range):
+        """Without data; on a GPU reading a value would be a sync."""
+        key = ShapeKey(
+            shape=(2, 4, 8, 8), active=(True, True), branches=2, clip_range=clip_range, mode=mode
+        )
+        buffers = StepBuffers.allocate(key, "cpu")
+        network = ModeNetwork(BatchedUNet.of([*pipe.variants.values()]), key, buffers)
+        embeds = torch.zeros(2, 2, 5, pipe.unet.config.cross_attention_dim)
+        network.begin(dict.fromkeys(range(2), embeds), buffers.timesteps, shared=True, k=0)
+        counts = {
+            kind: Counter(rehearse(Step(predict, key, device="cpu").advance, buffers).operators)
+            for kind, predict in network.kinds.items()
+        }
+        if mode == "merged":
+            assert list(counts) == ["exact", "refresh", "merged"]
+            assert {"errors", "step_kl"} <= network.storages().keys()
+        else:
+            assert {"kept", "rate", "ages", "step_kl"} <= network.storages().keys()
+            assert list(counts) == ["exact", "refresh", "renew 0", "renew 1"]
+            assert counts["renew 0"] == counts["renew 1"]
+        for count in counts.values():  # two more for the estimate
+            assert count["msdda_fast.fused_step_.default"] in (1, 3)
+
+    @pytest.mark.parametrize("forward", ["auto", "sequential"])
+    def test_run_batched_whatever_exact_does(self, pipe, calls, forward):
+        pipe.set_forward(forward)
+        pipe(PROMPTS, **SHORT, mode="merged")
+        assert not calls  # of the stock network
 
 
 def test_images_of_the_shipped_model_are_the_same_pictures():

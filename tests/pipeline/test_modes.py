@@ -3,12 +3,12 @@
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 
 import msdda_fast as mf
+from msdda_fast.engine.noise import noise_source
 from msdda_fast.errors import InvalidMode, UnsupportedNetwork
-from msdda_fast.pipeline import approximations, modes
-from msdda_fast.pipeline.batched_options import DEFAULTS
-from msdda_fast.pipeline.modes import ModeNetworks, ModePredictor
+from msdda_fast.pipeline import modes
 from msdda_fast.schedule import coefficient_table
 from tests.tiny_model import quiet, small_unet
 
@@ -48,7 +48,7 @@ class TestExactLimits:
 
     @pytest.mark.parametrize("mode", ["staggered", "merged"])
     def test_a_refresh_in_every_step_is_exact_to_the_bit(self, pipe, monkeypatch, mode):
-        monkeypatch.setattr(approximations, "REFRESH", 1)
+        monkeypatch.setattr(modes, "REFRESH", 1)
         out = run(pipe, mode)
         assert torch.equal(out.images, run(pipe, "exact").images)
         assert not out.step_kl_estimate.any()
@@ -125,21 +125,59 @@ class TestApproximations:
             assert distance(out, run(pipe, "exact", **looks)) < 0.5
             assert distance(out, run(pipe, mode)) > 1e-3
 
-    def test_an_adapter_that_changed_is_read_again(self, tiny):
+    @pytest.mark.parametrize("mode", APPROXIMATE)
+    def test_an_adapter_that_changed_is_read_again(self, tiny, mode):
         pipe = tiny.load()
-        before = run(pipe, "merged")
-        assert torch.equal(run(pipe, "merged").images, before.images)
+        before = run(pipe, mode)
+        assert torch.equal(run(pipe, mode).images, before.images)
         with torch.no_grad():
             for name, parameter in pipe.unet.named_parameters():
                 if "lora_B" in name:
                     parameter.mul_(0.5)
-        after = run(pipe, "merged")
+        after = run(pipe, mode)
+        fresh = quiet(mf.MSDDAPipeline.from_pipe(pipe))
+        assert torch.equal(after.images, run(fresh, mode).images)
         assert distance(after, before) > 1e-3
-        assert distance(after, run(pipe, "exact")) < 0.2
 
     def test_without_noise_the_estimate_is_infinite(self, pipe):
         kl = run(pipe, "merged", etas=[0.0, 0.0]).step_kl_estimate
         assert (kl[0] == 0).all() and kl[1:8].isinf().all()
+
+    @pytest.mark.parametrize("mode", APPROXIMATE)
+    def test_an_interrupted_generation_ends_there(self, pipe, mode):
+        """With the latents of the step before, and no estimate for what was not run."""
+        seen = []
+
+        def stop(pipe, k, t, tensors):
+            seen.append(tensors["latents"])
+            pipe._interrupt = k == 4
+            return {}
+
+        out = run(pipe, mode, callback_on_step_end=stop)
+        assert len(seen) == 5 and torch.equal(out.images, seen[-1])
+        whole = run(pipe, mode).step_kl_estimate
+        assert torch.equal(out.step_kl_estimate[:5], whole[:5]) and whole[3:5].all()
+        assert not out.step_kl_estimate[5:].any()
+
+
+class TestPlans:
+    def of(self, mode, num_steps=12, share=(0.5, 0.5)):
+        rows = torch.tensor(share).double().expand(num_steps, 1, -1).clone()
+        rows[1] = torch.tensor([1.0] + [0.0] * (len(share) - 1))  # one alone, at step 1
+        table = coefficient_table(DDIMScheduler(), num_steps, etas=[1.0] * len(share), weights=rows)
+        return modes.plan(mode, table)
+
+    def test_say_which_kind_each_step_is(self):
+        assert self.of("exact", 3) == ["exact"] * 3
+        first = ["refresh", "exact"]
+        assert self.of("merged") == [*first, *["merged"] * 7, "refresh", "merged", "merged"]
+        assert self.of("hybrid") == [*first, *["merged"] * 7, *["exact"] * 3]
+        turns = [f"renew {m}" for m in (0, 1, 0, 1, 0, 1, 0)]
+        assert self.of("staggered") == [*first, "refresh", *turns, "refresh", "renew 0"]
+
+    def test_turn_among_the_objectives_that_run(self):
+        kinds = self.of("staggered", 8, share=(0.5, 0.2, 0.0, 0.3))
+        assert kinds[3:] == [f"renew {m}" for m in (2, 0, 1, 2, 0)]
 
 
 class TestRefusals:
@@ -162,20 +200,32 @@ class TestRefusals:
         with pytest.raises(UnsupportedNetwork, match="networks of their own"):
             run(pipe, mode)
 
+    @pytest.mark.parametrize("mode", APPROXIMATE)
+    def test_networks_in_float64(self, tiny, calls, mode):
+        with pytest.raises(InvalidMode, match="float64"):
+            run(tiny.shared(torch.float64), mode)
+        assert not calls
+
 
 def test_the_estimate_equals_the_divergence_where_errors_do_not_change(pipe):
-    """Merged, at a fixed state: the error of the refresh is that of every later call."""
-    networks = ModeNetworks([*pipe.variants.values()], DEFAULTS)
+    """Merged, at a fixed state: the error of the refresh is that of every later step."""
+    sampler = pipe.captured_sampler()
     weights = torch.tensor([[0.5, 0.5], [0.2, 0.8]])
     table = coefficient_table(pipe.scheduler, 4, etas=[1.0, 0.8], weights=weights)
     table.timesteps.fill_(500)  # the same input in every step
-    embeds = torch.randn(2, 1, 2, 5, pipe.unet.config.cross_attention_dim)
-    x = torch.randn(2, 4, 8, 8)
-    predictor = ModePredictor(networks, "merged", table)
-    exact, *merged = (predictor.predict(x, table.timesteps[0], embeds, [True] * 2) for _ in "1234")
-    for k, outputs in enumerate(merged, start=1):
-        cond = table.rows[k][:, 3:5, None, None, None]  # x_scale, uncond 2, cond 2, noise_scale
-        change = sum(cond[:, m] * (exact[m] - outputs[m])[0] for m in range(2))
+    embeds = torch.randn(1, 1, 2, 5, pipe.unet.config.cross_attention_dim).expand(2, -1, -1, -1, -1)
+    x, noise = torch.randn(2, 4, 8, 8), noise_source((2, 4, 8, 8), 4, "cpu", seeds=[1, 2])
+    after = {}
+    for mode in ("exact", "merged"):
+        generation = sampler.begin(table, noise, x, embeds, shared=True, mode=mode)
+        after[mode] = []
+        for _ in generation.steps():
+            after[mode].append(generation.x.double())
+            generation.replace_x(x)
+    assert torch.equal(after["merged"][0], after["exact"][0])
+    for k in range(1, 4):
+        change = after["merged"][k] - after["exact"][k]
         assert change.any()
-        expected = change.double().square().sum((1, 2, 3)) / (2 * table.std[k].square())
-        torch.testing.assert_close(predictor.step_kl[k].double(), expected, rtol=2e-3, atol=1e-7)
+        expected = change.square().sum((1, 2, 3)) / (2 * table.std[k].square())
+        found = generation.step_kl[k].double()
+        torch.testing.assert_close(found, expected, rtol=2e-3, atol=1e-7)
