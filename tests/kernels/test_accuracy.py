@@ -152,7 +152,7 @@ def test_float64_moments_agree_with_eq_7(axes, quick_backend):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("clip_range", [None, 1.0])
 def test_every_backend_is_bitwise_equal_to_eager(dtype, clip_range, count, fast_backend):
-    case = ddim_case(count, (3, 5, 17, 7), dtype)
+    case = ddim_case(count, (3, 5, 17, 7) if count == 3 else (3, 5, 3, 7), dtype)
     step = coefficients(case, dtype, clip_range)
     eager, fast = (
         fused_ddim_step(case.x_t, case.outputs, step, seeds=[1, 2, 3], backend=name)
@@ -164,7 +164,8 @@ def test_every_backend_is_bitwise_equal_to_eager(dtype, clip_range, count, fast_
 @pytest.mark.parametrize("axes", [(1, 1), (2, 5), (5, 2), (5, 5)], ids=str)
 @pytest.mark.parametrize("count", [3, 17], ids="M{}".format)
 def test_moments_are_bitwise_equal_to_eager(count, axes, fast_backend):
-    case = moments_case(count, (3, 5, 17, 7), torch.float32, *axes)
+    shape = (3, 5, 17, 7) if count == 3 else (3, 5, 3, 7)
+    case = moments_case(count, shape, torch.float32, *axes)
     variances, weights = (t if t.ndim < 3 else t.float() for t in (case.variances, case.weights))
     eager, fast = (
         fast_fuse_step(
