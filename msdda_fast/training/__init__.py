@@ -4,6 +4,9 @@
 from msdda_fast.training.adapter import add_lora, load_lora, save_lora
 from msdda_fast.training.collect import Collection, collect, load_collection
 from msdda_fast.training.config import StepDPOConfig
+from msdda_fast.training.dpok import DPOKLoss, dpok_loss
+from msdda_fast.training.dpok_config import DPOKConfig
+from msdda_fast.training.dpok_trainer import Task, train_dpok
 from msdda_fast.training.pairs import PreferencePairs, preference_pairs
 from msdda_fast.training.step_dpo import StepDPOLoss, step_dpo_loss
 from msdda_fast.training.storage import ResumeMismatch
@@ -11,16 +14,21 @@ from msdda_fast.training.trainer import train_step_dpo
 
 __all__ = [
     "Collection",
+    "DPOKConfig",
+    "DPOKLoss",
     "PreferencePairs",
     "ResumeMismatch",
     "StepDPOConfig",
     "StepDPOLoss",
+    "Task",
     "add_lora",
     "collect",
+    "dpok_loss",
     "load_collection",
     "load_lora",
     "preference_pairs",
     "save_lora",
     "step_dpo_loss",
+    "train_dpok",
     "train_step_dpo",
 ]

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TextIO
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -18,12 +17,13 @@ from torch import Tensor, nn
 from msdda_fast.files import write_atomically
 from msdda_fast.training.adapter import lora_parameters, lora_state, restore_lora, save_lora
 from msdda_fast.training.config import StepDPOConfig
+from msdda_fast.training.curves import LiveCurves
+from msdda_fast.training.log import open_log
 from msdda_fast.training.noising import NoisedPairs, NoiseSchedule
 from msdda_fast.training.pairs import PreferencePairs
 from msdda_fast.training.storage import require_same
 
 CHECKPOINT_NAME = "checkpoint.pt"
-LOG_NAME = "log.jsonl"
 # May differ between a run and its continuation: none of them alters a step already made.
 _FREE_FIELDS = ("steps", "log_every", "checkpoint_every")
 
@@ -38,12 +38,14 @@ def train_step_dpo(
     *,
     null_embeds: Tensor | None = None,
     weight_dtype: torch.dtype = torch.float32,
+    curves: bool = True,
     progress: bool = True,
 ) -> Path:
     """Train the adapter of `unet` (see `add_lora`) on `pairs` and save it in `out_dir`.
 
-    `out_dir` receives `log.jsonl` (loss, accuracy, drift, gradient norm), `checkpoint.pt`, a LoRA
-    folder `step-000100/` at each checkpoint, and at the end `pytorch_lora_weights.safetensors`.
+    `out_dir` receives `log.jsonl` (loss, accuracy, drift, gradient norm), `curves.png`, redrawn as
+    it trains, `checkpoint.pt`, a LoRA folder `step-000100/` at each checkpoint, and at the end
+    `pytorch_lora_weights.safetensors`.
     Called again after a kill, with the same arguments, it goes on from the last checkpoint and
     ends with the very bits of an uninterrupted run; with a larger `steps` it continues the run.
 
@@ -57,11 +59,13 @@ def train_step_dpo(
         out_dir: Made if missing.
         null_embeds: Text encoder output of the empty prompt, (L, D); needed for prompt dropout.
         weight_dtype: Of the saved adapters; training itself keeps float32.
+        curves: Draw `curves.png`, which needs matplotlib.
         progress: Show a progress bar with the time left.
 
     Returns: the path of the saved LoRA file.
 
     Raises:
+        BackendUnavailable: matplotlib is missing and `curves` is set.
         ValueError: no trainable LoRA layer, an unknown prediction type, a prompt index without
             embedding, prompt dropout without `null_embeds`, or fewer steps than already made.
         InvalidShape: embeddings of the wrong shape.
@@ -69,6 +73,7 @@ def train_step_dpo(
         FloatingPointError: a loss or gradient is not finite; the last checkpoint stays.
     """
     out_dir = Path(out_dir)
+    picture = LiveCurves(out_dir, f"Step-level DPO, gamma {config.gamma:g}", enabled=curves)
     batches = NoisedPairs(scheduler, pairs, prompt_embeds, null_embeds, config)
     run = _Run(unet, batches, config, out_dir)
     start = run.resume()
@@ -81,7 +86,7 @@ def train_step_dpo(
         TextColumn("{task.fields[status]}"),
         disable=not progress,
     )
-    with bar, _open_log(out_dir, start) as log:
+    with bar, open_log(out_dir, start, "step") as log:
         task = bar.add_task("", total=config.steps, completed=start, status="")
         for step in range(start + 1, config.steps + 1):
             row = run.advance(step)
@@ -94,6 +99,7 @@ def train_step_dpo(
                 with run.averaged():
                     save_lora(unet, out_dir / f"step-{step:06d}", dtype=weight_dtype)
                 run.save(step)
+            picture.refresh(now=is_last)
     run.keep_average()
     return save_lora(unet, out_dir, dtype=weight_dtype)
 
@@ -193,15 +199,3 @@ class _Run:
     def _fill(self, values: list[Tensor] | list[nn.Parameter]) -> None:
         for parameter, value in zip(self.parameters, values, strict=True):
             parameter.copy_(value)
-
-
-@contextmanager
-def _open_log(out_dir: Path, start: int) -> Iterator[TextIO]:
-    """The log, open for appending, without the rows after step `start` that a kill left behind."""
-    path = out_dir / LOG_NAME
-    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-    whole = [line for line in lines if line.endswith("\n")]  # a kill may tear the last one
-    kept = "".join(line for line in whole if json.loads(line)["step"] <= start)
-    write_atomically(path, lambda partial: partial.write_text(kept))
-    with path.open("a", buffering=1) as log:
-        yield log

@@ -75,7 +75,7 @@ def test_collect_rank_train_raises_the_reward_and_again_on_own_samples(tmp_path,
         train_step_dpo(
             policy, make_scheduler(), pairs, make_embeds(),
             StepDPOConfig(steps=30, lr=3e-3, beta_dpo=500.0, gamma=gamma),
-            tmp_path / f"lora-{turn}", progress=False,
+            tmp_path / f"lora-{turn}", curves=False, progress=False,
         )  # fmt: skip
     for before, after, error in zip(means, means[1:], errors, strict=False):
         assert after - before > 5 * error

@@ -30,7 +30,7 @@ def train(out_dir, network=None, pairs=None, **config):
     null = torch.zeros_like(make_embeds()[0])
     train_step_dpo(
         network, make_scheduler(), pairs or make_pairs(), make_embeds(), config, out_dir,
-        null_embeds=null, progress=False,
+        null_embeds=null, curves=False, progress=False,
     )  # fmt: skip
     return network
 
@@ -202,5 +202,5 @@ def test_network_without_adapter_is_refused(tmp_path):
     with pytest.raises(ValueError, match="call add_lora"):
         train_step_dpo(
             TinyDenoiser(), make_scheduler(), make_pairs(), make_embeds(), StepDPOConfig(steps=1),
-            tmp_path,
+            tmp_path, curves=False,
         )  # fmt: skip
