@@ -6,7 +6,8 @@ from msdda_fast.training.collect import Collection, collect, load_collection
 from msdda_fast.training.config import StepDPOConfig
 from msdda_fast.training.dpok import DPOKLoss, dpok_loss
 from msdda_fast.training.dpok_config import DPOKConfig
-from msdda_fast.training.dpok_trainer import Task, train_dpok
+from msdda_fast.training.dpok_run import Task
+from msdda_fast.training.dpok_trainer import train_dpok
 from msdda_fast.training.pairs import PreferencePairs, preference_pairs
 from msdda_fast.training.step_dpo import StepDPOLoss, step_dpo_loss
 from msdda_fast.training.storage import ResumeMismatch

@@ -2,7 +2,6 @@
 """The DPOK trainer: the reward rises, a kill costs nothing, other runs are left alone."""
 
 import json
-import sys
 from dataclasses import replace
 
 import pytest
@@ -16,7 +15,7 @@ from safetensors.torch import load_file
 from msdda_fast.errors import BackendUnavailable, InvalidShape
 from msdda_fast.training import DPOKConfig, ResumeMismatch, Task, add_lora, train_dpok
 from msdda_fast.training import curves as curves_module
-from msdda_fast.training import dpok_trainer as trainer_module
+from msdda_fast.training import dpok_run as run_module
 from msdda_fast.training.rollout import relative_to_prompt
 
 from .conftest import SHAPE, TinyDenoiser, make_embeds, make_unet
@@ -129,7 +128,7 @@ def test_killed_run_resumes_with_the_bits_of_a_straight_one(tmp_path, advantage)
 def test_killed_in_the_middle_of_an_accumulation_with_an_accelerator_kept(tmp_path, monkeypatch):
     accelerator = Accelerator(gradient_accumulation_steps=2, cpu=True)
     train(tmp_path / "straight", accelerator=accelerator)
-    real, count = trainer_module.dpok_loss, iter(range(1, 1000))
+    real, count = run_module.dpok_loss, iter(range(1, 1000))
 
     def die(*arguments, **options):
         if next(count) == 13:  # the first of two, in the fourth loop
@@ -137,7 +136,7 @@ def test_killed_in_the_middle_of_an_accumulation_with_an_accelerator_kept(tmp_pa
         return real(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer_module, "dpok_loss", die)
+        patch.setattr(run_module, "dpok_loss", die)
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path / "killed", accelerator=accelerator)
     train(tmp_path / "killed", accelerator=accelerator)
@@ -282,8 +281,8 @@ def test_reward_of_the_wrong_shape_or_not_finite_is_named(tmp_path):
 
 
 def test_gradient_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
-    real = sys.modules[train_dpok.__module__].kl_term
-    monkeypatch.setattr(trainer_module, "kl_term", lambda *a: real(*a) * torch.inf)
+    real = run_module.kl_term
+    monkeypatch.setattr(run_module, "kl_term", lambda *a: real(*a) * torch.inf)
     with pytest.raises(FloatingPointError, match=r"loop 1: gradient norm nan"):
         train(tmp_path)
     assert not (tmp_path / "checkpoint.pt").exists()
