@@ -3,9 +3,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from msdda_fast.coefficients import CoefficientTable
@@ -155,7 +157,9 @@ class TracedGraphs:
             advance(replace(buffers, **dict(zip(names, tensors, strict=True))))
 
         tensors = [getattr(buffers, name) for name in names]
-        module = make_fx(traced)(*tensors)
+        # metadata of every value, which nobody reads: most of the time of a trace
+        with mock.patch.object(proxy_tensor, "extract_val", lambda *values, **options: None):
+            module = make_fx(traced)(*tensors)
         self.captures += 1
         self.alive += 1
         return TracedGraph(self, module, tensors)
