@@ -35,8 +35,8 @@ class RGG(GuidedMethod):
         jacobian: "detached" holds eps constant, so that x0hat moves by 1/sqrt(a) per unit of x_t
             and no UNet runs backwards; "unet" differentiates it as well.
         norm: N. "pixel" divides by the norm over the channels of each pixel, "global" by that of
-            the sample, and alpha has no effect with either; "none" leaves the gradient as it is.
-            A gradient of 0 stays 0.
+            the sample, which leaves sqrt(H W) times less in all; alpha has no effect with either.
+            "none" leaves the gradient as it is. A gradient of 0 stays 0.
         alpha: KL weight, positive.
         gamma: Tempering, 0 or more; 0 is no guidance.
         eta: In [0, 1]; 0 is no guidance.

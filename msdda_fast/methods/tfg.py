@@ -180,8 +180,9 @@ PRESETS: Mapping[str, TFG] = MappingProxyType(
         # 2023: DPS with every step done again ("time travel"; they do so in the middle steps only).
         "freedom": TFG(mu=0.0, sigma=0.0, n_samples=1, n_recur=2),
         # A. Bansal et al., "Universal Guidance for Diffusion Models", CVPR workshops 2023: forward
-        # guidance (rho), m backward steps (n_iter) and k self-recurrences (n_recur). They shift the
-        # eps that DDIM sees, which weighs the two shifts differently over the steps.
+        # guidance (rho), m backward steps (n_iter) and k self-recurrences (n_recur), both chosen
+        # task by task. They shift the eps that DDIM sees, which weighs both shifts differently
+        # over the steps.
         "ugd": TFG(sigma=0.0, n_samples=1, n_iter=4, n_recur=2),
     }
 )
