@@ -12,12 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from msdda_fast.ddim_grid import DDIMGrid
+from msdda_fast.lora.soup import Merge
 from msdda_fast.types import Fusion
 
 __all__ = ["BASE", "Cost", "Fusion", "LatentModel", "preferred"]
@@ -113,6 +115,32 @@ class LatentModel(Protocol):
             etas: In (0, 1], by the same names.
             fusion: See `Fusion`.
             extrapolate: Accept negative weights while the fused precision stays positive.
+        """
+
+    def soup(self, weights: Mapping[str, float], merge: Merge = "product") -> str:
+        """Make the model of averaged weights `theta = sum_i w_i theta_i`, and return its name.
+
+        It is guided by the average of the models' guidance scales, and is gone with this object.
+        With one weight that is not 0 it is that model itself.
+
+        Args:
+            weights: By name of a model, `BASE` among them if wanted; sum 1.
+            merge: Of adapters; see `msdda_fast.lora.soup`. Networks of their own are averaged.
+
+        Raises:
+            AdapterMismatch: Models that cannot be averaged; says why.
+            ValueError: Another merge than those.
+        """
+
+    def load(self, path: str | Path) -> str:
+        """Make a model of the base and the adapter at `path`, and return its name.
+
+        It is guided as the base is, and is gone with this object.
+
+        Raises:
+            FileNotFoundError: Nothing is there.
+            AdapterMismatch: The adapter was made for another base.
+            ValueError: The file is not safetensors, or holds something other than LoRA.
         """
 
 

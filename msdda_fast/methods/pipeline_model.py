@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping, Sequence
+from contextlib import ExitStack
 from functools import partial
+from itertools import count
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from msdda_fast.ddim_grid import ddim_grid
 from msdda_fast.engine.noise import image_seeds
@@ -21,12 +24,16 @@ from msdda_fast.kernels.counter_noise import (
     as_seeds,
     counter_noise,
 )
+from msdda_fast.lora.soup import Merge
 from msdda_fast.methods.model import BASE, Cost, Fusion
 from msdda_fast.objective import Objective, preference_weights
 from msdda_fast.pipeline import request
+from msdda_fast.pipeline.adapters import AdapterFile
 from msdda_fast.pipeline.prediction import Variant
+from msdda_fast.pipeline.soup import make_soup, temporarily
+from msdda_fast.pipeline.sources import adapter_file
 from msdda_fast.pipeline.stable_diffusion import MSDDAPipeline
-from msdda_fast.pipeline.switching import AdapterSwitch
+from msdda_fast.pipeline.switching import AdapterSwitch, adapter_names
 from msdda_fast.rewards import Reward
 
 __all__ = ["PipelineModel"]
@@ -37,7 +44,8 @@ MAX_ROWS = 64
 #: Streams of counter noise from here on belong to methods: `COPIES` for each purpose.
 _FIRST_STREAM, _COPIES = 16, 1 << 16
 
-#: By pipeline, the views of it with other objectives, so that their networks are built once.
+#: By pipeline, the views of it with other objectives, so that their networks are built once. Models
+#: made for one `PipelineModel` are not among them.
 _views: MutableMapping[MSDDAPipeline, dict[tuple[str, ...], MSDDAPipeline]] = WeakKeyDictionary()
 
 
@@ -94,11 +102,13 @@ class PipelineModel:
         )
         self._shape = shape[1:]
         self._texts: dict[tuple[str | None, float], Tensor] = {}
-        networks = {id(v.network): v.network for v in self._variants.values()}
-        self._switch = AdapterSwitch([pipe.text_encoder, *networks.values()])
+        #: Names and views of models made here.
+        self._made: set[str] = set()
+        self._views_of_made: dict[tuple[str, ...], MSDDAPipeline] = {}
+        self._stack = ExitStack()
 
     def __enter__(self) -> Self:
-        self._switch.__enter__()
+        self._switch = self._stack.enter_context(self._new_switch())
         return self
 
     def __exit__(
@@ -107,7 +117,8 @@ class PipelineModel:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._switch.__exit__(kind, error, trace)
+        self._views_of_made.clear()
+        self._stack.__exit__(kind, error, trace)
 
     def initial(self) -> Tensor:
         """See `LatentModel.initial`."""
@@ -182,9 +193,55 @@ class PipelineModel:
         ).images
         return x_0
 
+    def soup(self, weights: Mapping[str, float], merge: Merge = "product") -> str:
+        """See `LatentModel.soup`."""
+        active = {name: weight for name, weight in weights.items() if weight != 0}
+        if len(active) == 1:
+            return next(iter(active))
+        variants = {name: self._variants[name] for name in active}
+        shares, name = list(active.values()), self._new_name("soup")
+        soup = make_soup(name, variants, shares, merge, self._pipe.text_encoder)
+        if isinstance(soup, AdapterFile):
+            self._put(soup, next(iter(variants.values())).network)
+        else:
+            self._add(name, Variant(soup, None))
+        scales = [self._guidance[name] for name in active]
+        # from the least one, so that equal scales are not rounded
+        above = (w * (g - min(scales)) for w, g in zip(shares, scales, strict=True))
+        self._guidance[name] = min(scales) + sum(above)
+        return name
+
+    def load(self, path: str | Path) -> str:
+        """See `LatentModel.load`."""
+        name = self._new_name("loaded")
+        file = adapter_file(Objective(path), {})
+        self._put(AdapterFile.read(name, file), self._pipe.unet)
+        self._guidance[name] = self._guidance[BASE]
+        return name
+
+    def _put(self, adapter: AdapterFile, network: nn.Module) -> None:
+        self._stack.enter_context(temporarily(adapter, network, self._pipe.text_encoder))
+        self._add(adapter.name, Variant(network, adapter.name))
+
+    def _add(self, name: str, variant: Variant) -> None:
+        self._variants[name] = variant
+        self._made.add(name)
+        # the layers of the networks are others now
+        self._switch = self._stack.enter_context(self._new_switch())
+
+    def _new_name(self, kind: str) -> str:
+        networks = [self._pipe.text_encoder, *(v.network for v in self._variants.values())]
+        taken = {*self._variants, *adapter_names(*networks)}
+        return next(name for i in count() if (name := f"{kind}-{i}") not in taken)
+
+    def _new_switch(self) -> AdapterSwitch:
+        networks = {id(v.network): v.network for v in self._variants.values()}
+        return AdapterSwitch([self._pipe.text_encoder, *networks.values()])
+
     def _view(self, names: tuple[str, ...]) -> MSDDAPipeline:
         """The pipeline with the named models as its objectives."""
-        views = _views.setdefault(self._pipe, {})
+        made = not self._made.isdisjoint(names)
+        views = self._views_of_made if made else _views.setdefault(self._pipe, {})
         view = views.get(names)
         variants = {name: self._variants[name] for name in names}
         if view is None or view.variants != variants:
@@ -202,8 +259,8 @@ class PipelineModel:
         text = self._text(variant)  # (K, B, L, D)
         self._switch.select(variant.adapter, variant.scale)
         network = variant.network
-        count = len(text) * len(x)
-        self.cost.unet_forwards += count
+        rows_run = len(text) * len(x)
+        self.cost.unet_forwards += rows_run
         output: Tensor = network(
             x.to(network.dtype).repeat(len(text), 1, 1, 1),
             self.grid.timesteps[k].to(self._device),
@@ -211,7 +268,7 @@ class PipelineModel:
             return_dict=False,
         )[0].to(x.dtype)
         if output.requires_grad:
-            output.register_hook(partial(self._count_backward, count))  # type: ignore[no-untyped-call]
+            output.register_hook(partial(self._count_backward, rows_run))  # type: ignore[no-untyped-call]
         uncond, cond = output.chunk(2) if len(text) == 2 else (output, output)
         return uncond + scale * (cond - uncond) if scale != 1 else cond
 

@@ -7,15 +7,31 @@ is measured by Monte Carlo; one that is affine is measured exactly, on impulses.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import msdda_fast as mf
 from msdda_fast.ddim_grid import DDIMGrid, ddim_grid
+from msdda_fast.lora.soup import Merge
 from msdda_fast.methods.method import Method
 from msdda_fast.methods.model import BASE, Cost, Fusion
 from tests.gaussian_world import Gaussian, Moments, measured_moments, sd15_scheduler
+
+
+@dataclass(frozen=True)
+class Soup:
+    """Averaged weights of denoisers that are linear in them, as a table of eps by t would be."""
+
+    parts: list[tuple[float, Gaussian]]
+
+    def eps_affine(self, alpha_bar: float) -> tuple[float, float]:
+        lines = [(w, data.eps_affine(alpha_bar)) for w, data in self.parts]
+        return sum(w * line[0] for w, line in lines), sum(w * line[1] for w, line in lines)
+
+    denoiser = Gaussian.denoiser
+
 
 ScalarReward = Callable[[Tensor], Tensor]
 
@@ -29,13 +45,15 @@ class GaussianModel:
         preference: By name of a model and reward.
         etas: By name of a model.
         scalar_rewards: By name, from x_0 (n,) to (n,).
+        files: Data of the models that can be loaded, by path.
         x_T, z: Given randomness (B, 1) and (T, B, 1) in place of drawn one.
     """
 
-    models: Mapping[str, Gaussian]
+    models: Mapping[str, Gaussian | Soup]
     preference: Mapping[str, float] = field(default_factory=dict)
     etas: Mapping[str, float] = field(default_factory=dict)
     scalar_rewards: Mapping[str, ScalarReward] = field(default_factory=dict)
+    files: Mapping[str, Gaussian] = field(default_factory=dict)
     batch_size: int = 1
     num_steps: int = 50
     x_T: Tensor | None = None
@@ -97,6 +115,17 @@ class GaussianModel:
             extrapolate=extrapolate,
             fusion=fusion,
         )
+
+    def soup(self, weights: Mapping[str, float], merge: Merge = "product") -> str:
+        assert merge == "product", "there are no factors here"
+        self.models = {
+            **self.models, "soup": Soup([(w, self.models[name]) for name, w in weights.items()])
+        }  # fmt: skip
+        return "soup"
+
+    def load(self, path: str | Path) -> str:
+        self.models = {**self.models, "loaded": self.files[str(path)]}
+        return "loaded"
 
     def _count_backward(self, count: int) -> None:
         self.cost.unet_backwards += count

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Several adapters merged into one (Rewarded Soups), in two readings of averaged weights.
+
+    product:  DeltaW = sum_i w_i s_i B_i A_i,
+    factor:   DeltaW = (sum_i w_i s_i B_i) (sum_i w_i A_i).
+
+The first averages the networks. The second is what averaging all tensors of the adapters' files
+comes to: each update counts w_i^2, and pairs that have nothing to do with each other are
+multiplied. Factors are no more than one description of an update: (B, A) and (B Q^T, Q A) are the
+same, and their factor merge is not.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from msdda_fast.errors import AdapterMismatch
+from msdda_fast.lora.adapter import LoraFactors
+from msdda_fast.lora.stack import StackedFactors
+
+__all__ = ["Merge", "merge_adapters"]
+
+Merge: TypeAlias = Literal["product", "factor"]
+
+Stacks: TypeAlias = Mapping[str, StackedFactors]
+
+
+def merge_adapters(
+    adapters: Mapping[str, Stacks], weights: Sequence[float], merge: Merge
+) -> dict[str, LoraFactors]:
+    """Merge adapters of one network into factors of one adapter, with nothing left to scale.
+
+    Args:
+        adapters: By name, factors by module path as stacks of M = 1, with s_i = scale alpha / rank
+            folded in; see `stack_adapters`. One without entries is the base.
+        weights: w_i, one per adapter, no unit.
+        merge: "product" adds up the ranks of a module; "factor" needs the same modules and ranks.
+
+    Returns:
+        Factors by module path in the dtype of the stacks, all of one rank: zeros fill it up.
+
+    Raises:
+        AdapterMismatch: "factor", and a module that not all adapters change, or not at one rank.
+        ValueError: Another merge than those.
+    """
+    if merge not in ("product", "factor"):
+        raise ValueError(f"merge must be 'product' or 'factor', got {merge!r}")
+    paths = dict.fromkeys(path for stacks in adapters.values() for path in stacks)
+    merged = {}
+    for path in paths:
+        if merge == "factor":
+            _check_alike(path, adapters)
+        parts = [
+            (weight, stacks[path].down[0], stacks[path].up[0])
+            for weight, stacks in zip(weights, adapters.values(), strict=True)
+            if path in stacks
+        ]
+        if merge == "product":
+            down = torch.cat([down for _, down, _ in parts])
+            up = torch.cat([weight * up for weight, _, up in parts], dim=1)
+        else:
+            down = torch.stack([weight * down for weight, down, _ in parts]).sum(0)
+            up = torch.stack([weight * up for weight, _, up in parts]).sum(0)
+        merged[path] = LoraFactors(down, up)
+    rank = max((len(factors.down) for factors in merged.values()), default=0)
+    return {path: _padded(factors, rank) for path, factors in merged.items()}
+
+
+def _check_alike(path: str, adapters: Mapping[str, Stacks]) -> None:
+    ranks = {name: s[path].down.shape[1] if path in s else 0 for name, s in adapters.items()}
+    if len(set(ranks.values())) > 1:
+        raise AdapterMismatch(
+            f"merge='factor' averages factors of one rank, and in {path!r} the ranks are {ranks}; "
+            f"merge='product' takes any"
+        )
+
+
+def _padded(factors: LoraFactors, rank: int) -> LoraFactors:
+    missing = rank - len(factors.down)
+    return LoraFactors(_pad(factors.down, 0, missing), _pad(factors.up, 1, missing))
+
+
+def _pad(tensor: Tensor, axis: int, missing: int) -> Tensor:
+    # `pad` counts axes from the last one
+    return functional.pad(tensor, (*(0, 0) * (tensor.ndim - 1 - axis), 0, missing))

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RS (Rewarded Soups): one model of averaged weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from msdda_fast.lora.soup import Merge
+from msdda_fast.methods.method import Method
+from msdda_fast.methods.model import LatentModel
+from msdda_fast.schedule import fusion_shares
+
+__all__ = ["RewardedSoup"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardedSoup(Method):
+    """`theta_w = sum_i w_i theta_i`, sampled as any model: DB-MPA for models linear in theta.
+
+    Args:
+        merge: Of adapters: "product" averages the updates B A; "factor" averages B and A apart, as
+            public code does, and needs adapters of one rank. See `msdda_fast.lora.soup`.
+        eta: In [0, 1]; None: eta_w of the objectives' own etas, the noise that MSDDA has.
+    """
+
+    name: ClassVar[str] = "RS"
+    merge: Merge = "product"
+    eta: float | None = None
+
+    def sample(self, model: LatentModel) -> Tensor:
+        """See `Method.sample`."""
+        eta = _fused_eta(model) if self.eta is None else self.eta
+        soup = model.soup(model.preference, self.merge)
+        return model.decode(model.generate({soup: 1.0}, {soup: eta}))
+
+
+def _fused_eta(model: LatentModel) -> float:
+    w, etas = model.preference, [model.etas[name] for name in model.preference]
+    weights = torch.tensor(list(w.values()), dtype=torch.float64)
+    _, eta_w = fusion_shares(weights, torch.tensor(etas, dtype=torch.float64))
+    return float(eta_w)
