@@ -114,6 +114,15 @@ class TestApproximations:
         assert distance(out, exact) < 0.5
         assert distance(out, run(pipe, mode, weights=(0.8, 0.2))) > 1e-4
 
+    @pytest.mark.parametrize("mode", ["merged", "hybrid"])
+    def test_merged_shares_are_those_of_the_step(self, pipe, mode):
+        """Samples that are one objective each, and change places: merging is exact."""
+        places = torch.eye(2), torch.eye(2).flip(0)
+        schedule = lambda k: places[k // 2 % 2]  # noqa: E731
+        out = run(pipe, mode, weights=schedule)
+        assert distance(out, run(pipe, "exact", weights=schedule)) < 1e-4
+        assert distance(out, run(pipe, "exact", weights=places[0])) > 1e-2
+
     def test_embeddings_that_a_callback_replaces_are_taken_up(self, pipe):
         def turn(pipe, k, t, tensors):
             return {"prompt_embeds": -tensors["prompt_embeds"]} if k == 0 else {}
