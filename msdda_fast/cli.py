@@ -5,22 +5,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-from msdda_fast import cli_values
-
-if TYPE_CHECKING:
-    from msdda_fast.pipeline import MSDDAPipeline
+from msdda_fast import cli_train, cli_values
+from msdda_fast.cli_session import (
+    SHIPPED,
+    DeviceOption,
+    DType,
+    DTypeOption,
+    GuidanceOption,
+    ModelOption,
+    ObjectiveOption,
+    StepsOption,
+    err,
+    load,
+    out,
+    reported,
+)
 
 # Everything that draws is imported inside the commands: `--help` must not wait for it.
 
-SHIPPED = "msdda-fast/emoji"
 DEMO_PROMPTS = [
     "A yellow colored dog.",
     "A pink colored banana.",
@@ -35,39 +43,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Balance several aligned diffusion models at inference time.",
 )
-out = Console()
-err = Console(stderr=True)
-
-
-class DType(StrEnum):
-    """Network dtypes, by torch's names."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-ModelOption = Annotated[
-    str, typer.Option("--model", "-m", help="Hub id, local folder, or the shipped model.")
-]
-ObjectiveOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--objective",
-        metavar="NAME=PATH[:ETA]",
-        help="An adapter to use as an objective, in place of the model's own; repeat it. "
-        "PATH is a file, folder or hub id, or [bold]base[/bold] for the base model.",
-    ),
-]
-StepsOption = Annotated[int, typer.Option("--steps", help="Denoising steps T.")]
-GuidanceOption = Annotated[
-    float | None,
-    typer.Option("--guidance", help="Guidance scale, 1 for none.", show_default="the model's own"),
-]
-DTypeOption = Annotated[DType, typer.Option("--dtype", help="What the networks compute in.")]
-DeviceOption = Annotated[
-    str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ...", show_default="cuda or cpu")
-]
+app.add_typer(cli_train.app, name="train")
 
 
 @app.command()
@@ -110,12 +86,12 @@ def generate(
 
     With a GPU for each objective: [dim]torchrun --nproc-per-node 2 -m msdda_fast generate ...[/dim]
     """
-    with _reported("no further image was written"):
+    with reported("no further image was written"):
         from msdda_fast.files import write_atomically
         from msdda_fast.pipeline import torchrun
 
         weights = dict(cli_values.pair(text, "--weight", float) for text in weight or []) or None
-        pipe = _load(model, objective, dtype, device)
+        pipe = load(model, objective, dtype, device)
         if seed is None:
             seed = torchrun.shared_seed(pipe.parallel)
         images = pipe(
@@ -174,7 +150,7 @@ def sweep(
 
     Finished cells are kept: stop it with Ctrl-C and run the same command to continue.
     """
-    with _reported(f"finished cells are in {folder}; run the same command again to continue"):
+    with reported(f"finished cells are in {folder}; run the same command again to continue"):
         from msdda_fast.evaluation.sweep import Sweep, run_sweep
         from msdda_fast.pipeline import torchrun
 
@@ -188,7 +164,7 @@ def sweep(
             rewards=reward or ("aesthetic", "consistency"),
             batch_size=batch_size,
         )
-        pipe = _load(model, objective, dtype, device)
+        pipe = load(model, objective, dtype, device)
         with torchrun.own_folder(folder, pipe.parallel) as own, _progress() as progress:
             result = run_sweep(pipe, plan, own, progress=progress)
         _print_means(plan.columns, result.means)
@@ -209,52 +185,6 @@ def doctor() -> None:
         for name, finding in rows.items():
             table.add_row(name, finding)
         out.print(table)
-
-
-def _load(
-    model: str, objectives: list[str] | None, dtype: DType, device: str | None
-) -> MSDDAPipeline:
-    """Load the model with the objectives of --objective, or its own."""
-    import torch
-
-    from msdda_fast.pipeline import MSDDAPipeline, torchrun
-
-    chosen = dict(cli_values.objective(text) for text in objectives or []) or None
-    place = torch.device(device or torchrun.default_device())
-    with err.status(f"Loading {model}"):
-        pipe = MSDDAPipeline.from_pretrained(
-            model, objectives=chosen, dtype=getattr(torch, dtype.value)
-        ).to(place)
-        parallel = torchrun.join(place)
-    if parallel is not None:
-        pipe.enable_parallel(parallel)
-    pipe.set_progress_bar_config(leave=False, disable=err.quiet or not err.is_terminal)
-    return pipe
-
-
-@contextmanager
-def _reported(interrupted: str) -> Iterator[None]:
-    """Turn bad input into one line and exit code 2, Ctrl-C into a line and 130."""
-    from msdda_fast.errors import MSDDAError
-    from msdda_fast.pipeline import torchrun
-    from msdda_fast.pipeline.notices import quieten
-
-    rank = torchrun.rank()
-    out.quiet = err.quiet = rank > 0
-    try:
-        quieten()  # before a command imports what draws
-        yield
-    except (MSDDAError, ValueError, OSError) as error:
-        err.quiet = False  # what one rank cannot do, the others cannot tell
-        at = f"rank {rank}: " if rank else ""
-        err.print(f"{at}[red]{type(error).__name__}[/red]: ", end="")
-        err.print(" ".join(str(error).split()), markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from None
-    except KeyboardInterrupt:
-        err.print(f"Stopped: {interrupted}.", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(130) from None
-    finally:
-        torchrun.leave()
 
 
 @contextmanager

@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from msdda_fast.objective import Objective
 
-__all__ = ["numbers", "objective", "pair"]
+__all__ = ["numbers", "objective", "pair", "prompts"]
 
 
 def objective(text: str) -> tuple[str, Objective]:
@@ -53,3 +54,22 @@ def numbers(text: str, option: str, kind: type) -> list[Any]:
         return [kind(item) for item in text.split(",")]
     except ValueError:
         raise ValueError(f"{option} {text!r} must be numbers with commas between them") from None
+
+
+def prompts(file: Path) -> list[str]:
+    """Read a text file with one prompt per line; empty lines do not count.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: It has no prompts, or one twice; the message names the lines.
+    """
+    seen: dict[str, int] = {}
+    for number, line in enumerate(file.read_text("utf-8").splitlines(), start=1):
+        text = line.strip()
+        if text in seen:
+            raise ValueError(f"{file} line {number} repeats line {seen[text]}: {text!r}")
+        if text:
+            seen[text] = number
+    if not seen:
+        raise ValueError(f"{file} has no prompts")
+    return list(seen)

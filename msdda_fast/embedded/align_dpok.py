@@ -21,14 +21,26 @@ from msdda_fast.rewards import load_reward
 from msdda_fast.training import DPOKConfig, Task, add_lora, train_dpok
 from msdda_fast.training.codec import decoder, latent_shape
 
-LOOPS = 200
+
+def _config(name: str, loops: int, kl_weight: float) -> DPOKConfig:
+    """The preset for the shipped model at the adapter's own eta."""
+    return DPOKConfig.shipped(
+        loops=loops,
+        eta=ALIGNMENT[name].eta,
+        num_steps=NUM_STEPS,
+        kl_weight=kl_weight,
+        checkpoint_every=2,
+    )
+
+
+# Colourfulness is easy to raise without end: there the KL term has to hold, and the run to stop.
 CONFIGS = {
-    name: DPOKConfig.shipped(loops=LOOPS, eta=recipe.eta, num_steps=NUM_STEPS)
-    for name, recipe in ALIGNMENT.items()
+    "aesthetic": _config("aesthetic", loops=40, kl_weight=0.2),
+    "consistency": _config("consistency", loops=200, kl_weight=0.02),
 }
 
 
-def align_dpok(base: Path, name: str, work: Path, loops: int = LOOPS) -> Path:
+def align_dpok(base: Path, name: str, work: Path) -> Path:
     """Train the adapter `name` on the model folder `base` and return its LoRA folder.
 
     Prompts, rank and eta are those of `align`; the reward has the adapter's name. Resumes.

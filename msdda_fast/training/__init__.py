@@ -8,6 +8,7 @@ from msdda_fast.training.dpok import DPOKLoss, dpok_loss
 from msdda_fast.training.dpok_config import DPOKConfig
 from msdda_fast.training.dpok_run import Task
 from msdda_fast.training.dpok_trainer import train_dpok
+from msdda_fast.training.pair_files import InvalidPairs, encode_pairs, read_pairs
 from msdda_fast.training.pairs import PreferencePairs, preference_pairs
 from msdda_fast.training.step_dpo import StepDPOLoss, step_dpo_loss
 from msdda_fast.training.storage import ResumeMismatch
@@ -17,6 +18,7 @@ __all__ = [
     "Collection",
     "DPOKConfig",
     "DPOKLoss",
+    "InvalidPairs",
     "PreferencePairs",
     "ResumeMismatch",
     "StepDPOConfig",
@@ -25,9 +27,11 @@ __all__ = [
     "add_lora",
     "collect",
     "dpok_loss",
+    "encode_pairs",
     "load_collection",
     "load_lora",
     "preference_pairs",
+    "read_pairs",
     "save_lora",
     "step_dpo_loss",
     "train_dpok",

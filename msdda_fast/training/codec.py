@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from msdda_fast.pipeline.stable_diffusion import MSDDAPipeline
+from msdda_fast.training.collect import SampleFn
+from msdda_fast.training.storage import digest
 
 BATCH = 16  # images through the autoencoder at once
 
@@ -56,3 +58,46 @@ def encoder(pipe: MSDDAPipeline) -> Callable[[Tensor], Tensor]:
         return torch.cat(latents)
 
     return encode
+
+
+def image_size(pipe: MSDDAPipeline) -> tuple[int, int]:
+    """(height, width) in pixels of the images the pipeline draws by default."""
+    _, height, width = latent_shape(pipe)
+    return height * pipe.vae_scale_factor, width * pipe.vae_scale_factor
+
+
+def codec_id(pipe: MSDDAPipeline) -> str:
+    """What latents of the same image have in common: a digest of the autoencoder."""
+    scale = torch.tensor(pipe.vae.config.scaling_factor)
+    return digest(scale, *pipe.vae.state_dict().values())
+
+
+def sample_fn(pipe: MSDDAPipeline, *, num_steps: int, guidance_scale: float) -> SampleFn:
+    """Return (prompts, seeds) -> (latents, images in [0, 1]) of the pipeline's one objective."""
+    pipe.set_progress_bar_config(disable=True)
+    (name,) = pipe.objectives
+    decode = decoder(pipe)
+
+    @torch.inference_mode()
+    def sample(prompts: Sequence[str], seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
+        latents = pipe(
+            list(prompts),
+            weights={name: 1.0},
+            seed=list(seeds),
+            num_inference_steps=num_steps,
+            guidance_scale=guidance_scale,
+            output_type="latent",
+        ).images
+        return latents, decode(latents)
+
+    return sample
+
+
+@torch.no_grad()
+def encode_prompts(pipe: MSDDAPipeline, prompts: Sequence[str]) -> Tensor:
+    """Encode prompts with the pipeline's own text encoder; shape (P, L, D)."""
+    embeds = [
+        pipe.encode_prompt(list(prompts[at : at + BATCH]), pipe.device, 1, False)[0]
+        for at in range(0, len(prompts), BATCH)
+    ]
+    return torch.cat(embeds)

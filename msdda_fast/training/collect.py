@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from rich.console import Console
 from rich.progress import track
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -88,7 +89,8 @@ def collect(
     starts = range(0, len(jobs), batch_size)
     shards = [out_dir / f"shard-{number:05d}.safetensors" for number in range(len(starts))]
     missing = [(shard, at) for shard, at in zip(shards, starts, strict=True) if not shard.is_file()]
-    for shard, at in track(missing, "collecting", disable=not progress):
+    terminal = Console(stderr=True)
+    for shard, at in track(missing, "collecting", console=terminal, disable=not progress):
         batch = jobs[at : at + batch_size]
         tensors = _sample_and_score(sample_fn, rewards, prompts, batch)
         write_atomically(shard, partial(save_file, tensors))

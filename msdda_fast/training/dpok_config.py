@@ -55,19 +55,18 @@ class DPOKConfig:
     def shipped(cls, **changes: Any) -> DPOKConfig:  # noqa: ANN401 - fields of this class
         """The preset for `msdda-fast/emoji` on CPU cores: `DPOKConfig.shipped(loops=100, eta=0.8)`.
 
-        On-policy: the buffer is one loop, 8 prompts x 6 trajectories x 13 steps, those that decide
-        on objects and colours (t > 480). The advantage is relative to the prompt: most of a
+        On-policy: the buffer is one loop. Learns from the first half of the steps (13 of 25), those
+        that decide on objects and colours. The advantage is relative to the prompt: most of a
         reward's variance lies between prompts, and the value network would need thousands of
-        trajectories to learn that. The KL term is the exact one, of which some nats are wanted.
+        trajectories to learn that. The KL term is the exact one; how much of it is wanted depends
+        on the reward, from 0.02 for one that is hard to raise to 0.2 for one that is easy.
         """
         preset: dict[str, Any] = {
             "num_steps": 25,
-            "trained_steps": 13,
             "guidance_scale": 1.0,
             "prompts_per_loop": 8,
             "samples_per_prompt": 6,
             "rollout_batch_size": 48,
-            "buffer_size": 624,
             "advantage": "prompt",
             "policy_steps": 3,
             "batch_size": 48,
@@ -78,7 +77,11 @@ class DPOKConfig:
             "grad_clip": 1.0,
             "mixed_precision": "bf16",
         }
-        return cls(**(preset | changes))
+        merged = preset | changes
+        merged.setdefault("trained_steps", -(-merged["num_steps"] // 2))
+        trajectories = merged["prompts_per_loop"] * merged["samples_per_prompt"]
+        merged.setdefault("buffer_size", trajectories * merged["trained_steps"])
+        return cls(**merged)
 
     def __post_init__(self) -> None:
         for name in _COUNTS:

@@ -19,7 +19,7 @@ runner = CliRunner()
 @pytest.fixture
 def loaded(pipe, monkeypatch):
     """Let commands use the pipeline in memory in place of loading one."""
-    monkeypatch.setattr(cli, "_load", lambda *arguments: pipe)
+    monkeypatch.setattr(cli, "load", lambda *arguments: pipe)
 
 
 def run(*arguments):
@@ -129,7 +129,9 @@ class TestSweep:
         assert run(*sweep_of("unused", tmp_path)).exit_code == 0
         done = run(*sweep_of("unused", tmp_path), "--steps", 3)
         assert done.exit_code == 2
-        assert "SettingsConflict" in done.stderr and "num_inference_steps was 2, is 3" in done.stderr
+        assert (
+            "SettingsConflict" in done.stderr and "num_inference_steps was 2, is 3" in done.stderr
+        )
 
     def test_ctrl_c_keeps_finished_cells_and_says_how_to_resume(self, tiny, loaded, tmp_path):
         arguments = [str(a) for a in sweep_of(tiny.folder, tmp_path, "--batch-size", 1)]
