@@ -16,6 +16,7 @@ __all__ = [
     "MSDDAError",
     "RankLost",
     "RanksDiffer",
+    "RewardUnavailable",
     "UnfaithfulMerge",
     "UnknownObjective",
     "UnsupportedNetwork",
@@ -69,6 +70,10 @@ class UnknownObjective(MSDDAError, KeyError, ValueError):
 
 class BackendUnavailable(MSDDAError, RuntimeError):
     """A backend asked for by name cannot run here; the message says what is missing."""
+
+
+class RewardUnavailable(MSDDAError, RuntimeError):
+    """A reward's package or checkpoint is missing; the message has the line that installs it."""
 
 
 class RankLost(MSDDAError, RuntimeError):

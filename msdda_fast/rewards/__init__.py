@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rewards of generated images: one protocol, and the two that ship with `msdda-fast/emoji`."""
+"""Rewards of generated images: one protocol, three that ship, and those of the field."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Protocol
 
+import torch
 from torch import Tensor
+
+__all__ = ["KNOWN", "REWARDS", "Reward", "load_reward"]
 
 
 class Reward(Protocol):
@@ -20,15 +24,38 @@ class Reward(Protocol):
         ...
 
 
-REWARDS = ("aesthetic", "consistency")
+REWARDS = ("aesthetic", "consistency")  # of the shipped model's own objectives
+
+_SHIPPED = ("aesthetic", "consistency", "warmth")
+_PUBLISHED = {
+    "clip_score": "ClipScore",
+    "hps_v2": "HpsV2",
+    "image_reward": "ImageReward",
+    "laion_aesthetic": "LaionAesthetic",
+    "pick_score": "PickScore",
+    "vila": "Vila",
+}
+KNOWN = (*_SHIPPED, *_PUBLISHED)
 
 
-def load_reward(name: str) -> Reward:
-    """Load a shipped reward by name.
+def load_reward(
+    name: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Reward:
+    """Load a reward by name: one of `KNOWN`. Its package is imported, and checked, only here.
+
+    The result has the device of the images and is float32.
+
+    Args:
+        name: A shipped reward (`aesthetic`, `consistency`, `warmth`) or a published one.
+        device: Where a published reward's network runs; shipped ones run where the images are.
+        dtype: Of a published reward's network; shipped ones are float32.
 
     Raises:
         ValueError: there is no such reward; the message lists them.
+        RewardUnavailable: its package or checkpoint is missing; the message says how to get it.
     """
+    if name not in KNOWN:
+        raise ValueError(f"unknown reward {name!r}; known: {', '.join(KNOWN)}")
     if name == "aesthetic":
         from msdda_fast.rewards.aesthetic import Aesthetic
 
@@ -37,4 +64,10 @@ def load_reward(name: str) -> Reward:
         from msdda_fast.rewards.consistency import Consistency
 
         return Consistency.load()
-    raise ValueError(f"unknown reward {name!r}; known: {', '.join(REWARDS)}")
+    if name == "warmth":
+        from msdda_fast.rewards.warmth import Warmth
+
+        return Warmth()
+    module = import_module(f"msdda_fast.rewards.{name}")
+    published: Reward = getattr(module, _PUBLISHED[name]).load(device=device, dtype=dtype)
+    return published

@@ -36,7 +36,7 @@ def test_its_gradient_is_the_finite_difference():
     assert torch.autograd.gradcheck(colourfulness, (images,))
 
 
-@pytest.mark.parametrize("name", REWARDS)
+@pytest.mark.parametrize("name", [*REWARDS, "warmth"])
 @pytest.mark.parametrize(
     ("images", "prompts", "message"),
     [
@@ -54,5 +54,5 @@ def test_wrong_input_is_named(name, images, prompts, message):
 
 
 def test_an_unknown_reward_lists_the_known():
-    with pytest.raises(ValueError, match=r"'beauty'.*aesthetic, consistency"):
+    with pytest.raises(ValueError, match=r"'beauty'.*aesthetic, consistency, warmth, clip_score"):
         load_reward("beauty")
