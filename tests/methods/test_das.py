@@ -13,7 +13,6 @@ from msdda_fast.ddim_grid import ddim_grid
 from msdda_fast.methods import das
 from msdda_fast.methods.das import DAS
 from msdda_fast.methods.model import BASE, Cost
-from msdda_fast.methods.resampling import effective_size, systematic
 from msdda_fast.methods.sd import SD
 from tests.gaussian_world import (
     Gaussian,
@@ -189,20 +188,25 @@ def test_the_image_of_the_largest_weight_is_kept_per_sample():
         assert torch.equal(chosen[row], images.view(30, -1, 3)[winner, row])
 
 
-def test_effective_size():
-    log_weights = torch.tensor([[0.0, 5.0, 0.0], [0.0, -math.inf, math.log(3)]]).double()
-    expected = torch.tensor([2.0, 1.0, 1.6]).double()  # (1 + 3)^2 / (1 + 9)
-    torch.testing.assert_close(effective_size(log_weights), expected)
-
-
-def test_resampling_keeps_each_particle_in_proportion():
-    log_weights = torch.randn(7, 1, generator=torch.Generator().manual_seed(0)).double()
-    u = (torch.arange(5000) + 0.5) / 5000
-    ancestors = systematic(log_weights.expand(7, 5000), u)
-    children = torch.nn.functional.one_hot(ancestors, 7).sum(0).double()  # (5000, 7)
-    expected = 7 * log_weights[:, 0].softmax(0)
-    assert (children - expected).abs().max() < 1
-    torch.testing.assert_close(children.mean(0), expected, rtol=0, atol=1e-3)
+@pytest.mark.parametrize("reindex", ["all", "published"])
+def test_what_belongs_to_a_particle_moves_with_it_where_weights_are_uneven(reindex):
+    """Of two samples of four particles, the first has all its weight on the third."""
+    log_weights = torch.tensor([[-99.0, 0.0], [-99.0, 0.5], [3.0, 1.0], [-99.0, 1.5]]).double()
+    names = torch.arange(8.0).double()[:, None]  # row p * 2 + b
+    here = das._Outlook(names, names.view(4, 2), names)
+    u = torch.full((2,), 0.5).double()
+    x, moved, log_psi, weights = replace(METHOD, num_particles=4, reindex=reindex)._resample(
+        names, here, names.view(4, 2), log_weights, u
+    )
+    survivors = torch.tensor([[4.0, 1.0], [4.0, 3.0], [4.0, 5.0], [4.0, 7.0]]).double()
+    assert torch.equal(x.view(4, 2), survivors)
+    assert torch.equal(moved.eps.view(4, 2), survivors)
+    kept = survivors if reindex == "all" else names.view(4, 2)
+    assert torch.equal(moved.h.view(4, 2), kept)
+    assert torch.equal(log_psi, kept)
+    # the mean weight of a sample, which estimates the normaliser, stays
+    assert torch.equal(weights[:, 1], log_weights[:, 1])
+    assert weights[:, 0].tolist() == pytest.approx([3.0 - math.log(4)] * 4)
 
 
 SMALL = DAS(num_particles=3, alpha=0.02, threshold=0.9)
