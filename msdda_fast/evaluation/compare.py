@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The paper's comparison, whole: images, scores, tables, figures, and pictures of pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from msdda_fast.evaluation.figures import label_of
+from msdda_fast.evaluation.grid import labelled_grid
+from msdda_fast.evaluation.plan import Plan
+from msdda_fast.evaluation.report import write_report
+from msdda_fast.evaluation.runs import (
+    Comparison,
+    Entry,
+    collect_scores,
+    run_comparison,
+    strip_of,
+)
+from msdda_fast.evaluation.scores import merge_scores, read_scores
+from msdda_fast.evaluation.tables import OURS
+from msdda_fast.files import write_atomically
+from msdda_fast.pipeline import MSDDAPipeline
+
+__all__ = ["compare", "report_scores"]
+
+#: Rows of the grids.
+GRID_PROMPTS = 5
+
+
+def compare(
+    pipe: MSDDAPipeline,
+    comparison: Comparison,
+    plan: Plan,
+    work: Path,
+    out: Path,
+    *,
+    title: str,
+    reference: Mapping[str, float] | None = None,
+    part: tuple[int, int] = (0, 1),
+    progress: Callable[[int, int], None] = lambda finished, total: None,
+) -> Path | None:
+    """Draw what is missing, then write scores.csv, the grids and the report.
+
+    Args:
+        pipe: Its objectives are the aligned models.
+        comparison: What all systems have in common.
+        plan: Systems, preferences and seeds.
+        work: Folder of the finished shards; see `run_comparison`.
+        out: Folder of the results. Rows of `scores.csv` from earlier calls stay.
+        title: Of the page.
+        reference: Of the hypervolume, by objective; None: -1 for each.
+        part: (i, n): one of n processes. Only a call with (0, 1) writes results.
+        progress: Called with the numbers of finished and of all images.
+
+    Returns: the page, or None for one part of several.
+
+    Raises: As `run_comparison` and `write_report`.
+    """
+    entries = plan.entries()
+    run_comparison(pipe, comparison, entries, work, part=part, progress=progress)
+    if part != (0, 1):
+        return None
+    merge_scores(out / "scores.csv", collect_scores(comparison, entries, work))
+    _write_grids(comparison, plan, entries, work, out)
+    return report_scores(
+        out,
+        objectives=plan.objectives,
+        preferences=plan.preferences,
+        title=title,
+        setting=_setting(pipe, comparison),
+        reference=reference,
+    )
+
+
+def report_scores(
+    out: Path,
+    *,
+    objectives: Sequence[str],
+    preferences: Sequence[float],
+    title: str,
+    setting: str,
+    reference: Mapping[str, float] | None = None,
+) -> Path:
+    """Make every table and figure of `out/scores.csv` anew; see `write_report`."""
+    return write_report(
+        read_scores(out / "scores.csv"),
+        out,
+        objectives=objectives,
+        preferences=preferences,
+        reference=reference or dict.fromkeys(objectives, -1.0),
+        title=title,
+        setting=setting,
+    )
+
+
+def _setting(pipe: MSDDAPipeline, comparison: Comparison) -> str:
+    dtype = str(pipe.unet.dtype).removeprefix("torch.")
+    etas = ", ".join(f"{name} {o.eta:g}" for name, o in pipe.objectives.items())
+    return (
+        f"{len(comparison.prompts)} prompts, T = {comparison.num_inference_steps}, "
+        f"eta of the aligned models: {etas}; networks in {dtype} on {pipe._execution_device}."
+    )
+
+
+def _write_grids(
+    comparison: Comparison, plan: Plan, entries: Sequence[Entry], work: Path, out: Path
+) -> None:
+    """Write grid.png, MSDDA and RS over the preferences as Fig. 4, and systems.png, all at one."""
+    count = len(comparison.prompts)
+    rows = range(0, count, -(-count // GRID_PROMPTS))
+    seed = plan.seeds[0]
+    strips = {
+        (entry.method.name, entry.variant, entry.w): strip_of(work, entry, seed)
+        for entry in entries
+        if seed in entry.seeds and len(entry.weights) == 2
+    }
+    base = strips.get(("SD", "", None))
+    soup = {"MSDDA": OURS, "RS": ("RS", "product")}
+    if base and all((*system, w) in strips for system in soup.values() for w in plan.preferences):
+        images, labels = [], []
+        for row in rows:
+            for name, system in soup.items():
+                columns = [strips[(*system, w)][row] for w in plan.preferences]
+                images.append([base[row], *columns])
+                labels.append(f"{comparison.prompts[row]} {name}")
+        heads = ["SD", *(f"w = {w:g}" for w in plan.preferences)]
+        _save(labelled_grid(images, labels, heads), out / "grid.png")
+    middle = plan.preferences[len(plan.preferences) // 2]
+    shown = {key: strip for key, strip in strips.items() if key[2] in (None, middle)}
+    heads = [label_of(key[:2]).replace(" (", "\n").rstrip(")") for key in shown]
+    grid = [[strip[row] for strip in shown.values()] for row in rows]
+    _save(
+        labelled_grid(grid, [comparison.prompts[row] for row in rows], heads, cell=120),
+        out / "systems.png",
+    )
+
+
+def _save(image: Image.Image, file: Path) -> None:
+    write_atomically(file, lambda partial: image.save(partial, format="PNG"))

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which systems are compared, with which settings, at which preferences, on how many seeds.
+
+Systems that read aligned models draw every seed. Those that search or follow gradients while they
+sample cost up to a hundred times as much, and draw a stated subset.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from msdda_fast.evaluation.runs import Entry
+from msdda_fast.methods.best_of_n import BestOfN
+from msdda_fast.methods.code import CoDe
+from msdda_fast.methods.das import DAS
+from msdda_fast.methods.db_kla import DBKLA
+from msdda_fast.methods.db_mpa import DBMPA
+from msdda_fast.methods.db_mpa_ls import DBMPALS
+from msdda_fast.methods.deradiff import DeRaDiff
+from msdda_fast.methods.method import Method
+from msdda_fast.methods.morl_oracle import MORLOracle
+from msdda_fast.methods.msdda import MSDDA
+from msdda_fast.methods.mudm import MUDM
+from msdda_fast.methods.rewarded_soup import RewardedSoup
+from msdda_fast.methods.rgg import RGG
+from msdda_fast.methods.sd import SD
+from msdda_fast.methods.tfg import PRESETS, TFG
+
+__all__ = ["Plan", "published_searches"]
+
+#: KL strengths of the systems of one objective: beyond the aligned model, half as far again.
+STRENGTHS = (1.5,)
+
+
+def published_searches() -> dict[tuple[str, str], Method]:
+    """Systems that evaluate rewards while sampling, as published, by name and variant."""
+    methods: dict[tuple[str, str], Method] = {
+        ("Best-of-N", "N = 20"): BestOfN(num_particles=20),
+        ("CoDe", "official"): CoDe(variant="official"),
+        ("CoDe", "one-step"): CoDe(variant="one-step"),
+        ("RGG", "published"): RGG(),
+        ("RGG", "through UNet"): RGG(jacobian="unet", norm="global"),
+        ("DAS", "published"): DAS(),
+        ("TFG", "published"): TFG(),
+        ("MUDM", "independent"): MUDM(),
+        ("MUDM", "dependent"): MUDM(dependency="dependent"),
+    }
+    presets = {("TFG", name): preset for name, preset in PRESETS.items()}
+    return methods | presets
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What to draw.
+
+    Args:
+        objectives: Two or three; w weighs the first, and 1 - w the second.
+        preferences: Weights w in [0, 1] of the tables, for all systems.
+        seeds: Of systems that evaluate no rewards, but for variants.
+        search_preferences, search_seeds: Of those that do; by default every preference.
+        front: More weights w, for the Pareto figure: MSDDA, RS and DB-MPA.
+        front_seeds: Of those, of the variants of MSDDA and RS, and of `simplex`.
+        simplex: Preferences over three objectives, for MSDDA.
+        tuned: Settings of searches beside the published ones, by name and variant.
+        oracles: Adapter folder by w.
+        factor_soup: Include RS by factors, which adapters of several ranks do not have.
+        systems: Names of methods; None: all.
+
+    Raises:
+        ValueError: A name that no system has, or weights outside [0, 1].
+    """
+
+    objectives: Sequence[str]
+    preferences: Sequence[float] = (0.2, 0.5, 0.8)
+    seeds: Sequence[int] = tuple(range(32))
+    search_preferences: Sequence[float] | None = None
+    search_seeds: Sequence[int] = (0, 1)
+    front: Sequence[float] = (0.0, 0.1, 0.35, 0.65, 0.9, 1.0)
+    front_seeds: Sequence[int] = tuple(range(8))
+    simplex: Sequence[Sequence[float]] = ()
+    tuned: Mapping[tuple[str, str], Method] = field(default_factory=dict)
+    oracles: Mapping[float, Path] = field(default_factory=dict)
+    factor_soup: bool = True
+    systems: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        for w in (*self.preferences, *self.front):
+            if not 0 <= w <= 1:
+                raise ValueError(f"preference weights lie in [0, 1], got {w!r}")
+        known = sorted({entry.method.name for entry in self._all()})
+        if unknown := [name for name in self.systems or () if name not in known]:
+            raise ValueError(f"unknown system {unknown[0]!r}; known: {', '.join(known)}")
+
+    def entries(self) -> list[Entry]:
+        """All of them, cheap systems first."""
+        chosen = self.systems
+        return [e for e in self._all() if chosen is None or e.method.name in chosen]
+
+    def at(self, w: float) -> dict[str, float]:
+        """Preference w of the first objective."""
+        first, second = self.objectives[:2]
+        return {first: w, second: round(1 - w, 10)}
+
+    def _all(self) -> Iterator[Entry]:
+        middle = self.at(0.5)
+        yield Entry(SD(), "", middle, self.seeds, weighted=False)
+        main: list[tuple[Method, str]] = [
+            (MSDDA(), ""),
+            (RewardedSoup(), "product"),
+            (DBMPA(), "eta 1"),
+        ]
+        for method, variant in (*main, (DBMPA(remapped=True), "re-weighted"), (DBMPALS(), "")):
+            for w in self.preferences:
+                yield Entry(method, variant, self.at(w), self.seeds)
+        for w, folder in self.oracles.items():
+            yield Entry(
+                MORLOracle(objective=self.objectives[0], adapters={w: folder}),
+                "",
+                self.at(w),
+                self.seeds,
+            )
+        for objective in self.objectives[:2]:
+            for strength in STRENGTHS:
+                variant = f"{objective}, lambda {strength:g}"
+                for single in (
+                    DBKLA(objective=objective, strength=strength),
+                    DeRaDiff(objective=objective, strength=strength),
+                ):
+                    yield Entry(single, variant, middle, self.seeds, weighted=False)
+        variants: list[tuple[Method, str]] = [(MSDDA(fusion="eps"), "eps")]
+        if self.factor_soup:
+            variants.append((RewardedSoup(merge="factor"), "factor"))
+        for method, variant in variants:
+            for w in self.preferences:
+                yield Entry(method, variant, self.at(w), self.front_seeds)
+        for method, variant in main:
+            for w in self.front:
+                yield Entry(method, variant, self.at(w), self.front_seeds)
+        for row in self.simplex:
+            weights = dict(zip(self.objectives, row, strict=True))
+            yield Entry(MSDDA(), "", weights, self.front_seeds)
+        searches = {**published_searches(), **self.tuned}
+        for (_, variant), method in searches.items():
+            for w in self.search_preferences or self.preferences:
+                yield Entry(method, variant, self.at(w), self.search_seeds)

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings for the systems that evaluate rewards while sampling, chosen on training prompts.
+
+Their published settings belong to other rewards. Each gets the same budget, `CANDIDATES` settings
+on the same images, and the best mean r_w is kept. The test prompts play no part.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from itertools import groupby
+from pathlib import Path
+
+from msdda_fast.evaluation.runs import Comparison, Entry, collect_scores, run_comparison
+from msdda_fast.evaluation.scores import merge_scores
+from msdda_fast.evaluation.settings import write_json
+from msdda_fast.evaluation.statistics import Interval, arms_of, mean_reward
+from msdda_fast.methods.das import DAS
+from msdda_fast.methods.method import Method
+from msdda_fast.methods.mudm import MUDM
+from msdda_fast.methods.rgg import RGG
+from msdda_fast.methods.tfg import TFG
+from msdda_fast.pipeline import MSDDAPipeline
+
+__all__ = ["candidates", "load_tuned", "tune"]
+
+_KINDS: Mapping[str, type[Method]] = {kind.name: kind for kind in (RGG, DAS, TFG, MUDM)}
+
+
+def candidates() -> list[Method]:
+    """Six settings of each system; what is not named stands as published."""
+    return [
+        *(RGG(norm="global", alpha=a, gamma=g) for a in (0.03, 0.1, 0.3) for g in (0.024, 0.1)),
+        *(DAS(alpha=a, gamma=g) for a in (0.02, 0.1, 0.5) for g in (0.016, 0.05)),
+        *(TFG(rho=r, mu=m, n_samples=1) for r in (0.0, 0.25) for m in (0.5, 2.0, 8.0)),
+        *(
+            MUDM(scale=s, dependency=d)
+            for s in (1.0, 4.0, 16.0)
+            for d in ("independent", "dependent")
+        ),
+    ]
+
+
+def tune(
+    pipe: MSDDAPipeline,
+    comparison: Comparison,
+    weights: Mapping[str, float],
+    seeds: Sequence[int],
+    folder: Path,
+    *,
+    methods: Sequence[Method] | None = None,
+    part: tuple[int, int] = (0, 1),
+    progress: Callable[[int, int], None] = lambda finished, total: None,
+) -> dict[str, Interval]:
+    """Draw every candidate and write tuning.csv and tuned.json, the best of each system.
+
+    Args:
+        pipe: As in a comparison.
+        comparison: Its prompts are for training.
+        weights: The preference whose r_w decides.
+        seeds: Of every prompt.
+        folder: Resumable, as a comparison's.
+        methods: Candidates; None: `candidates()`.
+        part, progress: See `run_comparison`. The files are written from what is finished.
+
+    Returns: mean r_w of each finished candidate.
+    """
+    methods = candidates() if methods is None else methods
+    entries = [Entry(method, _setting(method), weights, seeds) for method in methods]
+    run_comparison(pipe, comparison, entries, folder, part=part, progress=progress)
+    rows = merge_scores(folder / "tuning.csv", collect_scores(comparison, entries, folder))
+    arms = {arm.system: mean_reward(arm.scalarised(weights)) for arm in arms_of(rows)}
+    scored = [
+        (method, arms[method.name, _setting(method)])
+        for method in methods
+        if (method.name, _setting(method)) in arms
+    ]
+    best = {
+        name: max(group, key=lambda pair: pair[1].mean)[0]
+        for name, group in groupby(scored, key=lambda pair: pair[0].name)
+    }
+    write_json(folder / "tuned.json", {name: asdict(method) for name, method in best.items()})  # type: ignore[call-overload]
+    return {f"{method.name} {_setting(method)}": score for method, score in scored}
+
+
+def load_tuned(file: Path) -> dict[tuple[str, str], Method]:
+    """Read tuned.json: the chosen methods, by name and the variant "tuned".
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It names a system or a setting that there is not.
+    """
+    settings = json.loads(file.read_text("utf-8"))
+    methods: dict[tuple[str, str], Method] = {}
+    for name, fields in settings.items():
+        if name not in _KINDS:
+            raise ValueError(f"{file}: unknown system {name!r}; known: {', '.join(_KINDS)}")
+        try:
+            values = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+            methods[name, "tuned"] = _KINDS[name](**values)
+        except TypeError as error:
+            raise ValueError(f"{file}: {name}: {error}") from error
+    return methods
+
+
+def _setting(method: Method) -> str:
+    """Fields that are not the default, as text."""
+    plain = asdict(type(method)())  # type: ignore[call-overload]
+    fields = asdict(method)  # type: ignore[call-overload]
+    return " ".join(f"{k}={v}" for k, v in fields.items() if v != plain[k]) or "published"

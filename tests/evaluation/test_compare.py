@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every system of the plan runs on one pipeline, and what is written holds them all."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from msdda_fast.errors import UnknownObjective
+from msdda_fast.evaluation import tuning
+from msdda_fast.evaluation.compare import compare, report_scores
+from msdda_fast.evaluation.plan import Plan, published_searches
+from msdda_fast.evaluation.runs import Comparison
+from msdda_fast.evaluation.scores import read_scores
+from msdda_fast.evaluation.tuning import candidates, load_tuned, tune
+from msdda_fast.methods.code import CoDe
+from msdda_fast.methods.rgg import RGG
+
+PROMPTS = ["a dog", "a cat"]
+
+
+class Channel:
+    """Mean of one channel of the image."""
+
+    differentiable = True
+
+    def __init__(self, name: str, index: int) -> None:
+        self.name, self._index = name, index
+
+    def __call__(self, images, prompts):
+        return images[:, self._index].mean((1, 2))
+
+
+REWARDS = {"warm": Channel("warm", 0), "cool": Channel("cool", 2)}
+COMPARISON = Comparison(prompts=PROMPTS, rewards=REWARDS, num_inference_steps=2, guidance_scale=1.0)
+SMALL = {
+    "objectives": ["warm", "cool"], "preferences": (0.5,), "seeds": (0,), "search_seeds": (0,),
+    "front": (1.0,), "front_seeds": (0,), "factor_soup": False,  # the adapters differ in rank
+}  # fmt: skip
+
+
+def test_every_system_is_drawn_scored_and_reported(pipe, tiny, tmp_path):
+    plan = Plan(**SMALL, oracles={0.5: tiny.warm}, tuned={("RGG", "tuned"): RGG(alpha=1.0)})
+    page = compare(pipe, COMPARISON, plan, tmp_path / "work", tmp_path / "out", title="Tiny")
+    systems = {(row.method, row.variant) for row in read_scores(tmp_path / "out" / "scores.csv")}
+    names = {"SD", "MSDDA", "RS", "DB-MPA", "DB-MPA-LS", "DB-KLA", "DeRaDiff", "MORL"}
+    searches = {"Best-of-N", "CoDe", "RGG", "DAS", "TFG", "MUDM"}
+    assert {name for name, _ in systems} == names | searches
+    assert {("MSDDA", "eps"), ("RS", "product"), ("RGG", "tuned"), *published_searches()} < systems
+    text = page.read_text("utf-8")
+    assert all(f"<td>{name}" in text for name in names | searches)
+    for picture in ("grid.png", "systems.png", "pareto.png"):
+        with Image.open(page.parent / picture) as image:
+            assert image.width > 300
+
+
+def test_rerunning_keeps_earlier_rows_and_systems_can_be_chosen(pipe, tmp_path, calls):
+    out = tmp_path / "out"
+    for systems in (["SD", "MSDDA", "RS"], ["SD", "MSDDA", "DB-MPA"]):
+        plan = Plan(**SMALL, systems=systems)
+        compare(pipe, COMPARISON, plan, tmp_path / "work", out, title="Tiny")
+    methods = {row.method for row in read_scores(out / "scores.csv")}
+    assert methods == {"SD", "MSDDA", "RS", "DB-MPA"}
+    calls.clear()
+    compare(pipe, COMPARISON, plan, tmp_path / "work", out, title="Tiny")
+    assert calls == []
+
+
+def test_parts_write_shards_and_the_whole_writes_results(pipe, tmp_path):
+    plan = Plan(**SMALL, systems=["SD", "MSDDA"])
+    out = tmp_path / "out"
+    for i in range(2):
+        done = compare(pipe, COMPARISON, plan, tmp_path / "w", out, title="T", part=(i, 2))
+        assert done is None and not out.exists()
+    assert compare(pipe, COMPARISON, plan, tmp_path / "w", out, title="T").exists()
+
+
+def test_the_report_needs_nothing_but_the_scores(pipe, tmp_path):
+    plan = Plan(**SMALL, systems=["SD", "MSDDA", "RS"])
+    compare(pipe, COMPARISON, plan, tmp_path / "work", tmp_path / "a", title="Tiny")
+    (tmp_path / "b").mkdir()
+    for name in ("scores.csv", "grid.png"):
+        (tmp_path / "b" / name).write_bytes((tmp_path / "a" / name).read_bytes())
+    report_scores(
+        tmp_path / "b", objectives=["warm", "cool"], preferences=[0.5], title="Tiny",
+        setting=json.loads((tmp_path / "a" / "summary.json").read_text())["setting"],
+    )  # fmt: skip
+    for name in ("table.csv", "table.md", "summary.json", "report.html"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"preferences": (1.2,)}, "1.2"), ({"systems": ["SDXL"]}, "unknown system 'SDXL'; known: ")],
+)
+def test_plans_are_checked(change, message):
+    with pytest.raises(ValueError, match=message):
+        Plan(**SMALL | change)
+
+
+def test_objectives_that_the_model_does_not_have_are_named(pipe, tmp_path, calls):
+    plan = Plan(**SMALL | {"objectives": ["warm", "cold"]}, systems=["MSDDA"])
+    with pytest.raises(UnknownObjective, match="'cold'"):
+        compare(pipe, COMPARISON, plan, tmp_path / "work", tmp_path / "out", title="Tiny")
+    assert calls == []
+
+
+def test_tuning_keeps_the_best_of_each_system(pipe, tmp_path, monkeypatch):
+    methods = [RGG(norm="none", alpha=a) for a in (10.0, 1e-3)] + [CoDe(num_particles=2, block=1)]
+    weights = {"warm": 0.5, "cool": 0.5}
+    scores = tune(pipe, COMPARISON, weights, [0], tmp_path, methods=methods)
+    assert list(scores) == [
+        "RGG norm=none alpha=10.0", "RGG norm=none alpha=0.001", "CoDe num_particles=2 block=1"
+    ]  # fmt: skip
+    best = max((s.mean, a) for s, a in zip(list(scores.values())[:2], (10.0, 1e-3), strict=True))
+    monkeypatch.setattr(tuning, "_KINDS", {"RGG": RGG, "CoDe": CoDe})
+    tuned = load_tuned(tmp_path / "tuned.json")
+    assert tuned["RGG", "tuned"] == RGG(norm="none", alpha=best[1])
+    assert tuned["CoDe", "tuned"] == methods[2]
+    assert (tmp_path / "tuning.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [('{"GGR": {}}', "unknown system 'GGR'"), ('{"RGG": {"beta": 1}}', "RGG: .*beta")],
+)
+def test_tuned_settings_are_checked(tmp_path, text, message):
+    file = tmp_path / "tuned.json"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_tuned(file)
+
+
+def test_every_tuned_system_has_the_same_budget():
+    kinds = [type(method) for method in candidates()]
+    assert {kinds.count(kind) for kind in kinds} == {6} and len(set(kinds)) == 4
+    assert len({repr(method) for method in candidates()}) == len(kinds)
+    assert torch.tensor([method.needs_rewards for method in candidates()]).all()
