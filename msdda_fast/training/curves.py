@@ -14,7 +14,8 @@ from msdda_fast.training.log import read_log
 
 CURVES_NAME = "curves.png"
 _REFRESH_SECONDS = 5.0
-_SPAN = 0.1  # of the run, over which the thick line averages
+_SPAN = 0.1  # of the run, over which the thick line averages,
+_LEAST = 5  # but this many rows at least
 _LABELS = {  # in this order; a log has some of them
     "reward": "reward",
     "loss": "loss",
@@ -24,6 +25,7 @@ _LABELS = {  # in this order; a log has some of them
     "kl": "distance to the base model",
     "drift_chosen": "drift, chosen",
     "clip_fraction": "clipped transitions",
+    "ratio_deviation": "change of the policy, |ratio - 1|",
     "grad_norm": "gradient norm",
 }
 
@@ -56,6 +58,7 @@ def draw_curves(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     """Draw each known quantity of `rows` over their first column; written atomically."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     if not rows:
         return
@@ -75,6 +78,7 @@ def draw_curves(rows: list[dict[str, Any]], path: Path, title: str) -> None:
         plot.plot(x, _smoothed(values), color=color, linewidth=1.8)
         plot.set_title(_LABELS[name], fontsize=10)
         plot.set_xlabel(axis)
+        plot.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         plot.grid(alpha=0.25)
         if name == "clip_fraction":
             plot.set_ylim(-0.03, 1.03)
@@ -83,7 +87,7 @@ def draw_curves(rows: list[dict[str, Any]], path: Path, title: str) -> None:
 
 def _smoothed(values: list[float]) -> list[float]:
     """Mean over a window that ends at each value."""
-    width = max(1, round(_SPAN * len(values)))
+    width = max(_LEAST, round(_SPAN * len(values)))
     return [
         sum(part) / len(part)
         for part in (values[max(0, i + 1 - width) : i + 1] for i in range(len(values)))
