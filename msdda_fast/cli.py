@@ -3,15 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from msdda_fast import cli_train, cli_values
+from msdda_fast import cli_compare, cli_train, cli_values
 from msdda_fast.cli_session import (
     SHIPPED,
     DeviceOption,
@@ -21,7 +19,7 @@ from msdda_fast.cli_session import (
     ModelOption,
     ObjectiveOption,
     StepsOption,
-    err,
+    drawing_progress,
     load,
     out,
     reported,
@@ -44,6 +42,8 @@ app = typer.Typer(
     help="Balance several aligned diffusion models at inference time.",
 )
 app.add_typer(cli_train.app, name="train")
+app.command()(cli_compare.compare)
+app.command()(cli_compare.tune)
 
 
 @app.command()
@@ -165,7 +165,7 @@ def sweep(
             batch_size=batch_size,
         )
         pipe = load(model, objective, dtype, device)
-        with torchrun.own_folder(folder, pipe.parallel) as own, _progress() as progress:
+        with torchrun.own_folder(folder, pipe.parallel) as own, drawing_progress() as progress:
             result = run_sweep(pipe, plan, own, progress=progress)
         _print_means(plan.columns, result.means)
         out.print(f"{result.grid}\n{result.rewards}", highlight=False, soft_wrap=True)
@@ -185,17 +185,6 @@ def doctor() -> None:
         for name, finding in rows.items():
             table.add_row(name, finding)
         out.print(table)
-
-
-@contextmanager
-def _progress() -> Iterator[Any]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-    from rich.progress import TimeRemainingColumn as Remaining
-
-    columns = (TextColumn("Drawing"), BarColumn(), MofNCompleteColumn(), TextColumn("ETA"))
-    with Progress(*columns, Remaining(), console=err) as bar:
-        task = bar.add_task("Drawing", total=None)
-        yield lambda finished, total: bar.update(task, completed=finished, total=total)
 
 
 def _print_means(columns: list[float | None], means: Any) -> None:  # noqa: ANN401

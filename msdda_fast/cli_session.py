@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
@@ -96,3 +96,15 @@ def reported(interrupted: str) -> Iterator[None]:
         raise typer.Exit(130) from None
     finally:
         torchrun.leave()
+
+
+@contextmanager
+def drawing_progress() -> Iterator[Callable[[int, int], None]]:
+    """A bar on the terminal; call it with the numbers of finished and of all images."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeRemainingColumn as Remaining
+
+    columns = (TextColumn("Drawing"), BarColumn(), MofNCompleteColumn(), TextColumn("ETA"))
+    with Progress(*columns, Remaining(), console=err) as bar:
+        task = bar.add_task("Drawing", total=None)
+        yield lambda finished, total: bar.update(task, completed=finished, total=total)

@@ -73,3 +73,31 @@ def prompts(file: Path) -> list[str]:
     if not seen:
         raise ValueError(f"{file} has no prompts")
     return list(seen)
+
+
+def seeds(text: str, option: str) -> list[int]:
+    """Read integers and ranges of them with commas between, such as 0-31 or 0,1,5.
+
+    Raises:
+        ValueError: An item is neither, or a range is empty.
+    """
+    found: list[int] = []
+    for item in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", item)
+        first, last = (int(end or match[1]) for end in match.groups()) if match else (1, 0)
+        if first > last:
+            raise ValueError(f"{option} {text!r} must be numbers or ranges, such as 0-31 or 0,1,5")
+        found += range(first, last + 1)
+    return found
+
+
+def part(text: str) -> tuple[int, int]:
+    """Read I/N with 0 <= I < N.
+
+    Raises:
+        ValueError: The text has another form.
+    """
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if match is None or int(match[1]) >= int(match[2]):
+        raise ValueError(f"--part {text!r} must be I/N with I = 0 to N - 1, such as 0/2")
+    return int(match[1]), int(match[2])

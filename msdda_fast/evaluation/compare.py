@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from msdda_fast.evaluation.runs import (
     strip_of,
 )
 from msdda_fast.evaluation.scores import merge_scores, read_scores
+from msdda_fast.evaluation.settings import write_json
 from msdda_fast.evaluation.tables import OURS
 from msdda_fast.files import write_atomically
 from msdda_fast.pipeline import MSDDAPipeline
@@ -65,35 +67,26 @@ def compare(
         return None
     merge_scores(out / "scores.csv", collect_scores(comparison, entries, work))
     _write_grids(comparison, plan, entries, work, out)
-    return report_scores(
-        out,
-        objectives=plan.objectives,
-        preferences=plan.preferences,
-        title=title,
-        setting=_setting(pipe, comparison),
-        reference=reference,
-    )
+    protocol = {
+        "title": title,
+        "setting": _setting(pipe, comparison),
+        "objectives": list(plan.objectives),
+        "preferences": list(plan.preferences),
+        "reference": dict(reference or dict.fromkeys(plan.objectives, -1.0)),
+    }
+    write_json(out / "protocol.json", protocol)
+    return report_scores(out)
 
 
-def report_scores(
-    out: Path,
-    *,
-    objectives: Sequence[str],
-    preferences: Sequence[float],
-    title: str,
-    setting: str,
-    reference: Mapping[str, float] | None = None,
-) -> Path:
-    """Make every table and figure of `out/scores.csv` anew; see `write_report`."""
-    return write_report(
-        read_scores(out / "scores.csv"),
-        out,
-        objectives=objectives,
-        preferences=preferences,
-        reference=reference or dict.fromkeys(objectives, -1.0),
-        title=title,
-        setting=setting,
-    )
+def report_scores(out: Path) -> Path:
+    """Make every table and figure of `out/scores.csv` anew, as `out/protocol.json` says.
+
+    Raises:
+        FileNotFoundError: One of the two is not there.
+        ValueError: As `read_scores` and `write_report`.
+    """
+    protocol = json.loads((out / "protocol.json").read_text("utf-8"))
+    return write_report(read_scores(out / "scores.csv"), out, **protocol)
 
 
 def _setting(pipe: MSDDAPipeline, comparison: Comparison) -> str:

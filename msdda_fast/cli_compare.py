@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`msdda-fast compare` and `tune`: every system of the paper, side by side."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from msdda_fast import cli_values
+from msdda_fast.cli_session import (
+    SHIPPED,
+    DeviceOption,
+    DType,
+    DTypeOption,
+    GuidanceOption,
+    ModelOption,
+    ObjectiveOption,
+    StepsOption,
+    drawing_progress,
+    load,
+    out,
+    reported,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from msdda_fast.pipeline import MSDDAPipeline
+    from msdda_fast.rewards import Reward
+
+PartOption = Annotated[
+    str, typer.Option(metavar="I/N", help="Draw part I = 0, 1, ... of N, in a process of its own.")
+]
+TowardOption = Annotated[
+    str | None,
+    typer.Option(
+        help="The objective that w weighs.", show_default="consistency, or the first objective"
+    ),
+]
+RewardOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--reward",
+        metavar="OBJECTIVE=REWARD",
+        help="The reward of an objective; repeat it.",
+        show_default="of the same name",
+    ),
+]
+PromptsOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Text file with one prompt per line.", show_default="the paper's 25 of Table 2"
+    ),
+]
+
+#: Of --quick.
+QUICK_PROMPTS, QUICK_STEPS = 4, 25
+#: Preferences over three objectives: a lattice in quarters.
+SIMPLEX = tuple((a / 4, b / 4, (4 - a - b) / 4) for a in range(5) for b in range(5 - a))
+
+
+def compare(
+    folder: Annotated[
+        Path, typer.Option("--out", "-o", help="Scores, tables, figures and the page go here.")
+    ] = Path("out/compare"),
+    work: Annotated[
+        Path | None,
+        typer.Option(
+            help="Finished images stay here; run again to continue.", show_default="OUT/work"
+        ),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="All systems in minutes: a look, not a measurement.")
+    ] = False,
+    report_only: Annotated[
+        bool, typer.Option("--report-only", help="Draw nothing: tables and figures of the scores.")
+    ] = False,
+    systems: Annotated[
+        str | None, typer.Option(help="Names with commas between them.", show_default="all")
+    ] = None,
+    weights: Annotated[str, typer.Option(help="Weights w of the tables.")] = "0.2,0.5,0.8",
+    seeds: Annotated[str, typer.Option(help="Of every prompt, such as 0-31 or 0,1,5.")] = "0-31",
+    search_seeds: Annotated[
+        str, typer.Option(help="Of systems that evaluate rewards while sampling.")
+    ] = "0,1",
+    front: Annotated[
+        str, typer.Option(help="More weights w for the Pareto figure.")
+    ] = "0,0.35,0.65,1",
+    front_seeds: Annotated[
+        str, typer.Option(help="Of these, of variants, and of three objectives.")
+    ] = "0-7",
+    factor_soup: Annotated[
+        bool, typer.Option(help="Include RS by factors; the adapters need one rank.")
+    ] = True,
+    tuned: Annotated[
+        Path | None, typer.Option(help="tuned.json of [bold]msdda-fast tune[/bold].")
+    ] = None,
+    oracle: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="W=PATH", help="Adapter trained on r_w, for the MORL oracle; repeat it."
+        ),
+    ] = None,
+    prompts: PromptsOption = None,
+    reward: RewardOption = None,
+    toward: TowardOption = None,
+    part: PartOption = "0/1",
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images per call.", show_default="all prompts")
+    ] = None,
+    model: ModelOption = SHIPPED,
+    objective: ObjectiveOption = None,
+    steps: StepsOption = 50,
+    guidance: GuidanceOption = None,
+    dtype: DTypeOption = DType.float32,
+    device: DeviceOption = None,
+) -> None:
+    """Draw, score and compare every system of the paper: table, Pareto front, images, one page.
+
+    Finished images are kept: stop it with Ctrl-C and run the same command to continue.
+    """
+    work = work or folder / "work"
+    with reported(f"finished images are in {work}; run the same command again to continue"):
+        from msdda_fast.embedded.prompts import TEST_PROMPTS
+        from msdda_fast.evaluation.compare import compare, report_scores
+        from msdda_fast.evaluation.plan import Plan
+        from msdda_fast.evaluation.runs import Comparison
+        from msdda_fast.evaluation.tuning import load_tuned
+
+        if report_only:
+            _show(report_scores(folder))
+            return
+        preferences = cli_values.numbers(weights, "--weights", float)
+        chosen_part = cli_values.part(part)
+        texts = _lines(prompts) if prompts else list(TEST_PROMPTS)
+        settings = load_tuned(tuned) if tuned else {}
+        oracles = [cli_values.pair(text, "--oracle", Path) for text in oracle or []]
+        pipe = load(model, objective, dtype, device)
+        names = _objectives(pipe, toward)
+        plan = Plan(
+            objectives=names,
+            preferences=preferences,
+            seeds=cli_values.seeds(seeds, "--seeds"),
+            search_seeds=cli_values.seeds(search_seeds, "--search-seeds"),
+            front=cli_values.numbers(front, "--front", float) if front else [],
+            front_seeds=cli_values.seeds(front_seeds, "--front-seeds"),
+            simplex=SIMPLEX if len(names) == 3 else (),
+            tuned=settings,
+            oracles={float(w): path for w, path in oracles},
+            factor_soup=factor_soup,
+            systems=[name.strip() for name in systems.split(",")] if systems else None,
+        )
+        if quick:
+            few = -(-len(texts) // QUICK_PROMPTS)
+            texts, steps = texts[::few], QUICK_STEPS
+            plan = replace(
+                plan, seeds=(0, 1), search_preferences=(0.5,), search_seeds=(0,), front=(),
+                front_seeds=(0,), simplex=(),
+            )  # fmt: skip
+        comparison = Comparison(
+            prompts=texts,
+            rewards=_rewards(names, reward, pipe),
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            batch_size=batch_size,
+        )
+        pipe.set_progress_bar_config(disable=True)
+        with drawing_progress() as progress:
+            page = compare(
+                pipe, comparison, plan, work, folder, title=f"Systems compared on {model}",
+                part=chosen_part, progress=progress,
+            )  # fmt: skip
+        if page is not None:
+            _show(page)
+
+
+def tune(
+    folder: Annotated[
+        Path, typer.Option("--out", "-o", help="Finished images stay here; run again to continue.")
+    ] = Path("out/tune"),
+    weight: Annotated[float, typer.Option(help="Preference w whose r_w decides.")] = 0.5,
+    seeds: Annotated[str, typer.Option(help="Of every prompt, such as 0-3 or 0,1,5.")] = "0",
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="Text file with one prompt per line.",
+            show_default="8 of the paper's training prompts",
+        ),
+    ] = None,
+    reward: RewardOption = None,
+    toward: TowardOption = None,
+    part: PartOption = "0/1",
+    model: ModelOption = SHIPPED,
+    objective: ObjectiveOption = None,
+    steps: StepsOption = 50,
+    guidance: GuidanceOption = None,
+    dtype: DTypeOption = DType.float32,
+    device: DeviceOption = None,
+) -> None:
+    """Choose settings of the systems that evaluate rewards while sampling, for `compare --tuned`.
+
+    Each has the same six candidates' worth of images, of prompts that are not compared on.
+    """
+    with reported(f"finished images are in {folder}; run the same command again to continue"):
+        from msdda_fast.embedded.prompts import TRAIN_PROMPTS
+        from msdda_fast.evaluation.runs import Comparison
+        from msdda_fast.evaluation.tuning import tune
+
+        texts = _lines(prompts) if prompts else list(TRAIN_PROMPTS[::3][:8])
+        chosen_part = cli_values.part(part)
+        pipe = load(model, objective, dtype, device)
+        first, second = _objectives(pipe, toward)[:2]
+        comparison = Comparison(
+            prompts=texts,
+            rewards=_rewards([first, second], reward, pipe),
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+        )
+        pipe.set_progress_bar_config(disable=True)
+        with drawing_progress() as progress:
+            scores = tune(
+                pipe,
+                comparison,
+                {first: weight, second: round(1 - weight, 10)},
+                cli_values.seeds(seeds, "--seeds"),
+                folder,
+                part=chosen_part,
+                progress=progress,
+            )
+        for name, score in scores.items():
+            out.print(f"{score.mean:+.3f} [{score.low:+.3f}, {score.high:+.3f}]  {name}")
+        out.print(folder / "tuned.json", highlight=False, soft_wrap=True)
+
+
+def _objectives(pipe: MSDDAPipeline, toward: str | None) -> list[str]:
+    """Names of two or three objectives, the one that w weighs first."""
+    names = list(pipe.objectives)
+    if len(names) not in (2, 3):
+        raise ValueError(f"a comparison has two or three objectives, got {', '.join(names)}")
+    first = toward or ("consistency" if "consistency" in names else names[0])
+    if first not in names:
+        raise ValueError(f"--toward {first!r} is no objective; known: {', '.join(names)}")
+    return [first, *(name for name in names if name != first)]
+
+
+def _rewards(
+    names: list[str], given: list[str] | None, pipe: MSDDAPipeline
+) -> Mapping[str, Reward]:
+    from msdda_fast.rewards import load_reward
+
+    chosen = dict(cli_values.pair(text, "--reward", str) for text in given or [])
+    if unknown := [name for name in chosen if name not in names]:
+        raise ValueError(f"--reward {unknown[0]!r} is no objective; known: {', '.join(names)}")
+    return {name: load_reward(chosen.get(name, name), device=pipe.device) for name in names}
+
+
+def _lines(file: Path) -> list[str]:
+    return [line.strip() for line in file.read_text("utf-8").splitlines() if line.strip()]
+
+
+def _show(page: Path) -> None:
+    """Print what table.csv and summary.json say, beside the page."""
+    from rich.table import Table
+
+    with (page.parent / "table.csv").open(encoding="utf-8", newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    columns = list(rows[0])
+    measures = columns[columns.index("images") + 1 : columns.index("msdda_minus_system") : 3]
+    for weights in dict.fromkeys(row["weights"] for row in rows):
+        table = Table(title=weights, title_justify="left")
+        table.add_column("system")
+        for name in ("images", *measures, "MSDDA minus it", "UNet forwards"):
+            table.add_column(name, justify="right")
+        for row in (row for row in rows if row["weights"] == weights):
+            label = " ".join(filter(None, (row["method"], row["variant"])))
+            gain = [row[f"msdda_minus_system{end}"] for end in ("", "_low", "_high")]
+            shown = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*map(float, gain)) if gain[0] else ""
+            means = [f"{float(row[name]):+.3f}" for name in measures]
+            style = None if gain[0] else "bold"
+            table.add_row(label, row["images"], *means, shown, row["unet_forwards"], style=style)
+        out.print(table)
+    for finding in json.loads((page.parent / "summary.json").read_text("utf-8"))["findings"]:
+        out.print(f"- {finding}", highlight=False)
+    out.print(page, highlight=False, soft_wrap=True)
