@@ -65,7 +65,7 @@ def draw_curves(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     axis = next(iter(rows[0]))
     names = [name for name in _LABELS if name in rows[0]]
     x = [row[axis] for row in rows]
-    across = min(3, len(names))
+    across = 2 if len(names) == 4 else min(3, len(names))
     down = -(-len(names) // across)
     figure = Figure(figsize=(4.2 * across, 0.5 + 2.6 * down), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
