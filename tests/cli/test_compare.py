@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`msdda-fast compare` and `tune`: what they write and say, and how they exit."""
+
+import json
+from collections import Counter
+
+import pytest
+from typer.testing import CliRunner
+
+from msdda_fast import cli, cli_compare, cli_values
+from msdda_fast.evaluation import tuning
+from msdda_fast.evaluation.scores import read_scores
+from msdda_fast.methods.rgg import RGG
+
+runner = CliRunner()
+
+
+@pytest.fixture
+def loaded(pipe, monkeypatch):
+    """Let commands use the pipeline in memory in place of loading one."""
+    monkeypatch.setattr(cli_compare, "load", lambda *arguments: pipe)
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def run(*arguments):
+    return runner.invoke(cli.app, [str(a) for a in arguments], terminal_width=200)
+
+
+def compare_of(folder, *more):
+    return [
+        "compare", "-o", folder, "--reward", "warm=aesthetic", "--reward", "cool=aesthetic",
+        "--weights", "0.5", "--seeds", "0-1", "--search-seeds", "0", "--front", "",
+        "--front-seeds", "0", "--steps", 1, "--guidance", 1, "--no-factor-soup", *more,
+    ]  # fmt: skip
+
+
+def test_compare_writes_scores_tables_and_a_page(loaded, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a dog\n\na cat\n")
+    arguments = compare_of(
+        tmp_path / "out", "--systems", "SD, MSDDA, RS", "--prompts", tmp_path / "prompts.txt",
+        "--toward", "cool",
+    )  # fmt: skip
+    done = run(*arguments)
+    assert done.exit_code == 0, done.output
+    assert "cool=0.5 warm=0.5" in done.output and "MSDDA minus it" in done.output
+    assert "At w = 0.5, by r_w, MSDDA" in done.output
+    written = {file.name for file in (tmp_path / "out").iterdir()}
+    assert {"scores.csv", "table.md", "report.html", "pareto.png", "work"} <= written
+    assert (
+        len((tmp_path / "out" / "scores.csv").read_text().splitlines()) == 1 + 2 * 2 * 2 + 2 * 2 * 1
+    )
+    again = run("compare", "-o", tmp_path / "out", "--report-only")
+    assert again.exit_code == 0 and "MSDDA minus it" in again.output
+
+
+def test_quick_draws_every_system_on_few_prompts(loaded, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli_compare, "QUICK_STEPS", 2)
+    monkeypatch.setattr(cli_compare, "QUICK_PROMPTS", 1)
+    done = run(*compare_of(tmp_path / "out", "--quick"))
+    assert done.exit_code == 0, done.output
+    for name in ("SD", "DB-MPA-LS", "DeRaDiff", "CoDe official", "DAS", "MUDM dependent"):
+        assert name in done.output
+    rows = read_scores(tmp_path / "out" / "scores.csv")
+    assert len({row.prompt for row in rows}) == 1 and {row.steps for row in rows} == {2}
+
+
+def test_tune_writes_what_compare_reads(loaded, tmp_path, monkeypatch):
+    methods = [RGG(alpha=a, norm="none") for a in (1.0, 0.1)]
+    monkeypatch.setattr(tuning, "candidates", lambda: methods)
+    done = run(
+        "tune", "-o", tmp_path / "tune", "--reward", "warm=aesthetic", "--reward",
+        "cool=aesthetic", "--steps", 1, "--guidance", 1,
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert "RGG norm=none alpha=1.0" in done.output
+    assert list(json.loads((tmp_path / "tune" / "tuned.json").read_text())) == ["RGG"]
+    done = run(
+        *compare_of(tmp_path / "out", "--systems", "MSDDA,RGG", "--tuned",
+        tmp_path / "tune" / "tuned.json", "--prompts", _one(tmp_path)),
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert "RGG tuned" in done.output
+
+
+def _one(folder):
+    (folder / "one.txt").write_text("a dog\n")
+    return folder / "one.txt"
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--part", "2/2"], "--part '2/2' must be I/N"),
+        (["--seeds", "3-1"], "--seeds '3-1' must be"),
+        (["--weights", "0.5,x"], "--weights"),
+        (["--weights", "1.5"], "lie in [0, 1]"),
+        (["--systems", "SDXL"], "unknown system 'SDXL'"),
+        (["--toward", "hot"], "--toward 'hot' is no objective; known: warm, cool"),
+        (["--reward", "hot=aesthetic"], "--reward 'hot' is no objective"),
+        (["--reward", "warm=beauty"], "unknown reward 'beauty'"),
+        (["--oracle", "half=x"], "half"),
+        (["--tuned", "missing.json"], "missing.json"),
+        (["--prompts", "missing.txt"], "missing.txt"),
+    ],
+)
+def test_bad_input_is_one_line_and_no_work(loaded, tmp_path, calls, more, message):
+    done = run(*compare_of(tmp_path / "out", *more))
+    assert done.exit_code == 2
+    assert message in " ".join(done.output.split())
+    assert calls == [] and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("0-3", [0, 1, 2, 3]), ("5", [5]), ("0, 2-3,9", [0, 2, 3, 9])]
+)
+def test_seeds_are_numbers_and_ranges(text, expected):
+    assert cli_values.seeds(text, "--seeds") == expected
+
+
+@pytest.mark.parametrize("text", ["", "a", "3-1", "1,,2", "-1"])
+def test_other_seeds_are_refused(text):
+    with pytest.raises(ValueError, match="--seeds"):
+        cli_values.seeds(text, "--seeds")
