@@ -204,7 +204,7 @@ def modes_table() -> str:
         return ""
     quality = runs.pop(("quality", None), [])
     timed = {
-        batch: {record["mode"]: record["median_us"] for record in run}
+        batch: {record["mode"]: record for record in run}
         for (_, batch), run in sorted(runs.items())
     }
     yardstick = next(record["kl"][0] for record in quality if record["mode"] == "exact, bfloat16")
@@ -217,7 +217,7 @@ def modes_table() -> str:
             spread(record["estimate"]) if "estimate" in record else "",
             *(spread(change[r], "+") if kl else "0" for r in ("consistency", "aesthetic")),
             *(
-                f"{times[record['mode']] / times['exact']:.2f}" if record["mode"] in times else ""
+                mode_time(times[record["mode"]], times["exact"]) if record["mode"] in times else ""
                 for times in timed.values()
             ),
         ]  # fmt: skip
@@ -232,11 +232,24 @@ def modes_table() -> str:
     note = (
         f"Shipped model, M = 2, T = {first['steps']}, w = {first['weight']}, {first['images']} "
         f"images of {first['prompts']} held-out prompts; in brackets 95% bootstrap intervals over "
-        f"images. Times are medians of whole calls in turns. {first['machine']}, "
-        f"{first['threads']} thread; torch {first['torch']}, {first['dtype']}, commit "
-        f"{first['commit']}, {first['when'][:10]}."
+        f"images. {first['machine']}, {first['threads']} thread; torch {first['torch']}, "
+        f"{first['dtype']}, commit {first['commit']}, {first['when'][:10]}. Times are medians of "
+        f"whole calls in turns, (=) where their 20th to 80th percentiles overlap those of exact: "
     )
+    note += "; ".join(
+        f"batch {batch}, {run['exact']['rounds']} rounds, load {run['exact']['load']}, commit "
+        f"{run['exact']['commit']}"
+        for batch, run in timed.items()
+    )
+    note += "."
     return "\n".join([head, *rows, "", note])
+
+
+def mode_time(record: dict, exact: dict) -> str:
+    """The ratio of two medians, marked where the spreads overlap."""
+    ratio = f"{record['median_us'] / exact['median_us']:.2f}"
+    apart = record["p80_us"] < exact["p20_us"] or exact["p80_us"] < record["p20_us"]
+    return ratio if apart or record is exact else f"{ratio} (=)"
 
 
 def spread(interval: list[float], sign: str = "-") -> str:

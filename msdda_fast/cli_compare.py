@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import json
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -126,6 +127,7 @@ def compare(
     """
     work = work or folder / "work"
     with reported(f"finished images are in {work}; run the same command again to continue"):
+        _require_packages()
         from msdda_fast.embedded.prompts import TEST_PROMPTS
         from msdda_fast.evaluation.compare import compare, report_scores
         from msdda_fast.evaluation.plan import Plan
@@ -207,6 +209,7 @@ def tune(
     Each has the same six candidates' worth of images, of prompts that are not compared on.
     """
     with reported(f"finished images are in {folder}; run the same command again to continue"):
+        _require_packages()
         from msdda_fast.embedded.prompts import TRAIN_PROMPTS
         from msdda_fast.evaluation.runs import Comparison
         from msdda_fast.evaluation.tuning import tune
@@ -235,6 +238,16 @@ def tune(
         for name, score in scores.items():
             out.print(f"{score.mean:+.3f} [{score.low:+.3f}, {score.high:+.3f}]  {name}")
         out.print(folder / "tuned.json", highlight=False, soft_wrap=True)
+
+
+def _require_packages() -> None:
+    from msdda_fast.errors import BackendUnavailable
+
+    missing = [name for name in ("jinja2", "matplotlib", "moocore") if find_spec(name) is None]
+    if missing:
+        raise BackendUnavailable(
+            f"comparisons need {', '.join(missing)}: pip install 'msdda-fast[eval]'"
+        )
 
 
 def _objectives(pipe: MSDDAPipeline, toward: str | None) -> list[str]:

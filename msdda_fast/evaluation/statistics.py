@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple, TypeAlias
 
-import moocore  # type: ignore[import-untyped]
+import moocore
 import numpy as np
 from numpy.typing import NDArray
 

@@ -26,13 +26,17 @@ def test_quality_and_its_table(monkeypatch, tmp_path):
     # the last step of four is exact in hybrid mode, and merged in merged mode
     assert found["hybrid"]["kl_late"] < 1e-4 < found["merged"]["kl_late"]
 
-    timing = {"kind": "latency", "batch": 1, "when": "now"}
-    times = {"exact": 2.0, "staggered": 1.5, "merged": 1.0, "hybrid": 1.25}
-    kept += [timing | {"mode": mode, "median_us": time} for mode, time in times.items()]
+    timing = {"kind": "latency", "batch": 1, "when": "now", "rounds": 7, "load": 0, "commit": "c"}
+    times = {"exact": 2.0, "staggered": 1.9, "merged": 1.0, "hybrid": 1.25}
+    kept += [
+        timing | {"mode": mode, "median_us": t, "p20_us": t - 0.1, "p80_us": t + 0.1}
+        for mode, t in times.items()
+    ]
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     (tmp_path / "modes.jsonl").write_text("".join(map(line, kept)))
     rows = [row for row in report.modes_table().splitlines() if row.startswith("| ")]
     assert [row.split(" | ")[0] for row in rows[1:]] == [f"| {name}" for name in found]
+    assert rows[2].endswith("| 0.95 (=) |")  # staggered, and the spreads overlap
     assert rows[3].endswith("| 0.50 |")  # merged
 
 

@@ -109,6 +109,12 @@ def test_bad_input_is_one_line_and_no_work(loaded, tmp_path, calls, more, messag
     assert calls == [] and not (tmp_path / "out").exists()
 
 
+def test_missing_packages_are_named_with_the_way_to_get_them(loaded, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli_compare, "find_spec", lambda name: None if name == "moocore" else name)
+    done = run(*compare_of(tmp_path / "out"))
+    assert done.exit_code == 2 and "need moocore: pip install 'msdda-fast[eval]'" in done.output
+
+
 @pytest.mark.parametrize(
     ("text", "expected"), [("0-3", [0, 1, 2, 3]), ("5", [5]), ("0, 2-3,9", [0, 2, 3, 9])]
 )
