@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`msdda-fast compare` and `tune`: every system of the paper, side by side."""
+"""`msdda-fast compare`: every system of the paper, side by side."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def compare(
     """
     work = work or folder / "work"
     with reported(f"finished images are in {work}; run the same command again to continue"):
-        _require_packages()
+        require_packages()
         from msdda_fast.embedded.prompts import TEST_PROMPTS
         from msdda_fast.evaluation.compare import compare, report_scores
         from msdda_fast.evaluation.plan import Plan
@@ -139,11 +139,11 @@ def compare(
             return
         preferences = cli_values.numbers(weights, "--weights", float)
         chosen_part = cli_values.part(part)
-        texts = _lines(prompts) if prompts else list(TEST_PROMPTS)
+        texts = lines(prompts) if prompts else list(TEST_PROMPTS)
         settings = load_tuned(tuned) if tuned else {}
         oracles = [cli_values.pair(text, "--oracle", Path) for text in oracle or []]
         pipe = load(model, objective, dtype, device)
-        names = _objectives(pipe, toward)
+        names = objectives(pipe, toward)
         plan = Plan(
             objectives=names,
             preferences=preferences,
@@ -166,7 +166,7 @@ def compare(
             )  # fmt: skip
         comparison = Comparison(
             prompts=texts,
-            rewards=_rewards(names, reward, pipe),
+            rewards=rewards(names, reward, pipe),
             num_inference_steps=steps,
             guidance_scale=guidance,
             batch_size=batch_size,
@@ -181,66 +181,8 @@ def compare(
             _show(page)
 
 
-def tune(
-    folder: Annotated[
-        Path, typer.Option("--out", "-o", help="Finished images stay here; run again to continue.")
-    ] = Path("out/tune"),
-    weight: Annotated[float, typer.Option(help="Preference w whose r_w decides.")] = 0.5,
-    seeds: Annotated[str, typer.Option(help="Of every prompt, such as 0-3 or 0,1,5.")] = "0",
-    prompts: Annotated[
-        Path | None,
-        typer.Option(
-            help="Text file with one prompt per line.",
-            show_default="8 of the paper's training prompts",
-        ),
-    ] = None,
-    reward: RewardOption = None,
-    toward: TowardOption = None,
-    part: PartOption = "0/1",
-    model: ModelOption = SHIPPED,
-    objective: ObjectiveOption = None,
-    steps: StepsOption = 50,
-    guidance: GuidanceOption = None,
-    dtype: DTypeOption = DType.float32,
-    device: DeviceOption = None,
-) -> None:
-    """Choose settings of the systems that evaluate rewards while sampling, for `compare --tuned`.
-
-    Each has the same six candidates' worth of images, of prompts that are not compared on.
-    """
-    with reported(f"finished images are in {folder}; run the same command again to continue"):
-        _require_packages()
-        from msdda_fast.embedded.prompts import TRAIN_PROMPTS
-        from msdda_fast.evaluation.runs import Comparison
-        from msdda_fast.evaluation.tuning import tune
-
-        texts = _lines(prompts) if prompts else list(TRAIN_PROMPTS[::3][:8])
-        chosen_part = cli_values.part(part)
-        pipe = load(model, objective, dtype, device)
-        first, second = _objectives(pipe, toward)[:2]
-        comparison = Comparison(
-            prompts=texts,
-            rewards=_rewards([first, second], reward, pipe),
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-        )
-        pipe.set_progress_bar_config(disable=True)
-        with drawing_progress() as progress:
-            scores = tune(
-                pipe,
-                comparison,
-                {first: weight, second: round(1 - weight, 10)},
-                cli_values.seeds(seeds, "--seeds"),
-                folder,
-                part=chosen_part,
-                progress=progress,
-            )
-        for name, score in scores.items():
-            out.print(f"{score.mean:+.3f} [{score.low:+.3f}, {score.high:+.3f}]  {name}")
-        out.print(folder / "tuned.json", highlight=False, soft_wrap=True)
-
-
-def _require_packages() -> None:
+def require_packages() -> None:
+    """Raise `BackendUnavailable` where the extra `eval` is not installed."""
     from msdda_fast.errors import BackendUnavailable
 
     missing = [name for name in ("jinja2", "matplotlib", "moocore") if find_spec(name) is None]
@@ -250,7 +192,7 @@ def _require_packages() -> None:
         )
 
 
-def _objectives(pipe: MSDDAPipeline, toward: str | None) -> list[str]:
+def objectives(pipe: MSDDAPipeline, toward: str | None) -> list[str]:
     """Names of two or three objectives, the one that w weighs first."""
     names = list(pipe.objectives)
     if len(names) not in (2, 3):
@@ -261,9 +203,8 @@ def _objectives(pipe: MSDDAPipeline, toward: str | None) -> list[str]:
     return [first, *(name for name in names if name != first)]
 
 
-def _rewards(
-    names: list[str], given: list[str] | None, pipe: MSDDAPipeline
-) -> Mapping[str, Reward]:
+def rewards(names: list[str], given: list[str] | None, pipe: MSDDAPipeline) -> Mapping[str, Reward]:
+    """By objective, the reward that --reward gives it, or that of its own name."""
     from msdda_fast.rewards import load_reward
 
     chosen = dict(cli_values.pair(text, "--reward", str) for text in given or [])
@@ -272,7 +213,8 @@ def _rewards(
     return {name: load_reward(chosen.get(name, name), device=pipe.device) for name in names}
 
 
-def _lines(file: Path) -> list[str]:
+def lines(file: Path) -> list[str]:
+    """The lines of a text file that are not blank."""
     return [line.strip() for line in file.read_text("utf-8").splitlines() if line.strip()]
 
 
@@ -280,8 +222,8 @@ def _show(page: Path) -> None:
     """Print what table.csv and summary.json say, beside the page."""
     from rich.table import Table
 
-    with (page.parent / "table.csv").open(encoding="utf-8", newline="") as lines:
-        rows = list(csv.DictReader(lines))
+    with (page.parent / "table.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
     columns = list(rows[0])
     measures = columns[columns.index("images") + 1 : columns.index("msdda_minus_system") : 3]
     for weights in dict.fromkeys(row["weights"] for row in rows):

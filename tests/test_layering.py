@@ -34,7 +34,16 @@ ALLOWED: dict[str, set[str]] = {
     "serve": {"evaluation", "methods", "pipeline", "engine", "kernels", "lora", *LEVEL_0},
 }
 #: The front doors may import every room but the judge.
-FRONT = {"__init__", "__main__", "cli", "cli_compare", "cli_session", "cli_train", "cli_values"}
+FRONT = {
+    "__init__",
+    "__main__",
+    "cli",
+    "cli_compare",
+    "cli_session",
+    "cli_train",
+    "cli_tune",
+    "cli_values",
+}
 ALLOWED |= {room: {*ALLOWED, *FRONT} - {"reference"} for room in FRONT}
 
 #: Rooms that may import diffusers or transformers.

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 from typer.testing import CliRunner
 
-from msdda_fast import cli, cli_compare, cli_values
+from msdda_fast import cli, cli_compare, cli_tune, cli_values
 from msdda_fast.evaluation import tuning
 from msdda_fast.evaluation.scores import read_scores
 from msdda_fast.methods.rgg import RGG
@@ -18,7 +18,8 @@ runner = CliRunner()
 @pytest.fixture
 def loaded(pipe, monkeypatch):
     """Let commands use the pipeline in memory in place of loading one."""
-    monkeypatch.setattr(cli_compare, "load", lambda *arguments: pipe)
+    for module in (cli_compare, cli_tune):
+        monkeypatch.setattr(module, "load", lambda *arguments: pipe)
     monkeypatch.setenv("COLUMNS", "200")
 
 
