@@ -56,7 +56,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class PreferenceTable:
-    """All systems at one preference, best r_w first."""
+    """All systems at one preference, best r_w first, by the difference to MSDDA."""
 
     weights: Mapping[str, float]
     rows: Sequence[Row]
@@ -103,7 +103,10 @@ def preference_table(arms: Sequence[Arm], weights: Mapping[str, float]) -> Prefe
         )
         for arm in chosen
     ]
-    return PreferenceTable(dict(weights), sorted(rows, key=lambda row: -row.scalarised.mean))
+    # by the paired difference: means over other pairs are of other prompts and noise
+    return PreferenceTable(
+        dict(weights), sorted(rows, key=lambda row: row.gain.mean if row.gain else 0.0)
+    )
 
 
 def front_table(
