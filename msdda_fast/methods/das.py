@@ -111,6 +111,11 @@ class DAS(Method):
             if not is_valid:
                 raise ValueError(f"DAS: {name} must be {accepted}, got {getattr(self, name)!r}")
 
+    @property
+    def needs_gradients(self) -> bool:
+        """See `Method.needs_gradients`."""
+        return self.gradient_scale > 0
+
     def sample(self, model: LatentModel) -> Tensor:
         """See `Method.sample`."""
         images, log_weights = self.particles(model)

@@ -7,19 +7,14 @@ The target is `p(x_0) exp(r_w(x_0) / alpha)`: the smaller alpha, the more a rewa
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
 from msdda_fast.methods.ddim import DDIMStep
-from msdda_fast.methods.method import Drawn, Method
-from msdda_fast.rewards import Reward
+from msdda_fast.methods.method import Method
 
-if TYPE_CHECKING:
-    from msdda_fast.pipeline import MSDDAPipeline
-
-__all__ = ["GuidedMethod", "Purposes", "log_mean_exp", "renoised", "repeated", "require"]
+__all__ = ["GuidedMethod", "Purposes", "log_mean_exp", "renoised", "require"]
 
 
 class GuidedMethod(Method):
@@ -27,37 +22,10 @@ class GuidedMethod(Method):
 
     needs_rewards: ClassVar[bool] = True
 
-    def __call__(
-        self,
-        pipe: MSDDAPipeline,
-        prompts: Sequence[str],
-        weights: Mapping[str, float],
-        seeds: Sequence[int],
-        *,
-        num_inference_steps: int = 50,
-        guidance_scale: float | None = None,
-        rewards: Mapping[str, Reward] | None = None,
-    ) -> Drawn:
-        """See `Method.__call__`.
-
-        Raises:
-            ValueError: A reward whose weight is not 0 has no gradient; otherwise as there.
-        """
-        for name, reward in (rewards or {}).items():
-            if weights.get(name, 0.0) != 0 and not reward.differentiable:
-                raise ValueError(
-                    f"{self.name} follows the gradients of rewards, and reward {name!r} has none: "
-                    f"its `differentiable` is False"
-                )
-        return super().__call__(
-            pipe,
-            prompts,
-            weights,
-            seeds,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            rewards=rewards,
-        )
+    @property
+    def needs_gradients(self) -> bool:
+        """See `Method.needs_gradients`."""
+        return True
 
 
 class Purposes:
@@ -75,11 +43,6 @@ def require(holds: bool, rule: str, value: object) -> None:
     """Raise ValueError unless a setting keeps to its rule."""
     if not holds:
         raise ValueError(f"{rule}, got {value!r}")
-
-
-def repeated(x: Tensor, copies: int) -> Tensor:
-    """(N B, *S) of x (B, *S), copy-major."""
-    return x.repeat(copies, *[1] * (x.ndim - 1))
 
 
 def log_mean_exp(values: Tensor, copies: int) -> Tensor:

@@ -44,6 +44,11 @@ class Method(ABC):
     name: ClassVar[str]
     needs_rewards: ClassVar[bool] = False
 
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether sampling differentiates the rewards that have weight."""
+        return False
+
     @abstractmethod
     def sample(self, model: LatentModel) -> Tensor:
         """Draw images (B, 3, H, W) in [0, 1] for the preference of `model`."""
@@ -75,12 +80,20 @@ class Method(ABC):
             InvalidWeights: Weights off the simplex.
             InvalidShape: Not one seed per prompt.
             InvalidSchedule: A number of steps or guidance scale outside its range.
-            ValueError: The method needs rewards, and none or not all are given.
+            ValueError: The method needs rewards, and none or not all are given; or it follows their
+                gradients, and one with weight has none.
         """
         from msdda_fast.methods.pipeline_model import PipelineModel
 
         if self.needs_rewards and (missing := [n for n in weights if n not in (rewards or {})]):
             raise ValueError(f"{self.name} evaluates rewards, and has none for {missing}")
+        if self.needs_gradients:
+            for name, reward in (rewards or {}).items():
+                if weights.get(name, 0.0) != 0 and not reward.differentiable:
+                    raise ValueError(
+                        f"{self.name} follows the gradients of rewards, and reward {name!r} has "
+                        f"none: its `differentiable` is False"
+                    )
         with (
             torch.no_grad(),
             PipelineModel(

@@ -16,13 +16,13 @@ from typing import ClassVar, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
+from msdda_fast.methods.copies import replicate
 from msdda_fast.methods.ddim import DDIMStep
 from msdda_fast.methods.guided import (
     GuidedMethod,
     Purposes,
     log_mean_exp,
     renoised,
-    repeated,
     require,
 )
 from msdda_fast.methods.model import LatentModel, preferred
@@ -125,7 +125,7 @@ class MUDM(GuidedMethod):
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             eps = model.eps(x, k)
-            samples = repeated(step.x0(x, eps), self.n_samples) + self.spread * std * xi
+            samples = replicate(step.x0(x, eps), self.n_samples) + self.spread * std * xi
             ell = self._log_likelihood(model, model.rewards(model.decode(samples)))
             (gradient,) = torch.autograd.grad(ell.sum(), x)
         return eps.detach() - self.scale * std * gradient

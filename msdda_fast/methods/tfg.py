@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from msdda_fast.ddim_grid import DDIMGrid
+from msdda_fast.methods.copies import replicate
 from msdda_fast.methods.ddim import DDIMStep
 from msdda_fast.methods.guided import (
     GuidedMethod,
     Purposes,
     log_mean_exp,
     renoised,
-    repeated,
     require,
 )
 from msdda_fast.methods.model import LatentModel, preferred
@@ -123,7 +123,7 @@ class TFG(GuidedMethod):
 
     def _target(self, model: LatentModel, deltas: Tensor, x_0: Tensor) -> Tensor:
         """F, (B,), of latents (B, *S)."""
-        images = model.decode(repeated(x_0, self.n_samples) + deltas)
+        images = model.decode(replicate(x_0, self.n_samples) + deltas)
         return log_mean_exp(preferred(model, model.rewards(images)) / self.alpha, self.n_samples)
 
     def _prediction_and_gradient(

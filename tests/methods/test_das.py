@@ -289,3 +289,11 @@ def test_a_reward_without_a_gradient_is_named(pipe):
 def test_bad_settings_are_named(fields, error, message):
     with pytest.raises(error, match=message):
         DAS(**fields)
+
+
+def test_a_reward_that_says_it_has_no_gradient_is_refused_before_any_work(pipe, calls):
+    with pytest.raises(ValueError, match="DAS follows the gradients .* 'cool' has none"):
+        drawn(
+            SMALL, pipe, rewards={**REWARDS, "cool": replace(REWARDS["cool"], differentiable=False)}
+        )
+    assert calls == []
