@@ -292,7 +292,7 @@ def test_bad_settings_are_named(fields, error, message):
 
 
 def test_a_reward_that_says_it_has_no_gradient_is_refused_before_any_work(pipe, calls):
-    with pytest.raises(ValueError, match="DAS follows the gradients .* 'cool' has none"):
+    with pytest.raises(ValueError, match=r"DAS follows the gradients .* 'cool' has none"):
         drawn(
             SMALL, pipe, rewards={**REWARDS, "cool": replace(REWARDS["cool"], differentiable=False)}
         )
