@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "embedded": {"training", "rewards", "pipeline", "assets", *LEVEL_0},
     "rewards": {"assets", *LEVEL_0},
     "pipeline": BELOW_PIPELINE,
-    "integrations": {"kernels", "engine", "schedule", "objective"},
+    "integrations": {"kernels", "engine", "schedule", "objective", "types", "errors"},
     "training": {"rewards", "pipeline", *BELOW_PIPELINE},
     "methods": {"training", "rewards", "pipeline", *BELOW_PIPELINE},
     "evaluation": {"methods", "rewards", "pipeline", *BELOW_PIPELINE},

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Euler ancestral sampling of several denoisers at once, in k-diffusion's conventions.
+
+It takes what `k_diffusion.sampling.sample_euler_ancestral` takes, with M denoisers in place of one,
+and needs no k-diffusion to be installed:
+
+    from k_diffusion.external import CompVisDenoiser
+    from k_diffusion.sampling import get_sigmas_karras
+    from msdda_fast.integrations.k_diffusion import sample_msdda
+
+    models = [CompVisDenoiser(aesthetic), CompVisDenoiser(consistency)]
+    sigmas = get_sigmas_karras(25, 0.03, 14.6)
+    x = torch.randn(2, 4, 64, 64) * sigmas[0]
+    x_0 = sample_msdda(
+        models, x, sigmas, {"cond": cond}, weights=[0.3, 0.7], etas=[1.0, 0.8], seeds=[1, 2]
+    )
+
+With one weight at 1 it is that sampler with that denoiser. `ancestral` has the equations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor
+from tqdm.auto import trange  # type: ignore[import-untyped]
+
+from msdda_fast.engine.noise import StepNoise, noise_source
+from msdda_fast.errors import InvalidShape
+from msdda_fast.integrations.ancestral import ancestral_steps
+from msdda_fast.kernels import registry
+from msdda_fast.kernels.fused_step import fused_ddim_step
+
+if TYPE_CHECKING:
+    from msdda_fast.types import Backend, SeedsLike, WeightSchedule, ZeroVariancePolicy
+
+__all__ = ["sample_msdda"]
+
+#: k-diffusion's denoiser: (x (B, *S), sigma (B,), **extra_args) -> denoised (B, *S).
+KDenoiser: TypeAlias = Callable[..., Tensor]
+
+
+@torch.no_grad()
+def sample_msdda(
+    models: Sequence[KDenoiser],
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: Mapping[str, Any] | None = None,
+    callback: Callable[[dict[str, Any]], object] | None = None,
+    disable: bool | None = None,
+    *,
+    etas: Sequence[float] | Tensor,
+    weights: WeightSchedule = None,
+    s_noise: float = 1.0,
+    noise_sampler: Callable[[Tensor, Tensor], Tensor] | None = None,
+    seeds: SeedsLike | None = None,
+    zero_variance: ZeroVariancePolicy = "error",
+    rates: Sequence[float] | Tensor | None = None,
+    extrapolate: bool = False,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Sample from the product of experts of M Euler ancestral samplers (Algorithm 1, Eq. 7).
+
+    `p_w(x_prev | x) ~ prod_i N(x + (down_i - sigma) d_i, up_i^2)^{w_i}`, with `d_i`, `down_i` and
+    `up_i` those of k-diffusion's `sample_euler_ancestral(models[i], eta=etas[i])`. A denoiser is
+    called as `models[i](x, sigma, **extra_args)`, x (B, *S) and sigma (B,) in the dtype and on the
+    device of `x`, and not at steps where no sample gives it weight. One z serves all of them.
+
+    Args:
+        models: M callables that return the denoised x_0, (B, *S), guided if they want guidance.
+        x: (B, *S), the noisy start, latent units: sigma_0 times a standard normal. The state keeps
+            its dtype.
+        sigmas: (T + 1,) noise levels, not increasing, in latent units; the last may be 0.
+        extra_args: Keyword arguments of every denoiser.
+        callback: Called before each step's update with `x`, `i`, `sigma`, `sigma_hat` and
+            `denoised`, here sum_i share_i D_i, (B, *S).
+        disable: True hides the progress bar, None does on what is not a terminal.
+        etas: (M,), stochasticity of each denoiser, >= 0.
+        weights: Preferences: None (uniform), (M,), (B, M) or (T, B, M), rows on the simplex, or a
+            callable from the step index to any of the first three.
+        s_noise: Factor on the noise, no unit.
+        noise_sampler: z of a step, (B, *S), from (sigma, sigma_next), as k-diffusion's; not asked
+            at a step to sigma 0.
+        seeds: Instead: one 64-bit seed per sample, for counter-based noise. With neither:
+            `torch.randn_like(x)`, as k-diffusion.
+        zero_variance: What to do when a sample mixes eta = 0 with eta > 0: "error", "dominate" or
+            "ratio"; see `schedule.fusion_shares`.
+        rates: (M,) > 0, the rates of "ratio".
+        extrapolate: Accept negative weights while the total precision stays positive.
+        backend: "auto", or one by name: "eager", "native" or "triton".
+
+    Returns:
+        x_0, (B, *S), latent units, in the dtype of `x`.
+
+    Raises:
+        InvalidShape: `x`, `sigmas`, `weights`, `etas`, `seeds`, a denoised x_0 or a z of the wrong
+            shape; or no denoiser.
+        InvalidSchedule: Sigmas that increase, an eta below 0; see `ancestral.ancestral_steps`.
+        InvalidWeights, ZeroVariance: See `schedule.fusion_shares`.
+        ValueError: Both `noise_sampler` and `seeds`.
+        BackendUnavailable: The named backend cannot run here.
+    """
+    count = len(models)
+    if count == 0 or x.ndim == 0 or not x.is_floating_point():
+        raise InvalidShape(
+            f"expected denoisers and a floating-point x (B, *S); got {count} denoisers and x of "
+            f"{x.dtype} and shape {tuple(x.shape)}"
+        )
+    if len(etas) != count:
+        raise InvalidShape(f"got {len(etas)} etas for {count} denoisers")
+    if noise_sampler is not None and seeds is not None:
+        raise ValueError("give at most one of noise_sampler and seeds")
+    steps = ancestral_steps(
+        sigmas,
+        len(x),
+        etas=etas,
+        weights=weights,
+        s_noise=s_noise,
+        zero_variance=zero_variance,
+        rates=rates,
+        extrapolate=extrapolate,
+        device=x.device,
+        dtype=torch.float64 if x.dtype == torch.float64 else torch.float32,
+    )
+    source = noise_source(x.shape, len(steps), x.device, seeds=seeds)
+    registry.resolve("fused_step", backend, x.device.type)  # a missing backend fails before work
+    extra_args = {} if extra_args is None else extra_args
+    is_active = (steps.share != 0).any(1).tolist()  # [T][M]
+    ends_at_zero = (sigmas[1:] == 0).tolist()
+    s_in = x.new_ones([len(x)])
+    for k in trange(len(steps), disable=disable):
+        sigma = sigmas[k]
+        outputs = [
+            _denoised(model, m, x, sigma * s_in, extra_args) if active else None
+            for m, (model, active) in enumerate(zip(models, is_active[k], strict=True))
+        ]
+        if callback is not None:
+            # a coefficient of 0 masks its input, here the noise
+            preview = fused_ddim_step(x, outputs, steps.denoised(k), noise=x, backend=backend)
+            callback({"x": x, "i": k, "sigma": sigma, "sigma_hat": sigma, "denoised": preview})
+        noise: StepNoise
+        if ends_at_zero[k]:
+            noise = {"noise": x}  # masked likewise
+        elif noise_sampler is not None:
+            noise = {"noise": noise_sampler(sigma, sigmas[k + 1])}
+        else:
+            noise = source.step(k, like=x)
+        x = fused_ddim_step(x, outputs, steps[k], backend=backend, **noise)
+    return x
+
+
+def _denoised(
+    model: KDenoiser, m: int, x: Tensor, sigma: Tensor, extra_args: Mapping[str, Any]
+) -> Tensor:
+    output = model(x, sigma, **extra_args)
+    if output.shape != x.shape:
+        raise InvalidShape(
+            f"models[{m}] returned shape {tuple(output.shape)}, expected that of x, "
+            f"{tuple(x.shape)}"
+        )
+    return output.to(x.dtype)[None]  # K = 1: guidance is the denoiser's own
