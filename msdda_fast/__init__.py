@@ -2,7 +2,8 @@
 """Balance several aligned diffusion models at inference time: the exact fused reverse step.
 
 `fast_fuse_step` serves other samplers, `coefficient_table` and `fused_ddim_step` take raw network
-outputs, `denoise` any denoisers over one latent space; `MSDDAPipeline` is for diffusers users.
+outputs, `denoise` any denoisers over one latent space; `MSDDAPipeline` is for diffusers users, and
+`Engine` draws the requests of many callers in shared batches.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -12,10 +13,15 @@ from msdda_fast.errors import (
     AdapterMismatch,
     BackendUnavailable,
     CaptureError,
+    EngineClosed,
+    EngineFailed,
+    InvalidRequest,
     InvalidSchedule,
     InvalidShape,
     InvalidWeights,
     MSDDAError,
+    QueueFull,
+    RequestTimeout,
     UnknownObjective,
     ZeroVariance,
 )
@@ -25,7 +31,7 @@ from msdda_fast.objective import Objective
 from msdda_fast.schedule import coefficient_table
 
 if TYPE_CHECKING:
-    from msdda_fast.pipeline import MSDDAPipeline
+    from msdda_fast.pipeline import Engine, ImageRequest, MSDDAPipeline
 
 __version__ = "0.1.0"
 
@@ -33,13 +39,20 @@ __all__ = [
     "AdapterMismatch",
     "BackendUnavailable",
     "CaptureError",
+    "Engine",
+    "EngineClosed",
+    "EngineFailed",
     "FusedStep",
+    "ImageRequest",
+    "InvalidRequest",
     "InvalidSchedule",
     "InvalidShape",
     "InvalidWeights",
     "MSDDAError",
     "MSDDAPipeline",
     "Objective",
+    "QueueFull",
+    "RequestTimeout",
     "UnknownObjective",
     "ZeroVariance",
     "coefficient_table",
@@ -52,10 +65,10 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - PEP 562
     # diffusers and transformers take seconds to import, and samplers never need them
-    if name == "MSDDAPipeline":
-        from msdda_fast.pipeline import MSDDAPipeline
+    if name in ("Engine", "ImageRequest", "MSDDAPipeline"):
+        from msdda_fast import pipeline
 
-        return MSDDAPipeline
+        return getattr(pipeline, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -9,13 +9,18 @@ __all__ = [
     "AdapterMismatch",
     "BackendUnavailable",
     "CaptureError",
+    "EngineClosed",
+    "EngineFailed",
     "InvalidMode",
+    "InvalidRequest",
     "InvalidSchedule",
     "InvalidShape",
     "InvalidWeights",
     "MSDDAError",
+    "QueueFull",
     "RankLost",
     "RanksDiffer",
+    "RequestTimeout",
     "RewardUnavailable",
     "UnfaithfulMerge",
     "UnknownObjective",
@@ -25,7 +30,13 @@ __all__ = [
 
 
 class MSDDAError(Exception):
-    """Base of all errors of this package."""
+    """Base of all errors of this package.
+
+    Attributes:
+        field: Name of the field of an `ImageRequest` that `Engine.submit` refused; None elsewhere.
+    """
+
+    field: str | None = None
 
 
 class InvalidWeights(MSDDAError, ValueError):
@@ -86,3 +97,23 @@ class RanksDiffer(MSDDAError, ValueError):
 
 class CaptureError(MSDDAError, RuntimeError):
     """A step could not be captured into a CUDA graph."""
+
+
+class InvalidRequest(MSDDAError, ValueError):
+    """A field of an `ImageRequest` has a value that no other error names; see `field`."""
+
+
+class QueueFull(MSDDAError, RuntimeError):
+    """An engine has as many requests waiting as it may; come back later."""
+
+
+class RequestTimeout(MSDDAError, TimeoutError):
+    """A request's time was up before its image was there."""
+
+
+class EngineClosed(MSDDAError, RuntimeError):
+    """An engine was closed: it takes no more requests, and this one was not drawn."""
+
+
+class EngineFailed(MSDDAError, RuntimeError):
+    """A batch could not be drawn, or the engine as a whole; the cause is `__cause__`."""

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches of strangers drawn by a pipeline: rows put together, padded, sampled, decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from msdda_fast.coefficients import CoefficientTable
+from msdda_fast.engine.noise import noise_source
+from msdda_fast.pipeline import sampling
+from msdda_fast.pipeline.batched_options import DEFAULTS
+from msdda_fast.pipeline.batching.ticket import Ticket
+from msdda_fast.pipeline.prompts import Prompts
+from msdda_fast.pipeline.request import latent_shape
+from msdda_fast.pipeline.stable_diffusion import MSDDAPipeline
+
+__all__ = ["BatchPipeline"]
+
+#: Most shapes of batches kept: four sizes, with and without guidance, of eight sizes of image.
+CAPACITY = 64
+
+
+class BatchPipeline(MSDDAPipeline):
+    """A pipeline's modules, seen as what draws batches of tickets; make it with `sharing`.
+
+    Every objective runs in every batch, whatever its weights: an output of weight 0 is masked,
+    which is exact, and no request's weights change what has to be captured.
+    """
+
+    _watch: Callable[[int], bool]
+
+    @classmethod
+    def sharing(cls, pipe: MSDDAPipeline) -> Self:
+        """Share the modules of `pipe`, which stays as it is; one of the two may run at a time."""
+        view = cls.from_pipe(pipe)
+        settings = {"options": DEFAULTS, **pipe.forward_settings}
+        options = settings["options"]
+        settings["options"] = replace(options, sharing=replace(options.sharing, inactive=False))
+        view.set_forward(**settings)
+        view._sampler_options = {**view._sampler_options, "capacity": CAPACITY}
+        return view
+
+    @torch.no_grad()
+    def sample(self, batch: Sequence[Ticket], *, size: int, watch: Callable[[int], bool]) -> Tensor:
+        """Draw latents for a batch of one shape.
+
+        Args:
+            batch: B tickets; rows of the last one fill it up to `size`.
+            size: >= B.
+            watch: Called with 1..T after each step; False ends the batch there.
+
+        Returns: x_0 (B, C, h, w), or the state after the last step that was done.
+        """
+        rows = [*batch, *[batch[-1]] * (size - len(batch))]
+        device = self._execution_device
+        table = _side_by_side([ticket.table for ticket in rows]).to(device)
+        prompts = Prompts.check(
+            [ticket.prompt for ticket in rows],
+            [ticket.negative_prompt for ticket in rows],
+            None,
+            None,
+            images_per_prompt=1,
+            embed_width=self.unet.config.cross_attention_dim,
+        )
+        height, width, _ = batch[0].shape
+        shape = latent_shape(size, self.unet.config, self.vae_scale_factor, height, width)
+        seeds = [ticket.seed for ticket in rows]
+        noise = noise_source(shape, len(table), device, seeds=seeds)
+        self._watch = watch
+        x, _ = sampling.sample(self, prompts, table, noise, None, sampling.Callback(None, ()))
+        return x[: len(batch)]
+
+    @torch.no_grad()
+    def decode(self, x_0: Tensor, output_type: str) -> tuple[Sequence[Any], Sequence[bool]]:
+        """Return B images, and whether the safety checker blackened each."""
+        images, flagged = self._decode(x_0, output_type)
+        self.maybe_free_model_hooks()
+        return images, [False] * len(x_0) if flagged is None else flagged
+
+    @contextmanager
+    def progress_bar(
+        self,
+        iterable: object = None,
+        total: int | None = None,
+    ) -> Iterator[_Steps]:
+        """What sampling tells its steps to: no bar, but whoever watches the batch."""
+        yield _Steps(self)
+
+
+class _Steps:
+    """Counts steps, and ends the batch when nobody wants it any more."""
+
+    def __init__(self, pipe: BatchPipeline) -> None:
+        self._pipe, self._done = pipe, 0
+
+    def update(self) -> None:
+        self._done += 1
+        if not self._pipe._watch(self._done):
+            self._pipe._interrupt = True
+
+
+def _side_by_side(tables: Sequence[CoefficientTable]) -> CoefficientTable:
+    """One table (T, B, C) of B tables (T, 1, C) of the same steps."""
+    return replace(
+        tables[0],
+        rows=torch.cat([table.rows for table in tables], dim=1),
+        share=torch.cat([table.share for table in tables], dim=1),
+        std=torch.cat([table.std for table in tables], dim=1),
+        needs_uncond=any(table.needs_uncond for table in tables),
+    )

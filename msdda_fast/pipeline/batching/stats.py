@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an engine has done so far."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+__all__ = ["EngineStats", "Tally"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """A snapshot. Every admitted image is waiting, drawing, or has one of four outcomes.
+
+    Attributes:
+        waiting: Images in line.
+        drawing: Images in the batch that is being drawn.
+        completed, cancelled, timed_out, failed: Images, by outcome; an image that was not drawn
+            because the engine was closed or failed counts as failed.
+        refused: Images not admitted because the line was full.
+        batches: How many were drawn to the end.
+        batch_sizes: How many of them had 1, 2, ... images of callers.
+        rows: Rows computed in them, padding included.
+        drawing_s: Time spent in them, seconds.
+        failure: Why the engine stopped by itself; None: it did not.
+        is_closed: Whether it takes requests no more.
+    """
+
+    waiting: int
+    drawing: int
+    completed: int
+    cancelled: int
+    timed_out: int
+    failed: int
+    refused: int
+    batches: int
+    batch_sizes: Mapping[int, int]
+    rows: int
+    drawing_s: float
+    failure: str | None
+    is_closed: bool
+
+
+@dataclass(slots=True)
+class Tally:
+    """The counts behind `EngineStats`; thread-safe."""
+
+    outcomes: Counter[str] = field(default_factory=Counter)
+    batch_sizes: Counter[int] = field(default_factory=Counter)
+    rows: int = 0
+    drawing_s: float = 0.0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def count(self, outcome: str, images: int = 1) -> None:
+        """Add images with an outcome: the name of a field of `EngineStats`."""
+        with self._lock:
+            self.outcomes[outcome] += images
+
+    def count_batch(self, images: int, rows: int, seconds: float) -> None:
+        """Add a batch that was drawn."""
+        with self._lock:
+            self.batch_sizes[images] += 1
+            self.rows += rows
+            self.drawing_s += seconds
+
+    def snapshot(
+        self, *, waiting: int, drawing: int, failure: str | None, is_closed: bool
+    ) -> EngineStats:
+        """Return the counts, with what only the engine knows."""
+        with self._lock:
+            return EngineStats(
+                waiting=waiting,
+                drawing=drawing,
+                completed=self.outcomes["completed"],
+                cancelled=self.outcomes["cancelled"],
+                timed_out=self.outcomes["timed_out"],
+                failed=self.outcomes["failed"],
+                refused=self.outcomes["refused"],
+                batches=self.batch_sizes.total(),
+                batch_sizes=dict(self.batch_sizes),
+                rows=self.rows,
+                drawing_s=self.drawing_s,
+                failure=failure,
+                is_closed=is_closed,
+            )
