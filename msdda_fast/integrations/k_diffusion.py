@@ -132,10 +132,11 @@ def sample_msdda(
     s_in = x.new_ones([len(x)])
     for k in trange(len(steps), disable=disable):
         sigma = sigmas[k]
-        outputs = [
-            _denoised(model, m, x, sigma * s_in, extra_args) if active else None
-            for m, (model, active) in enumerate(zip(models, is_active[k], strict=True))
-        ]
+        outputs: list[Tensor | None] = [None] * count
+        # to and fro: denoisers that swap weights to take turns swap M - 1 times a step, not M
+        for m in range(count) if k % 2 else reversed(range(count)):
+            if is_active[k][m]:
+                outputs[m] = _denoised(models[m], m, x, sigma * s_in, extra_args)
         if callback is not None:
             # a coefficient of 0 masks its input, here the noise
             preview = fused_ddim_step(x, outputs, steps.denoised(k), noise=x, backend=backend)

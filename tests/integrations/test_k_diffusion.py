@@ -327,7 +327,7 @@ def test_half_precision_keeps_its_dtype() -> None:
         ({"s_noise": -1.0}, mf.InvalidSchedule, "s_noise"),
         ({"seeds": [1, 2]}, mf.InvalidShape, "seeds"),
         ({"seeds": [1, 2, 3], "noise_sampler": print}, ValueError, "at most one"),
-        ({"models": [lambda x, s: x[:1]] * 3}, mf.InvalidShape, r"models\[0\] returned"),
+        ({"models": [lambda x, s: x[:1]] * 3}, mf.InvalidShape, r"models\[2\] returned"),
         ({"noise_sampler": lambda s, r: torch.zeros(2)}, mf.InvalidShape, "noise"),
         ({"backend": "fast"}, mf.BackendUnavailable, "fast"),
     ],
