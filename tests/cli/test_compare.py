@@ -5,6 +5,7 @@ import json
 from collections import Counter
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from msdda_fast import cli, cli_compare, cli_tune, cli_values
@@ -20,7 +21,7 @@ def loaded(pipe, monkeypatch):
     """Let commands use the pipeline in memory in place of loading one."""
     for module in (cli_compare, cli_tune):
         monkeypatch.setattr(module, "load", lambda *arguments: pipe)
-    monkeypatch.setenv("COLUMNS", "200")
+        monkeypatch.setattr(module, "out", Console(width=200))
 
 
 def run(*arguments):
