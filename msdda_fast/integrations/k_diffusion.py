@@ -32,6 +32,7 @@ from msdda_fast.errors import InvalidShape
 from msdda_fast.integrations.ancestral import ancestral_steps
 from msdda_fast.kernels import registry
 from msdda_fast.kernels.fused_step import fused_ddim_step
+from msdda_fast.objective import as_host_float64
 
 if TYPE_CHECKING:
     from msdda_fast.types import Backend, SeedsLike, WeightSchedule, ZeroVariancePolicy
@@ -108,8 +109,8 @@ def sample_msdda(
             f"expected denoisers and a floating-point x (B, *S); got {count} denoisers and x of "
             f"{x.dtype} and shape {tuple(x.shape)}"
         )
-    if len(etas) != count:
-        raise InvalidShape(f"got {len(etas)} etas for {count} denoisers")
+    if (shape := as_host_float64(etas, "etas").shape) != (count,):
+        raise InvalidShape(f"etas have shape {tuple(shape)}, expected (M,) = ({count},)")
     if noise_sampler is not None and seeds is not None:
         raise ValueError("give at most one of noise_sampler and seeds")
     steps = ancestral_steps(
