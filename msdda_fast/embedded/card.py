@@ -15,7 +15,7 @@ import typer
 from safetensors import safe_open
 
 from msdda_fast.assets import ASSETS
-from msdda_fast.embedded.align import ALIGNMENT, PROMPTS, RANK
+from msdda_fast.embedded.align import ALIGNMENT, PROMPTS, RANK, SEEDS
 from msdda_fast.embedded.captions import Tail
 from msdda_fast.embedded.prompts import TRAIN_PROMPTS
 from msdda_fast.embedded.train import ADAPTER_LOGS, LOGS, STYLES
@@ -26,6 +26,7 @@ EMOJI = ASSETS / "emoji"
 COLUMNS = {
     "consistency": "consistency reward",
     "aesthetic": "aesthetic reward",
+    "warmth": "warmth reward",
     "judge object": "object found",
     "judge color": "colour right",
 }
@@ -34,11 +35,13 @@ COLUMNS = {
 def results_table(results: dict[str, Any], *, single: bool = False) -> str:
     """Return the arms as a markdown table, means with 95% intervals."""
     suffix = ", single-object prompts" if single else ""
-    head = ["arm", *COLUMNS.values()]
+    measured = next(iter(results["arms"].values()))
+    columns = [name for name in COLUMNS if name in measured]
+    head = ["arm", *(COLUMNS[name] for name in columns)]
     rows = []
     for arm, figures in results["arms"].items():
         cells = [arm]
-        for name in COLUMNS:
+        for name in columns:
             one = figures[name + suffix]
             scale, unit = (100, "%") if name.startswith("judge") else (1, "")
             digits = 1 if unit else 3
@@ -60,7 +63,7 @@ def plot_training(folder: Path, target: Path) -> None:
     from matplotlib import pyplot as plt
 
     names = [*LOGS, *ADAPTER_LOGS]
-    figure, axes = plt.subplots(2, 4, figsize=(13, 5.2), layout="constrained")
+    figure, axes = plt.subplots(2, -(-len(names) // 2), figsize=(13, 5.2), layout="constrained")
     for axis, name in zip(axes.flat, names, strict=False):
         rows = _read_log(folder / f"{name}.jsonl")
         axis.plot([row["step"] for row in rows], [row["loss"] for row in rows], linewidth=1)
@@ -86,8 +89,8 @@ def parameters(path: Path) -> int:
     return count
 
 
-def card(results: dict[str, Any]) -> str:
-    """Return the text of the model card."""
+def card(results: dict[str, Any], three: dict[str, Any]) -> str:
+    """Return the text of the model card from the results of two objectives and of all three."""
     tail, setting = Tail(), results["setting"]
     minutes = {n: _read_log(EMOJI / "training" / f"{n}.jsonl")[-1]["seconds"] / 60 for n in LOGS}
     accuracy = json.loads((ASSETS / "scorers" / "accuracy.json").read_text())
@@ -104,7 +107,7 @@ def card(results: dict[str, Any]) -> str:
         for where, a in cases.items()
     )
     recipes = "\n".join(
-        f"| {name} | {recipe.eta} | {len(recipe.seeds)} | {recipe.config.steps} "
+        f"| {name} | {recipe.eta} | {len(SEEDS)} | {recipe.config.steps} "
         f"| {recipe.config.lr:g} | {recipe.config.beta_dpo:g} |"
         for name, recipe in ALIGNMENT.items()
     )
@@ -128,6 +131,9 @@ def card(results: dict[str, Any]) -> str:
         scorers=scorers,
         table=results_table(results),
         single_table=results_table(results, single=True),
+        three_table=results_table(three),
+        three_seeds=three["setting"]["seeds"],
+        eta_warmth=ALIGNMENT["warmth"].eta,
         **setting,
     )
 
@@ -136,12 +142,15 @@ def main(
     results: Annotated[Path, typer.Option(help="Result file of `embedded.evaluate`.")] = Path(
         "benchmarks/results/emoji.json"
     ),
+    three: Annotated[Path, typer.Option(help="That of `embedded.evaluate --three`.")] = Path(
+        "benchmarks/results/emoji_three.json"
+    ),
     readme: Annotated[Path, typer.Option(help="README with the marked block.")] = Path("README.md"),
 ) -> None:
     """Write the card, its plot, and the marked block of the README."""
     figures = json.loads(results.read_text())
     plot_training(EMOJI / "training", EMOJI / "training.png")
-    text = card(figures)
+    text = card(figures, json.loads(three.read_text()))
     write_atomically(EMOJI / "README.md", lambda partial: partial.write_text(text))
     block = re.compile(r"(<!-- report:emoji:begin -->\n).*?(<!-- report:emoji:end -->)", re.S)
     table = results_table(figures)

@@ -3,6 +3,7 @@
 
 `python -m msdda_fast.embedded.evaluate` samples 25 test prompts x 32 seeds per arm (resumable) and
 writes `benchmarks/results/emoji.json` (figures with intervals) and `emoji_samples.csv` (per image).
+With `--three` it measures the third adapter, on fewer seeds: `emoji_three.json` and its samples.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from msdda_fast.assets import ASSETS, resolve
+from msdda_fast.embedded.align import ALIGNMENT
 from msdda_fast.embedded.prompts import TEST_PROMPTS
-from msdda_fast.embedded.sampling import DTYPE, GUIDANCE_SCALE, NUM_STEPS, sampler
+from msdda_fast.embedded.sampling import DTYPE, GUIDANCE_SCALE, NUM_STEPS, sampler, score
 from msdda_fast.embedded.train_scorer import JUDGE, named_right
 from msdda_fast.files import write_atomically
 from msdda_fast.objective import Objective
@@ -37,6 +39,8 @@ from msdda_fast.training import Collection, collect
 
 SEEDS = range(32)
 SWEEP = (0.0, 0.2, 0.5, 0.8, 1.0)  # weight of consistency
+THREE_SEEDS = range(8)  # the first of SEEDS
+THIRD = "warmth"
 RESAMPLES = 4000
 
 
@@ -57,6 +61,19 @@ def arms() -> list[Arm]:
     ]
     sweep = [Arm(f"w = {w:g}", {"aesthetic": 1 - w, "consistency": w}) for w in SWEEP]
     return base + sweep
+
+
+def three_arms() -> list[Arm]:
+    """Return the base model, each of the three adapters alone, and all of them in equal parts."""
+    emoji = "msdda-fast/emoji"
+    own = {name: Objective(emoji, subfolder=name, eta=ALIGNMENT[name].eta) for name in ALIGNMENT}
+    third = 1 / len(own)
+    by_name = {arm.name: arm for arm in arms()}
+    return [
+        *(by_name[name] for name in ("base, eta 1.0", "w = 0", "w = 1")),
+        Arm(THIRD, {THIRD: 1.0}, {THIRD: own[THIRD]}),
+        Arm("a third each", dict.fromkeys(own, third), own),
+    ]
 
 
 class Named:
@@ -82,14 +99,28 @@ def load_judge() -> Scorer:
     return judge.eval()
 
 
-def sample_arm(model: Path, arm: Arm, work: Path) -> Collection:
+def sample_arm(model: Path, arm: Arm, work: Path, seeds: range = SEEDS) -> Collection:
     """Sample one arm on the test prompts and score it; resumes from finished shards."""
     pipe = MSDDAPipeline.from_pretrained(model, objectives=arm.objectives, dtype=DTYPE)
     judge = load_judge()
     rewards: dict[str, Any] = {name: load_reward(name) for name in REWARDS}
     rewards |= {named.name: named for named in (Named(judge, "object"), Named(judge, "color"))}
     folder = work / arm.name.replace(" ", "").replace(",", "-")
-    return collect(sampler(pipe, arm.weights), rewards, TEST_PROMPTS, SEEDS, folder, batch_size=32)
+    return collect(sampler(pipe, arm.weights), rewards, TEST_PROMPTS, seeds, folder, batch_size=32)
+
+
+def sample_three(model: Path, work: Path) -> dict[str, Collection]:
+    """Sample the arms of the third adapter, those of `arms` being shared, and add its reward."""
+    pipe = MSDDAPipeline.from_pretrained(model)
+    shared, samples = {arm.name for arm in arms()}, {}
+    for arm in three_arms():
+        done = sample_arm(model, arm, work, SEEDS if arm.name in shared else THREE_SEEDS)
+        kept = (done.seeds >= THREE_SEEDS.start) & (done.seeds < THREE_SEEDS.stop)
+        scores = {name: values[kept] for name, values in done.scores.items()}
+        few = Collection(done.latents[kept], done.prompt_index[kept], done.seeds[kept], scores)
+        scores[THIRD] = score(pipe, few, TEST_PROMPTS, THIRD)
+        samples[arm.name] = few
+    return samples
 
 
 def interval(values: Tensor) -> dict[str, float]:
@@ -103,9 +134,22 @@ def interval(values: Tensor) -> dict[str, float]:
     return {name: round(value, 4) for name, value in figures.items()}
 
 
-def summarise(samples: Mapping[str, Collection]) -> dict[str, Any]:
-    """Turn the scored samples of all arms into figures with intervals; differences are paired."""
-    shape = len(TEST_PROMPTS), len(SEEDS)
+def pairs_of_arms() -> list[tuple[str, str]]:
+    """The neighbours of the sweep, and each end with its own base."""
+    names = [f"w = {w:g}" for w in SWEEP]
+    return [*pairwise(names), ("base, eta 1.0", names[0]), ("base, eta 0.8", names[-1])]
+
+
+def summarise(
+    samples: Mapping[str, Collection], pairs: Sequence[tuple[str, str]]
+) -> dict[str, Any]:
+    """Turn the scored samples of all arms into figures with intervals; differences are paired.
+
+    Args:
+        samples: By arm, of the same prompts and seeds.
+        pairs: The differences to take: (before, after).
+    """
+    shape = len(TEST_PROMPTS), -1
     grid = {arm: {k: v.view(shape) for k, v in c.scores.items()} for arm, c in samples.items()}
     single = torch.tensor([len(parse(prompt)) == 1 for prompt in TEST_PROMPTS])
     table = {
@@ -113,13 +157,11 @@ def summarise(samples: Mapping[str, Collection]) -> dict[str, Any]:
         | {f"{k}, single-object prompts": interval(v[single]) for k, v in scores.items()}
         for arm, scores in grid.items()
     }
-    names = [f"w = {w:g}" for w in SWEEP]
-    own_base = [("base, eta 1.0", names[0]), ("base, eta 0.8", names[-1])]
     paired = {
         f"{after} minus {before}": {
             k: interval(grid[after][k] - grid[before][k]) for k in grid[after]
         }
-        for before, after in [*pairwise(names), *own_base]
+        for before, after in pairs
     }
     return {"arms": table, "paired differences": paired}
 
@@ -148,21 +190,27 @@ def main(
     model: Annotated[
         Path | None, typer.Option(help="Model folder; default: the shipped one.")
     ] = None,
+    three: Annotated[bool, typer.Option(help="Measure the third adapter instead.")] = False,
 ) -> None:
     """Sample all arms on the test prompts and write the result files."""
     folder = model or resolve("msdda-fast/emoji")
-    samples = {arm.name: sample_arm(folder, arm, work) for arm in arms()}
+    if three:
+        samples, name, seeds = sample_three(folder, work), "emoji_three", THREE_SEEDS
+        pairs = [("base, eta 1.0", arm) for arm in samples if arm != "base, eta 1.0"]
+    else:
+        samples = {arm.name: sample_arm(folder, arm, work) for arm in arms()}
+        name, seeds, pairs = "emoji", SEEDS, pairs_of_arms()
     setting = {
-        "prompts": len(TEST_PROMPTS), "seeds": len(SEEDS), "steps": NUM_STEPS,
+        "prompts": len(TEST_PROMPTS), "seeds": len(seeds), "steps": NUM_STEPS,
         "guidance_scale": GUIDANCE_SCALE, "dtype": str(DTYPE).removeprefix("torch."),
         "torch": torch.__version__,
         "machine": f"{os.cpu_count()} CPU cores ({platform.machine()})",
         "intervals": "95% bootstrap over seeds within prompts",
     }  # fmt: skip
-    summary = json.dumps({"setting": setting, **summarise(samples)}, indent=1) + "\n"
-    write_atomically(results / "emoji.json", lambda partial: partial.write_text(summary))
+    summary = json.dumps({"setting": setting, **summarise(samples, pairs)}, indent=1) + "\n"
+    write_atomically(results / f"{name}.json", lambda partial: partial.write_text(summary))
     table = to_csv(samples)
-    write_atomically(results / "emoji_samples.csv", lambda partial: partial.write_text(table))
+    write_atomically(results / f"{name}_samples.csv", lambda partial: partial.write_text(table))
     for arm, figures in json.loads(summary)["arms"].items():
         print(arm, {k: v["mean"] for k, v in figures.items()})
 

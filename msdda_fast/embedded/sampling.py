@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from msdda_fast.pipeline.stable_diffusion import MSDDAPipeline
-from msdda_fast.training.collect import SampleFn
+from msdda_fast.rewards import load_reward
+from msdda_fast.training.collect import Collection, SampleFn
 
 NUM_STEPS = 25
 DTYPE = torch.bfloat16  # of the networks; latents stay float32 between steps
@@ -35,7 +36,32 @@ def sampler(
             output_type="latent",
             **options,
         ).images
-        decoded = pipe.vae.decode(latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor)
-        return latents, (decoded.sample.float() / 2 + 0.5).clamp(0, 1)
+        return latents, decode(pipe, latents)
 
     return sample
+
+
+def decode(pipe: MSDDAPipeline, latents: Tensor) -> Tensor:
+    """Decode latents, (N, C, H, W) in the units of the denoiser, to images in [0, 1], float32."""
+    vae = pipe.vae
+    images: Tensor = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
+    return (images.float() / 2 + 0.5).clamp(0, 1)
+
+
+@torch.no_grad()
+def score(pipe: MSDDAPipeline, samples: Collection, prompts: Sequence[str], reward: str) -> Tensor:
+    """Return a reward of each sample, shape (N,): the stored one, else that of its decoding.
+
+    Args:
+        pipe: The pipeline whose autoencoder the latents belong to.
+        samples: N samples; `prompt_index` points into `prompts`.
+        reward: A name that `load_reward` knows.
+    """
+    if reward in samples.scores:
+        return samples.scores[reward]
+    scorer, rows = load_reward(reward), []
+    for at in range(0, len(samples.seeds), 48):
+        chunk = slice(at, at + 48)
+        texts = [prompts[index] for index in samples.prompt_index[chunk].tolist()]
+        rows.append(scorer(decode(pipe, samples.latents[chunk]), texts))
+    return torch.cat(rows)

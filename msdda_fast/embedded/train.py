@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Make the shipped model from the sprites: `python -m msdda_fast.embedded.train`.
 
-Stages: autoencoder, denoiser with text encoder, decoder, two scorers, two adapters. Each resumes
+Stages: autoencoder, denoiser with text encoder, decoder, two scorers, three adapters. Each resumes
 from its checkpoint, so the same command goes on after a kill. The model card has the minutes.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,6 +34,7 @@ from msdda_fast.embedded.train_scorer import (
 from msdda_fast.embedded.train_vae import refine_decoder, train_vae
 from msdda_fast.files import write_atomically
 from msdda_fast.pipeline import architectures
+from msdda_fast.rewards import REWARDS
 from msdda_fast.rewards.grammar import COLORS, OBJECTS
 
 STYLES = ("noto", "fluentflat")  # of the images the model learns to draw
@@ -89,13 +91,10 @@ def export(base: Path, adapters: dict[str, Path], work: Path, folder: Path) -> N
     shutil.copytree(base, folder, dirs_exist_ok=True)
     write_slow_tokenizer(folder / "tokenizer")
     drop_derived_entry(folder / "vae" / "config.json")
-    objectives: dict[str, Any] = {}
     for name, source in adapters.items():
         (folder / name).mkdir(exist_ok=True)
         shutil.copy2(source / "pytorch_lora_weights.safetensors", folder / name)
-        eta = ALIGNMENT[name].eta
-        objectives[name] = {"source": name, "eta": eta, "guidance_scale": GUIDANCE_SCALE}
-    text = json.dumps(objectives, indent=1) + "\n"
+    text = json.dumps(_objectives(REWARDS), indent=1) + "\n"
     write_atomically(folder / "objectives.json", lambda partial: partial.write_text(text))
     logs = folder / "training"
     logs.mkdir(exist_ok=True)
@@ -103,7 +102,7 @@ def export(base: Path, adapters: dict[str, Path], work: Path, folder: Path) -> N
         shutil.copy2(work / f"{name}.jsonl", logs)
     for name in ADAPTER_LOGS:
         shutil.copy2(work / name / "train" / "log.jsonl", logs / f"{name}.jsonl")
-    write_manifest(folder, objectives)
+    write_manifest(folder)
 
 
 def drop_derived_entry(config: Path) -> None:
@@ -121,8 +120,18 @@ def write_slow_tokenizer(folder: Path) -> None:
     (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
 
 
-def write_manifest(folder: Path, objectives: dict[str, Any]) -> None:
-    """Write `manifest.json`: the adapters and etas of the model, and a hash of each file."""
+def _objectives(names: Iterable[str]) -> dict[str, Any]:
+    return {
+        name: {"source": name, "eta": ALIGNMENT[name].eta, "guidance_scale": GUIDANCE_SCALE}
+        for name in names
+    }
+
+
+def write_manifest(folder: Path) -> None:
+    """Write `manifest.json`: the adapters and etas of the model, and a hash of each file.
+
+    `objectives` are those that the model loads by itself, `more_objectives` those to be asked for.
+    """
     files = {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
@@ -132,7 +141,8 @@ def write_manifest(folder: Path, objectives: dict[str, Any]) -> None:
         "id": "msdda-fast/emoji",
         "license": "Apache-2.0",
         "notices": "THIRD_PARTY_NOTICES",
-        "objectives": objectives,
+        "objectives": _objectives(REWARDS),
+        "more_objectives": _objectives(name for name in ALIGNMENT if name not in REWARDS),
         "sha256": files,
     }
     text = json.dumps(manifest, indent=1) + "\n"

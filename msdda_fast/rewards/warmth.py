@@ -42,8 +42,8 @@ def lab(images: Tensor) -> Tensor:
 def warm_cool(images: Tensor) -> Tensor:
     """Return the mean of WC = -0.5 + 0.02 C*^1.07 cos(h - 50 degrees) over the pixels.
 
-    C* and h are chroma and hue angle in CIELAB. Positive is warm; pure red has 2.2, pure blue -3.4,
-    grey -0.5.
+    C* and h are chroma and hue angle in CIELAB. Positive is warm; pure red has 2.35, pure blue
+    -1.39, grey -0.5.
 
     Args:
         images: Shape (N, 3, H, W), sRGB in [0, 1].
@@ -57,7 +57,11 @@ def warm_cool(images: Tensor) -> Tensor:
 
 
 class Warmth:
-    """r = 4 WC + 1: about [-2, 2] on the shipped model's images, 0 on its base samples' mean."""
+    """r = 4 WC + 1: about [-2, 2] on the shipped model's images, comparable with the other rewards.
+
+    Over its samples for the training prompts mean .1 and deviation .9; within a prompt its
+    correlation with aesthetic is .4 and with consistency -.2.
+    """
 
     name = "warmth"
     differentiable = True

@@ -14,6 +14,7 @@ from msdda_fast.embedded.evaluate import SWEEP
 
 ROOT = Path(__file__).parents[2]
 RESULTS = json.loads((ROOT / "benchmarks" / "results" / "emoji.json").read_text())
+THREE = json.loads((ROOT / "benchmarks" / "results" / "emoji_three.json").read_text())
 ARMS, PAIRED = RESULTS["arms"], RESULTS["paired differences"]
 
 
@@ -60,8 +61,35 @@ def test_figures_follow_from_the_samples():
     assert mean == pytest.approx(ARMS["w = 1"]["consistency"]["mean"], abs=1e-4)
 
 
+def test_the_third_adapter_raises_its_own_reward_and_spares_the_picture():
+    arms, gain = THREE["arms"], THREE["paired differences"]["warmth minus base, eta 1.0"]
+    assert (THREE["setting"]["prompts"], THREE["setting"]["seeds"]) == (25, 8)
+    for other in ("base, eta 1.0", "w = 0", "w = 1"):
+        assert arms["warmth"]["warmth"]["low"] > arms[other]["warmth"]["high"]
+    assert gain["warmth"]["low"] > 0.5
+    for unharmed in ("judge object", "judge color", "consistency"):
+        assert gain[unharmed]["high"] > 0
+
+
+def test_consistency_and_warmth_pull_apart():
+    assert THREE["paired differences"]["w = 1 minus base, eta 1.0"]["warmth"]["high"] < 0
+
+
+def test_equal_parts_of_three_beat_the_base_in_every_reward():
+    gain = THREE["paired differences"]["a third each minus base, eta 1.0"]
+    for reward in ("aesthetic", "consistency", "warmth"):
+        assert gain[reward]["low"] > 0
+
+
+def test_the_shared_arms_are_the_first_seeds_of_the_larger_run():
+    for arm in ("base, eta 1.0", "w = 0", "w = 1"):
+        for reward in ("aesthetic", "consistency"):
+            few, many = THREE["arms"][arm][reward], ARMS[arm][reward]
+            assert few["low"] < many["high"] and many["low"] < few["high"]
+
+
 def test_card_and_readme_are_what_the_command_writes():
-    assert (EMOJI / "README.md").read_text() == card(RESULTS)
+    assert (EMOJI / "README.md").read_text() == card(RESULTS, THREE)
     assert results_table(RESULTS) in (ROOT / "README.md").read_text()
 
 
@@ -73,3 +101,5 @@ def test_the_weights_are_small_and_the_manifest_is_theirs():
         assert hashlib.sha256((EMOJI / name).read_bytes()).hexdigest() == digest
     assert manifest["objectives"] == json.loads((EMOJI / "objectives.json").read_text())
     assert (EMOJI / manifest["notices"]).is_file()
+    assert list(manifest["objectives"]) == ["aesthetic", "consistency"]
+    assert list(manifest["more_objectives"]) == ["warmth"]
