@@ -5,9 +5,10 @@
 
 Prints the tables of the latest run of each case, and rewrites the README blocks between
 `<!-- bench:fused_step:begin -->` and `<!-- bench:fused_step:end -->` (and likewise `grouped_lora`,
-`latency` and `modes`) where there are any.
+`latency`, `modes` and `compare`) where there are any.
 """
 
+import csv
 import json
 import re
 from pathlib import Path
@@ -245,6 +246,49 @@ def modes_table() -> str:
     return "\n".join([head, *rows, "", note])
 
 
+def compare_table() -> str:
+    """One row per system: its paired difference to MSDDA at each preference, and its cost."""
+    folder = RESULTS / "compare-emoji"
+    if not (folder / "table.csv").exists():
+        return ""
+    with (folder / "table.csv").open(newline="") as lines:
+        records = list(csv.DictReader(lines))
+    preferences = list(dict.fromkeys(record["weights"] for record in records))
+    systems: dict[tuple[str, str], dict[str, dict[str, str]]] = {}
+    for record in records:
+        system = (record["method"], record["variant"])
+        systems.setdefault(system, {})[record["weights"]] = record
+    rows = []
+    for (method, variant), found in systems.items():
+        any_of = next(iter(found.values()))
+        images = sorted({int(record["images"]) for record in found.values()})
+        cells = [f"{method} ({variant})" if variant else method]
+        for weights in preferences:
+            record = found.get(weights)
+            if record is None:
+                cells.append("")
+            elif (method, variant) == ("MSDDA", ""):
+                cells.append(f"**{float(record['scalarised']):.3f}**")
+            else:
+                gain = [record[f"msdda_minus_system{end}"] for end in ("", "_low", "_high")]
+                mean, low, high = (-float(value) for value in gain)
+                mark = " *" if low * high > 0 else ""
+                cells.append(f"{mean:+.3f} ({min(low, high):+.3f}, {max(low, high):+.3f}){mark}")
+        counts = " to ".join(dict.fromkeys(str(n) for n in (images[0], images[-1])))
+        cells += [any_of[name] for name in ("unet_forwards", "unet_backwards", "reward_calls")]
+        rows.append("| " + " | ".join([*cells, counts]) + " |")
+    columns = ["system", *(f"r_w at {w.split()[0].replace('=', ' ')}" for w in preferences)]
+    columns += ["UNet forwards", "backwards", "rewards", "images"]
+    head = "| " + " | ".join(columns) + " |\n|" + "---|" * len(columns)
+    protocol = json.loads((folder / "protocol.json").read_text())
+    note = (
+        f"{protocol['setting']} Mean r_w of MSDDA, and what every other system adds to it on the "
+        "same prompts and seeds, with 95% bootstrap intervals; * marks those that exclude 0. Costs "
+        "are per image."
+    )
+    return "\n".join([head, *rows, "", note])
+
+
 def mode_time(record: dict, exact: dict) -> str:
     """The ratio of two medians, marked where the spreads overlap."""
     ratio = f"{record['median_us'] / exact['median_us']:.2f}"
@@ -271,6 +315,7 @@ TABLES = {
     "grouped_lora": grouped_lora_table,
     "latency": latency_table,
     "modes": modes_table,
+    "compare": compare_table,
 }
 
 if __name__ == "__main__":
