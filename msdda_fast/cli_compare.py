@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -219,7 +218,8 @@ def lines(file: Path) -> list[str]:
 
 
 def _show(page: Path) -> None:
-    """Print what table.csv and summary.json say, beside the page."""
+    """Print what table.csv says, and where the rest is."""
+    from rich.box import SIMPLE
     from rich.table import Table
 
     with (page.parent / "table.csv").open(encoding="utf-8", newline="") as file:
@@ -227,18 +227,17 @@ def _show(page: Path) -> None:
     columns = list(rows[0])
     measures = columns[columns.index("images") + 1 : columns.index("msdda_minus_system") : 3]
     for weights in dict.fromkeys(row["weights"] for row in rows):
-        table = Table(title=weights, title_justify="left")
-        table.add_column("system")
-        for name in ("images", *measures, "MSDDA minus it", "UNet forwards"):
-            table.add_column(name, justify="right")
+        table = Table(title=weights, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
+        table.add_column("system", no_wrap=True, overflow="ellipsis", max_width=27)
+        for name in ("n", *measures[:-1], "r_w", "MSDDA - it"):
+            table.add_column(name, justify="right", no_wrap=True)
         for row in (row for row in rows if row["weights"] == weights):
             label = " ".join(filter(None, (row["method"], row["variant"])))
             gain = [row[f"msdda_minus_system{end}"] for end in ("", "_low", "_high")]
-            shown = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*map(float, gain)) if gain[0] else ""
+            low, high = (float(bound or 0) for bound in gain[1:])
+            shown = f"{float(gain[0]):+.3f} {'*' if low * high > 0 else ' '}" if gain[0] else ""
             means = [f"{float(row[name]):+.3f}" for name in measures]
-            style = None if gain[0] else "bold"
-            table.add_row(label, row["images"], *means, shown, row["unet_forwards"], style=style)
+            table.add_row(label, row["images"], *means, shown, style=None if shown else "bold")
         out.print(table)
-    for finding in json.loads((page.parent / "summary.json").read_text("utf-8"))["findings"]:
-        out.print(f"- {finding}", highlight=False)
+    out.print("* the 95% interval of the paired difference excludes 0")
     out.print(page, highlight=False, soft_wrap=True)
