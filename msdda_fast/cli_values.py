@@ -16,6 +16,9 @@ __all__ = ["numbers", "objective", "pair", "prompts"]
 def objective(text: str) -> tuple[str, Objective]:
     """Read NAME=PATH[:ETA]; a colon that no number follows belongs to the path.
 
+    What is no file or folder here and has more than two parts is a folder inside a hub repository
+    or the shipped model: owner/name/folder.
+
     Raises:
         ValueError: The text has another form.
         InvalidSchedule: eta lies outside [0, 1].
@@ -26,7 +29,13 @@ def objective(text: str) -> tuple[str, Objective]:
     match = re.fullmatch(r"(.+?)(?::(-?[0-9.]+))?", source)
     assert match is not None  # `pair` returns no empty value
     path, eta = match.groups("1")
-    return name, Objective(None if path == "base" else path, eta=float(eta))
+    if path == "base":
+        return name, Objective.base(eta=float(eta))
+    parts = path.split("/")
+    if len(parts) > 2 and all(parts) and parts[0][0] not in ".~" and not Path(path).exists():
+        repository, folder = "/".join(parts[:2]), "/".join(parts[2:])
+        return name, Objective(repository, subfolder=folder, eta=float(eta))
+    return name, Objective(path, eta=float(eta))
 
 
 def pair(text: str, option: str, kind: type) -> tuple[str, Any]:
