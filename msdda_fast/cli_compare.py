@@ -108,6 +108,10 @@ def compare(
     ] = None,
     prompts: PromptsOption = None,
     reward: RewardOption = None,
+    judge: Annotated[
+        list[str] | None,
+        typer.Option(help="A reward that every image is scored by and no system sees; repeat it."),
+    ] = None,
     toward: TowardOption = None,
     part: PartOption = "0/1",
     batch_size: Annotated[
@@ -165,7 +169,7 @@ def compare(
             )  # fmt: skip
         comparison = Comparison(
             prompts=texts,
-            rewards=rewards(names, reward, pipe),
+            rewards={**rewards(judge or [], None, pipe), **rewards(names, reward, pipe)},
             num_inference_steps=steps,
             guidance_scale=guidance,
             batch_size=batch_size,

@@ -40,7 +40,7 @@ def test_compare_writes_scores_tables_and_a_page(loaded, tmp_path):
     (tmp_path / "prompts.txt").write_text("a dog\n\na cat\n")
     arguments = compare_of(
         tmp_path / "out", "--systems", "SD, MSDDA, RS", "--prompts", tmp_path / "prompts.txt",
-        "--toward", "cool",
+        "--toward", "cool", "--judge", "warmth",
     )  # fmt: skip
     done = run(*arguments)
     assert done.exit_code == 0, done.output
@@ -49,6 +49,8 @@ def test_compare_writes_scores_tables_and_a_page(loaded, tmp_path):
     written = {file.name for file in (tmp_path / "out").iterdir()}
     assert {"scores.csv", "table.md", "report.html", "pareto.png", "work"} <= written
     systems = [row.method + row.variant for row in read_scores(tmp_path / "out" / "scores.csv")]
+    rows = read_scores(tmp_path / "out" / "scores.csv")
+    assert all(set(row.rewards) == {"warm", "cool", "warmth"} for row in rows)
     assert Counter(systems) == {"SD": 4, "MSDDA": 4, "RSproduct": 4, "MSDDAeps": 2}
     again = run("compare", "-o", tmp_path / "out", "--report-only")
     assert again.exit_code == 0 and "MSDDA - it" in again.output
