@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-import pytest
+import json
+from pathlib import Path
 
+import pytest
+from safetensors.torch import load_file
+
+from msdda_fast.assets import resolve
 from msdda_fast.embedded import oracle
 from msdda_fast.embedded.align import ALIGNMENT
 
@@ -32,3 +37,16 @@ def test_it_is_trained_on_the_weighted_sum(monkeypatch, tmp_path):
 def test_a_weight_outside_the_simplex_is_refused(w):
     with pytest.raises(ValueError, match=r"w must lie in \[0, 1\]"):
         oracle.oracle_recipe(w)
+
+
+def test_the_committed_adapters_are_those_of_the_command():
+    folder = Path(__file__).parents[2] / "benchmarks" / "results" / "oracle"
+    listed = json.loads((folder / "oracle.json").read_text())
+    assert listed["objective"] == oracle.WEIGHTED
+    assert [entry["w"] for entry in listed["adapters"].values()] == list(oracle.PREFERENCES)
+    shipped = load_file(resolve("msdda-fast/emoji") / "aesthetic/pytorch_lora_weights.safetensors")
+    for name, entry in listed["adapters"].items():
+        assert entry["eta"] == pytest.approx(oracle.oracle_eta(entry["w"]), abs=1e-6)
+        path = folder / name / "pytorch_lora_weights.safetensors"
+        assert load_file(path).keys() == shipped.keys()
+        assert path.stat().st_size < 200_000
