@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from msdda_fast import cli_compare, cli_train, cli_tune, cli_values
+from msdda_fast import cli_compare, cli_serve, cli_train, cli_tune, cli_values
 from msdda_fast.cli_session import (
     SHIPPED,
     DeviceOption,
@@ -44,6 +44,7 @@ app = typer.Typer(
 app.add_typer(cli_train.app, name="train")
 app.command()(cli_compare.compare)
 app.command()(cli_tune.tune)
+app.command()(cli_serve.serve)
 
 
 @app.command()

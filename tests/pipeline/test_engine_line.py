@@ -76,6 +76,7 @@ def test_the_oldest_is_always_served_with_the_next_of_its_shape(line, join):
 def test_nobody_idles_while_others_wait(line, join):
     (first,) = join("a")
     join("b")
+    line._changed.wait = pytest.fail
     assert line.take().batch == [first]
 
 
@@ -121,7 +122,9 @@ def test_chores_come_first(line, join):
 
 def test_a_closed_line_drains_without_waiting_for_company(line, join):
     (ticket,) = join("a")
-    assert line.close(drain=True) == []
+    chore = Chore(lambda: None)
+    line.add(chore)
+    assert line.close(drain=True) == [chore]
     assert line.take().batch == [ticket]
     assert line.take() is None
     for enter in (lambda: join("a"), lambda: line.add(Chore(lambda: None))):
@@ -132,7 +135,7 @@ def test_a_closed_line_drains_without_waiting_for_company(line, join):
 def test_a_line_closed_without_draining_gives_back_who_is_there(line, join):
     tickets, chore = join("a", 2), Chore(lambda: None)
     line.add(chore)
-    assert line.close(drain=False) == [*tickets, chore]
+    assert line.close(drain=False) == [chore, *tickets]
     assert line.take() is None
 
 

@@ -19,7 +19,7 @@ from msdda_fast.pipeline.batching.request import GeneratedImage, ImageRequest
 from msdda_fast.pipeline.batching.stats import EngineStats, Tally
 from msdda_fast.pipeline.batching.ticket import Chore, Ticket
 from msdda_fast.pipeline.batching.worker import Worker
-from msdda_fast.pipeline.request import check_output_type
+from msdda_fast.pipeline.request import check_output_type, latent_shape
 from msdda_fast.pipeline.stable_diffusion import MSDDAPipeline
 
 __all__ = ["Engine"]
@@ -89,6 +89,13 @@ class Engine:
     def pipe(self) -> MSDDAPipeline:
         """What draws: objectives, sizes and settings may be read, and nothing else."""
         return self._pipe
+
+    @property
+    def native_size(self) -> tuple[int, int]:
+        """Width and height that the model draws by itself, in pixels."""
+        config, factor = self._pipe.unet.config, self._pipe.vae_scale_factor
+        *_, rows, columns = latent_shape(1, config, factor, None, None)
+        return columns * factor, rows * factor
 
     def submit(self, request: ImageRequest) -> Future[GeneratedImage]:
         """Stand in line for one image; see `submit_images`."""

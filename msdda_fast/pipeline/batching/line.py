@@ -107,15 +107,14 @@ class Line:
             return late
 
     def close(self, *, drain: bool) -> list[Ticket | Chore]:
-        """Let nobody join any more; without `drain`, take out and return all that is there."""
+        """Let nobody join any more; take out and return chores, and without `drain` tickets."""
         with self._changed:
             self._is_closed = True
-            rest: list[Ticket | Chore] = []
+            rest: list[Ticket | Chore] = [*self._chores]
+            self._chores.clear()
             if not drain:
                 rest += self._tickets
-                rest += self._chores
                 self._tickets.clear()
-                self._chores.clear()
             self._changed.notify_all()
             return rest
 

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images as an answer: all at once, or as events while they are drawn."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import Any
+
+from fastapi import Request
+
+from msdda_fast.pipeline.batching.request import GeneratedImage, ImageRequest, Progress
+from msdda_fast.serve.service import Service, encoded
+
+__all__ = ["ClientGone", "complete", "stream"]
+
+#: Seconds of silence after which a stream says that it is alive.
+KEEP_ALIVE_S = 15.0
+
+
+class ClientGone(Exception):
+    """The client closed the connection; its images were cancelled."""
+
+
+async def complete(
+    service: Service, request: ImageRequest, count: int, connection: Request
+) -> list[GeneratedImage]:
+    """Wait for all images of a request, as long as the client does.
+
+    Raises:
+        Refusal: There is no image for one of them.
+        ClientGone: The client waits no more.
+    """
+    futures = service.submit(request, count)
+    images = asyncio.gather(*map(asyncio.wrap_future, futures))
+    gone = asyncio.create_task(_disconnected(connection))
+    try:
+        first: set[asyncio.Future[Any]] = {images, gone}
+        await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
+        if not images.done():
+            raise ClientGone
+        try:
+            return await images
+        except Exception as error:
+            raise service.refusal(error) from error
+    finally:
+        gone.cancel()
+        images.cancel()
+        for future in futures:
+            future.cancel()
+
+
+def stream(
+    service: Service, request: ImageRequest, count: int, *, on_end: Callable[[Any], None]
+) -> AsyncIterator[str]:
+    """Stand in line, and return the events: every step of every image, then the image.
+
+    Args:
+        on_end: Called with the results, or with the `Refusal` that ended it.
+
+    Raises:
+        Refusal: The request cannot be, or not now.
+    """
+    loop = asyncio.get_running_loop()
+    news: asyncio.Queue[Progress | tuple[int, Future[GeneratedImage]]] = asyncio.Queue()
+
+    def tell(item: Progress | tuple[int, Future[GeneratedImage]]) -> None:
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(news.put_nowait, item)
+
+    futures = service.submit(replace(request, on_step=tell), count)
+    for index, future in enumerate(futures):
+        future.add_done_callback(lambda done, index=index: tell((index, done)))  # type: ignore[misc]
+    return _events(service, futures, news, on_end)
+
+
+async def _events(
+    service: Service,
+    futures: Sequence[Future[GeneratedImage]],
+    news: asyncio.Queue[Progress | tuple[int, Future[GeneratedImage]]],
+    on_end: Callable[[Any], None],
+) -> AsyncIterator[str]:
+    results: list[GeneratedImage] = []
+    try:
+        while len(results) < len(futures):
+            try:
+                item = await asyncio.wait_for(news.get(), KEEP_ALIVE_S)
+            except TimeoutError:
+                yield ": in line\n\n"
+                continue
+            if isinstance(item, Progress):
+                yield _event(
+                    "image_generation.progress",
+                    {"index": item.image, "step": item.step, "steps": item.steps},
+                )
+                continue
+            index, future = item
+            if (error := future.exception()) is not None:
+                refusal = service.refusal(error)
+                on_end(refusal)
+                yield _event("error", refusal.body)
+                return
+            results.append(future.result())
+            yield _event("image_generation.completed", await _completed(results[-1], index))
+        on_end(results)
+        yield "data: [DONE]\n\n"
+    finally:
+        for future in futures:
+            future.cancel()
+
+
+async def _completed(result: GeneratedImage, index: int) -> dict[str, Any]:
+    width, height = result.image.size
+    return {
+        "index": index,
+        "b64_json": await asyncio.to_thread(encoded, result),
+        "created_at": int(time.time()),
+        "size": f"{width}x{height}",
+        "output_format": "png",
+        "background": "opaque",
+        "quality": "auto",
+        "seed": result.seed,
+    }
+
+
+def _event(kind: str, data: dict[str, Any]) -> str:
+    return f"event: {kind}\ndata: {json.dumps({'type': kind, **data})}\n\n"
+
+
+async def _disconnected(connection: Request) -> None:
+    while (await connection.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The routes. `create_app(engine, settings)` is a FastAPI app for any ASGI server."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from msdda_fast.pipeline.batching.engine import Engine
+from msdda_fast.pipeline.batching.request import GeneratedImage
+from msdda_fast.serve.answers import ClientGone, complete, stream
+from msdda_fast.serve.body import ErrorBody, GenerationBody
+from msdda_fast.serve.guard import Guard
+from msdda_fast.serve.refusals import Refusal, of_http, of_validation
+from msdda_fast.serve.service import Service, encoded
+from msdda_fast.serve.settings import ServeSettings
+
+__all__ = ["create_app"]
+
+#: Statuses of refusals, for the documentation.
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody} for status in (400, 401, 404, 413, 422, 429, 500, 503, 504)
+}
+
+
+def create_app(engine: Engine, settings: ServeSettings) -> FastAPI:
+    """Serve an engine; it stays its owner's, who closes it after the server has stopped.
+
+    The app warms the engine when it starts up, and is ready afterwards. `app.state.service` is its
+    `Service`.
+
+    Args:
+        engine: With `output_type="pil"`.
+        settings: Limits.
+
+    Raises:
+        InvalidShape: A size in the settings that the model cannot draw.
+    """
+    service = Service(engine, settings)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        warming = asyncio.create_task(asyncio.to_thread(service.warm))
+        yield
+        warming.cancel()
+
+    app = FastAPI(title=f"msdda-fast: {settings.model}", version="1", lifespan=lifespan)
+    app.state.service = service
+    app.add_middleware(Guard, settings=settings, metrics=service.metrics)
+    _refuse_as_openai(app, service)
+
+    @app.post("/v1/images/generations", responses=REFUSALS)
+    async def generate(body: GenerationBody, connection: Request) -> Response:
+        """Draw a prompt with the objectives balanced by your weights."""
+        start, log = time.monotonic(), connection.state.log
+        request = body.checked(settings, service.sizes)
+        size = f"{request.width}x{request.height}"
+        log |= {"n": body.n, "size": size, "steps": request.num_inference_steps}
+        if settings.log_prompts:
+            log |= {"prompt": body.prompt, "negative_prompt": body.negative_prompt}
+
+        def ended(outcome: Sequence[GeneratedImage] | Refusal) -> None:
+            if isinstance(outcome, Refusal):
+                log["error"] = outcome.code
+                service.metrics.refusals.labels(outcome.code).inc()
+                return
+            service.metrics.latency.observe(time.monotonic() - start)
+            log["batch_sizes"] = [result.batch_size for result in outcome]
+            log["waited_s"] = round(max(result.waited_s for result in outcome), 4)
+
+        if body.stream:
+            events = stream(service, request, body.n, on_end=ended)
+            return StreamingResponse(events, media_type="text/event-stream")
+        results = await complete(service, request, body.n, connection)
+        data = [
+            {"b64_json": await asyncio.to_thread(encoded, result), "seed": result.seed}
+            for result in results
+        ]
+        ended(results)
+        return JSONResponse(
+            {"created": int(time.time()), "data": data, "output_format": "png", "size": size}
+        )
+
+    @app.get("/v1/objectives")
+    async def objectives() -> dict[str, Any]:
+        """The objectives that `weights` names, sizes, and limits."""
+        return service.objectives()
+
+    @app.get("/health", responses={503: {"model": ErrorBody}})
+    async def health() -> dict[str, str]:
+        """Whether this process is of use; if not, start another."""
+        failure = service.failure or service.engine.stats().failure
+        if failure is not None:
+            raise Refusal(503, "the engine failed", code="failed", kind="server_error")
+        return {"status": "ok"}
+
+    @app.get("/ready", responses={503: {"model": ErrorBody}})
+    async def ready() -> dict[str, str]:
+        """Whether requests are served at once."""
+        if not service.is_ready:
+            raise Refusal(503, "not ready", code="not_ready", kind="server_error", retry_after_s=5)
+        return {"status": "ready"}
+
+    @app.get("/metrics", response_class=Response)
+    async def metrics() -> Response:
+        """Counts for Prometheus."""
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    return app
+
+
+def _refuse_as_openai(app: FastAPI, service: Service) -> None:
+    """Answer every error in one shape, and count it."""
+
+    def refuse(request: Request, refusal: Refusal) -> JSONResponse:
+        request.state.log["error"] = refusal.code
+        service.metrics.refusals.labels(refusal.code).inc()
+        return refusal.response()
+
+    @app.exception_handler(Refusal)
+    async def refused(request: Request, error: Refusal) -> JSONResponse:
+        return refuse(request, error)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        return refuse(request, of_validation(error))
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> JSONResponse:
+        return refuse(request, of_http(error))
+
+    @app.exception_handler(ClientGone)
+    async def gone(request: Request, error: ClientGone) -> Response:
+        request.state.log["error"] = "client_gone"
+        return Response(status_code=499)  # nobody reads it
+
+    @app.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> JSONResponse:
+        return refuse(request, service.refusal(error))

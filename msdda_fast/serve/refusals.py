@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every refusal as OpenAI's JSON: `{"error": {"type", "message", "param", "code"}}`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from msdda_fast.errors import (
+    EngineClosed,
+    EngineFailed,
+    MSDDAError,
+    QueueFull,
+    RequestTimeout,
+)
+
+__all__ = ["Refusal", "of_engine", "of_http", "of_validation"]
+
+#: The names that an `ImageRequest` has for what a body calls otherwise.
+_PARAMS = {"num_inference_steps": "steps", "height": "size", "width": "size"}
+
+
+class Refusal(Exception):
+    """An answer that is no image.
+
+    Args:
+        status: HTTP status.
+        message: For people.
+        param: The field of the body that is wrong, if one is.
+        code: For programs, one word.
+        kind: OpenAI's `type`.
+        retry_after_s: When to come back, whole seconds.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str,
+        kind: str = "invalid_request_error",
+        retry_after_s: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param = status, message, param
+        self.code, self.kind, self.retry_after_s = code, kind, retry_after_s
+
+    @classmethod
+    def of_field(cls, param: str, message: str) -> Refusal:
+        """A body with a field that is wrong: 422."""
+        return cls(422, message, param=param, code="invalid_value")
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The JSON; text that is not valid Unicode came from the client and is replaced."""
+        error = {
+            "type": self.kind,
+            "message": _printable(self.message),
+            "param": None if self.param is None else _printable(self.param),
+            "code": self.code,
+        }
+        return {"error": error}
+
+    def response(self, headers: Mapping[str, str] | None = None) -> JSONResponse:
+        """The answer."""
+        more = {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
+        return JSONResponse(self.body, self.status, headers={**(headers or {}), **more})
+
+
+def of_engine(error: MSDDAError, retry_after_s: int) -> Refusal:
+    """What an error of the engine means to a client."""
+    match error:
+        case QueueFull():
+            return Refusal(
+                429, str(error), code="queue_full", kind="rate_limit_error",
+                retry_after_s=retry_after_s,
+            )  # fmt: skip
+        case RequestTimeout():
+            return Refusal(504, str(error), code="timeout", kind="server_error")
+        case EngineClosed():
+            return Refusal(
+                503, "the service is shutting down", code="unavailable", kind="server_error",
+                retry_after_s=retry_after_s,
+            )  # fmt: skip
+        case EngineFailed():
+            return Refusal(500, "the image could not be drawn", code="failed", kind="server_error")
+        case _ if error.field is not None:
+            return Refusal.of_field(_PARAMS.get(error.field, error.field), str(error))
+        case _:
+            return Refusal(500, "internal error", code="internal", kind="server_error")
+
+
+def of_validation(error: RequestValidationError) -> Refusal:
+    """The first thing that is wrong with a body."""
+    first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        return Refusal(400, "the body is not valid JSON", code="invalid_json")
+    path = [str(part) for part in first["loc"] if part != "body"]
+    if not path:
+        message = f"the body must be a JSON object with valid names: {first['msg']}"
+        return Refusal(422, message, code="invalid_value")
+    return Refusal.of_field(".".join(path), first["msg"].removeprefix("Value error, "))
+
+
+def of_http(error: HTTPException) -> Refusal:
+    """What the framework refuses by itself: unknown paths, methods, unreadable bodies."""
+    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
+    return Refusal(error.status_code, str(error.detail), code=code)
+
+
+def _printable(text: str) -> str:
+    return text.encode("utf-8", "replace").decode()

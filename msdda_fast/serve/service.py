@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the routes of one app share: the engine, its limits, and whether it is ready."""
+
+from __future__ import annotations
+
+import base64
+import io
+import logging
+import math
+from concurrent.futures import Future
+from typing import Any
+
+from msdda_fast.engine.buffers import padded_steps
+from msdda_fast.errors import MSDDAError
+from msdda_fast.pipeline.batching.engine import Engine
+from msdda_fast.pipeline.batching.request import GeneratedImage, ImageRequest
+from msdda_fast.pipeline.request import latent_shape
+from msdda_fast.serve.metrics import Metrics
+from msdda_fast.serve.refusals import Refusal, of_engine
+from msdda_fast.serve.settings import ServeSettings, sides
+
+__all__ = ["Service", "encoded"]
+
+logger = logging.getLogger("msdda_fast.serve")
+
+
+class Service:
+    """An engine with the limits of an operator.
+
+    Args:
+        engine: Draws; its owner closes it.
+        settings: Of the service.
+
+    Raises:
+        InvalidShape: A size in the settings that the model cannot draw.
+
+    Attributes:
+        sizes: "WIDTHxHEIGHT" that may be asked for, the default first.
+        is_warm: Whether everything has been built and captured.
+        failure: Why it never will be; None: it may.
+    """
+
+    def __init__(self, engine: Engine, settings: ServeSettings) -> None:
+        self.engine, self.settings = engine, settings
+        self.metrics = Metrics(engine)
+        self.sizes = list(settings.sizes) or ["{}x{}".format(*engine.native_size)]
+        config, factor = engine.pipe.unet.config, engine.pipe.vae_scale_factor
+        for width, height in map(sides, self.sizes):
+            latent_shape(1, config, factor, height, width)
+        self.is_warm = False
+        self.failure: str | None = None
+
+    def warm(self) -> None:
+        """Build and capture all that a request may ask for; takes seconds to minutes."""
+        kinds = {padded_steps(steps): steps for steps in range(1, self.settings.max_steps + 1)}
+        try:
+            for width, height in map(sides, self.sizes):
+                for steps in kinds.values():
+                    self.engine.prepare(height, width, steps)
+        except Exception as error:
+            self.failure = f"{type(error).__name__}: {error}"
+            logger.exception("cannot get ready")
+        else:
+            self.is_warm = True
+            logger.info("ready", extra={"fields": {"sizes": self.sizes}})
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether requests are served at once."""
+        return self.is_warm and not self.engine.stats().is_closed
+
+    def submit(self, request: ImageRequest, count: int) -> list[Future[GeneratedImage]]:
+        """Stand in line for images.
+
+        Raises:
+            Refusal: The request cannot be, or not now.
+        """
+        if not self.is_warm:
+            raise Refusal(
+                503, "the model is being prepared", code="not_ready", kind="server_error",
+                retry_after_s=5,
+            )  # fmt: skip
+        try:
+            return self.engine.submit_images(request, count)
+        except MSDDAError as error:
+            raise self.refusal(error) from error
+
+    def refusal(self, error: BaseException) -> Refusal:
+        """What an image's outcome that is no image means to a client."""
+        if isinstance(error, MSDDAError):
+            return of_engine(error, self._retry_after_s())
+        return Refusal(500, "internal error", code="internal", kind="server_error")
+
+    def objectives(self) -> dict[str, Any]:
+        """What a client may choose, and within which limits."""
+        objectives, settings = self.engine.pipe.objectives, self.settings
+        data = [
+            {"id": name, "eta": o.eta, "guidance_scale": o.guidance_scale}
+            for name, o in objectives.items()
+        ]
+        limits = ("max_steps", "max_images", "max_prompt_chars")
+        return {
+            "object": "list",
+            "data": data,
+            "model": settings.model,
+            "sizes": self.sizes,
+            "steps": settings.steps,
+            **{name: getattr(settings, name) for name in limits},
+        }
+
+    def _retry_after_s(self) -> int:
+        """When the line will be gone: batches in it, at the mean time of one so far."""
+        stats = self.engine.stats()
+        drawn = stats.completed / stats.batches if stats.batches else 1.0
+        seconds = stats.drawing_s / stats.batches if stats.batches else 1.0
+        return min(60, max(1, math.ceil(stats.waiting / max(1.0, drawn) * seconds)))
+
+
+def encoded(result: GeneratedImage) -> str:
+    """The image as PNG in base 64."""
+    file = io.BytesIO()
+    result.image.save(file, format="PNG")
+    return base64.b64encode(file.getvalue()).decode()
