@@ -20,9 +20,10 @@ from torch import Tensor
 
 from msdda_fast.ddim_grid import DDIMGrid
 from msdda_fast.lora.soup import Merge
+from msdda_fast.schedule import fusion_shares
 from msdda_fast.types import Fusion
 
-__all__ = ["BASE", "Cost", "Fusion", "LatentModel", "preferred"]
+__all__ = ["BASE", "Cost", "Fusion", "LatentModel", "fused_eta", "preferred"]
 
 #: The name of the base model among the models.
 BASE = "base"
@@ -147,3 +148,11 @@ class LatentModel(Protocol):
 def preferred(model: LatentModel, rewards: Mapping[str, Tensor]) -> Tensor:
     """r_w = sum_j w_j r_j, (n,)."""
     return torch.stack([model.preference[name] * value for name, value in rewards.items()]).sum(0)
+
+
+def fused_eta(model: LatentModel) -> float:
+    """eta_w of the preferred models at their own etas: the noise that MSDDA has."""
+    w, etas = model.preference, [model.etas[name] for name in model.preference]
+    weights = torch.tensor(list(w.values()), dtype=torch.float64)
+    _, eta_w = fusion_shares(weights, torch.tensor(etas, dtype=torch.float64))
+    return float(eta_w)

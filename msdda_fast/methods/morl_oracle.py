@@ -13,7 +13,7 @@ from torch import Tensor
 
 from msdda_fast.errors import InvalidWeights
 from msdda_fast.methods.method import Method
-from msdda_fast.methods.model import LatentModel
+from msdda_fast.methods.model import LatentModel, fused_eta
 
 __all__ = ["MORLOracle"]
 
@@ -28,13 +28,13 @@ class MORLOracle(Method):
     Args:
         objective: The one that w weighs, of two.
         adapters: Files, folders or hub ids of LoRA adapters by w.
-        eta: Of the samples, in [0, 1]: that of the training.
+        eta: In [0, 1]; None: eta_w of the objectives' own etas, the noise that MSDDA has.
     """
 
     name: ClassVar[str] = "MORL"
     objective: str
     adapters: Mapping[float, str | Path]
-    eta: float = 1.0
+    eta: float | None = None
 
     def sample(self, model: LatentModel) -> Tensor:
         """See `Method.sample`.
@@ -43,8 +43,10 @@ class MORLOracle(Method):
             InvalidWeights: No adapter was trained for this preference.
             FileNotFoundError, AdapterMismatch, ValueError: See `LatentModel.load`.
         """
-        name = model.load(self._adapter(model.preference))
-        return model.decode(model.generate({name: 1.0}, {name: self.eta}))
+        adapter = self._adapter(model.preference)
+        eta = fused_eta(model) if self.eta is None else self.eta
+        name = model.load(adapter)
+        return model.decode(model.generate({name: 1.0}, {name: eta}))
 
     def _adapter(self, preference: Mapping[str, float]) -> str | Path:
         if self.objective not in preference or len(preference) != 2:

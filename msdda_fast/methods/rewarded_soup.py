@@ -6,13 +6,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from msdda_fast.lora.soup import Merge
 from msdda_fast.methods.method import Method
-from msdda_fast.methods.model import LatentModel
-from msdda_fast.schedule import fusion_shares
+from msdda_fast.methods.model import LatentModel, fused_eta
 
 __all__ = ["RewardedSoup"]
 
@@ -33,13 +31,6 @@ class RewardedSoup(Method):
 
     def sample(self, model: LatentModel) -> Tensor:
         """See `Method.sample`."""
-        eta = _fused_eta(model) if self.eta is None else self.eta
+        eta = fused_eta(model) if self.eta is None else self.eta
         soup = model.soup(model.preference, self.merge)
         return model.decode(model.generate({soup: 1.0}, {soup: eta}))
-
-
-def _fused_eta(model: LatentModel) -> float:
-    w, etas = model.preference, [model.etas[name] for name in model.preference]
-    weights = torch.tensor(list(w.values()), dtype=torch.float64)
-    _, eta_w = fusion_shares(weights, torch.tensor(etas, dtype=torch.float64))
-    return float(eta_w)

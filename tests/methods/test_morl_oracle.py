@@ -38,6 +38,15 @@ def test_closed_form(w, path, eta):
     assert found == pytest.approx(expected, abs=1e-12)
 
 
+def test_its_noise_is_that_of_the_fused_step():
+    """eta_w = (.8 / .3^2 + .2 / .4^2)^(-1/2), unless another eta is asked for."""
+    eta_w = (0.8 / 0.3**2 + 0.2 / 0.4**2) ** -0.5
+    etas = {"warm": 0.3, "cool": 0.4}
+    found = exact_moments(oracle(), TRAINED, preference=preference(0.2), etas=etas, files=TRAINED)
+    expected = moments(ddim_chain(TRAINED["at .2"], eta_w, sd15_scheduler()))
+    assert found == pytest.approx(expected, abs=1e-12)
+
+
 def test_the_nearest_adapter_is_not_good_enough():
     message = r"weight 0\.3 of 'cool'; there are: 0\.2, 0\.5"
     with pytest.raises(mf.InvalidWeights, match=message):
