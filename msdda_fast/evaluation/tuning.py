@@ -32,12 +32,12 @@ _KINDS: Mapping[str, type[Method]] = {kind.name: kind for kind in (RGG, DAS, TFG
 def candidates() -> list[Method]:
     """Six settings of each system; what is not named stands as published."""
     return [
-        *(RGG(norm="global", alpha=a, gamma=g) for a in (0.03, 0.1, 0.3) for g in (0.024, 0.1)),
-        *(DAS(alpha=a, gamma=g) for a in (0.02, 0.1, 0.5) for g in (0.016, 0.05)),
-        *(TFG(rho=r, mu=m, n_samples=1) for r in (0.0, 0.25) for m in (0.5, 2.0, 8.0)),
+        *(RGG(norm="none", alpha=a, gamma=g) for a in (0.01, 0.03, 0.1) for g in (0.024, 0.1)),
+        *(DAS(alpha=a, gamma=g) for a in (0.005, 0.02, 0.1) for g in (0.016, 0.05)),
+        *(TFG(rho=r, mu=m, n_samples=1) for r in (0.25, 1.0) for m in (2.0, 8.0, 32.0)),
         *(
             MUDM(scale=s, dependency=d)
-            for s in (1.0, 4.0, 16.0)
+            for s in (4.0, 16.0, 64.0)
             for d in ("independent", "dependent")
         ),
     ]
