@@ -41,8 +41,8 @@ class Running:
         assert not self._thread.is_alive()
 
 
-def until(condition):
-    end = time.monotonic() + SOON
+def until(condition, seconds=SOON):
+    end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited too long"
         time.sleep(0.002)

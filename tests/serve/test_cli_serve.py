@@ -17,6 +17,7 @@ from msdda_fast.serve.process import Process
 from tests.serve.conftest import until
 
 runner = CliRunner()
+LOADED = 120  # seconds; a process imports and loads
 
 
 def run(*arguments, **environment):
@@ -103,16 +104,32 @@ class Command:
         return httpx2.post(f"{self.url()}/v1/images/generations", json=body, timeout=60)
 
     def stop(self):
+        if self.process.poll() is not None:
+            return self.process.returncode
         self.process.send_signal(signal.SIGTERM)
         code = self.process.wait(60)
         self._reader.join(10)
+        self.process.stderr.close()
         return code
 
 
+@pytest.fixture
+def command(tiny):
+    started = []
+
+    def start(*arguments):
+        started.append(Command(tiny.folder, *arguments))
+        until(started[-1].is_ready, LOADED)
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.stop()
+
+
 @pytest.mark.slow
-def test_sigterm_under_load_answers_every_request(tiny):
-    command = Command(tiny.folder, "--max-batch", "2")
-    until(command.is_ready)
+def test_sigterm_under_load_answers_every_request(command):
+    command = command("--max-batch", "2")
     answers = []
 
     def ask(seed):
@@ -130,17 +147,11 @@ def test_sigterm_under_load_answers_every_request(tiny):
 
 
 @pytest.mark.slow
-def test_a_killed_process_is_replaced(tiny):
-    command = Command(tiny.folder, "--workers", "2", "--max-batch", "1")
-    until(command.is_ready)
-    listed = subprocess.run(
-        ["ps", "-o", "pid=,args=", "--ppid", str(command.process.pid)],
-        capture_output=True, text=True, check=True,
-    ).stdout  # fmt: skip
-    children = [int(line.split()[0]) for line in listed.splitlines() if "spawn_main" in line]
-    assert len(children) == 2
-    until(lambda: "".join(command.log).count('"event": "ready"') == 2)
-    os.kill(children[0], signal.SIGKILL)
-    until(lambda: "".join(command.log).count('"event": "ready"') == 3)
+def test_a_killed_process_is_replaced(command):
+    command = command("--workers", "2", "--max-batch", "1")
+    until(lambda: "".join(command.log).count('"event": "ready"') == 2, LOADED)
+    children = re.findall(r"Started server process \[(\d+)\]", "".join(command.log))
+    os.kill(int(children[0]), signal.SIGKILL)
+    until(lambda: "".join(command.log).count('"event": "ready"') == 3, LOADED)
     assert command.draw().status_code == 200
     assert command.stop() == 0
