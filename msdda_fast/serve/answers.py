@@ -35,7 +35,7 @@ async def complete(
         Refusal: There is no image for one of them.
         ClientGone: The client waits no more.
     """
-    futures = service.submit(request, count)
+    futures = await service.submit(request, count)
     images = asyncio.gather(*map(asyncio.wrap_future, futures))
     gone = asyncio.create_task(_disconnected(connection))
     try:
@@ -54,7 +54,7 @@ async def complete(
             future.cancel()
 
 
-def stream(
+async def stream(
     service: Service, request: ImageRequest, count: int, *, on_end: Callable[[Any], None]
 ) -> AsyncIterator[str]:
     """Stand in line, and return the events: every step of every image, then the image.
@@ -72,7 +72,7 @@ def stream(
         if not loop.is_closed():
             loop.call_soon_threadsafe(news.put_nowait, item)
 
-    futures = service.submit(replace(request, on_step=tell), count)
+    futures = await service.submit(replace(request, on_step=tell), count)
     for index, future in enumerate(futures):
         future.add_done_callback(lambda done, index=index: tell((index, done)))  # type: ignore[misc]
     return _events(service, futures, news, on_end)

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The routes. `create_app(engine, settings)` is a FastAPI app for any ASGI server."""
+"""The routes. `create_app(engine, settings)` is a FastAPI app for any ASGI server.
+
+`app_of(service)` is one for images that are drawn elsewhere.
+"""
 
 import asyncio
 import time
@@ -18,10 +21,10 @@ from msdda_fast.serve.answers import ClientGone, complete, stream
 from msdda_fast.serve.body import ErrorBody, GenerationBody
 from msdda_fast.serve.guard import Guard
 from msdda_fast.serve.refusals import Refusal, of_http, of_validation
-from msdda_fast.serve.service import Service, encoded
+from msdda_fast.serve.service import EngineService, Service, encoded
 from msdda_fast.serve.settings import ServeSettings
 
-__all__ = ["create_app"]
+__all__ = ["app_of", "create_app"]
 
 #: Statuses of refusals, for the documentation.
 REFUSALS: dict[int | str, dict[str, Any]] = {
@@ -42,7 +45,12 @@ def create_app(engine: Engine, settings: ServeSettings) -> FastAPI:
     Raises:
         InvalidShape: A size in the settings that the model cannot draw.
     """
-    service = Service(engine, settings)
+    return app_of(EngineService(engine, settings))
+
+
+def app_of(service: Service) -> FastAPI:
+    """Serve a service, which is warmed when the app starts up."""
+    settings = service.settings
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -75,7 +83,7 @@ def create_app(engine: Engine, settings: ServeSettings) -> FastAPI:
             log["waited_s"] = round(max(result.waited_s for result in outcome), 4)
 
         if body.stream:
-            events = stream(service, request, body.n, on_end=ended)
+            events = await stream(service, request, body.n, on_end=ended)
             return StreamingResponse(events, media_type="text/event-stream")
         results = await complete(service, request, body.n, connection)
         data = [
@@ -95,8 +103,7 @@ def create_app(engine: Engine, settings: ServeSettings) -> FastAPI:
     @app.get("/health", responses={503: {"model": ErrorBody}})
     async def health() -> dict[str, str]:
         """Whether this process is of use; if not, start another."""
-        failure = service.failure or service.engine.stats().failure
-        if failure is not None:
+        if service.has_failed:
             raise Refusal(503, "the engine failed", code="failed", kind="server_error")
         return {"status": "ok"}
 
@@ -110,7 +117,9 @@ def create_app(engine: Engine, settings: ServeSettings) -> FastAPI:
     @app.get("/metrics", response_class=Response)
     async def metrics() -> Response:
         """Counts for Prometheus."""
-        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
+        return Response(
+            service.metrics.text(await service.stats()), media_type="text/plain; version=0.0.4"
+        )
 
     return app
 

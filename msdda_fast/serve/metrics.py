@@ -11,7 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from msdda_fast.pipeline.batching.engine import Engine
+from msdda_fast.pipeline.batching.stats import EngineStats
 
 __all__ = ["Metrics"]
 
@@ -26,9 +26,8 @@ class Metrics:
         latency: Seconds from request to answer, of those that got their images.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(_EngineCollector(engine))
         self.refusals = Counter(
             "msdda_refusals", "Requests answered with an error.", ["code"], registry=self._registry
         )
@@ -39,17 +38,19 @@ class Metrics:
             registry=self._registry,
         )
 
-    def text(self) -> bytes:
-        """All of it in Prometheus' text format."""
-        return generate_latest(self._registry)
+    def text(self, stats: EngineStats) -> bytes:
+        """All of it in Prometheus' text format, with the counts of what draws."""
+        drawing = CollectorRegistry()
+        drawing.register(_StatsCollector(stats))
+        return generate_latest(self._registry) + generate_latest(drawing)
 
 
-class _EngineCollector(Collector):
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+class _StatsCollector(Collector):
+    def __init__(self, stats: EngineStats) -> None:
+        self._stats = stats
 
     def collect(self) -> Iterator[Metric]:
-        stats = self._engine.stats()
+        stats = self._stats
         yield GaugeMetricFamily("msdda_queue_images", "Images in line.", stats.waiting)
         yield GaugeMetricFamily("msdda_drawing_images", "Images being drawn.", stats.drawing)
         images = CounterMetricFamily("msdda_images", "Images by outcome.", labels=["outcome"])

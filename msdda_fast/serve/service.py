@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the routes of one app share: the engine, its limits, and whether it is ready."""
+"""What the routes of one app share: what draws, its limits, and whether it is ready."""
 
 from __future__ import annotations
 
@@ -7,25 +7,106 @@ import base64
 import io
 import logging
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
 from msdda_fast.engine.buffers import padded_steps
 from msdda_fast.errors import MSDDAError
+from msdda_fast.objective import Objective
 from msdda_fast.pipeline.batching.engine import Engine
 from msdda_fast.pipeline.batching.request import GeneratedImage, ImageRequest
+from msdda_fast.pipeline.batching.stats import EngineStats
 from msdda_fast.pipeline.request import latent_shape
 from msdda_fast.serve.metrics import Metrics
 from msdda_fast.serve.refusals import Refusal, of_engine
 from msdda_fast.serve.settings import ServeSettings, sides
 
-__all__ = ["Service", "encoded"]
+__all__ = ["EngineService", "Service", "encoded"]
 
 logger = logging.getLogger("msdda_fast.serve")
 
 
-class Service:
-    """An engine with the limits of an operator.
+class Service(ABC):
+    """Images with the limits of an operator, wherever they are drawn.
+
+    Args:
+        settings: Of the service.
+        sizes: "WIDTHxHEIGHT" that may be asked for, the default first.
+        objectives: Of the model, by the names that weights have.
+
+    Attributes:
+        metrics: Of this app.
+    """
+
+    def __init__(
+        self,
+        settings: ServeSettings,
+        *,
+        sizes: Sequence[str],
+        objectives: Mapping[str, Objective],
+    ) -> None:
+        self.settings, self.sizes = settings, list(sizes)
+        self._objectives = objectives
+        self.metrics = Metrics()
+
+    @abstractmethod
+    def warm(self) -> None:
+        """Get ready; may take minutes, and is called on a thread of its own."""
+
+    @property
+    @abstractmethod
+    def is_ready(self) -> bool:
+        """Whether requests are served at once."""
+
+    @property
+    @abstractmethod
+    def has_failed(self) -> bool:
+        """Whether this process will never serve again."""
+
+    @abstractmethod
+    async def submit(self, request: ImageRequest, count: int) -> list[Future[GeneratedImage]]:
+        """Stand in line for images.
+
+        Raises:
+            Refusal: The request cannot be, or not now.
+        """
+
+    @abstractmethod
+    async def stats(self) -> EngineStats:
+        """The counts of all that draws."""
+
+    @abstractmethod
+    def retry_after_s(self) -> int:
+        """Whole seconds until a refused request may find room."""
+
+    def refusal(self, error: BaseException) -> Refusal:
+        """What an image's outcome that is no image means to a client."""
+        if isinstance(error, MSDDAError):
+            return of_engine(error, self.retry_after_s())
+        return Refusal(500, "internal error", code="internal", kind="server_error")
+
+    def objectives(self) -> dict[str, Any]:
+        """What a client may choose, and within which limits."""
+        settings = self.settings
+        data = [
+            {"id": name, "eta": o.eta, "guidance_scale": o.guidance_scale}
+            for name, o in self._objectives.items()
+        ]
+        limits = ("max_steps", "max_images", "max_prompt_chars")
+        return {
+            "object": "list",
+            "data": data,
+            "model": settings.model,
+            "sizes": self.sizes,
+            "steps": settings.steps,
+            **{name: getattr(settings, name) for name in limits},
+        }
+
+
+class EngineService(Service):
+    """Images of an engine in this process.
 
     Args:
         engine: Draws; its owner closes it.
@@ -35,15 +116,14 @@ class Service:
         InvalidShape: A size in the settings that the model cannot draw.
 
     Attributes:
-        sizes: "WIDTHxHEIGHT" that may be asked for, the default first.
         is_warm: Whether everything has been built and captured.
         failure: Why it never will be; None: it may.
     """
 
     def __init__(self, engine: Engine, settings: ServeSettings) -> None:
-        self.engine, self.settings = engine, settings
-        self.metrics = Metrics(engine)
-        self.sizes = list(settings.sizes) or ["{}x{}".format(*engine.native_size)]
+        sizes = settings.sizes or ("{}x{}".format(*engine.native_size),)
+        super().__init__(settings, sizes=sizes, objectives=engine.pipe.objectives)
+        self.engine = engine
         config, factor = engine.pipe.unet.config, engine.pipe.vae_scale_factor
         for width, height in map(sides, self.sizes):
             latent_shape(1, config, factor, height, width)
@@ -66,15 +146,16 @@ class Service:
 
     @property
     def is_ready(self) -> bool:
-        """Whether requests are served at once."""
+        """See `Service`."""
         return self.is_warm and not self.engine.stats().is_closed
 
-    def submit(self, request: ImageRequest, count: int) -> list[Future[GeneratedImage]]:
-        """Stand in line for images.
+    @property
+    def has_failed(self) -> bool:
+        """See `Service`."""
+        return (self.failure or self.engine.stats().failure) is not None
 
-        Raises:
-            Refusal: The request cannot be, or not now.
-        """
+    async def submit(self, request: ImageRequest, count: int) -> list[Future[GeneratedImage]]:
+        """See `Service`."""
         if not self.is_warm:
             raise Refusal(
                 503, "the model is being prepared", code="not_ready", kind="server_error",
@@ -85,30 +166,11 @@ class Service:
         except MSDDAError as error:
             raise self.refusal(error) from error
 
-    def refusal(self, error: BaseException) -> Refusal:
-        """What an image's outcome that is no image means to a client."""
-        if isinstance(error, MSDDAError):
-            return of_engine(error, self._retry_after_s())
-        return Refusal(500, "internal error", code="internal", kind="server_error")
+    async def stats(self) -> EngineStats:
+        """See `Service`."""
+        return self.engine.stats()
 
-    def objectives(self) -> dict[str, Any]:
-        """What a client may choose, and within which limits."""
-        objectives, settings = self.engine.pipe.objectives, self.settings
-        data = [
-            {"id": name, "eta": o.eta, "guidance_scale": o.guidance_scale}
-            for name, o in objectives.items()
-        ]
-        limits = ("max_steps", "max_images", "max_prompt_chars")
-        return {
-            "object": "list",
-            "data": data,
-            "model": settings.model,
-            "sizes": self.sizes,
-            "steps": settings.steps,
-            **{name: getattr(settings, name) for name in limits},
-        }
-
-    def _retry_after_s(self) -> int:
+    def retry_after_s(self) -> int:
         """When the line will be gone: batches in it, at the mean time of one so far."""
         stats = self.engine.stats()
         drawn = stats.completed / stats.batches if stats.batches else 1.0
