@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ matplotlib.use("Agg")  # figures go to files, whatever display there is
 
 import numpy as np
 from matplotlib import pyplot as plt
+from matplotlib.patheffects import withStroke
 from matplotlib.tri import Triangulation
 
-from msdda_fast.evaluation.statistics import Arm, mean_reward
+from msdda_fast.evaluation.statistics import Arm, Pair, mean_reward
 from msdda_fast.files import write_atomically
 
 __all__ = ["label_of", "pareto_figure", "simplex_figure"]
@@ -34,6 +36,9 @@ def label_of(system: tuple[str, str]) -> str:
 def pareto_figure(arms: Sequence[Arm], rewards: tuple[str, str], file: Path) -> None:
     """Draw mean rewards with 95% intervals, a line per system through its preferences.
 
+    Systems that evaluate rewards while sampling have a panel of their own. MSDDA is in both, in
+    theirs with the images of their prompts and seeds.
+
     Args:
         arms: With and without weights; those of MSDDA itself are drawn thickest.
         rewards: Horizontal and vertical.
@@ -42,54 +47,77 @@ def pareto_figure(arms: Sequence[Arm], rewards: tuple[str, str], file: Path) -> 
     systems: dict[tuple[str, str], list[Arm]] = {}
     for arm in sorted(arms, key=lambda a: -1.0 if a.w is None else a.w):
         systems.setdefault(arm.system, []).append(arm)
-    figure, axes = plt.subplots(figsize=(10.5, 6.4), layout="constrained")
+    fronts = [systems[system] for system in sorted(systems, key=lambda s: s != _OURS)]
+    searches = [front for front in fronts[1:] if front[0].costs["reward_calls"]]
+    panels = {"aligned models": [front for front in fronts if front not in searches]}
+    if searches:
+        pairs = {pair for front in searches for arm in front for pair in arm.rewards}
+        ours = [replace(arm, rewards=_only(pairs, arm.rewards)) for arm in fronts[0]]
+        panels["rewards while sampling"] = [[arm for arm in ours if arm.rewards], *searches]
+    figure, row = plt.subplots(
+        1, len(panels), figsize=(7.2 * len(panels), 7.2), layout="constrained",
+        sharex=True, sharey=True, squeeze=False,
+    )  # fmt: skip
+    for axes, (title, shown) in zip(row[0], panels.items(), strict=True):
+        _pareto_panel(axes, shown, rewards)
+        axes.set_title(title, fontsize=11)
+        axes.set_xlabel(f"{rewards[0]} reward, mean and 95% interval")
+    row[0][0].set_ylabel(f"{rewards[1]} reward, mean and 95% interval")
+    _save(figure, file)
+
+
+def _only(pairs: Set[Pair], rewards: Mapping[Pair, Mapping[str, float]]) -> dict[Pair, Any]:
+    return {pair: values for pair, values in rewards.items() if pair in pairs}
+
+
+def _pareto_panel(
+    axes: Any,  # noqa: ANN401 - matplotlib has no types
+    fronts: Sequence[Sequence[Arm]],
+    rewards: tuple[str, str],
+) -> None:
     # red is taken
     colors = [c for i, c in enumerate(plt.get_cmap("tab20").colors) if i not in (6, 7)]
     colors = colors[::2] + colors[1::2]
-    for i, system in enumerate(sorted(systems, key=lambda s: s != _OURS)):
-        ours, alone = system == _OURS, systems[system][0].w is None
-        points = [[mean_reward(arm.values(name)) for name in rewards] for arm in systems[system]]
+    for i, front in enumerate(fronts):
+        ours, alone = front[0].system == _OURS, front[0].w is None
+        color = _RED if ours else colors[i % len(colors)]
+        points = [[mean_reward(arm.values(name)) for name in rewards] for arm in front]
         x, y = ([point[axis] for point in points] for axis in (0, 1))
         counts = sorted({interval.pairs for interval in x})
-        axes.errorbar(
+        axes.plot(
             [v.mean for v in x],
             [v.mean for v in y],
-            color=_RED if ours else colors[i % len(colors)],
+            color=color,
             marker="*" if alone else _MARKERS[i % len(_MARKERS)],
             markersize=13 if alone else 6 + 2 * ours,
             linewidth=2.6 if ours else 1.3,
             zorder=4 if ours else 3,
-            label=f"{label_of(system)}, n = {'/'.join(map(str, counts))}",
+            label=f"{label_of(front[0].system)}, n = {'/'.join(map(str, counts))}",
         )
         axes.errorbar(
             [v.mean for v in x],
             [v.mean for v in y],
             xerr=[[v.mean - v.low for v in x], [v.high - v.mean for v in x]],
             yerr=[[v.mean - v.low for v in y], [v.high - v.mean for v in y]],
-            color=_RED if ours else colors[i % len(colors)],
+            color=color,
             linestyle="none",
             elinewidth=0.8,
-            alpha=1.0 if ours else 0.4,
+            alpha=0.8 if ours else 0.25,
             zorder=2,
         )
-        if ours:
-            for arm, px, py in zip(systems[system], x, y, strict=True):
+        for arm, px, py in zip(front, x, y, strict=True):
+            if ours:
                 axes.annotate(
-                    f"w = {arm.w:g}",
-                    (px.mean, py.mean),
-                    textcoords="offset points",
-                    xytext=(9, 7),
-                    color=_INK,
-                    fontsize=9,
-                )
-    axes.set_xlabel(f"{rewards[0]} reward, mean and 95% interval")
-    axes.set_ylabel(f"{rewards[1]} reward, mean and 95% interval")
-    _plain(axes)
+                    f"w = {arm.w:g}", (px.mean, py.mean), textcoords="offset points",
+                    xytext=(9, 7), color=_INK, fontsize=9, zorder=5,
+                    path_effects=[withStroke(linewidth=3, foreground="white")],
+                )  # fmt: skip
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(
-        loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8.5,
+        loc="upper center", bbox_to_anchor=(0.5, -0.11), ncols=2, frameon=False, fontsize=8.5,
         title="images per point: n", title_fontsize=8.5,
     )  # fmt: skip
-    _save(figure, file)
 
 
 def simplex_figure(arms: Sequence[Arm], rewards: Sequence[str], file: Path) -> None:
@@ -125,11 +153,6 @@ def simplex_figure(arms: Sequence[Arm], rewards: Sequence[str], file: Path) -> N
         axes.axis("off")
         figure.colorbar(shades, ax=axes, shrink=0.7)
     _save(figure, file)
-
-
-def _plain(axes: Any) -> None:  # noqa: ANN401 - matplotlib has no types
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _save(figure: Any, file: Path) -> None:  # noqa: ANN401 - matplotlib has no types

@@ -56,7 +56,7 @@ class Arm:
         method, variant, w: As in the scores.
         weights: By reward; empty for a system without weights.
         rewards: By pair, values by reward.
-        seconds: Mean per image.
+        seconds: Per image, of the fastest batch: what else the machine did slows the others.
         costs: Mean per image, by the names of `COSTS`.
     """
 
@@ -144,7 +144,7 @@ def _arm(group: Sequence[Score]) -> Arm:
         w=first.w,
         weights={name: float(value) for name, value in weights.items()},
         rewards={(row.prompt, row.seed): row.rewards for row in group},
-        seconds=float(np.mean([row.seconds for row in group])),
+        seconds=min(row.seconds for row in group),
         costs={name: float(np.mean([row.costs[name] for row in group])) for name in COSTS},
     )
 

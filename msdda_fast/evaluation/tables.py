@@ -160,7 +160,7 @@ def to_csv(tables: Sequence[PreferenceTable]) -> str:
 def to_markdown(table: PreferenceTable) -> str:
     """One preference table as Markdown."""
     names = list(table.weights)
-    head = ["system", "n", *names, "r_w", "MSDDA minus it", "UNet forwards", "s / image"]
+    head = ["system", "n", *names, "r_w", "MSDDA minus it", "UNet forwards", "fastest s / image"]
     lines = [f"| {' | '.join(head)} |", "|---" + "|---:" * (len(head) - 1) + "|"]
     for row in table.rows:
         arm = row.arm
