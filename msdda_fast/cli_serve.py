@@ -107,14 +107,8 @@ def serve(
 def _load(
     model: str, objectives: list[str] | None, dtype: DType, device: str | None
 ) -> MSDDAPipeline:
-    """Load a pipeline, with its convolutions in the layout that captured batches share."""
-    import torch
-
     from msdda_fast.pipeline.notices import quieten
+    from msdda_fast.serve.service import lay_out
 
     quieten()
-    pipe = load(model, objectives, dtype, device)
-    if pipe.device.type == "cuda":
-        # else every captured size would hold a copy of them
-        pipe.unet.to(memory_format=torch.channels_last)
-    return pipe
+    return lay_out(load(model, objectives, dtype, device))

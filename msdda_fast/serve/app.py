@@ -110,7 +110,7 @@ def app_of(service: Service) -> FastAPI:
     @app.get("/ready", responses={503: {"model": ErrorBody}})
     async def ready() -> dict[str, str]:
         """Whether requests are served at once."""
-        if not service.is_ready:
+        if not await service.is_serving():
             raise Refusal(503, "not ready", code="not_ready", kind="server_error", retry_after_s=5)
         return {"status": "ready"}
 

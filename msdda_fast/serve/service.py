@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
+import torch
+
 from msdda_fast.engine.buffers import padded_steps
 from msdda_fast.errors import MSDDAError
 from msdda_fast.objective import Objective
@@ -19,11 +21,12 @@ from msdda_fast.pipeline.batching.engine import Engine
 from msdda_fast.pipeline.batching.request import GeneratedImage, ImageRequest
 from msdda_fast.pipeline.batching.stats import EngineStats
 from msdda_fast.pipeline.request import latent_shape
+from msdda_fast.pipeline.stable_diffusion import MSDDAPipeline
 from msdda_fast.serve.metrics import Metrics
 from msdda_fast.serve.refusals import Refusal, of_engine
 from msdda_fast.serve.settings import ServeSettings, sides
 
-__all__ = ["EngineService", "Service", "encoded"]
+__all__ = ["EngineService", "Service", "encoded", "lay_out"]
 
 logger = logging.getLogger("msdda_fast.serve")
 
@@ -55,9 +58,8 @@ class Service(ABC):
     def warm(self) -> None:
         """Get ready; may take minutes, and is called on a thread of its own."""
 
-    @property
     @abstractmethod
-    def is_ready(self) -> bool:
+    async def is_serving(self) -> bool:
         """Whether requests are served at once."""
 
     @property
@@ -146,8 +148,12 @@ class EngineService(Service):
 
     @property
     def is_ready(self) -> bool:
-        """See `Service`."""
+        """Whether requests are served at once."""
         return self.is_warm and not self.engine.stats().is_closed
+
+    async def is_serving(self) -> bool:
+        """See `Service`."""
+        return self.is_ready
 
     @property
     def has_failed(self) -> bool:
@@ -176,6 +182,16 @@ class EngineService(Service):
         drawn = stats.completed / stats.batches if stats.batches else 1.0
         seconds = stats.drawing_s / stats.batches if stats.batches else 1.0
         return min(60, max(1, math.ceil(stats.waiting / max(1.0, drawn) * seconds)))
+
+
+def lay_out(pipe: MSDDAPipeline) -> MSDDAPipeline:
+    """Put convolutions into the layout that captured batches share, in place.
+
+    Else every captured size would hold a copy of them.
+    """
+    if pipe.device.type == "cuda":
+        pipe.unet.to(memory_format=torch.channels_last)
+    return pipe
 
 
 def encoded(result: GeneratedImage) -> str:

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A replica: one engine, warm before it takes requests, that tells what it draws as it draws it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from msdda_fast.errors import EngineFailed, MSDDAError
+from msdda_fast.objective import Objective
+from msdda_fast.pipeline.batching.engine import Engine
+from msdda_fast.pipeline.batching.request import GeneratedImage, ImageRequest, Progress
+from msdda_fast.pipeline.batching.stats import EngineStats
+from msdda_fast.pipeline.stable_diffusion import MSDDAPipeline
+from msdda_fast.serve.logs import log_to_stderr
+from msdda_fast.serve.service import EngineService
+from msdda_fast.serve.settings import ServeSettings
+
+__all__ = ["Admitted", "Drawer", "Facts", "News", "Outcome"]
+
+
+class Facts(NamedTuple):
+    """What every replica has in common: see `Service`."""
+
+    sizes: Sequence[str]
+    objectives: Mapping[str, Objective]
+
+
+class Admitted(NamedTuple):
+    """The request is in line. Whatever was wrong with it would have been said instead."""
+
+
+class Outcome(NamedTuple):
+    """Image 0.. of a request, or why there is none."""
+
+    image: int
+    result: GeneratedImage | BaseException
+
+
+News = Admitted | Progress | Outcome | MSDDAError
+
+
+class Drawer:
+    """Runs in a Ray actor.
+
+    Args:
+        load: Returns the pipeline.
+        settings: Of the service.
+        engine: Arguments of `Engine`.
+
+    Raises:
+        EngineFailed: It cannot be warmed; the message says why.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], MSDDAPipeline],
+        settings: ServeSettings,
+        engine: Mapping[str, Any],
+    ) -> None:
+        log_to_stderr()
+        self._engine = Engine(load(), **engine)
+        self._service = EngineService(self._engine, settings)
+        self._service.warm()
+        if self._service.failure is not None:
+            self._engine.close(drain=False)
+            raise EngineFailed(f"the model cannot be prepared: {self._service.failure}")
+
+    def facts(self) -> Facts:
+        """What requests are checked against before a replica sees them."""
+        return Facts(self._service.sizes, self._engine.pipe.objectives)
+
+    def stats(self) -> EngineStats:
+        """The engine's counts."""
+        return self._engine.stats()
+
+    def check_health(self) -> None:
+        """Ray replaces the replica when this raises.
+
+        Raises:
+            EngineFailed: The engine has stopped.
+        """
+        if self._service.has_failed:
+            raise EngineFailed(f"the engine has stopped: {self._engine.stats().failure}")
+
+    async def draw(self, request: ImageRequest, count: int, watched: bool) -> AsyncIterator[News]:
+        """Draw `count` images, and leave the line when nobody listens any more.
+
+        Args:
+            watched: Whether to tell every step.
+
+        Yields: The error that the engine refused it with, or `Admitted`, `Progress` of each step if
+            watched, and an `Outcome` of each image.
+        """
+        loop = asyncio.get_running_loop()
+        news: asyncio.Queue[Progress | Outcome] = asyncio.Queue()
+
+        def tell(item: Progress | Outcome) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(news.put_nowait, item)
+
+        def finished(index: int, future: Future[GeneratedImage]) -> None:
+            if not future.cancelled():
+                tell(Outcome(index, future.exception() or future.result()))
+
+        try:
+            futures = self._engine.submit_images(
+                replace(request, on_step=tell if watched else None), count
+            )
+        except MSDDAError as error:
+            yield error
+            return
+        try:
+            for index, future in enumerate(futures):
+                future.add_done_callback(lambda done, index=index: finished(index, done))  # type: ignore[misc]
+            yield Admitted()
+            missing = count
+            while missing:
+                item = await news.get()
+                missing -= isinstance(item, Outcome)
+                yield item
+        finally:
+            for future in futures:
+                future.cancel()
+
+    def __del__(self) -> None:
+        # Ray calls it once the replica has no requests left; none may have been made
+        if engine := getattr(self, "_engine", None):
+            engine.close(drain=False)
