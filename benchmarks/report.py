@@ -5,13 +5,18 @@
 
 Prints the tables of the latest run of each case, and rewrites the README blocks between
 `<!-- bench:fused_step:begin -->` and `<!-- bench:fused_step:end -->` (and likewise `grouped_lora`,
-`latency`, `modes` and `compare`) where there are any.
+`latency`, `modes`, `compare` and `serving`) where there are any.
 """
 
 import csv
 import json
 import re
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # when run as a script
+
+from benchmarks import serving_output
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
@@ -289,6 +294,11 @@ def compare_table() -> str:
     return "\n".join([head, *rows, "", note])
 
 
+def serving_table() -> str:
+    """One row per server: throughput, and latencies at common rates."""
+    return serving_output.table(serving_output.last_run(RESULTS / "serving.jsonl"))
+
+
 def mode_time(record: dict, exact: dict) -> str:
     """The ratio of two medians, marked where the spreads overlap."""
     ratio = f"{record['median_us'] / exact['median_us']:.2f}"
@@ -316,6 +326,7 @@ TABLES = {
     "latency": latency_table,
     "modes": modes_table,
     "compare": compare_table,
+    "serving": serving_table,
 }
 
 if __name__ == "__main__":
