@@ -5,6 +5,7 @@ import asyncio
 import threading
 import time
 from concurrent.futures import CancelledError, as_completed
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -308,7 +309,8 @@ class TestWatching:
         seen = []
         for future in start().submit_images(request(on_step=seen.append), 2):
             future.result(SOON)
-        assert sorted(seen) == [(image, step, 3) for image in (0, 1) for step in (1, 2, 3)]
+        steps = [(image, step, 3, None) for image in (0, 1) for step in (1, 2, 3)]
+        assert sorted(seen) == steps
 
     def test_what_on_step_raises_is_the_outcome_of_its_own_request_only(self, start):
         def fall(progress):
@@ -355,6 +357,63 @@ class TestWatching:
         stats = engine.stats()
         assert (stats.completed, stats.waiting, stats.failed) == (16, 0, 0)
         assert sum(size * count for size, count in stats.batch_sizes.items()) == 16
+
+
+class TestPreviews:
+    @pytest.mark.parametrize("forward", ["batched", "sequential"])
+    def test_are_the_state_then_decoded_and_change_no_bit_of_any_image(
+        self, start, own_pipe, monkeypatch, forward
+    ):
+        monkeypatch.setattr(graph, "graphs_for", lambda device: CountedGraphs())
+        pipe = quiet(mf.MSDDAPipeline.from_pipe(own_pipe))
+        pipe.set_forward(forward)
+        engine, seen, decoded = start(pipe), [], []
+        preview = BatchPipeline.preview
+
+        def noted(self, x_t, output_type):
+            decoded.append(len(x_t))
+            return preview(self, x_t, output_type)
+
+        monkeypatch.setattr(BatchPipeline, "preview", noted)
+        plain = [request(**fields) for fields in STRANGERS]
+        asking = replace(plain[2], on_step=seen.append, preview_steps=[1, 2])
+        before = together(engine, plain)
+        after = together(engine, [*plain[:2], asking, plain[3]])
+        for one, other in zip(before, after, strict=True):
+            assert torch.equal(one.image, other.image)
+        assert [(p.step, p.preview is not None) for p in seen] == [(1, True), (2, True), (3, False)]
+        assert decoded == [1, 1]  # only rows that asked
+        states = []
+        own_pipe(
+            "a cat", seed=2**64 - 1, guidance_scale=1.0, negative_prompt="blurry",
+            num_inference_steps=3, output_type="latent",
+            callback_on_step_end=lambda p, k, t, tensors: states.append(tensors["latents"]) or {},
+        )  # fmt: skip
+        for progress, state in zip(seen[:2], states[:2], strict=True):
+            assert_close(progress.preview, state[0])
+
+    def test_look_like_the_images_of_the_engine(self, start):
+        seen = []
+        asking = request(on_step=seen.append, preview_steps=(2,))
+        result = start(output_type="pil").submit(asking).result(SOON)
+        assert seen[1].preview.size == result.image.size and seen[0].preview is None
+
+    def test_one_that_cannot_be_decoded_costs_nobody_the_image(self, start, monkeypatch, caplog):
+        def fail(self, x_t, output_type):
+            raise MemoryError("no room")
+
+        monkeypatch.setattr(BatchPipeline, "preview", fail)
+        seen = []
+        asking = request(on_step=seen.append, preview_steps=(2,))
+        assert all(result.image is not None for result in together(start(), [asking, request()]))
+        assert [progress.preview for progress in seen] == [None] * 3
+        assert "no previews after step 2" in caplog.text
+
+    @pytest.mark.parametrize("steps", [[0], [4]], ids=str)
+    def test_of_steps_that_there_are_not(self, start, steps):
+        with pytest.raises(mf.InvalidRequest, match="steps are 1 to 3") as raised:
+            start().submit(request(preview_steps=steps))
+        assert raised.value.field == "preview_steps"
 
 
 class TestClosing:

@@ -8,7 +8,7 @@ import math
 import secrets
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -69,6 +69,8 @@ class Admission:
             expires = now + _timeout(request.timeout_s)
         shape = self._shape(request)
         table = self._table(request, zero_variance)
+        with _field("preview_steps"):
+            previews = _previews(request.preview_steps, len(table))
         return [
             Ticket(
                 prompt=request.prompt,
@@ -80,6 +82,7 @@ class Admission:
                 arrived=now,
                 expires=expires,
                 on_step=request.on_step,
+                preview_steps=previews,
             )
             for index, seed in enumerate(seeds)
         ]
@@ -147,6 +150,13 @@ def _seeds(seed: int | None, count: int) -> list[int]:
     except ValueError as error:
         raise InvalidRequest(str(error)) from None
     return [seed] if count == 1 else image_seeds(seed, count)
+
+
+def _previews(steps: Iterable[int], count: int) -> frozenset[int]:
+    chosen = frozenset(steps)
+    if unknown := chosen.difference(range(1, count + 1)):
+        raise InvalidRequest(f"there is no step {min(unknown)}: steps are 1 to {count}")
+    return chosen
 
 
 def _timeout(seconds: float | None) -> float:

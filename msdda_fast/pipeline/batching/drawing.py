@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from msdda_fast.pipeline.stable_diffusion import MSDDAPipeline
 
 __all__ = ["BatchPipeline"]
 
+#: `f(step, x_t)`: whether the batch goes on.
+Watch: TypeAlias = Callable[[int, Tensor | None], bool]
+
 #: Most shapes of batches kept: four sizes, with and without guidance, of eight sizes of image.
 CAPACITY = 64
 
@@ -33,7 +36,8 @@ class BatchPipeline(MSDDAPipeline):
     which is exact, and no request's weights change what has to be captured.
     """
 
-    _watch: Callable[[int], bool]
+    _watch: Watch
+    _x: Tensor | None
 
     @classmethod
     def sharing(cls, pipe: MSDDAPipeline) -> Self:
@@ -47,13 +51,14 @@ class BatchPipeline(MSDDAPipeline):
         return view
 
     @torch.no_grad()
-    def sample(self, batch: Sequence[Ticket], *, size: int, watch: Callable[[int], bool]) -> Tensor:
+    def sample(self, batch: Sequence[Ticket], *, size: int, watch: Watch) -> Tensor:
         """Draw latents for a batch of one shape.
 
         Args:
             batch: B tickets; rows of the last one fill it up to `size`.
             size: >= B.
-            watch: Called with 1..T after each step; False ends the batch there.
+            watch: Called after each step with its number 1..T, and with the state (size, C, h, w)
+                if somebody in the batch wants previews; False ends the batch there.
 
         Returns: x_0 (B, C, h, w), or the state after the last step that was done.
         """
@@ -72,8 +77,10 @@ class BatchPipeline(MSDDAPipeline):
         shape = latent_shape(size, self.unet.config, self.vae_scale_factor, height, width)
         seeds = [ticket.seed for ticket in rows]
         noise = noise_source(shape, len(table), device, seeds=seeds)
-        self._watch = watch
-        x, _ = sampling.sample(self, prompts, table, noise, None, sampling.Callback(None, ()))
+        self._watch, self._x = watch, None
+        looks = _keep if any(ticket.preview_steps for ticket in batch) else None
+        callback = sampling.Callback(looks, ("latents",))
+        x, _ = sampling.sample(self, prompts, table, noise, None, callback)
         return x[: len(batch)]
 
     @torch.no_grad()
@@ -82,6 +89,12 @@ class BatchPipeline(MSDDAPipeline):
         images, flagged = self._decode(x_0, output_type)
         self.maybe_free_model_hooks()
         return images, [False] * len(x_0) if flagged is None else flagged
+
+    @torch.no_grad()
+    def preview(self, x_t: Tensor, output_type: str) -> Sequence[Any]:
+        """Return B images of states (B, C, h, w); the safety checker sees them, too."""
+        images, _ = self._decode(x_t, output_type)  # frees no hooks: the networks go on
+        return list(images)
 
     @contextmanager
     def progress_bar(
@@ -101,8 +114,12 @@ class _Steps:
 
     def update(self) -> None:
         self._done += 1
-        if not self._pipe._watch(self._done):
+        if not self._pipe._watch(self._done, self._pipe._x):
             self._pipe._interrupt = True
+
+
+def _keep(pipe: BatchPipeline, k: int, t: Tensor, tensors: dict[str, Any]) -> None:
+    pipe._x = tensors["latents"]
 
 
 def _side_by_side(tables: Sequence[CoefficientTable]) -> CoefficientTable:

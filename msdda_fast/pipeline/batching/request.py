@@ -13,11 +13,16 @@ __all__ = ["GeneratedImage", "ImageRequest", "Progress"]
 
 
 class Progress(NamedTuple):
-    """Step `step` = 1..`steps` of image `image` = 0.. of a request is done."""
+    """Step `step` = 1..`steps` of image `image` = 0.. of a request is done.
+
+    `preview` is the image as it is then, of the kind of the final one, after the steps that the
+    request names: the noisy state x_t, decoded. None after others.
+    """
 
     image: int
     step: int
     steps: int
+    preview: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +41,8 @@ class ImageRequest:
         timeout_s: > 0, seconds from submission until the request is given up; None: never.
         on_step: Called on the engine's thread after each step; it must be quick. What it raises
             becomes the outcome of this request, and of no other.
+        preview_steps: After which of the steps 1..T `on_step` gets a preview. They change no bit of
+            any image, and cost time of all who share the batch.
     """
 
     prompt: str
@@ -49,6 +56,7 @@ class ImageRequest:
     width: int | None = None
     timeout_s: float | None = None
     on_step: Callable[[Progress], object] | None = None
+    preview_steps: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

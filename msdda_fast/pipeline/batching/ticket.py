@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -36,7 +36,7 @@ class Ticket:
         index: Which image of its request this is.
         arrived: When it was submitted, seconds of `time.monotonic`.
         expires: When it is given up, likewise; infinite for never.
-        on_step: See `ImageRequest`.
+        on_step, preview_steps: See `ImageRequest`.
     """
 
     prompt: str
@@ -48,6 +48,7 @@ class Ticket:
     arrived: float
     expires: float
     on_step: Callable[[Progress], object] | None
+    preview_steps: Collection[int]
     future: Future[GeneratedImage] = field(default_factory=Future)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _is_claimed: bool = False

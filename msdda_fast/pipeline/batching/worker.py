@@ -8,8 +8,10 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from msdda_fast.errors import EngineClosed, EngineFailed, RequestTimeout
 from msdda_fast.pipeline.batching.drawing import BatchPipeline
@@ -92,7 +94,7 @@ class Worker(threading.Thread):
 
     def warm(self, ticket: Ticket, size: int) -> None:
         """Do one step of a batch of copies of a ticket, and decode it."""
-        x = self._pipe.sample([ticket] * size, size=size, watch=lambda step: False)
+        x = self._pipe.sample([ticket] * size, size=size, watch=lambda step, x: False)
         self._pipe.decode(x, self._output_type)
 
     def _draw(self, batch: list[Ticket]) -> None:
@@ -128,19 +130,35 @@ class Worker(threading.Thread):
                     )
                 )
 
-    def _watch(self, step: int) -> bool:
+    def _watch(self, step: int, x: Tensor | None) -> bool:
         """Look after all tickets between two steps; whether anybody still waits for the batch."""
+        previews = {} if x is None else self._previews(step, x)
         now = time.monotonic()
         self._expire([*self._line.late(), *(t for t in self._batch if t.expires <= now)])
-        for ticket in self._batch:
+        for row, ticket in enumerate(self._batch):
             if self._is_aborted:
                 self._fail(ticket, _closed())
             if ticket.on_step is not None and ticket.is_open:
                 try:
-                    ticket.on_step(Progress(ticket.index, step, ticket.shape.steps))
+                    steps = ticket.shape.steps
+                    ticket.on_step(Progress(ticket.index, step, steps, previews.get(row)))
                 except Exception as error:
                     self._fail(ticket, error)
         return any(ticket.is_open for ticket in self._batch)
+
+    def _previews(self, step: int, x: Tensor) -> dict[int, Any]:
+        """Images of the rows that want them after this step; a failure costs nobody the image."""
+        rows = [
+            row
+            for row, ticket in enumerate(self._batch)
+            if step in ticket.preview_steps and ticket.is_open
+        ]
+        try:
+            images = self._pipe.preview(x[rows], self._output_type) if rows else ()
+        except Exception:
+            logger.exception("no previews after step %d", step)
+            return {}
+        return dict(zip(rows, images, strict=True))
 
     def _expire(self, tickets: Sequence[Ticket]) -> None:
         for ticket in tickets:
