@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from fastapi import Request
+from PIL import Image
 
 from msdda_fast.pipeline.batching.request import GeneratedImage, ImageRequest, Progress
 from msdda_fast.serve.service import Service, encoded
@@ -57,7 +58,7 @@ async def complete(
 async def stream(
     service: Service, request: ImageRequest, count: int, *, on_end: Callable[[Any], None]
 ) -> AsyncIterator[str]:
-    """Stand in line, and return the events: every step of every image, then the image.
+    """Stand in line, and return the events: every step of every image, previews, then the image.
 
     Args:
         on_end: Called with the results, or with the `Refusal` that ended it.
@@ -75,11 +76,12 @@ async def stream(
     futures = await service.submit(replace(request, on_step=tell), count)
     for index, future in enumerate(futures):
         future.add_done_callback(lambda done, index=index: tell((index, done)))  # type: ignore[misc]
-    return _events(service, futures, news, on_end)
+    return _events(service, request, futures, news, on_end)
 
 
 async def _events(
     service: Service,
+    request: ImageRequest,
     futures: Sequence[Future[GeneratedImage]],
     news: asyncio.Queue[Progress | tuple[int, Future[GeneratedImage]]],
     on_end: Callable[[Any], None],
@@ -93,10 +95,12 @@ async def _events(
                 yield ": in line\n\n"
                 continue
             if isinstance(item, Progress):
-                yield _event(
-                    "image_generation.progress",
-                    {"index": item.image, "step": item.step, "steps": item.steps},
-                )
+                where = {"index": item.image, "step": item.step, "steps": item.steps}
+                yield _event("image_generation.progress", where)
+                if item.preview is not None:
+                    partial = request.preview_steps.index(item.step)
+                    data = {**where, "partial_image_index": partial, **await _png(item.preview)}
+                    yield _event("image_generation.partial_image", data)
                 continue
             index, future = item
             if (error := future.exception()) is not None:
@@ -114,16 +118,25 @@ async def _events(
 
 
 async def _completed(result: GeneratedImage, index: int) -> dict[str, Any]:
-    width, height = result.image.size
     return {
         "index": index,
-        "b64_json": await asyncio.to_thread(encoded, result),
+        **await _png(result.image),
+        "seed": result.seed,
+        "batch_size": result.batch_size,
+        "waited_s": round(result.waited_s, 4),
+        "drawn_s": round(result.drawn_s, 4),
+    }
+
+
+async def _png(image: Image.Image) -> dict[str, Any]:
+    """What OpenAI's events say of an image, finished or not."""
+    return {
+        "b64_json": await asyncio.to_thread(encoded, image),
         "created_at": int(time.time()),
-        "size": f"{width}x{height}",
+        "size": "{}x{}".format(*image.size),
         "output_format": "png",
         "background": "opaque",
         "quality": "auto",
-        "seed": result.seed,
     }
 
 

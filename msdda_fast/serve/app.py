@@ -87,7 +87,7 @@ def app_of(service: Service) -> FastAPI:
             return StreamingResponse(events, media_type="text/event-stream")
         results = await complete(service, request, body.n, connection)
         data = [
-            {"b64_json": await asyncio.to_thread(encoded, result), "seed": result.seed}
+            {"b64_json": await asyncio.to_thread(encoded, result.image), "seed": result.seed}
             for result in results
         ]
         ended(results)

@@ -48,6 +48,9 @@ class GenerationBody(BaseModel):
     )
     output_format: Literal["png"] | None = None
     stream: bool | None = Field(None, description="Server-sent events: progress, then images.")
+    partial_images: int | None = Field(
+        None, ge=0, le=3, description="Previews of each streamed image; fewer if it has few steps."
+    )
     user: str | None = Field(None, max_length=256, description="Taken for compatibility, unused.")
     weights: dict[str, Number] | None = Field(
         None, description="By objective, all of them, sum 1; uniform if not given."
@@ -78,18 +81,28 @@ class GenerationBody(BaseModel):
                 raise Refusal.of_field(name, f"at most {settings.max_prompt_chars} characters")
         if self.steps is not None and self.steps > settings.max_steps:
             raise Refusal.of_field("steps", f"at most {settings.max_steps} steps")
+        if self.partial_images and not self.stream:
+            raise Refusal.of_field("partial_images", "there are previews only with stream=true")
+        steps = settings.steps if self.steps is None else self.steps
         width, height = _sides(self.size, sizes)
         return ImageRequest(
             self.prompt,
             weights=self.weights,
             seed=self.seed,
-            num_inference_steps=settings.steps if self.steps is None else self.steps,
+            num_inference_steps=steps,
             guidance_scale=self.guidance_scale,
             negative_prompt=self.negative_prompt or "",
             height=height,
             width=width,
             timeout_s=settings.timeout_s,
+            preview_steps=_preview_steps(self.partial_images or 0, steps),
         )
+
+
+def _preview_steps(count: int, steps: int) -> list[int]:
+    """Evenly in the second half, where the noise begins to let an image through."""
+    chosen = {steps // 2 + (i + 1) * steps // (2 * count + 2) for i in range(count)}
+    return sorted(chosen & set(range(1, steps)))
 
 
 def _sides(size: str | None, sizes: Sequence[str]) -> tuple[int, int]:

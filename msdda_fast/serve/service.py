@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from typing import Any
 
 import torch
+from PIL import Image
 
 from msdda_fast.engine.buffers import padded_steps
 from msdda_fast.errors import MSDDAError
@@ -194,8 +195,8 @@ def lay_out(pipe: MSDDAPipeline) -> MSDDAPipeline:
     return pipe
 
 
-def encoded(result: GeneratedImage) -> str:
+def encoded(image: Image.Image) -> str:
     """The image as PNG in base 64."""
     file = io.BytesIO()
-    result.image.save(file, format="PNG")
+    image.save(file, format="PNG")
     return base64.b64encode(file.getvalue()).decode()

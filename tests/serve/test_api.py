@@ -71,6 +71,29 @@ class TestOpenAI:
             apart = pixels(event.b64_json) - pixels(plain.data[event.index].b64_json)
             assert abs(apart).max() <= 1
 
+    @pytest.mark.parametrize(
+        ("steps", "asked", "shown"), [(8, 3, [5, 6, 7]), (8, 1, [6]), (2, 3, [1]), (1, 3, [])]
+    )
+    def test_partial_images(self, client, steps, asked, shown):
+        stream = client.images.generate(
+            prompt="a red dog", n=2, stream=True, partial_images=asked,
+            extra_body={"seed": 5, "steps": steps},
+        )  # fmt: skip
+        seen = list(stream)
+        partial = [e for e in seen if e.type == "image_generation.partial_image"]
+        expected = [(i, k, index) for i in (0, 1) for k, index in zip(shown, range(3), strict=False)]
+        assert sorted((e.index, e.step, e.partial_image_index) for e in partial) == expected
+        plain = client.images.generate(
+            prompt="a red dog", n=2, extra_body={"seed": 5, "steps": steps}
+        )
+        for event in seen:
+            if event.type == "image_generation.completed":
+                assert event.b64_json == plain.data[event.index].b64_json
+                assert event.batch_size in (1, 2) and event.waited_s >= 0 and event.drawn_s > 0
+            elif event in partial:
+                assert pixels(event.b64_json).shape == (32, 32, 3) and event.size == "32x32"
+                assert event.b64_json != plain.data[event.index].b64_json
+
     def test_errors_are_its_errors(self, client):
         with pytest.raises(openai.UnprocessableEntityError) as raised:
             client.images.generate(prompt="a", extra_body={"weights": {"warm": 1}})
@@ -109,6 +132,8 @@ BAD_FIELDS = [
     ({"weights": {"hot": 1}}, "weights", "unknown objective 'hot'; known: warm, cool"),
     ({"weights": {"warm": "much", "cool": 0}}, "weights.warm", "valid number"),
     ({"stream": "yes"}, "stream", "valid boolean"),
+    ({"partial_images": 1}, "partial_images", "only with stream=true"),
+    ({"partial_images": 4, "stream": True}, "partial_images", "less than or equal to 3"),
     ({"user": "u" * 257}, "user", "at most 256"),
     ({"objective": "/etc/passwd"}, "objective", "not permitted"),
     ({"lora": "x"}, "lora", "not permitted"),
