@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from msdda_fast import cli_compare, cli_serve, cli_train, cli_tune, cli_values
+from msdda_fast import cli_compare, cli_ray, cli_serve, cli_train, cli_tune, cli_values
 from msdda_fast.cli_session import (
     SHIPPED,
     DeviceOption,
@@ -140,6 +140,8 @@ def sweep(
         Path, typer.Option("--out", "-o", help="Finished cells stay here; run again to continue.")
     ] = Path("out/sweep"),
     batch_size: Annotated[int, typer.Option(min=1, help="Images drawn together.")] = 8,
+    ray: cli_ray.RayOption = None,
+    ray_gpus: cli_ray.RayGPUsOption = 0.0,
     model: ModelOption = SHIPPED,
     objective: ObjectiveOption = None,
     steps: StepsOption = 25,
@@ -165,9 +167,12 @@ def sweep(
             rewards=reward or ("aesthetic", "consistency"),
             batch_size=batch_size,
         )
-        pipe = load(model, objective, dtype, device)
-        with torchrun.own_folder(folder, pipe.parallel) as own, drawing_progress() as progress:
-            result = run_sweep(pipe, plan, own, progress=progress)
+        there = cli_ray.Model(model, objective, dtype, "cuda" if ray_gpus else device)
+        with cli_ray.cluster(ray, ray_gpus) as tasks:
+            pipe = load(model, objective, dtype, device)
+            elsewhere = tasks(partial(cli_ray.cells, there, plan))
+            with torchrun.own_folder(folder, pipe.parallel) as own, drawing_progress() as progress:
+                result = run_sweep(pipe, plan, own, elsewhere=elsewhere, progress=progress)
         _print_means(plan.columns, result.means)
         out.print(f"{result.grid}\n{result.rewards}", highlight=False, soft_wrap=True)
 

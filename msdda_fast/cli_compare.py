@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import csv
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from msdda_fast import cli_values
+from msdda_fast import cli_ray, cli_values
 from msdda_fast.cli_session import (
     SHIPPED,
     DeviceOption,
@@ -30,6 +31,7 @@ from msdda_fast.cli_session import (
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from msdda_fast.evaluation.runs import Comparison
     from msdda_fast.pipeline import MSDDAPipeline
     from msdda_fast.rewards import Reward
 
@@ -117,6 +119,8 @@ def compare(
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Images per call.", show_default="all prompts")
     ] = None,
+    ray: cli_ray.RayOption = None,
+    ray_gpus: cli_ray.RayGPUsOption = 0.0,
     model: ModelOption = SHIPPED,
     objective: ObjectiveOption = None,
     steps: StepsOption = 50,
@@ -129,12 +133,12 @@ def compare(
     Finished images are kept: stop it with Ctrl-C and run the same command to continue.
     """
     work = work or folder / "work"
-    with reported(f"finished images are in {work}; run the same command again to continue"):
+    stopped = f"finished images are in {work}; run the same command again to continue"
+    with reported(stopped), cli_ray.cluster(ray, ray_gpus) as tasks:
         require_packages()
         from msdda_fast.embedded.prompts import TEST_PROMPTS
         from msdda_fast.evaluation.compare import compare, report_scores
         from msdda_fast.evaluation.plan import Plan
-        from msdda_fast.evaluation.runs import Comparison
         from msdda_fast.evaluation.tuning import load_tuned
 
         if report_only:
@@ -145,6 +149,7 @@ def compare(
         texts = lines(prompts) if prompts else list(TEST_PROMPTS)
         settings = load_tuned(tuned) if tuned else {}
         oracles = [cli_values.pair(text, "--oracle", Path) for text in oracle or []]
+        there = cli_ray.Model(model, objective, dtype, "cuda" if ray_gpus else device)
         pipe = load(model, objective, dtype, device)
         names = objectives(pipe, toward)
         plan = Plan(
@@ -167,21 +172,33 @@ def compare(
                 plan, seeds=(0, 1), search_preferences=(0.5,), search_seeds=(0,), front=(),
                 front_seeds=(0,), simplex=(),
             )  # fmt: skip
-        comparison = Comparison(
-            prompts=texts,
-            rewards={**rewards(judge or [], None, pipe), **rewards(names, reward, pipe)},
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            batch_size=batch_size,
-        )
+        compared = partial(
+            _comparison, names=names, reward=reward, judge=judge, prompts=texts,
+            num_inference_steps=steps, guidance_scale=guidance, batch_size=batch_size,
+        )  # fmt: skip
         pipe.set_progress_bar_config(disable=True)
         with drawing_progress() as progress:
             page = compare(
-                pipe, comparison, plan, work, folder, title=f"Systems compared on {model}",
-                part=chosen_part, progress=progress,
+                pipe, compared(pipe), plan, work, folder, title=f"Systems compared on {model}",
+                part=chosen_part, elsewhere=tasks(partial(cli_ray.shards, there, compared)),
+                progress=progress,
             )  # fmt: skip
         if page is not None:
             _show(page)
+
+
+def _comparison(
+    pipe: MSDDAPipeline,
+    *,
+    names: list[str],
+    reward: list[str] | None,
+    judge: list[str] | None,
+    **settings: Any,  # noqa: ANN401 - of `Comparison`
+) -> Comparison:
+    from msdda_fast.evaluation.runs import Comparison
+
+    scored = {**rewards(judge or [], None, pipe), **rewards(names, reward, pipe)}
+    return Comparison(rewards=scored, **settings)
 
 
 def require_packages() -> None:

@@ -39,6 +39,7 @@ FRONT = {
     "__main__",
     "cli",
     "cli_compare",
+    "cli_ray",
     "cli_serve",
     "cli_session",
     "cli_train",

@@ -15,6 +15,7 @@ from msdda_fast.evaluation.plan import Plan
 from msdda_fast.evaluation.report import write_report
 from msdda_fast.evaluation.runs import (
     Comparison,
+    Elsewhere,
     Entry,
     collect_scores,
     run_comparison,
@@ -42,6 +43,7 @@ def compare(
     title: str,
     reference: Mapping[str, float] | None = None,
     part: tuple[int, int] = (0, 1),
+    elsewhere: Elsewhere | None = None,
     progress: Callable[[int, int], None] = lambda finished, total: None,
 ) -> Path | None:
     """Draw what is missing, then write scores.csv, the grids and the report.
@@ -55,6 +57,7 @@ def compare(
         title: Of the page.
         reference: Of the hypervolume, by objective; None: -1 for each.
         part: (i, n): one of n processes. Only a call with (0, 1) writes results.
+        elsewhere: Draws in place of `pipe`; see `run_comparison`.
         progress: Called with the numbers of finished and of all images.
 
     Returns: the page, or None for one part of several.
@@ -62,7 +65,9 @@ def compare(
     Raises: As `run_comparison` and `write_report`.
     """
     entries = plan.entries()
-    run_comparison(pipe, comparison, entries, work, part=part, progress=progress)
+    run_comparison(
+        pipe, comparison, entries, work, part=part, elsewhere=elsewhere, progress=progress
+    )
     if part != (0, 1):
         return None
     merge_scores(out / "scores.csv", collect_scores(comparison, entries, work))

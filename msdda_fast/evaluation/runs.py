@@ -7,14 +7,15 @@ of the images, and the scores are written last: where they are, all is.
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,7 +29,16 @@ from msdda_fast.methods.method import Drawn, Method
 from msdda_fast.pipeline import MSDDAPipeline
 from msdda_fast.rewards import Reward
 
-__all__ = ["Comparison", "Entry", "collect_scores", "run_comparison", "strip_of"]
+__all__ = [
+    "Comparison",
+    "Elsewhere",
+    "Entry",
+    "Shard",
+    "collect_scores",
+    "draw_shard",
+    "run_comparison",
+    "strip_of",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +105,17 @@ class Comparison:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
 
 
+class Shard(NamedTuple):
+    """The contents of a shard's two files."""
+
+    record: dict[str, Any]
+    strip: bytes
+
+
+#: Draws shards of (entry, seed) in another place, and yields them in any order.
+Elsewhere = Callable[[Sequence[tuple[Entry, int]]], Iterable[tuple[tuple[Entry, int], Shard]]]
+
+
 def run_comparison(
     pipe: MSDDAPipeline,
     comparison: Comparison,
@@ -102,6 +123,7 @@ def run_comparison(
     folder: Path,
     *,
     part: tuple[int, int] = (0, 1),
+    elsewhere: Elsewhere | None = None,
     progress: Callable[[int, int], None] = lambda finished, total: None,
 ) -> None:
     """Draw the shards that are not there yet, seed by seed, so that all entries grow together.
@@ -112,6 +134,7 @@ def run_comparison(
         entries: What to draw.
         folder: Finished shards stay there; a later call continues, or adds entries and seeds.
         part: (i, n): of n processes that share the folder, this is number i.
+        elsewhere: Draws shards in place of `pipe`, which must be of the same model.
         progress: Called with the numbers of finished and of all images.
 
     Raises:
@@ -138,11 +161,18 @@ def run_comparison(
     mine = [shard for number, shard in enumerate(shards) if number % parts == index]
     finished = sum(file.exists() for _, _, file in mine)
     progress(finished * count, len(mine) * count)
-    for entry, seed, file in mine:
+    for _, _, file in mine:
         if file.exists():
             _score_again(comparison, file)
-            continue
-        _draw_shard(pipe, comparison, entry, seed, file)
+    missing = [(entry, seed) for entry, seed, file in mine if not file.exists()]
+    if elsewhere is None:
+        drawn: Iterable[tuple[tuple[Entry, int], Shard]] = (
+            ((entry, seed), draw_shard(pipe, comparison, entry, seed)) for entry, seed in missing
+        )
+    else:
+        drawn = elsewhere(missing)
+    for (entry, seed), shard in drawn:
+        _keep(shard, _file(folder, entry, seed))
         finished += 1
         progress(finished * count, len(mine) * count)
 
@@ -184,12 +214,15 @@ def _shards(folder: Path, entries: Sequence[Entry]) -> Iterator[tuple[Entry, int
     for seed in sorted({seed for entry in entries for seed in entry.seeds}):
         for entry in entries:
             if seed in entry.seeds:
-                yield entry, seed, folder / "shards" / entry.folder_name / f"seed-{seed:04d}.json"
+                yield entry, seed, _file(folder, entry, seed)
 
 
-def _draw_shard(
-    pipe: MSDDAPipeline, comparison: Comparison, entry: Entry, seed: int, file: Path
-) -> None:
+def _file(folder: Path, entry: Entry, seed: int) -> Path:
+    return folder / "shards" / entry.folder_name / f"seed-{seed:04d}.json"
+
+
+def draw_shard(pipe: MSDDAPipeline, comparison: Comparison, entry: Entry, seed: int) -> Shard:
+    """Draw and score an image of every prompt."""
     prompts = list(comparison.prompts)
     size = comparison.batch_size or len(prompts)
     chosen = {n: r for n, r in comparison.rewards.items() if n in entry.weights}
@@ -211,7 +244,7 @@ def _draw_shard(
     seconds = (time.perf_counter() - start) / len(prompts)
     pixels = (255 * torch.cat([d.images for d in drawn]).cpu()).round().to(torch.uint8)
     strip = _strip(pixels)
-    shard: dict[str, Any] = {
+    record: dict[str, Any] = {
         "entry": entry.folder_name,
         "method": repr(entry.method),
         "seed": seed,
@@ -220,8 +253,14 @@ def _draw_shard(
         "seconds": seconds,
         "costs": {n: sum(asdict(d.cost)[n] for d in drawn) / len(prompts) for n in COSTS},
     }
-    write_atomically(file.with_suffix(".png"), lambda partial: strip.save(partial, format="PNG"))
-    write_json(file, shard)
+    png = io.BytesIO()
+    strip.save(png, format="PNG")
+    return Shard(record, png.getvalue())
+
+
+def _keep(shard: Shard, file: Path) -> None:
+    write_atomically(file.with_suffix(".png"), lambda partial: partial.write_bytes(shard.strip))
+    write_json(file, shard.record)
 
 
 def _score_again(comparison: Comparison, file: Path) -> None:

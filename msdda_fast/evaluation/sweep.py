@@ -7,7 +7,7 @@ the paper's `r_w = w r_1 + (1 - w) r_2`. The base model is a column of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,10 @@ from msdda_fast.objective import Objective
 from msdda_fast.pipeline import MSDDAPipeline
 from msdda_fast.rewards import load_reward
 
-__all__ = ["Sweep", "SweepResult", "run_sweep"]
+__all__ = ["CellDrawer", "Sweep", "SweepResult", "run_sweep"]
+
+#: Draws batches of cells in another place, and yields them in any order.
+Elsewhere = Callable[[Sequence[list[Cell]]], Iterable[tuple[list[Cell], Sequence[Image.Image]]]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +105,7 @@ def run_sweep(
     sweep: Sweep,
     folder: Path,
     *,
+    elsewhere: Elsewhere | None = None,
     progress: Callable[[int, int], None] = lambda finished, total: None,
 ) -> SweepResult:
     """Draw the cells that are not there yet, then the grid and the rewards of all.
@@ -110,6 +114,7 @@ def run_sweep(
         pipe: Two objectives, `sweep.toward` one of them.
         sweep: What to draw.
         folder: Finished cells stay there; a later call continues, or adds prompts, weights, seeds.
+        elsewhere: Draws cells in place of `pipe`, which must be of the same model.
         progress: Called with the numbers of finished and of all cells, first before any is drawn.
 
     Raises:
@@ -127,7 +132,7 @@ def run_sweep(
     for reward in rewards:  # a prompt that cannot be judged is found before hours of drawing
         reward(torch.zeros(len(sweep.prompts), 3, 64, 64), sweep.prompts)
     store = SweepFolder(folder, _settings(pipe, sweep))
-    _draw_missing(pipe, sweep, store, progress)
+    _draw_missing(elsewhere or _here(pipe, sweep), sweep, store, progress)
 
     other = next(name for name in names if name != sweep.toward)
     grid = labelled_grid(
@@ -166,8 +171,44 @@ def run_sweep(
     return SweepResult(folder / "grid.png", folder / "rewards.json", means)
 
 
+class CellDrawer:
+    """Draws cells of one sweep.
+
+    Args:
+        pipe: See `run_sweep`.
+        sweep: What the cells are of.
+    """
+
+    def __init__(self, pipe: MSDDAPipeline, sweep: Sweep) -> None:
+        # the base at the objectives' own guidance, or the columns would differ in more than w
+        guidance = next(iter(pipe.objectives.values())).guidance_scale
+        reference = Objective(guidance_scale=guidance)
+        self._base = MSDDAPipeline.from_pipe(pipe, objectives={"SD": reference})
+        self._base.set_progress_bar_config(disable=True)
+        self._pipe, self._sweep = pipe, sweep
+        self._other = next(name for name in pipe.objectives if name != sweep.toward)
+
+    def __call__(self, batch: Sequence[Cell]) -> list[Image.Image]:
+        """Draw cells of one column together."""
+        sweep, weight = self._sweep, batch[0].weight
+        chosen = None if weight is None else {sweep.toward: weight, self._other: 1.0 - weight}
+        images: list[Image.Image] = (self._base if weight is None else self._pipe)(
+            [cell.prompt for cell in batch],
+            weights=chosen,
+            seed=[cell.seed for cell in batch],
+            num_inference_steps=sweep.num_inference_steps,
+            guidance_scale=sweep.guidance_scale,
+        ).images
+        return images
+
+
+def _here(pipe: MSDDAPipeline, sweep: Sweep) -> Elsewhere:
+    draw = CellDrawer(pipe, sweep)
+    return lambda batches: ((batch, draw(batch)) for batch in batches)
+
+
 def _draw_missing(
-    pipe: MSDDAPipeline,
+    elsewhere: Elsewhere,
     sweep: Sweep,
     store: SweepFolder,
     progress: Callable[[int, int], None],
@@ -175,22 +216,7 @@ def _draw_missing(
     total = len(sweep.cells)
     finished = sum(store.has(cell) for cell in sweep.cells)
     progress(finished, total)
-    # the base at the objectives' own guidance, or the columns would differ in more than w
-    guidance = next(iter(pipe.objectives.values())).guidance_scale
-    reference = Objective(guidance_scale=guidance)
-    base = MSDDAPipeline.from_pipe(pipe, objectives={"SD": reference})
-    base.set_progress_bar_config(disable=True)
-    other = next(name for name in pipe.objectives if name != sweep.toward)
-    for batch in _batches(sweep, store):
-        weight = batch[0].weight
-        chosen = None if weight is None else {sweep.toward: weight, other: 1.0 - weight}
-        images = (base if weight is None else pipe)(
-            [cell.prompt for cell in batch],
-            weights=chosen,
-            seed=[cell.seed for cell in batch],
-            num_inference_steps=sweep.num_inference_steps,
-            guidance_scale=sweep.guidance_scale,
-        ).images
+    for batch, images in elsewhere(list(_batches(sweep, store))):
         for cell, image in zip(batch, images, strict=True):
             store.add(cell, image)
         finished += len(batch)

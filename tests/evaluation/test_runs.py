@@ -67,19 +67,19 @@ def test_batches_make_no_difference(pipe, tmp_path):
 
 
 def test_an_interrupted_run_continues(pipe, tmp_path, calls, monkeypatch):
-    draw, budget = runs._draw_shard, [2]
+    draw, budget = runs.draw_shard, [2]
 
     def stops(*arguments):
         if not budget[0]:
             raise KeyboardInterrupt
         budget[0] -= 1
-        draw(*arguments)
+        return draw(*arguments)
 
-    monkeypatch.setattr(runs, "_draw_shard", stops)
+    monkeypatch.setattr(runs, "draw_shard", stops)
     with pytest.raises(KeyboardInterrupt):
         run_comparison(pipe, COMPARISON, ENTRIES, tmp_path)
     assert len(list(collect_scores(COMPARISON, ENTRIES, tmp_path))) == 4
-    monkeypatch.setattr(runs, "_draw_shard", draw)
+    monkeypatch.setattr(runs, "draw_shard", draw)
     seen = []
     run_comparison(
         pipe, COMPARISON, ENTRIES, tmp_path, progress=lambda *counts: seen.append(counts)
