@@ -18,18 +18,21 @@ from starlette.exceptions import HTTPException
 from msdda_fast.pipeline.batching.engine import Engine
 from msdda_fast.pipeline.batching.request import GeneratedImage
 from msdda_fast.serve.answers import ClientGone, complete, stream
-from msdda_fast.serve.body import ErrorBody, GenerationBody
+from msdda_fast.serve.body import ErrorBody, GenerationBody, ImagesBody
 from msdda_fast.serve.guard import Guard
 from msdda_fast.serve.refusals import Refusal, of_http, of_validation
 from msdda_fast.serve.service import EngineService, Service, encoded
 from msdda_fast.serve.settings import ServeSettings
-from msdda_fast.serve.web_page import add_page
 
 __all__ = ["app_of", "create_app"]
 
-#: Statuses of refusals, for the documentation.
+#: What a client may get, for the documentation.
 REFUSALS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody} for status in (400, 401, 404, 413, 422, 429, 500, 503, 504)
+}
+ANSWERS: dict[int | str, dict[str, Any]] = {
+    200: {"model": ImagesBody, "content": {"text/event-stream": {"schema": {"type": "string"}}}},
+    **REFUSALS,
 }
 
 
@@ -59,13 +62,17 @@ def app_of(service: Service) -> FastAPI:
         yield
         warming.cancel()
 
-    app = FastAPI(title=f"msdda-fast: {settings.model}", version="1", lifespan=lifespan)
+    app = FastAPI(
+        title=f"msdda-fast: {settings.model}",
+        version="1",
+        lifespan=lifespan,
+        redirect_slashes=False,
+    )
     app.state.service = service
     app.add_middleware(Guard, settings=settings, metrics=service.metrics)
     _refuse_as_openai(app, service)
-    add_page(app)
 
-    @app.post("/v1/images/generations", responses=REFUSALS)
+    @app.post("/v1/images/generations", responses=ANSWERS)
     async def generate(body: GenerationBody, connection: Request) -> Response:
         """Draw a prompt with the objectives balanced by your weights."""
         start, log = time.monotonic(), connection.state.log
@@ -97,7 +104,7 @@ def app_of(service: Service) -> FastAPI:
             {"created": int(time.time()), "data": data, "output_format": "png", "size": size}
         )
 
-    @app.get("/v1/objectives")
+    @app.get("/v1/objectives", responses={401: {"model": ErrorBody}})
     async def objectives() -> dict[str, Any]:
         """The objectives that `weights` names, sizes, and limits."""
         return service.objectives()
@@ -116,7 +123,11 @@ def app_of(service: Service) -> FastAPI:
             raise Refusal(503, "not ready", code="not_ready", kind="server_error", retry_after_s=5)
         return {"status": "ready"}
 
-    @app.get("/metrics", response_class=Response)
+    @app.get(
+        "/metrics",
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {}}}, 401: {"model": ErrorBody}},
+    )
     async def metrics() -> Response:
         """Counts for Prometheus."""
         return Response(

@@ -12,7 +12,10 @@ from msdda_fast.pipeline.batching.request import ImageRequest
 from msdda_fast.serve.refusals import Refusal
 from msdda_fast.serve.settings import ServeSettings, sides
 
-__all__ = ["ErrorBody", "GenerationBody"]
+__all__ = ["ErrorBody", "GenerationBody", "ImagesBody"]
+
+#: Models are asked for less than 20; 1e30 leaves the range of float32, and gives no image at all.
+MOST_GUIDANCE = 100
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -30,6 +33,22 @@ class ErrorBody(BaseModel):
     """What every refusal looks like."""
 
     error: ErrorDetail
+
+
+class DrawnImage(BaseModel):
+    """A PNG in base 64, and the seed that draws it again."""
+
+    b64_json: str
+    seed: int
+
+
+class ImagesBody(BaseModel):
+    """All images of a request, in the order of their seeds."""
+
+    created: int = Field(description="Seconds since 1970.")
+    data: list[DrawnImage]
+    output_format: Literal["png"]
+    size: str = Field(description='"WIDTHxHEIGHT" in pixels.')
 
 
 class GenerationBody(BaseModel):
@@ -57,7 +76,9 @@ class GenerationBody(BaseModel):
     )
     seed: int | None = Field(None, ge=0, lt=2**63, description="Of the first image.")
     steps: int | None = Field(None, ge=1, description="Denoising steps T.")
-    guidance_scale: Number | None = Field(None, ge=1, description="1 is no guidance.")
+    guidance_scale: Number | None = Field(
+        None, ge=1, le=MOST_GUIDANCE, description="1 is no guidance."
+    )
     negative_prompt: str | None = Field(None, description="What guidance leads away from.")
 
     def checked(self, settings: ServeSettings, sizes: Sequence[str]) -> ImageRequest:

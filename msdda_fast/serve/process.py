@@ -18,6 +18,7 @@ import uvicorn
 
 from msdda_fast.pipeline.batching.engine import Engine
 from msdda_fast.serve.app import create_app
+from msdda_fast.serve.connection import Connection
 from msdda_fast.serve.logs import log_to_stderr
 from msdda_fast.serve.settings import ServeSettings
 
@@ -64,8 +65,12 @@ class Process:
                 port=self.port,
                 log_config=None,
                 access_log=False,
+                http=Connection,
+                ws="none",
                 timeout_graceful_shutdown=int(self.grace_s) + SENDING_S,
             )
+            # uvicorn raises SIGTERM again when it has stopped: the process ends well, with code 0
+            signal.signal(signal.SIGTERM, lambda *_: None)
             _Draining(config, engine, self.grace_s).run(sockets)
 
     def run_many(self, count: int) -> None:

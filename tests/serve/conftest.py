@@ -8,6 +8,7 @@ import uvicorn
 
 import msdda_fast as mf
 from msdda_fast.serve.app import create_app
+from msdda_fast.serve.connection import Connection
 from msdda_fast.serve.settings import ServeSettings
 from tests.tiny_model import one_thread, pipe, quiet, tiny  # noqa: F401 - fixtures
 
@@ -22,7 +23,8 @@ class Running:
         self.engine = engine
         app = create_app(engine, ServeSettings(**{**SETTINGS, **settings}))
         self.service = app.state.service
-        self._server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None))
+        config = uvicorn.Config(app, port=0, log_config=None, http=Connection, ws="none")
+        self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run)
         self._thread.start()
         until(lambda: self._server.started)

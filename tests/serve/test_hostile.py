@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Clients that lie about lengths, never finish, or send what is no HTTP: answered or cut off."""
+
+import json
+import logging
+import re
+import socket
+import time
+
+import httpx2
+import pytest
+
+from msdda_fast.serve import connection
+from msdda_fast.serve.logs import JSONLines
+from tests.serve.conftest import SOON, until
+
+BODY = b'{"prompt": "a dog", "steps": 1}'
+POST = b"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+
+
+def raw(running, data, *, finish=False):
+    """Everything that the server answers to bytes, until it closes."""
+    with socket.create_connection(("127.0.0.1", httpx2.URL(running.url).port), SOON) as client:
+        client.sendall(data)
+        if finish:
+            client.shutdown(socket.SHUT_WR)
+        answer = b""
+        try:
+            while part := client.recv(65536):
+                answer += part
+        except ConnectionResetError:
+            pass
+        return answer
+
+
+def statuses(answer):
+    return [int(status) for status in re.findall(rb"HTTP/1.1 (\d+)", answer)]
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(connection, "RECEIVING_S", 0.3)
+
+
+class TestHTTP:
+    @pytest.mark.parametrize(
+        "data",
+        [
+            b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\x00" * 40,  # TLS
+            b"FOO\r\n\r\n",
+            b"GET /health HTTP/1.1\r\n\r\n",  # no host
+            POST + b"Content-Length: 3\r\nContent-Length: 4\r\n\r\nabcd",
+            POST + b"Content-Length: -1\r\n\r\n",
+            POST + b"Content-Length: " + b"9" * 5000 + b"\r\n\r\n",
+            POST + b"Transfer-Encoding: chunked\r\nContent-Length: 3\r\n\r\nxyz\r\n\r\n",
+            POST + b"X: " + b"a" * 100_000 + b"\r\n\r\n",
+            POST + b"X: y\r\n" * 20_000 + b"\r\n",
+            b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+        ],
+        ids=lambda data: ascii(data[:60])[:60] + str(len(data)),
+    )
+    def test_what_is_no_http_or_too_much_is_refused_in_json(self, served, data):
+        answer = raw(served, data, finish=True)
+        assert statuses(answer)[0] in (400, 404, 413, 422) or not answer
+        if answer:
+            error = json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
+            assert error.keys() == {"type", "message", "param", "code"}
+        assert served.draw(steps=1).status_code == 200
+
+    def test_pipelined_requests_are_answered_in_turn(self, served):
+        head = POST + b"Content-Length: %d\r\n" % len(BODY)
+        data = (head + b"\r\n" + BODY) * 3 + head + b"Connection: close\r\n\r\n" + BODY
+        assert statuses(raw(served, data)) == [200] * 4
+
+    def test_slashes_lead_nowhere(self, served):
+        """No redirect to a host that the client names."""
+        for method, path in (("GET", "/health/"), ("POST", "/v1/images/generations/")):
+            answer = served.http.request(method, path, headers={"Host": "evil.example"})
+            assert answer.status_code == 404 and "location" not in answer.headers
+
+    @pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-8-sig"])
+    def test_json_in_another_encoding_is_read_or_refused(self, served, encoding):
+        headers = {"content-type": "application/json"}
+        body = BODY.decode().encode(encoding)
+        answer = served.http.post("/v1/images/generations", content=body, headers=headers)
+        assert answer.status_code in (200, 400)
+
+
+class TestSlowness:
+    @pytest.mark.parametrize(
+        "data",
+        [b"", b"POST /v1", POST + b"Content-Length: 40\r\n\r\n" + b"{", POST + b"X: y\r\n"],
+        ids=["nothing", "line", "body", "headers"],
+    )
+    def test_a_request_that_does_not_arrive_is_given_up(self, serve, impatient, data):
+        running, start = serve(), time.monotonic()
+        answer = raw(running, data)
+        assert time.monotonic() - start > 0.25
+        assert 200 not in statuses(answer)
+        until(lambda: not running._server.server_state.connections)
+
+    def test_bytes_now_and_then_do_not_help(self, serve, impatient):
+        running = serve()
+        port = httpx2.URL(running.url).port
+        with socket.create_connection(("127.0.0.1", port), SOON) as client:
+            client.sendall(POST)
+
+            def is_cut_off():
+                try:
+                    client.sendall(b"X: y\r\n")
+                except OSError:
+                    return True
+                return time.sleep(0.02)
+
+            until(is_cut_off)
+
+    def test_a_drawing_that_takes_long_is_not_given_up(self, serve, impatient):
+        running = serve()
+        with httpx2.Client(base_url=running.url, timeout=SOON) as client:
+            for _ in range(2):  # on one connection, which lives longer than the limit
+                body = {"prompt": "a", "steps": 50}
+                start = time.monotonic()
+                assert client.post("/v1/images/generations", json=body).status_code == 200
+                time.sleep(max(0.0, 0.4 - (time.monotonic() - start)))
+
+
+class TestSecrets:
+    def test_neither_key_nor_prompt_is_logged_whatever_goes_wrong(self, serve, caplog, monkeypatch):
+        from msdda_fast.pipeline.batching.drawing import BatchPipeline
+
+        def fail(self, *arguments, **options):
+            raise RuntimeError("no")
+
+        running = serve(settings={"api_key": "hush-hush"})
+        key = {"Authorization": "Bearer hush-hush"}
+        with caplog.at_level(logging.DEBUG):
+            for body in (
+                {"prompt": "sesame"},
+                {"prompt": "sesame", "n": 0},
+                {"prompt": "sesame " * 99},
+                {"prompt": "a", "weights": {"sesame": 1}},
+                {"prompt": "a", "sesame": 1},
+            ):
+                running.http.post("/v1/images/generations", json=body, headers=key)
+            bad = {"Authorization": "Bearer hush-hushh"}
+            assert running.http.get("/v1/objectives", headers=bad).status_code == 401
+            running.http.get("/" + "long" * 900)
+            monkeypatch.setattr(BatchPipeline, "sample", fail)
+            answer = running.http.post(
+                "/v1/images/generations", json={"prompt": "sesame"}, headers=key
+            )
+            assert answer.status_code == 500
+        ours = [r for r in caplog.records if r.name.startswith(("msdda_fast", "uvicorn"))]
+        lines = [JSONLines().format(record) for record in ours]
+        assert lines and not any("hush" in line or "sesame" in line for line in lines)
+        assert max(len(json.loads(line).get("path", "")) for line in lines) <= 200
+
+    def test_what_clients_send_makes_no_metrics(self, served):
+        def series():
+            return len(served.http.get("/metrics").text.splitlines())
+
+        for name in ("a", "b"):
+            served.http.get(f"/{name}")
+            served.draw(**{name: 1})
+        before = series()
+        for i in range(20):
+            served.http.get(f"/{i}")
+            served.draw(**{str(i): 1})
+            served.draw(user=f"u{i}", steps=0, model=f"m{i}")
+        assert series() <= before + 2  # a code that was not seen before
