@@ -93,8 +93,8 @@ async function strip(body, shares, middle, mine) {
   const points = around(names, shares);
   $("strip-part").hidden = points.length < 2;
   $("strip-hint").textContent =
-    names.length === 2 ? `The same seed, ${names.join(" / ")} in percent. Choose one to go on from there.`
-      : "The same seed, a step towards each objective. Choose one to go on from there.";
+    names.length === 2 ? `The same seed, ${names.join(" / ")} in percent. Choose one to go on.`
+      : "The same seed, a step towards each objective. Choose one to go on.";
   const here = percents(shares).join();
   const tiles = points.map((point) => {
     const tile = document.createElement("button");
@@ -200,11 +200,12 @@ function refuse(error) {
 form.addEventListener("submit", (event) => {
   event.preventDefault();
   generate();
+  $("frame").scrollIntoView({ block: "nearest" }); // on a phone it is below
 });
 $("prompt").addEventListener("keydown", (event) => {
   if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
   event.preventDefault();
-  generate();
+  form.requestSubmit();
 });
 $("dice").addEventListener("click", () => {
   $("seed").value = Math.floor(Math.random() * 1e6);
