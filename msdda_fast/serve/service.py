@@ -117,6 +117,7 @@ class EngineService(Service):
 
     Raises:
         InvalidShape: A size in the settings that the model cannot draw.
+        ValueError: A request may have more images than may wait.
 
     Attributes:
         is_warm: Whether everything has been built and captured.
@@ -126,6 +127,11 @@ class EngineService(Service):
     def __init__(self, engine: Engine, settings: ServeSettings) -> None:
         sizes = settings.sizes or ("{}x{}".format(*engine.native_size),)
         super().__init__(settings, sizes=sizes, objectives=engine.pipe.objectives)
+        if settings.max_images > engine.queue_limit:
+            raise ValueError(
+                f"requests may have max_images={settings.max_images}, "
+                f"but only queue_limit={engine.queue_limit} may wait"
+            )
         self.engine = engine
         config, factor = engine.pipe.unet.config, engine.pipe.vae_scale_factor
         for width, height in map(sides, self.sizes):

@@ -240,6 +240,20 @@ class TestRefused:
         assert all(future.result(SOON) for future in first)
         assert engine.stats().refused == 1
 
+    def test_a_full_line_reads_no_request(self, start, monkeypatch):
+        engine = start(queue_limit=2)
+        plug = Plug(engine)
+        engine.submit_images(request(), 2)
+        monkeypatch.setattr(engine._admission, "tickets", pytest.fail)
+        with pytest.raises(mf.QueueFull):
+            engine.submit(request())
+        plug.pull()
+
+    @pytest.mark.parametrize("count", [0, 3])
+    def test_more_images_than_may_ever_wait(self, start, count):
+        with pytest.raises(ValueError, match="from 1 to 2"):
+            start(queue_limit=2).submit_images(request(), count)
+
     @pytest.mark.parametrize(
         "options", [{"max_batch": 0}, {"queue_limit": 0}, {"max_wait_ms": -1}], ids=str
     )

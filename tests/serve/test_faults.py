@@ -69,6 +69,11 @@ def test_overload_is_refused_with_a_time_to_come_back_and_nothing_is_lost(serve,
     assert running.draw().status_code == 200
 
 
+def test_a_request_may_not_have_more_images_than_may_wait(serve):
+    with pytest.raises(ValueError, match="max_images=3, but only queue_limit=2"):
+        serve(queue_limit=2, settings={"max_images": 3})
+
+
 @pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
 def test_a_client_that_hangs_up_leaves_the_line(serve, gate, stream):
     running = serve()

@@ -91,6 +91,11 @@ class Engine:
         return self._pipe
 
     @property
+    def queue_limit(self) -> int:
+        """Most images that wait."""
+        return self._line.limit
+
+    @property
     def native_size(self) -> tuple[int, int]:
         """Width and height that the model draws by itself, in pixels."""
         config, factor = self._pipe.unet.config, self._pipe.vae_scale_factor
@@ -113,14 +118,15 @@ class Engine:
         Raises:
             UnknownObjective, InvalidWeights, InvalidSchedule, InvalidShape, ZeroVariance,
             InvalidRequest: What the request asks for cannot be; `field` of the error says where.
-            ValueError: `count` is below 1.
+            ValueError: `count` is below 1, or more than may ever wait.
             QueueFull: Too many wait already.
             EngineClosed: The engine was closed, or has failed.
         """
-        if count < 1:
-            raise ValueError(f"count must be at least 1, got {count}")
-        tickets = self._admission.tickets(request, count)
+        if not 1 <= count <= self.queue_limit:
+            raise ValueError(f"count must be from 1 to {self.queue_limit}, got {count}")
         try:
+            self._line.check_room(count)  # first, so that a refusal costs next to nothing
+            tickets = self._admission.tickets(request, count)
             self._line.join(tickets)
         except QueueFull:
             self._tally.count("refused", count)

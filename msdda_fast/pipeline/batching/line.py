@@ -35,7 +35,7 @@ class Line:
     Args:
         max_batch: Most tickets in a batch.
         max_wait_s: Longest wait for company, seconds.
-        limit: Most tickets that wait.
+        limit: Most tickets that wait; an attribute, too.
         clock: Seconds, monotonic.
     """
 
@@ -47,7 +47,7 @@ class Line:
         limit: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._max_batch, self._max_wait_s, self._limit = max_batch, max_wait_s, limit
+        self._max_batch, self._max_wait_s, self.limit = max_batch, max_wait_s, limit
         self._clock = clock
         self._tickets: deque[Ticket] = deque()
         self._chores: deque[Chore] = deque()
@@ -62,8 +62,8 @@ class Line:
         """Whether nobody may join any more."""
         return self._is_closed
 
-    def join(self, tickets: Sequence[Ticket]) -> None:
-        """Stand in line: all of them, or none.
+    def check_room(self, count: int) -> None:
+        """Check whether so many could join now.
 
         Raises:
             QueueFull: They do not fit.
@@ -71,11 +71,20 @@ class Line:
         """
         with self._changed:
             self._check_open()
-            if len(self._tickets) + len(tickets) > self._limit:
+            if len(self._tickets) + count > self.limit:
                 raise QueueFull(
-                    f"{len(self._tickets)} of at most {self._limit} images are waiting, "
-                    f"{len(tickets)} more were asked for"
+                    f"{len(self._tickets)} of at most {self.limit} images are waiting, "
+                    f"{count} more were asked for"
                 )
+
+    def join(self, tickets: Sequence[Ticket]) -> None:
+        """Stand in line: all of them, or none.
+
+        Raises:
+            QueueFull, EngineClosed: See `check_room`.
+        """
+        with self._changed:
+            self.check_room(len(tickets))
             self._tickets.extend(tickets)
             self._changed.notify_all()
 
