@@ -191,7 +191,8 @@ def test_three_objectives_on_a_phone(three, visit):
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] - 40)  # beyond the first corner
     page.mouse.up()
     assert page.get_by_label("warm").get_attribute("aria-valuetext") == "100 %"
-    page.get_by_label("cool").press("PageUp")
+    page.mouse.click(box["x"] + 0.45 * box["width"], box["y"] + 0.63 * box["height"])
+    page.get_by_label("cool").press("ArrowRight")
     page.click("#generate")
     visit.drawn()
     assert page.locator(".tile").count() == 4
