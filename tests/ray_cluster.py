@@ -10,11 +10,10 @@ STORE = 80 * 2**20  # bytes, the least that Ray takes is 75 MiB
 
 
 @pytest.fixture(scope="module")
-def cluster():
-    """This process is the driver of a cluster; yields its address."""
+def nodes():
+    """The address of a cluster."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ["RAY_agent_register_timeout_ms"] = "120000"  # a busy machine needs more than 30 s
-    import ray
     from ray.cluster_utils import Cluster
 
     node = {"num_cpus": 1, "object_store_memory": STORE, "include_log_monitor": False}
@@ -22,11 +21,19 @@ def cluster():
     try:
         started(lambda: both.add_node(**node, include_dashboard=False, no_monitor=True))
         started(lambda: both.add_node(**node))
-        ray.init(address=both.address, log_to_driver=False, logging_level="ERROR")
         yield both.address
     finally:
-        ray.shutdown()
         both.shutdown()
+
+
+@pytest.fixture(scope="module")
+def cluster(nodes):
+    """This process is the driver of a cluster."""
+    import ray
+
+    ray.init(address=nodes, log_to_driver=False, logging_level="ERROR")
+    yield nodes
+    ray.shutdown()
 
 
 def started(start):

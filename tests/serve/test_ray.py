@@ -15,7 +15,7 @@ from ray import serve
 
 import msdda_fast as mf
 from msdda_fast.serve.ray import RayArgs, build
-from tests.ray_cluster import cluster, free_port  # noqa: F401 - fixture
+from tests.ray_cluster import cluster, free_port, nodes  # noqa: F401 - fixtures
 from tests.serve.test_api import events
 
 SOON = 120  # seconds; a replica is a process that imports and loads
