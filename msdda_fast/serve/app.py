@@ -23,6 +23,7 @@ from msdda_fast.serve.guard import Guard
 from msdda_fast.serve.refusals import Refusal, of_http, of_validation
 from msdda_fast.serve.service import EngineService, Service, encoded
 from msdda_fast.serve.settings import ServeSettings
+from msdda_fast.serve.web_page import add_page
 
 __all__ = ["app_of", "create_app"]
 
@@ -71,6 +72,7 @@ def app_of(service: Service) -> FastAPI:
     app.state.service = service
     app.add_middleware(Guard, settings=settings, metrics=service.metrics)
     _refuse_as_openai(app, service)
+    add_page(app)
 
     @app.post("/v1/images/generations", responses=ANSWERS)
     async def generate(body: GenerationBody, connection: Request) -> Response:

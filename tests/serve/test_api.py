@@ -81,7 +81,9 @@ class TestOpenAI:
         )  # fmt: skip
         seen = list(stream)
         partial = [e for e in seen if e.type == "image_generation.partial_image"]
-        expected = [(i, k, index) for i in (0, 1) for k, index in zip(shown, range(3), strict=False)]
+        expected = [
+            (i, k, index) for i in (0, 1) for k, index in zip(shown, range(3), strict=False)
+        ]
         assert sorted((e.index, e.step, e.partial_image_index) for e in partial) == expected
         plain = client.images.generate(
             prompt="a red dog", n=2, extra_body={"seed": 5, "steps": steps}
