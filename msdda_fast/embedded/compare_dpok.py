@@ -21,13 +21,14 @@ from torch import Tensor
 
 from msdda_fast.assets import resolve
 from msdda_fast.embedded.align import ALIGNMENT
-from msdda_fast.embedded.evaluate import Named, interval, load_judge
+from msdda_fast.embedded.evaluate import interval
 from msdda_fast.embedded.prompts import TEST_PROMPTS
 from msdda_fast.embedded.sampling import DTYPE, NUM_STEPS, sampler
 from msdda_fast.files import write_atomically
 from msdda_fast.objective import Objective
 from msdda_fast.pipeline.stable_diffusion import MSDDAPipeline
 from msdda_fast.rewards import load_reward
+from msdda_fast.rewards.judge import Judge
 from msdda_fast.training import collect
 
 Scores = dict[str, Tensor]  # by metric, (prompts, seeds)
@@ -60,9 +61,8 @@ def sample(name: str, folder: Path, seeds: int, work: Path) -> Scores:
     pipe = MSDDAPipeline.from_pretrained(
         resolve("msdda-fast/emoji"), objectives={name: objective}, dtype=DTYPE
     )
-    judge = load_judge()
     rewards: dict[str, Any] = {reward: load_reward(reward) for reward in REWARDS}
-    rewards |= {named.name: named for named in (Named(judge, "object"), Named(judge, "color"))}
+    rewards |= {f"judge {what}": Judge(what) for what in ("object", "color")}
     weights = (folder / "pytorch_lora_weights.safetensors").read_bytes()
     out = work / f"{name}-{hashlib.sha256(weights).hexdigest()[:12]}"
     found = collect(

@@ -21,20 +21,18 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from safetensors.torch import load_file
 from torch import Tensor
 
-from msdda_fast.assets import ASSETS, resolve
+from msdda_fast.assets import resolve
 from msdda_fast.embedded.align import ALIGNMENT
 from msdda_fast.embedded.prompts import TEST_PROMPTS
 from msdda_fast.embedded.sampling import DTYPE, GUIDANCE_SCALE, NUM_STEPS, sampler, score
-from msdda_fast.embedded.train_scorer import JUDGE, named_right
 from msdda_fast.files import write_atomically
 from msdda_fast.objective import Objective
 from msdda_fast.pipeline.stable_diffusion import MSDDAPipeline
 from msdda_fast.rewards import REWARDS, load_reward
-from msdda_fast.rewards.consistency import Scorer
 from msdda_fast.rewards.grammar import parse
+from msdda_fast.rewards.judge import Judge
 from msdda_fast.training import Collection, collect
 
 SEEDS = range(32)
@@ -76,35 +74,11 @@ def three_arms() -> list[Arm]:
     ]
 
 
-class Named:
-    """Fraction of a prompt's objects whose name, or colour, the judge gives right."""
-
-    differentiable = False
-
-    def __init__(self, judge: Scorer, what: str) -> None:
-        self.name = f"judge {what}"
-        self._judge, self._index = judge, ("object", "color").index(what)
-
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Score images, shape (N, 3, 64, 64) in [0, 1]; return shape (N,) in [0, 1]."""
-        verdicts = named_right(self._judge, images.float(), [parse(p) for p in prompts])
-        return torch.tensor([sum(v[self._index] for v in vs) / len(vs) for vs in verdicts])
-
-
-def load_judge() -> Scorer:
-    """Load the shipped judge."""
-    judge = JUDGE.build()
-    weights = load_file(ASSETS / "scorers" / "judge.safetensors")
-    judge.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
-    return judge.eval()
-
-
 def sample_arm(model: Path, arm: Arm, work: Path, seeds: range = SEEDS) -> Collection:
     """Sample one arm on the test prompts and score it; resumes from finished shards."""
     pipe = MSDDAPipeline.from_pretrained(model, objectives=arm.objectives, dtype=DTYPE)
-    judge = load_judge()
     rewards: dict[str, Any] = {name: load_reward(name) for name in REWARDS}
-    rewards |= {named.name: named for named in (Named(judge, "object"), Named(judge, "color"))}
+    rewards |= {f"judge {what}": Judge(what) for what in ("object", "color")}
     folder = work / arm.name.replace(" ", "").replace(",", "-")
     return collect(sampler(pipe, arm.weights), rewards, TEST_PROMPTS, seeds, folder, batch_size=32)
 

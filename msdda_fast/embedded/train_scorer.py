@@ -21,6 +21,7 @@ from msdda_fast.embedded.train_vae import random_scenes
 from msdda_fast.pipeline.architectures import Autoencoder
 from msdda_fast.rewards.consistency import Scorer, regions
 from msdda_fast.rewards.grammar import COLORS, OBJECTS, Painted
+from msdda_fast.rewards.judge import named_right
 
 HELD_OUT_STYLE = "twemoji"
 WIDE = Jitter(single=(0.6, 0.95), pair=(0.40, 0.54), shift=0.04, rotation=12, flip=0.5)
@@ -110,26 +111,6 @@ def naming_loss(
         total = total + F.cross_entropy(objects[rows].float(), object_ids, label_smoothing=0.02)
         total = total + F.cross_entropy(colors[rows].float(), color_ids, label_smoothing=0.02)
     return total
-
-
-@torch.no_grad()
-def named_right(
-    scorer: Scorer, images: Tensor, scenes: Sequence[Sequence[Painted]]
-) -> list[list[tuple[bool, bool]]]:
-    """Say for each object of each scene whether the scorer names (object, colour) right."""
-    logits = scorer(images)
-    verdicts = []
-    for n, scene in enumerate(scenes):
-        verdicts.append(
-            [
-                (
-                    OBJECTS[int(logits[region][0][n].argmax())] == thing.object,
-                    COLORS[int(logits[region][1][n].argmax())] == thing.color,
-                )
-                for region, thing in regions(scene)
-            ]
-        )
-    return verdicts
 
 
 def held_out_accuracy(scorer: Scorer, styles: Sequence[str], count: int = 2000) -> dict[str, float]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rewards of generated images: one protocol, three that ship, and those of the field."""
+"""Rewards of generated images: one protocol, those that ship, and those of the field."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Reward(Protocol):
 
 REWARDS = ("aesthetic", "consistency")  # of the shipped model's own objectives
 
-_SHIPPED = ("aesthetic", "consistency", "warmth")
+_SHIPPED = ("aesthetic", "consistency", "warmth", "judge_object", "judge_color")
 _PUBLISHED = {
     "clip_score": "ClipScore",
     "hps_v2": "HpsV2",
@@ -46,7 +46,8 @@ def load_reward(
     The result has the device of the images and is float32.
 
     Args:
-        name: A shipped reward (`aesthetic`, `consistency`, `warmth`) or a published one.
+        name: A shipped reward (`aesthetic`, `consistency`, `warmth`), what the shipped judge says
+            of objects and colours (`judge_object`, `judge_color`), or a published one.
         device: Where a published reward's network runs; shipped ones run where the images are.
         dtype: Of a published reward's network; shipped ones are float32.
 
@@ -68,6 +69,10 @@ def load_reward(
         from msdda_fast.rewards.warmth import Warmth
 
         return Warmth()
+    if name.startswith("judge_"):
+        from msdda_fast.rewards.judge import Judge
+
+        return Judge(name.removeprefix("judge_"))
     module = import_module(f"msdda_fast.rewards.{name}")
     published: Reward = getattr(module, _PUBLISHED[name]).load(device=device, dtype=dtype)
     return published

@@ -4,12 +4,12 @@
 import pytest
 import torch
 
-from msdda_fast.embedded.evaluate import load_judge
 from msdda_fast.embedded.prompts import caption
 from msdda_fast.embedded.render import Renderer
 from msdda_fast.embedded.train_scorer import HELD_OUT_STYLE, held_out_accuracy
 from msdda_fast.rewards import load_reward
 from msdda_fast.rewards.grammar import COLORS, OBJECTS, Painted
+from msdda_fast.rewards.judge import load_judge
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an independent scorer sees in images: a judge that nothing was optimised against."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor
+
+from msdda_fast.assets import ASSETS
+from msdda_fast.rewards.checks import check_images
+from msdda_fast.rewards.consistency import Scorer, regions
+from msdda_fast.rewards.grammar import COLORS, OBJECTS, Painted, parse
+
+__all__ = ["Judge", "load_judge", "named_right"]
+
+
+class Judge:
+    """Fraction of a prompt's objects whose name, or colour, the judge gives right, in [0, 1].
+
+    It shares no weights, seed, architecture or set of drawings with the consistency reward. A
+    method that raises that reward and lowers this has found the reward's weaknesses.
+
+    Args:
+        what: "object" or "color".
+        scorer: The judge; None: the shipped one.
+    """
+
+    differentiable = False
+
+    def __init__(self, what: str, scorer: Scorer | None = None) -> None:
+        self.name = f"judge_{what}"
+        self._scorer = scorer or load_judge()
+        self._index = ("object", "color").index(what)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Score images, shape (N, 3, H, W) in [0, 1], against prompts of the grammar.
+
+        Raises:
+            InvalidShape: The images have another shape or number than the prompts say.
+            ValueError: A prompt is outside the grammar.
+        """
+        check_images(images, prompts)
+        scenes = [parse(prompt) for prompt in prompts]
+        images = images.float()
+        if images.shape[-2:] != (64, 64):
+            images = F.interpolate(images, (64, 64), mode="bilinear", antialias=True)
+        verdicts = named_right(self._scorer.to(images.device), images, scenes)
+        return images.new_tensor([sum(v[self._index] for v in vs) / len(vs) for vs in verdicts])
+
+
+def load_judge(path: Path = ASSETS / "scorers" / "judge.safetensors") -> Scorer:
+    """Load the shipped judge."""
+    judge = Scorer((32, 64, 96, 96), residual=True)
+    judge.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()})
+    return judge.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def named_right(
+    scorer: Scorer, images: Tensor, scenes: Sequence[Sequence[Painted]]
+) -> list[list[tuple[bool, bool]]]:
+    """Say for each object of each scene whether the scorer names (object, colour) right."""
+    logits = scorer(images)
+    verdicts = []
+    for n, scene in enumerate(scenes):
+        verdicts.append(
+            [
+                (
+                    OBJECTS[int(logits[region][0][n].argmax())] == thing.object,
+                    COLORS[int(logits[region][1][n].argmax())] == thing.color,
+                )
+                for region, thing in regions(scene)
+            ]
+        )
+    return verdicts
