@@ -31,8 +31,14 @@ __all__ = ["app_of", "create_app"]
 REFUSALS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody} for status in (400, 401, 404, 413, 422, 429, 500, 503, 504)
 }
+#: Each of the events of a stream; `data` is JSON, or [DONE] at the end.
+EVENT = {
+    "type": "object",
+    "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+    "required": ["data"],
+}
 ANSWERS: dict[int | str, dict[str, Any]] = {
-    200: {"model": ImagesBody, "content": {"text/event-stream": {"schema": {"type": "string"}}}},
+    200: {"model": ImagesBody, "content": {"text/event-stream": {"schema": EVENT}}},
     **REFUSALS,
 }
 
