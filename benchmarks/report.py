@@ -263,6 +263,11 @@ def compare_table() -> str:
     for record in records:
         system = (record["method"], record["variant"])
         systems.setdefault(system, {})[record["weights"]] = record
+    judges = [name for name in records[0] if name in ("judge_object", "judge_color")]
+
+    def middle(found: dict[str, dict[str, str]]) -> dict[str, str]:
+        return found.get(preferences[len(preferences) // 2]) or next(iter(found.values()))
+
     rows = []
     for (method, variant), found in systems.items():
         any_of = next(iter(found.values()))
@@ -280,9 +285,11 @@ def compare_table() -> str:
                 mark = " *" if low * high > 0 else ""
                 cells.append(f"{mean:+.3f} ({min(low, high):+.3f}, {max(low, high):+.3f}){mark}")
         counts = " to ".join(dict.fromkeys(str(n) for n in (images[0], images[-1])))
+        cells += [f"{100 * float(middle(found)[name]):.0f}%" for name in judges]
         cells += [any_of[name] for name in ("unet_forwards", "unet_backwards", "reward_calls")]
         rows.append("| " + " | ".join([*cells, counts]) + " |")
     columns = ["system", *(f"r_w at {w.split()[0].replace('=', ' ')}" for w in preferences)]
+    columns += [f"{name.removeprefix('judge_')}s right" for name in judges]
     columns += ["UNet forwards", "backwards", "rewards", "images"]
     head = "| " + " | ".join(columns) + " |\n|" + "---|" * len(columns)
     protocol = json.loads((folder / "protocol.json").read_text())
@@ -291,6 +298,8 @@ def compare_table() -> str:
         "same prompts and seeds, with 95% bootstrap intervals; * marks those that exclude 0. Costs "
         "are per image."
     )
+    if judges:
+        note += " What is right says a judge that nothing was optimised against, at the middle w."
     return "\n".join([head, *rows, "", note])
 
 

@@ -41,6 +41,9 @@ def test_only_the_named_blocks_are_not_run():
         "they install a fresh environment, and `make test` runs this very page",
         "needs Stable Diffusion weights from a hub, and two adapters of yours",
         "needs ComfyUI",
+        "needs a Ray cluster",
+        "needs the server above",
+        "runs until it is stopped",
     }
     assert {block["language"] for block in BLOCKS} == {"python", "sh"}
 

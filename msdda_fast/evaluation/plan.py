@@ -2,7 +2,8 @@
 """Which systems are compared, with which settings, at which preferences, on how many seeds.
 
 Systems that read aligned models draw every seed. Those that search or follow gradients while they
-sample cost up to a hundred times as much, and draw a stated subset.
+sample cost up to a hundred times as much, and draw a stated subset; the special cases of TFG
+at w = 0.5 alone.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ STRENGTHS = (1.5,)
 
 def published_searches() -> dict[tuple[str, str], Method]:
     """Systems that evaluate rewards while sampling, as published, by name and variant."""
-    methods: dict[tuple[str, str], Method] = {
+    return {
         ("Best-of-N", "N = 20"): BestOfN(num_particles=20),
         ("CoDe", "official"): CoDe(variant="official"),
         ("CoDe", "one-step"): CoDe(variant="one-step"),
@@ -47,8 +48,6 @@ def published_searches() -> dict[tuple[str, str], Method]:
         ("MUDM", "independent"): MUDM(),
         ("MUDM", "dependent"): MUDM(dependency="dependent"),
     }
-    presets = {("TFG", name): preset for name, preset in PRESETS.items()}
-    return methods | presets
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,3 +144,5 @@ class Plan:
         for (_, variant), method in searches.items():
             for w in self.search_preferences or self.preferences:
                 yield Entry(method, variant, self.at(w), self.search_seeds)
+        for variant, preset in PRESETS.items():
+            yield Entry(preset, variant, middle, self.search_seeds)

@@ -38,7 +38,7 @@ class Row:
 
     Attributes:
         arm: The images.
-        rewards: Mean by reward.
+        rewards: Mean by reward: those weighed, then those that all images of the table have.
         scalarised: Mean of r_w.
         gain: Mean of r_w of MSDDA minus this, paired; None: this is MSDDA.
     """
@@ -94,10 +94,16 @@ def preference_table(arms: Sequence[Arm], weights: Mapping[str, float]) -> Prefe
     ours = next((arm for arm in chosen if arm.system == OURS and arm.weights), None)
     if ours is None:
         raise ValueError(f"the scores hold no MSDDA at {dict(weights)}, so nothing to compare with")
+    judged = [
+        name
+        for name in next(iter(ours.rewards.values()))
+        if name not in weights
+        and all(name in rewards for arm in chosen for rewards in arm.rewards.values())
+    ]
     rows = [
         Row(
             arm,
-            {name: mean_reward(arm.values(name)) for name in weights},
+            {name: mean_reward(arm.values(name)) for name in (*weights, *judged)},
             mean_reward(arm.scalarised(weights)),
             None if arm is ours else paired_gain(ours, arm, weights),
         )
@@ -136,7 +142,7 @@ def to_csv(tables: Sequence[PreferenceTable]) -> str:
     """All preference tables as one CSV text, every interval as three columns."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    names = list(tables[0].weights)
+    names = [n for n in tables[0].rows[0].rewards if all(n in t.rows[0].rewards for t in tables)]
     measures = [*names, "scalarised", "msdda_minus_system"]
     bounds = [f"{name}{part}" for name in measures for part in ("", "_low", "_high")]
     costs = list(tables[0].rows[0].arm.costs)
@@ -144,7 +150,7 @@ def to_csv(tables: Sequence[PreferenceTable]) -> str:
     for table in tables:
         weights = " ".join(f"{name}={weight:g}" for name, weight in table.weights.items())
         for row in table.rows:
-            intervals = [*row.rewards.values(), row.scalarised, row.gain]
+            intervals = [*(row.rewards[name] for name in names), row.scalarised, row.gain]
             cells = [
                 f"{value:.4f}" if interval else ""
                 for interval in intervals
@@ -159,7 +165,7 @@ def to_csv(tables: Sequence[PreferenceTable]) -> str:
 
 def to_markdown(table: PreferenceTable) -> str:
     """One preference table as Markdown."""
-    names = list(table.weights)
+    names = list(table.rows[0].rewards)
     head = ["system", "n", *names, "r_w", "MSDDA minus it", "UNet forwards", "fastest s / image"]
     lines = [f"| {' | '.join(head)} |", "|---" + "|---:" * (len(head) - 1) + "|"]
     for row in table.rows:

@@ -77,8 +77,17 @@ def test_the_csv_has_every_interval_and_cost():
     ours = next(line for line in lines if (line["method"], line["variant"]) == ("MSDDA", ""))
     assert float(ours["r1"]) == pytest.approx(0.2 + NOISE.mean(), abs=1e-4)
     assert float(ours["r1_low"]) < float(ours["r1"]) < float(ours["r1_high"])
+    assert float(ours["r3"]) == pytest.approx(NOISE.mean(), abs=1e-4)  # not weighed, but scored
     assert ours["msdda_minus_system"] == "" and ours["images"] == "40"
     assert ours["unet_forwards"] == "3" and ours["weights"] == "r1=0.2 r2=0.8"
+
+
+def test_a_reward_that_some_images_lack_is_no_column():
+    found = scores()
+    del found[0].rewards["r3"]
+    table = preference_table(arms_of(found), {"r1": 0.2, "r2": 0.8})
+    assert list(table.rows[0].rewards) == ["r1", "r2"]
+    assert "r3" not in to_csv([table]) and "r3" not in to_markdown(table)
 
 
 def test_markdown_marks_ours():
