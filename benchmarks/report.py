@@ -264,20 +264,17 @@ def compare_table() -> str:
         system = (record["method"], record["variant"])
         systems.setdefault(system, {})[record["weights"]] = record
     judges = [name for name in records[0] if name in ("judge_object", "judge_color")]
-
-    def middle(found: dict[str, dict[str, str]]) -> dict[str, str]:
-        return found.get(preferences[len(preferences) // 2]) or next(iter(found.values()))
-
+    middle = preferences[len(preferences) // 2]
     rows = []
     for (method, variant), found in systems.items():
+        if len(found) < len(preferences):
+            continue  # the page has those, too
         any_of = next(iter(found.values()))
         images = sorted({int(record["images"]) for record in found.values()})
         cells = [f"{method} ({variant})" if variant else method]
         for weights in preferences:
-            record = found.get(weights)
-            if record is None:
-                cells.append("")
-            elif (method, variant) == ("MSDDA", ""):
+            record = found[weights]
+            if (method, variant) == ("MSDDA", ""):
                 cells.append(f"**{float(record['scalarised']):.3f}**")
             else:
                 gain = [record[f"msdda_minus_system{end}"] for end in ("", "_low", "_high")]
@@ -285,7 +282,7 @@ def compare_table() -> str:
                 mark = " *" if low * high > 0 else ""
                 cells.append(f"{mean:+.3f} ({min(low, high):+.3f}, {max(low, high):+.3f}){mark}")
         counts = " to ".join(dict.fromkeys(str(n) for n in (images[0], images[-1])))
-        cells += [f"{100 * float(middle(found)[name]):.0f}%" for name in judges]
+        cells += [f"{100 * float(found[middle][name]):.0f}%" for name in judges]
         cells += [any_of[name] for name in ("unet_forwards", "unet_backwards", "reward_calls")]
         rows.append("| " + " | ".join([*cells, counts]) + " |")
     columns = ["system", *(f"r_w at {w.split()[0].replace('=', ' ')}" for w in preferences)]
