@@ -245,19 +245,18 @@ def _show(page: Path) -> None:
 
     with (page.parent / "table.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    columns = list(rows[0])
-    measures = columns[columns.index("images") + 1 : columns.index("msdda_minus_system") : 3]
+    weighed = [item.split("=")[0] for item in rows[0]["weights"].split()]
     for weights in dict.fromkeys(row["weights"] for row in rows):
         table = Table(title=weights, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
         table.add_column("system", no_wrap=True, overflow="ellipsis", max_width=27)
-        for name in ("n", *measures[:-1], "r_w", "MSDDA - it"):
+        for name in ("n", *weighed, "r_w", "MSDDA - it"):
             table.add_column(name, justify="right", no_wrap=True)
         for row in (row for row in rows if row["weights"] == weights):
             label = " ".join(filter(None, (row["method"], row["variant"])))
             gain = [row[f"msdda_minus_system{end}"] for end in ("", "_low", "_high")]
             low, high = (float(bound or 0) for bound in gain[1:])
             shown = f"{float(gain[0]):+.3f} {'*' if low * high > 0 else ' '}" if gain[0] else ""
-            means = [f"{float(row[name]):+.3f}" for name in measures]
+            means = [f"{float(row[name]):+.3f}" for name in (*weighed, "scalarised")]
             table.add_row(label, row["images"], *means, shown, style=None if shown else "bold")
         out.print(table)
     out.print("* the 95% interval of the paired difference excludes 0")

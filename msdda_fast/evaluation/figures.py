@@ -141,7 +141,7 @@ def simplex_figure(arms: Sequence[Arm], rewards: Sequence[str], file: Path) -> N
                 f"{value:.2f}", place, textcoords="offset points", xytext=(0, 8), ha="center",
                 fontsize=8, color=_INK, bbox={"fc": "white", "ec": "none", "alpha": 0.7, "pad": 1},
             )  # fmt: skip
-        for corner, other, offset in zip(corners, rewards, (16, -20, -20), strict=True):
+        for corner, other, offset in zip(corners, rewards, (24, -20, -20), strict=True):
             axes.annotate(
                 f"all {other}", corner, textcoords="offset points", xytext=(0, offset),
                 ha="center", fontsize=9, color=_SOFT,
