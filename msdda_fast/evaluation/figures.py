@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from matplotlib import pyplot as plt
 from matplotlib.patheffects import withStroke
 from matplotlib.tri import Triangulation
 
-from msdda_fast.evaluation.statistics import Arm, Pair, mean_reward
+from msdda_fast.evaluation.statistics import Arm, mean_reward
 from msdda_fast.files import write_atomically
 
 __all__ = ["label_of", "pareto_figure", "simplex_figure"]
@@ -36,8 +36,8 @@ def label_of(system: tuple[str, str]) -> str:
 def pareto_figure(arms: Sequence[Arm], rewards: tuple[str, str], file: Path) -> None:
     """Draw mean rewards with 95% intervals, a line per system through its preferences.
 
-    Systems that evaluate rewards while sampling have a panel of their own. MSDDA is in both, in
-    theirs with the images of their prompts and seeds.
+    Systems that evaluate rewards while sampling have a panel of their own, with MSDDA in both. All
+    points of a panel are of the prompts and seeds that they have in common, where there are any.
 
     Args:
         arms: With and without weights; those of MSDDA itself are drawn thickest.
@@ -51,23 +51,30 @@ def pareto_figure(arms: Sequence[Arm], rewards: tuple[str, str], file: Path) -> 
     searches = [front for front in fronts[1:] if front[0].costs["reward_calls"]]
     panels = {"aligned models": [front for front in fronts if front not in searches]}
     if searches:
-        pairs = {pair for front in searches for arm in front for pair in arm.rewards}
-        ours = [replace(arm, rewards=_only(pairs, arm.rewards)) for arm in fronts[0]]
-        panels["rewards while sampling"] = [[arm for arm in ours if arm.rewards], *searches]
+        panels["rewards while sampling"] = [fronts[0], *searches]
     figure, row = plt.subplots(
         1, len(panels), figsize=(7.2 * len(panels), 7.2), layout="constrained",
         sharex=True, sharey=True, squeeze=False,
     )  # fmt: skip
     for axes, (title, shown) in zip(row[0], panels.items(), strict=True):
-        _pareto_panel(axes, shown, rewards)
+        _pareto_panel(axes, _on_common_pairs(shown), rewards)
         axes.set_title(title, fontsize=11)
         axes.set_xlabel(f"{rewards[0]} reward, mean and 95% interval")
     row[0][0].set_ylabel(f"{rewards[1]} reward, mean and 95% interval")
     _save(figure, file)
 
 
-def _only(pairs: Set[Pair], rewards: Mapping[Pair, Mapping[str, float]]) -> dict[Pair, Any]:
-    return {pair: values for pair, values in rewards.items() if pair in pairs}
+def _on_common_pairs(fronts: Sequence[Sequence[Arm]]) -> Sequence[Sequence[Arm]]:
+    shared = set.intersection(*(set(arm.rewards) for front in fronts for arm in front))
+    if not shared:
+        return fronts
+    return [
+        [
+            replace(arm, rewards={pair: arm.rewards[pair] for pair in sorted(shared)})
+            for arm in front
+        ]
+        for front in fronts
+    ]
 
 
 def _pareto_panel(
