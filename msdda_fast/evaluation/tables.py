@@ -61,6 +61,11 @@ class PreferenceTable:
     weights: Mapping[str, float]
     rows: Sequence[Row]
 
+    @property
+    def judged(self) -> list[str]:
+        """Rewards that the table has beside those that are weighed."""
+        return [name for name in self.rows[0].rewards if name not in self.weights]
+
 
 @dataclass(frozen=True, slots=True)
 class Front:
@@ -165,8 +170,8 @@ def to_csv(tables: Sequence[PreferenceTable]) -> str:
 
 def to_markdown(table: PreferenceTable) -> str:
     """One preference table as Markdown."""
-    names = list(table.rows[0].rewards)
-    head = ["system", "n", *names, "r_w", "MSDDA minus it", "UNet forwards", "fastest s / image"]
+    costs = ["UNet forwards", "fastest s / image"]
+    head = ["system", "n", *table.weights, "r_w", "MSDDA minus it", *table.judged, *costs]
     lines = [f"| {' | '.join(head)} |", "|---" + "|---:" * (len(head) - 1) + "|"]
     for row in table.rows:
         arm = row.arm
@@ -174,11 +179,12 @@ def to_markdown(table: PreferenceTable) -> str:
         cells = [
             f"**{label}**" if row.gain is None else label,
             str(row.scalarised.pairs),
-            *(_text(row.rewards[name]) for name in names),
+            *(_text(row.rewards[name]) for name in table.weights),
             _text(row.scalarised),
             ""
             if row.gain is None
             else f"{_text(row.gain, sign='+')}{row.verdict and ', '}{row.verdict}",
+            *(_text(row.rewards[name]) for name in table.judged),
             f"{arm.costs['unet_forwards']:g}",
             f"{arm.seconds:.2g}",
         ]
