@@ -97,6 +97,8 @@ def draw(records: list[dict], path: Path) -> None:
     left.plot([0, 1.3 * most], [0, 1.3 * most], "k:", lw=1, label="all that was offered")
     left.set(xlabel="requests offered per second", ylabel="images per second", ylim=(0, None))
     right.set(xlabel="requests offered per second", ylabel="seconds", yscale="log")
+    for ticks in (right.yaxis.set_major_formatter, right.yaxis.set_minor_formatter):
+        ticks("{x:g}")
     left.legend(frameon=False)
     right.legend(frameon=False, fontsize=7)
     noisy = ", noisy" if first["noisy"] else ""
