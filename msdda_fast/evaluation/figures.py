@@ -53,8 +53,7 @@ def pareto_figure(arms: Sequence[Arm], rewards: tuple[str, str], file: Path) -> 
     if searches:
         panels["rewards while sampling"] = [fronts[0], *searches]
     figure, row = plt.subplots(
-        1, len(panels), figsize=(7.2 * len(panels), 7.2), layout="constrained",
-        sharex=True, sharey=True, squeeze=False,
+        1, len(panels), figsize=(7.2 * len(panels), 7.2), layout="constrained", squeeze=False,
     )  # fmt: skip
     for axes, (title, shown) in zip(row[0], panels.items(), strict=True):
         _pareto_panel(axes, _on_common_pairs(shown), rewards)
@@ -113,7 +112,7 @@ def _pareto_panel(
             zorder=2,
         )
         for arm, px, py in zip(front, x, y, strict=True):
-            if ours:
+            if ours and axes.get_subplotspec().is_first_col():
                 axes.annotate(
                     f"w = {arm.w:g}", (px.mean, py.mean), textcoords="offset points",
                     xytext=(9, 7), color=_INK, fontsize=9, zorder=5,
