@@ -44,6 +44,7 @@ def test_only_the_named_blocks_are_not_run():
         "needs a Ray cluster",
         "needs the server above",
         "runs until it is stopped",
+        "takes hours",
     }
     assert {block["language"] for block in BLOCKS} == {"python", "sh"}
 
