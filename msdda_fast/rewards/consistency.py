@@ -68,6 +68,21 @@ def regions(things: Sequence[Painted]) -> list[tuple[str, Painted]]:
     return list(zip(names, things, strict=True))
 
 
+def readable(images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, list[list[Painted]]]:
+    """What a scorer reads: images (N, 3, 64, 64) in float32, and the objects of every prompt.
+
+    Raises:
+        InvalidShape: The images have another shape or number than the prompts say.
+        ValueError: A prompt is outside the grammar.
+    """
+    check_images(images, prompts)
+    scenes = [list(parse(prompt)) for prompt in prompts]
+    images = images.float()
+    if images.shape[-2:] != (64, 64):
+        images = F.interpolate(images, (64, 64), mode="bilinear", antialias=True)
+    return images, scenes
+
+
 class Consistency:
     """r = 1 + 0.77 max(mean of log p, -5.2) in [-3, 1]; pure chance gives about -1.
 
@@ -98,11 +113,7 @@ class Consistency:
             InvalidShape: the images have another shape or number than the prompts say.
             ValueError: a prompt is outside the grammar.
         """
-        check_images(images, prompts)
-        scenes = [parse(prompt) for prompt in prompts]
-        images = images.float()
-        if images.shape[-2:] != (64, 64):
-            images = F.interpolate(images, (64, 64), mode="bilinear", antialias=True)
+        images, scenes = readable(images, prompts)
         scorer = self._scorer.to(images.device)
         log_p = {
             region: tuple(logits.log_softmax(-1) for logits in pair)

@@ -7,14 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
 from msdda_fast.assets import ASSETS
-from msdda_fast.rewards.checks import check_images
-from msdda_fast.rewards.consistency import Scorer, regions
-from msdda_fast.rewards.grammar import COLORS, OBJECTS, Painted, parse
+from msdda_fast.rewards.consistency import Scorer, readable, regions
+from msdda_fast.rewards.grammar import COLORS, OBJECTS, Painted
 
 __all__ = ["Judge", "load_judge", "named_right"]
 
@@ -45,11 +43,7 @@ class Judge:
             InvalidShape: The images have another shape or number than the prompts say.
             ValueError: A prompt is outside the grammar.
         """
-        check_images(images, prompts)
-        scenes = [parse(prompt) for prompt in prompts]
-        images = images.float()
-        if images.shape[-2:] != (64, 64):
-            images = F.interpolate(images, (64, 64), mode="bilinear", antialias=True)
+        images, scenes = readable(images, prompts)
         verdicts = named_right(self._scorer.to(images.device), images, scenes)
         return images.new_tensor([sum(v[self._index] for v in vs) / len(vs) for vs in verdicts])
 
