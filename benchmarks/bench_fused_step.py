@@ -31,7 +31,8 @@ from msdda_fast.kernels import registry
 from msdda_fast.kernels.counter_noise import counter_noise
 from msdda_fast.kernels.fused_step import fused_ddim_step
 from msdda_fast.reference import ddim_posterior, fuse_posteriors, guide
-from msdda_fast.schedule import StepCoefficients, coefficient_table
+from msdda_fast.steps.coefficients import StepCoefficients
+from msdda_fast.steps.table import coefficient_table
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FAST = [name for name in ("native", "triton") if registry.available(name, DEVICE)]

@@ -37,7 +37,7 @@ from benchmarks.contenders.contender import LIMITS, Contender, Unverified, effec
 from benchmarks.contenders.models import Model, held_bytes, load
 from benchmarks.contenders.request import Request
 from benchmarks.harness import RESULTS, append, interleaved, launches, operators, surroundings
-from msdda_fast.engine.rehearsal import rehearse
+from msdda_fast.engine.dry_run import rehearse
 from msdda_fast.errors import MSDDAError
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}

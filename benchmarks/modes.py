@@ -23,9 +23,9 @@ import torch
 
 import msdda_fast as mf
 from benchmarks.harness import append, interleaved, surroundings
-from msdda_fast.embedded.prompts import TEST_PROMPTS
-from msdda_fast.pipeline.batched_unet import BatchedUNet
-from msdda_fast.pipeline.modes import MODES, exact_steps
+from msdda_fast.batched.unet import BatchedUNet
+from msdda_fast.emoji.prompts import TEST_PROMPTS
+from msdda_fast.pipelines.stable_diffusion.modes import MODES, exact_steps
 from msdda_fast.rewards import REWARDS, load_reward
 
 STEPS, WEIGHT, RESAMPLES = 25, 0.5, 4000

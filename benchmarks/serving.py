@@ -37,9 +37,9 @@ from benchmarks import load, serving_output
 from benchmarks.contenders.servers import ARMS, Server, verify
 from benchmarks.harness import RESULTS, append, interleaved, surroundings
 from benchmarks.serving_cell import Cell
-from msdda_fast.embedded.prompts import TEST_PROMPTS
-from msdda_fast.pipeline.batching.admission import Admission
-from msdda_fast.pipeline.batching.drawing import BatchPipeline
+from msdda_fast.batching.admission import Admission
+from msdda_fast.batching.drawing import BatchPipeline
+from msdda_fast.emoji.prompts import TEST_PROMPTS
 
 #: Name of a rate, the arm whose capacity it is a fraction of, the fraction.
 RATES = {

@@ -26,7 +26,7 @@ from benchmarks.contenders.contender import verify
 from benchmarks.contenders.models import load
 from benchmarks.contenders.request import Request
 from benchmarks.harness import RESULTS, append, surroundings
-from msdda_fast.pipeline.batched_options import BatchedOptions
+from msdda_fast.batched.options import BatchedOptions
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 STEPS = 5

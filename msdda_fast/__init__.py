@@ -28,10 +28,12 @@ from msdda_fast.errors import (
 from msdda_fast.kernels.counter_noise import counter_noise
 from msdda_fast.kernels.fused_step import FusedStep, fast_fuse_step, fused_ddim_step
 from msdda_fast.objective import Objective
-from msdda_fast.schedule import coefficient_table
+from msdda_fast.steps.shares import effective_weights
+from msdda_fast.steps.table import coefficient_table
 
 if TYPE_CHECKING:
-    from msdda_fast.pipeline import Engine, ImageRequest, MSDDAPipeline
+    from msdda_fast.batching import Engine, ImageRequest
+    from msdda_fast.pipelines import MSDDAPipeline
 
 __version__ = "0.1.0"
 
@@ -58,6 +60,7 @@ __all__ = [
     "coefficient_table",
     "counter_noise",
     "denoise",
+    "effective_weights",
     "fast_fuse_step",
     "fused_ddim_step",
 ]
@@ -65,10 +68,14 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - PEP 562
     # diffusers and transformers take seconds to import, and samplers never need them
-    if name in ("Engine", "ImageRequest", "MSDDAPipeline"):
-        from msdda_fast import pipeline
+    if name == "MSDDAPipeline":
+        from msdda_fast.pipelines import MSDDAPipeline
 
-        return getattr(pipeline, name)
+        return MSDDAPipeline
+    if name in ("Engine", "ImageRequest"):
+        from msdda_fast import batching
+
+        return getattr(batching, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from msdda_fast import fast_fuse_step
 from msdda_fast.reference import fuse_posteriors
-from msdda_fast.schedule import fusion_shares
+from msdda_fast.steps.shares import fusion_shares
 
 
 class Experts(NamedTuple):

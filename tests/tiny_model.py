@@ -22,7 +22,7 @@ from diffusers import (
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 
 import msdda_fast as mf
-from msdda_fast.pipeline.architectures import small_text_encoder, word_tokenizer
+from msdda_fast.emoji.architectures import small_text_encoder, word_tokenizer
 
 WIDTH = 16
 SD15_NOISE = {

@@ -14,9 +14,9 @@ import torch
 from benchmarks.contenders import engine, stock
 from benchmarks.contenders.contender import Contender, Impossible
 from benchmarks.contenders.request import Request
+from msdda_fast.batched.options import BatchedOptions, Sharing
 from msdda_fast.errors import MSDDAError
 from msdda_fast.kernels.grouped_lora import Design
-from msdda_fast.pipeline.batched_options import BatchedOptions, Sharing
 
 __all__ = ["AGAIN", "DESIGNS", "Entry", "build", "catalogue"]
 

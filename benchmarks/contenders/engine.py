@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from benchmarks.contenders.contender import Contender
 from benchmarks.contenders.request import Request
 from benchmarks.contenders.stock import with_adapters
+from msdda_fast.batched.options import BatchedOptions
+from msdda_fast.batched.unet import BatchedUNet
 from msdda_fast.engine.buffers import ShapeKey, StepBuffers
 from msdda_fast.engine.graph import CapturedStep, StepCache
 from msdda_fast.engine.step import Network
-from msdda_fast.pipeline.batched_options import BatchedOptions
-from msdda_fast.pipeline.batched_unet import BatchedUNet
 
 __all__ = ["batched", "captured_copies"]
 

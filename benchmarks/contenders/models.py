@@ -16,9 +16,9 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from benchmarks.contenders.configs import CONFIGS, untrained
-from msdda_fast.pipeline import MSDDAPipeline
-from msdda_fast.pipeline.architectures import sd15_scheduler
-from msdda_fast.pipeline.prediction import Variant
+from msdda_fast.adapters.variant import Variant
+from msdda_fast.emoji.architectures import sd15_scheduler
+from msdda_fast.pipelines import MSDDAPipeline
 
 __all__ = ["Model", "held_bytes", "load", "shared_copy"]
 

@@ -15,10 +15,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # when run as a sc
 
 import torch
 
-from msdda_fast import cli
-from msdda_fast.pipeline.batching import engine
-from msdda_fast.pipeline.batching.line import Line
-from msdda_fast.pipeline.batching.ticket import Ticket
+from msdda_fast.batching import engine
+from msdda_fast.batching.queue import Line
+from msdda_fast.batching.ticket import Ticket
+from msdda_fast.cli import app as cli
 
 
 class OneWeightLine(Line):

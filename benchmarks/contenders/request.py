@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.contenders.models import Model
-from msdda_fast.coefficients import CoefficientTable
+from msdda_fast.batched.time import AddedConditions
 from msdda_fast.kernels.counter_noise import counter_noise
-from msdda_fast.pipeline.batched_time import AddedConditions
 from msdda_fast.reference import ddim_posterior, fuse_posteriors, guide
-from msdda_fast.schedule import coefficient_table
+from msdda_fast.steps.coefficients import CoefficientTable
+from msdda_fast.steps.table import coefficient_table
 
 __all__ = ["Request"]
 

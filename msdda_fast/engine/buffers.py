@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from msdda_fast.coefficients import CoefficientTable
 from msdda_fast.errors import InvalidSchedule, InvalidShape
 from msdda_fast.kernels.counter_noise import as_seeds
+from msdda_fast.steps.coefficients import CoefficientTable
 
 if TYPE_CHECKING:
     from msdda_fast.types import SeedsLike

@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from msdda_fast.coefficients import CoefficientTable
 from msdda_fast.engine.buffers import ShapeKey, StepBuffers
 from msdda_fast.engine.compiled import compiled
+from msdda_fast.engine.dry_run import rehearse
 from msdda_fast.engine.graph_backends import Advance, Graph, GraphBackend, graphs_for
-from msdda_fast.engine.rehearsal import rehearse
 from msdda_fast.engine.step import Kinds, Network, Step
 from msdda_fast.errors import CaptureError, InvalidShape
+from msdda_fast.steps.coefficients import CoefficientTable
 
 if TYPE_CHECKING:
     from msdda_fast.types import SeedsLike

@@ -14,8 +14,9 @@ from msdda_fast.engine.noise import NoiseSource, noise_source
 from msdda_fast.errors import BackendUnavailable, InvalidShape
 from msdda_fast.kernels import registry
 from msdda_fast.kernels.fused_step import fused_ddim_step
-from msdda_fast.objective import as_host_float64, preference_schedule
-from msdda_fast.schedule import CoefficientTable, coefficient_table
+from msdda_fast.steps.coefficients import CoefficientTable
+from msdda_fast.steps.table import coefficient_table
+from msdda_fast.weights import as_host_float64, preference_schedule
 
 if TYPE_CHECKING:
     from msdda_fast.types import (

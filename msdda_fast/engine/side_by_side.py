@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from msdda_fast.engine.step import Network, by_objective
-from msdda_fast.objective import is_watched
+from msdda_fast.tracing import is_watched
 
 __all__ = ["SideBySide"]
 

@@ -16,7 +16,7 @@ from msdda_fast.engine.buffers import ShapeKey, StepBuffers
 from msdda_fast.errors import InvalidShape
 from msdda_fast.kernels import registry
 from msdda_fast.kernels.fused_step._ops import Operators
-from msdda_fast.objective import is_watched
+from msdda_fast.tracing import is_watched
 
 __all__ = ["Kinds", "Network", "Outputs", "Predict", "Step", "by_objective"]
 

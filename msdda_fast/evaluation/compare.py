@@ -25,7 +25,7 @@ from msdda_fast.evaluation.scores import merge_scores, read_scores
 from msdda_fast.evaluation.settings import write_json
 from msdda_fast.evaluation.tables import OURS
 from msdda_fast.files import write_atomically
-from msdda_fast.pipeline import MSDDAPipeline
+from msdda_fast.pipelines import MSDDAPipeline
 
 __all__ = ["compare", "report_scores"]
 

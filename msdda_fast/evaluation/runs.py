@@ -26,7 +26,7 @@ from msdda_fast.evaluation.scores import COSTS, Score
 from msdda_fast.evaluation.settings import bind_settings, model_settings, write_json
 from msdda_fast.files import write_atomically
 from msdda_fast.methods.method import Drawn, Method
-from msdda_fast.pipeline import MSDDAPipeline
+from msdda_fast.pipelines import MSDDAPipeline
 from msdda_fast.rewards import Reward
 
 __all__ = [

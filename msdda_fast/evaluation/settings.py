@@ -14,7 +14,7 @@ from torch import nn
 
 from msdda_fast.errors import MSDDAError
 from msdda_fast.files import write_atomically
-from msdda_fast.pipeline import MSDDAPipeline
+from msdda_fast.pipelines import MSDDAPipeline
 
 __all__ = ["SettingsConflict", "bind_settings", "model_checksum", "model_settings", "write_json"]
 

@@ -21,7 +21,7 @@ from msdda_fast.evaluation.grid import labelled_grid
 from msdda_fast.evaluation.settings import model_settings, write_json
 from msdda_fast.files import write_atomically
 from msdda_fast.objective import Objective
-from msdda_fast.pipeline import MSDDAPipeline
+from msdda_fast.pipelines import MSDDAPipeline
 from msdda_fast.rewards import load_reward
 
 __all__ = ["CellDrawer", "Sweep", "SweepResult", "run_sweep"]

@@ -22,7 +22,7 @@ from msdda_fast.methods.method import Method
 from msdda_fast.methods.mudm import MUDM
 from msdda_fast.methods.rgg import RGG
 from msdda_fast.methods.tfg import TFG
-from msdda_fast.pipeline import MSDDAPipeline
+from msdda_fast.pipelines import MSDDAPipeline
 
 __all__ = ["candidates", "load_tuned", "tune"]
 

@@ -29,10 +29,10 @@ from tqdm.auto import trange  # type: ignore[import-untyped]
 
 from msdda_fast.engine.noise import StepNoise, noise_source
 from msdda_fast.errors import InvalidShape
-from msdda_fast.integrations.ancestral import ancestral_steps
 from msdda_fast.kernels import registry
 from msdda_fast.kernels.fused_step import fused_ddim_step
-from msdda_fast.objective import as_host_float64
+from msdda_fast.steps.ancestral import ancestral_steps
+from msdda_fast.weights import as_host_float64
 
 if TYPE_CHECKING:
     from msdda_fast.types import Backend, SeedsLike, WeightSchedule, ZeroVariancePolicy

@@ -8,10 +8,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from msdda_fast.methods.copies import best, check_counts, initial_copies, score
 from msdda_fast.methods.ddim import DDIMStep
 from msdda_fast.methods.method import Method
 from msdda_fast.methods.model import LatentModel
+from msdda_fast.methods.particles import best, check_counts, initial_copies, score
 from msdda_fast.methods.sd import SD
 from msdda_fast.objective import check_eta
 

@@ -14,10 +14,10 @@ from typing import ClassVar, Literal, TypeAlias
 from torch import Tensor
 
 from msdda_fast.errors import InvalidSchedule
-from msdda_fast.methods.copies import best, check_counts, replicate, score
 from msdda_fast.methods.ddim import DDIMStep
 from msdda_fast.methods.method import Method
 from msdda_fast.methods.model import LatentModel
+from msdda_fast.methods.particles import best, check_counts, replicate, score
 from msdda_fast.methods.sd import SD
 from msdda_fast.objective import check_eta
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from msdda_fast.methods.method import Method
 from msdda_fast.methods.model import LatentModel
-from msdda_fast.schedule import effective_weights
+from msdda_fast.steps.shares import effective_weights
 
 __all__ = ["DBMPA"]
 

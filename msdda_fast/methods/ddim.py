@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from msdda_fast.ddim_grid import DDIMGrid
+from msdda_fast.steps.ddim import DDIMGrid
 
 __all__ = ["DDIMStep"]
 

@@ -15,7 +15,7 @@ from msdda_fast.methods.model import Cost, LatentModel
 from msdda_fast.rewards import Reward
 
 if TYPE_CHECKING:
-    from msdda_fast.pipeline import MSDDAPipeline
+    from msdda_fast.pipelines import MSDDAPipeline
 
 __all__ = ["Drawn", "Method"]
 

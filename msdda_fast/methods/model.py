@@ -18,9 +18,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from msdda_fast.ddim_grid import DDIMGrid
 from msdda_fast.lora.soup import Merge
-from msdda_fast.schedule import fusion_shares
+from msdda_fast.steps.ddim import DDIMGrid
+from msdda_fast.steps.shares import fusion_shares
 from msdda_fast.types import Fusion
 
 __all__ = ["BASE", "Cost", "Fusion", "LatentModel", "fused_eta", "preferred"]

@@ -15,26 +15,22 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from msdda_fast.ddim_grid import ddim_grid
+from msdda_fast.adapters.files import AdapterFile
+from msdda_fast.adapters.soup import make_soup, temporarily
+from msdda_fast.adapters.sources import adapter_file
+from msdda_fast.adapters.switching import AdapterSwitch, adapter_names
+from msdda_fast.adapters.variant import Variant
 from msdda_fast.engine.noise import image_seeds
 from msdda_fast.errors import UnknownObjective
-from msdda_fast.kernels.counter_noise import (
-    STREAM_INITIAL,
-    STREAM_STEP,
-    as_seeds,
-    counter_noise,
-)
+from msdda_fast.kernels.counter_noise import STREAM_INITIAL, STREAM_STEP, as_seeds, counter_noise
 from msdda_fast.lora.soup import Merge
 from msdda_fast.methods.model import BASE, Cost, Fusion
-from msdda_fast.objective import Objective, preference_weights
-from msdda_fast.pipeline import request
-from msdda_fast.pipeline.adapters import AdapterFile
-from msdda_fast.pipeline.prediction import Variant
-from msdda_fast.pipeline.soup import make_soup, temporarily
-from msdda_fast.pipeline.sources import adapter_file
-from msdda_fast.pipeline.stable_diffusion import MSDDAPipeline
-from msdda_fast.pipeline.switching import AdapterSwitch, adapter_names
+from msdda_fast.objective import Objective
+from msdda_fast.pipelines import request
+from msdda_fast.pipelines.stable_diffusion.pipeline import MSDDAPipeline
 from msdda_fast.rewards import Reward
+from msdda_fast.steps.ddim import ddim_grid
+from msdda_fast.weights import preference_weights
 
 __all__ = ["PipelineModel"]
 

@@ -17,17 +17,11 @@ from typing import ClassVar, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from msdda_fast.ddim_grid import DDIMGrid
-from msdda_fast.methods.copies import replicate
 from msdda_fast.methods.ddim import DDIMStep
-from msdda_fast.methods.guided import (
-    GuidedMethod,
-    Purposes,
-    log_mean_exp,
-    renoised,
-    require,
-)
+from msdda_fast.methods.guided import GuidedMethod, Purposes, log_mean_exp, renoised, require
 from msdda_fast.methods.model import LatentModel, preferred
+from msdda_fast.methods.particles import replicate
+from msdda_fast.steps.ddim import DDIMGrid
 
 __all__ = ["PRESETS", "TFG"]
 

@@ -14,7 +14,7 @@ from typing import Any
 from fastapi import Request
 from PIL import Image
 
-from msdda_fast.pipeline.batching.request import GeneratedImage, ImageRequest, Progress
+from msdda_fast.batching.request import GeneratedImage, ImageRequest, Progress
 from msdda_fast.serve.service import Service, encoded
 
 __all__ = ["ClientGone", "complete", "stream"]

@@ -15,8 +15,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from msdda_fast.pipeline.batching.engine import Engine
-from msdda_fast.pipeline.batching.request import GeneratedImage
+from msdda_fast.batching.engine import Engine
+from msdda_fast.batching.request import GeneratedImage
 from msdda_fast.serve.answers import ClientGone, complete, stream
 from msdda_fast.serve.body import ErrorBody, GenerationBody, ImagesBody
 from msdda_fast.serve.guard import Guard

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from msdda_fast.pipeline.batching.request import ImageRequest
+from msdda_fast.batching.request import ImageRequest
 from msdda_fast.serve.refusals import Refusal
 from msdda_fast.serve.settings import ServeSettings, sides
 

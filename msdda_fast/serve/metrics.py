@@ -11,7 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from msdda_fast.pipeline.batching.stats import EngineStats
+from msdda_fast.batching.stats import EngineStats
 
 __all__ = ["Metrics"]
 

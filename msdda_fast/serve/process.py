@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
-from msdda_fast.pipeline.batching.engine import Engine
+from msdda_fast.batching.engine import Engine
 from msdda_fast.serve.app import create_app
 from msdda_fast.serve.connection import Connection
 from msdda_fast.serve.logs import log_to_stderr
 from msdda_fast.serve.settings import ServeSettings
 
 if TYPE_CHECKING:
-    from msdda_fast.pipeline.stable_diffusion import MSDDAPipeline
+    from msdda_fast.pipelines.stable_diffusion.pipeline import MSDDAPipeline
 
 __all__ = ["Process"]
 

@@ -15,8 +15,8 @@ from ray import serve
 from ray.serve import Application
 
 from msdda_fast.objective import Objective
-from msdda_fast.pipeline.notices import quieten
-from msdda_fast.pipeline.stable_diffusion import MSDDAPipeline
+from msdda_fast.pipelines.notices import quieten
+from msdda_fast.pipelines.stable_diffusion.pipeline import MSDDAPipeline
 from msdda_fast.serve.ray_drawer import Drawer
 from msdda_fast.serve.ray_ingress import Ingress
 from msdda_fast.serve.service import lay_out

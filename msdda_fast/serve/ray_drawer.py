@@ -9,12 +9,12 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from msdda_fast.batching.engine import Engine
+from msdda_fast.batching.request import GeneratedImage, ImageRequest, Progress
+from msdda_fast.batching.stats import EngineStats
 from msdda_fast.errors import EngineFailed, MSDDAError
 from msdda_fast.objective import Objective
-from msdda_fast.pipeline.batching.engine import Engine
-from msdda_fast.pipeline.batching.request import GeneratedImage, ImageRequest, Progress
-from msdda_fast.pipeline.batching.stats import EngineStats
-from msdda_fast.pipeline.stable_diffusion import MSDDAPipeline
+from msdda_fast.pipelines.stable_diffusion.pipeline import MSDDAPipeline
 from msdda_fast.serve.logs import log_to_stderr
 from msdda_fast.serve.service import EngineService
 from msdda_fast.serve.settings import ServeSettings

@@ -11,9 +11,9 @@ from concurrent.futures import Future
 from fastapi import FastAPI
 from ray.serve.handle import DeploymentHandle
 
+from msdda_fast.batching.request import GeneratedImage, ImageRequest
+from msdda_fast.batching.stats import EngineStats
 from msdda_fast.errors import MSDDAError
-from msdda_fast.pipeline.batching.request import GeneratedImage, ImageRequest
-from msdda_fast.pipeline.batching.stats import EngineStats
 from msdda_fast.serve.app import app_of
 from msdda_fast.serve.logs import log_to_stderr
 from msdda_fast.serve.ray_drawer import Drawer, Facts

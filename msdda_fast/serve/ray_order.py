@@ -15,8 +15,8 @@ from ray.exceptions import RayError, RayTaskError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
+from msdda_fast.batching.request import GeneratedImage, ImageRequest, Progress
 from msdda_fast.errors import EngineClosed, EngineFailed, MSDDAError, QueueFull, RequestTimeout
-from msdda_fast.pipeline.batching.request import GeneratedImage, ImageRequest, Progress
 from msdda_fast.serve.ray_drawer import Admitted, Drawer, News
 
 __all__ = ["Order"]

@@ -10,13 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from msdda_fast.errors import (
-    EngineClosed,
-    EngineFailed,
-    MSDDAError,
-    QueueFull,
-    RequestTimeout,
-)
+from msdda_fast.errors import EngineClosed, EngineFailed, MSDDAError, QueueFull, RequestTimeout
 
 __all__ = ["Refusal", "of_engine", "of_http", "of_validation"]
 

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from PIL import Image
 
+from msdda_fast.batching.engine import Engine
+from msdda_fast.batching.request import GeneratedImage, ImageRequest
+from msdda_fast.batching.stats import EngineStats
 from msdda_fast.engine.buffers import padded_steps
 from msdda_fast.errors import MSDDAError
 from msdda_fast.objective import Objective
-from msdda_fast.pipeline.batching.engine import Engine
-from msdda_fast.pipeline.batching.request import GeneratedImage, ImageRequest
-from msdda_fast.pipeline.batching.stats import EngineStats
-from msdda_fast.pipeline.request import latent_shape
-from msdda_fast.pipeline.stable_diffusion import MSDDAPipeline
+from msdda_fast.pipelines.request import latent_shape
+from msdda_fast.pipelines.stable_diffusion.pipeline import MSDDAPipeline
 from msdda_fast.serve.metrics import Metrics
 from msdda_fast.serve.refusals import Refusal, of_engine
 from msdda_fast.serve.settings import ServeSettings, sides

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from msdda_fast.pipeline.stable_diffusion import MSDDAPipeline
+from msdda_fast.pipelines.stable_diffusion.pipeline import MSDDAPipeline
 from msdda_fast.training.collect import SampleFn
 from msdda_fast.training.storage import digest
 

@@ -19,9 +19,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from msdda_fast.ddim_grid import ddim_grid
 from msdda_fast.errors import InvalidSchedule, InvalidShape
-from msdda_fast.schedule import coefficient_table
+from msdda_fast.steps.ddim import ddim_grid
+from msdda_fast.steps.table import coefficient_table
 from msdda_fast.types import Scheduler
 
 

@@ -6,7 +6,7 @@ import json
 import torch
 
 from benchmarks import modes, report
-from msdda_fast.pipeline.modes import MODES
+from msdda_fast.pipelines.stable_diffusion.modes import MODES
 from tests.tiny_model import quiet
 
 

@@ -10,9 +10,9 @@ import torch
 from benchmarks import load, serving, serving_output
 from benchmarks.contenders.one_weight import OneWeightLine
 from benchmarks.contenders.servers import occupancy
-from msdda_fast.pipeline.batching.admission import Admission
-from msdda_fast.pipeline.batching.line import Line
-from msdda_fast.pipeline.batching.request import ImageRequest
+from msdda_fast.batching.admission import Admission
+from msdda_fast.batching.queue import Line
+from msdda_fast.batching.request import ImageRequest
 from tests.tiny_model import pipe, tiny  # noqa: F401 - fixtures
 
 

@@ -11,7 +11,9 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from msdda_fast import cli
+from msdda_fast.cli import app as cli
+from msdda_fast.cli import generate as cli_generate
+from msdda_fast.cli import sweep as cli_sweep
 
 runner = CliRunner()
 
@@ -19,7 +21,8 @@ runner = CliRunner()
 @pytest.fixture
 def loaded(pipe, monkeypatch):
     """Let commands use the pipeline in memory in place of loading one."""
-    monkeypatch.setattr(cli, "load", lambda *arguments: pipe)
+    for module in (cli_generate, cli_sweep):
+        monkeypatch.setattr(module, "load", lambda *arguments: pipe)
 
 
 def run(*arguments):
@@ -196,7 +199,7 @@ def test_usage_errors():
 def test_help_does_not_wait_for_diffusers():
     code = (
         "import sys\n"
-        "from msdda_fast.cli import main\n"
+        "from msdda_fast.cli.app import main\n"
         "sys.argv = ['msdda-fast', '--help']\n"
         "try: main()\n"
         "except SystemExit: pass\n"

@@ -8,7 +8,10 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from msdda_fast import cli, cli_compare, cli_tune, cli_values
+from msdda_fast.cli import app as cli
+from msdda_fast.cli import compare as cli_compare
+from msdda_fast.cli import tune as cli_tune
+from msdda_fast.cli import values as parse
 from msdda_fast.evaluation import tuning
 from msdda_fast.evaluation.scores import read_scores
 from msdda_fast.methods.rgg import RGG
@@ -123,10 +126,10 @@ def test_missing_packages_are_named_with_the_way_to_get_them(loaded, tmp_path, m
     ("text", "expected"), [("0-3", [0, 1, 2, 3]), ("5", [5]), ("0, 2-3,9", [0, 2, 3, 9])]
 )
 def test_seeds_are_numbers_and_ranges(text, expected):
-    assert cli_values.seeds(text, "--seeds") == expected
+    assert parse.seeds(text, "--seeds") == expected
 
 
 @pytest.mark.parametrize("text", ["", "a", "3-1", "1,,2", "-1"])
 def test_other_seeds_are_refused(text):
     with pytest.raises(ValueError, match="--seeds"):
-        cli_values.seeds(text, "--seeds")
+        parse.seeds(text, "--seeds")

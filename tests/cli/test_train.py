@@ -9,7 +9,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from msdda_fast import cli, cli_train
+from msdda_fast.cli import app as cli
+from msdda_fast.cli import train as cli_train
 
 runner = CliRunner()
 WEIGHTS = "pytorch_lora_weights.safetensors"

@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from msdda_fast.coefficients import CoefficientTable
 from msdda_fast.engine.buffers import ShapeKey, StepBuffers
 from msdda_fast.engine.graph import BuildNetwork, StepCache
 from msdda_fast.engine.graph_backends import Advance
 from msdda_fast.kernels.fused_step import fused_ddim_step
-from msdda_fast.schedule import coefficient_table
+from msdda_fast.steps.coefficients import CoefficientTable
+from msdda_fast.steps.table import coefficient_table
 from tests.gaussian_world import sd15_scheduler
 
 SHAPE = (2, 4, 6, 6)

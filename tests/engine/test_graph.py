@@ -11,7 +11,7 @@ from msdda_fast import denoise
 from msdda_fast.engine.graph import StepCache
 from msdda_fast.kernels import registry
 from msdda_fast.kernels.fused_step import fused_ddim_step
-from msdda_fast.schedule import coefficient_table
+from msdda_fast.steps.table import coefficient_table
 from tests.engine.small_world import (
     CHANNELS,
     KEY,

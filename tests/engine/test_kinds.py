@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from msdda_fast.engine.buffers import StepBuffers
+from msdda_fast.engine.dry_run import rehearse
 from msdda_fast.engine.graph import StepCache
-from msdda_fast.engine.rehearsal import rehearse
 from msdda_fast.engine.step import Step
 from msdda_fast.errors import CaptureError
 from msdda_fast.kernels.fused_step import fused_ddim_step

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from msdda_fast.engine.buffers import ShapeKey, StepBuffers
-from msdda_fast.engine.rehearsal import Rehearsal, rehearse
+from msdda_fast.engine.dry_run import Rehearsal, rehearse
 from msdda_fast.engine.side_by_side import SideBySide
 from msdda_fast.engine.step import Step
 from msdda_fast.errors import BackendUnavailable, CaptureError, InvalidShape

@@ -7,7 +7,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from msdda_fast import cli
+from msdda_fast.cli import app as cli
 from tests.ray_cluster import free_port, nodes  # noqa: F401 - fixtures
 
 runner = CliRunner()

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 import msdda_fast as mf
-from msdda_fast.integrations.ancestral import ancestral_steps
 from msdda_fast.integrations.k_diffusion import sample_msdda
 from msdda_fast.reference import algorithm_1
-from msdda_fast.schedule import fusion_shares
+from msdda_fast.steps.ancestral import ancestral_steps
+from msdda_fast.steps.shares import fusion_shares
 from tests.gaussian_world import (
     Gaussian,
     Step,

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from msdda_fast.kernels.fused_step import fast_fuse_step, fused_ddim_step
-from msdda_fast.schedule import StepCoefficients, coefficient_table
+from msdda_fast.steps.coefficients import StepCoefficients
+from msdda_fast.steps.table import coefficient_table
 from tests.kernels.cases import (
     ALPHA_BAR_PREV,
     ALPHA_BAR_T,

@@ -8,7 +8,7 @@ from torch import Tensor
 from msdda_fast.errors import BackendUnavailable, InvalidShape, InvalidWeights
 from msdda_fast.kernels.counter_noise import counter_noise
 from msdda_fast.kernels.fused_step import FusedStep, fast_fuse_step, fused_ddim_step
-from msdda_fast.schedule import StepCoefficients
+from msdda_fast.steps.coefficients import StepCoefficients
 from tests.kernels.cases import DTYPES, ddim_case
 
 SHAPE = (2, 4, 3, 5)

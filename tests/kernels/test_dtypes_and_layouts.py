@@ -7,7 +7,7 @@ from torch import Tensor
 
 from msdda_fast.kernels import registry
 from msdda_fast.kernels.fused_step import fast_fuse_step, fused_ddim_step
-from msdda_fast.schedule import StepCoefficients
+from msdda_fast.steps.coefficients import StepCoefficients
 from tests.kernels.cases import DTYPES, ddim_case
 
 SHAPE = (3, 5, 17, 7)

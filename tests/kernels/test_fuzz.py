@@ -12,7 +12,7 @@ from torch import Tensor
 
 from msdda_fast.kernels.counter_noise import counter_noise
 from msdda_fast.kernels.fused_step import fast_fuse_step, fused_ddim_step
-from msdda_fast.schedule import StepCoefficients
+from msdda_fast.steps.coefficients import StepCoefficients
 from tests.kernels.drawing import (
     DTYPES,
     POISON,

@@ -19,7 +19,7 @@ from msdda_fast.errors import (
 )
 from msdda_fast.kernels.counter_noise import counter_noise
 from msdda_fast.kernels.fused_step import fast_fuse_step, fused_ddim_step
-from msdda_fast.schedule import StepCoefficients
+from msdda_fast.steps.coefficients import StepCoefficients
 from tests.kernels.drawing import DTYPES, Draw, fuzz, same_bits
 
 extents = st.integers(1, 4)

@@ -10,7 +10,7 @@ from torch.library import opcheck
 
 from msdda_fast.kernels.counter_noise import counter_noise
 from msdda_fast.kernels.fused_step import fast_fuse_step, fused_ddim_step
-from msdda_fast.schedule import StepCoefficients
+from msdda_fast.steps.coefficients import StepCoefficients
 
 SHAPE = (2, 4, 6, 6)
 OPS = torch.ops.msdda_fast

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 import msdda_fast as mf
-from msdda_fast.ddim_grid import DDIMGrid, ddim_grid
 from msdda_fast.lora.soup import Merge
 from msdda_fast.methods.method import Method
 from msdda_fast.methods.model import BASE, Cost, Fusion
+from msdda_fast.steps.ddim import DDIMGrid, ddim_grid
 from tests.gaussian_world import Gaussian, Moments, measured_moments, sd15_scheduler
 
 

@@ -9,8 +9,8 @@ import torch
 import msdda_fast as mf
 from msdda_fast.methods import best_of_n
 from msdda_fast.methods.best_of_n import BestOfN
-from msdda_fast.methods.copies import replicate
 from msdda_fast.methods.model import BASE
+from msdda_fast.methods.particles import replicate
 from msdda_fast.methods.sd import SD
 from tests.gaussian_world import Gaussian, ddim_chain, moments, responses, sd15_scheduler
 from tests.methods.gaussian_model import GaussianModel, sampled

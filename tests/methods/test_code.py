@@ -10,9 +10,9 @@ from torch import Tensor
 
 import msdda_fast as mf
 from msdda_fast.methods.code import CoDe
-from msdda_fast.methods.copies import best, replicate, score
 from msdda_fast.methods.ddim import DDIMStep
 from msdda_fast.methods.model import BASE
+from msdda_fast.methods.particles import best, replicate, score
 from msdda_fast.methods.sd import SD
 from tests.gaussian_world import Gaussian, ddim_chain, moments, responses, sd15_scheduler
 from tests.methods.gaussian_model import GaussianModel, sampled

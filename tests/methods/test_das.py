@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 import msdda_fast as mf
-from msdda_fast.ddim_grid import ddim_grid
 from msdda_fast.methods import das
 from msdda_fast.methods.das import DAS
 from msdda_fast.methods.model import BASE, Cost
 from msdda_fast.methods.sd import SD
+from msdda_fast.steps.ddim import ddim_grid
 from tests.gaussian_world import (
     Gaussian,
     Moments,

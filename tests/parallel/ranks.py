@@ -16,7 +16,9 @@ from msdda_fast.engine.parallel import ObjectiveParallel
 
 #: A server imports once what every rank needs, and ranks are forks of it.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch.distributed", "msdda_fast.pipeline.stable_diffusion"])
+_context.set_forkserver_preload(
+    ["torch.distributed", "msdda_fast.pipelines.stable_diffusion.pipeline"]
+)
 
 PATIENCE = 180.0  # seconds until a test calls it a hang, on a machine that is busy with others
 

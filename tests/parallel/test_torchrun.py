@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from msdda_fast import cli
+from msdda_fast.cli import app as cli
+from msdda_fast.cli import generate as cli_generate
 
 
 def torchrun(size, *arguments):
@@ -55,7 +56,7 @@ def test_two_ranks_write_the_images_of_one_process(tiny, tmp_path):
 
 
 def test_other_ranks_neither_write_nor_speak(pipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "load", lambda *_: pipe)
+    monkeypatch.setattr(cli_generate, "load", lambda *_: pipe)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     done = alone(*generate("unused", tmp_path / "x.png"))

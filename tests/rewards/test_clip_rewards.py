@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from torch import nn
 
+from msdda_fast.emoji.architectures import word_tokenizer
 from msdda_fast.errors import RewardUnavailable
-from msdda_fast.pipeline.architectures import word_tokenizer
 from msdda_fast.rewards import load_reward
 from msdda_fast.rewards.clip import ClipTowers
 from msdda_fast.rewards.clip_score import ClipScore

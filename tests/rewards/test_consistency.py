@@ -4,9 +4,9 @@
 import pytest
 import torch
 
-from msdda_fast.embedded.prompts import caption
-from msdda_fast.embedded.render import Renderer
-from msdda_fast.embedded.train_scorer import HELD_OUT_STYLE, held_out_accuracy
+from msdda_fast.emoji.prompts import caption
+from msdda_fast.emoji.render import Renderer
+from msdda_fast.emoji.train_scorer import HELD_OUT_STYLE, held_out_accuracy
 from msdda_fast.rewards import load_reward
 from msdda_fast.rewards.grammar import COLORS, OBJECTS, Painted
 from msdda_fast.rewards.judge import load_judge

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from msdda_fast.embedded.render import Renderer
+from msdda_fast.emoji.render import Renderer
 from msdda_fast.errors import InvalidShape
 from msdda_fast.rewards import load_reward
 from msdda_fast.rewards.grammar import Painted

@@ -12,7 +12,7 @@ import httpx2
 import pytest
 from typer.testing import CliRunner
 
-from msdda_fast import cli
+from msdda_fast.cli import app as cli
 from msdda_fast.serve.process import Process
 from tests.serve.conftest import until
 

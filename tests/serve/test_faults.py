@@ -10,7 +10,7 @@ import httpx2
 import pytest
 
 import msdda_fast as mf
-from msdda_fast.pipeline.batching.drawing import BatchPipeline
+from msdda_fast.batching.drawing import BatchPipeline
 from tests.serve.conftest import SOON, until
 
 

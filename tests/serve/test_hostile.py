@@ -126,7 +126,7 @@ class TestSlowness:
 
 class TestSecrets:
     def test_neither_key_nor_prompt_is_logged_whatever_goes_wrong(self, serve, caplog, monkeypatch):
-        from msdda_fast.pipeline.batching.drawing import BatchPipeline
+        from msdda_fast.batching.drawing import BatchPipeline
 
         def fail(self, *arguments, **options):
             raise RuntimeError("no")

@@ -13,8 +13,8 @@ from ray.serve.exceptions import BackPressureError
 from ray.serve.schema import ServeDeploySchema
 
 import msdda_fast as mf
+from msdda_fast.batching.request import GeneratedImage, ImageRequest, Progress
 from msdda_fast.errors import EngineClosed, EngineFailed, InvalidWeights, QueueFull, RequestTimeout
-from msdda_fast.pipeline.batching.request import GeneratedImage, ImageRequest, Progress
 from msdda_fast.serve import ray_order
 from msdda_fast.serve.ray import RayArgs, app, build
 from msdda_fast.serve.ray_drawer import Admitted, Drawer, Outcome
@@ -126,7 +126,7 @@ def test_what_is_never_admitted_is_refused_once(news, error):
 
 
 def test_a_replica_whose_engine_has_stopped_is_unhealthy(own_pipe, monkeypatch):
-    from msdda_fast.pipeline.batching.drawing import BatchPipeline
+    from msdda_fast.batching.drawing import BatchPipeline
 
     drawer = Drawer(lambda: own_pipe, ServeSettings(model="tiny", max_steps=25), {"max_batch": 1})
     drawer.check_health()

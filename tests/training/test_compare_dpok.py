@@ -3,8 +3,8 @@
 
 import pytest
 
-from msdda_fast.embedded.compare_dpok import measured, verdict
-from msdda_fast.embedded.prompts import TEST_PROMPTS
+from msdda_fast.emoji.compare_dpok import measured, verdict
+from msdda_fast.emoji.prompts import TEST_PROMPTS
 
 MORE, LESS, EVEN = ({"low": a, "high": b} for a, b in ((0.1, 0.3), (-0.3, -0.1), (-0.1, 0.1)))
 

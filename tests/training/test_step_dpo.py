@@ -8,12 +8,7 @@ import torch
 from torch.nn import functional
 
 from msdda_fast.errors import InvalidShape
-from msdda_fast.training.step_dpo import (
-    dpo_coefficient,
-    snr_weight,
-    step_dpo_loss,
-    to_epsilon,
-)
+from msdda_fast.training.step_dpo import dpo_coefficient, snr_weight, step_dpo_loss, to_epsilon
 
 from .conftest import make_scheduler
 

@@ -16,9 +16,6 @@ Models may be LoRAs over one checkpoint: ComfyUI then re-patches that network be
 where separate checkpoints need the memory of all of them. Importing this needs no ComfyUI.
 """
 
-from msdda_fast.integrations.comfyui.nodes import (
-    NODE_CLASS_MAPPINGS,
-    NODE_DISPLAY_NAME_MAPPINGS,
-)
+from msdda_fast.integrations.comfyui.nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 
 __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]

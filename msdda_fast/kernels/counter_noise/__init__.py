@@ -18,7 +18,7 @@ from torch import Tensor
 from msdda_fast.errors import InvalidShape
 from msdda_fast.kernels import registry
 from msdda_fast.kernels.library import as_tensor, register_in_place
-from msdda_fast.objective import is_watched, values_are_readable
+from msdda_fast.tracing import is_watched, values_are_readable
 from msdda_fast.types import SeedsLike
 
 __all__ = ["STREAM_INITIAL", "STREAM_STEP", "as_seeds", "as_step", "counter_noise"]

@@ -47,8 +47,8 @@ from msdda_fast.kernels.fused_step._shares import (
     prepare,
     with_all_axes,
 )
-from msdda_fast.objective import values_are_readable
-from msdda_fast.schedule import StepCoefficients
+from msdda_fast.steps.coefficients import StepCoefficients
+from msdda_fast.tracing import values_are_readable
 from msdda_fast.types import GeneratorLike, SeedsLike, ZeroVariancePolicy
 
 __all__ = ["FusedStep", "fast_fuse_step", "fused_ddim_step"]

@@ -12,7 +12,7 @@ from msdda_fast.errors import BackendUnavailable, InvalidShape
 from msdda_fast.kernels import registry
 from msdda_fast.kernels.counter_noise import as_seeds, as_step
 from msdda_fast.kernels.fused_step._ops import Operators
-from msdda_fast.objective import is_watched
+from msdda_fast.tracing import is_watched
 from msdda_fast.types import GeneratorLike, SeedsLike
 
 __all__ = [

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from msdda_fast.errors import InvalidSchedule, InvalidShape, InvalidWeights, ZeroVariance
-from msdda_fast.objective import normalise_weights, values_are_readable
+from msdda_fast.tracing import values_are_readable
 from msdda_fast.types import ZeroVariancePolicy
+from msdda_fast.weights import normalise_weights
 
 __all__ = ["as_numbers", "fused_coefficients", "prepare", "scaled_weights", "with_all_axes"]
 

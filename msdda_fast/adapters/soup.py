@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rewarded Soups of a pipeline's objectives, and adapters that it holds only for a while."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from diffusers import UNet2DConditionModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from msdda_fast.adapters.files import AdapterFile
+from msdda_fast.adapters.loaded import LoadedAdapters
+from msdda_fast.adapters.switching import AdapterSwitch, adapter_names
+from msdda_fast.adapters.variant import Variant
+from msdda_fast.errors import AdapterMismatch
+from msdda_fast.lora.soup import Merge, merge_adapters
+
+__all__ = ["average_networks", "make_soup", "temporarily"]
+
+
+def make_soup(
+    name: str,
+    variants: Mapping[str, Variant],
+    weights: Sequence[float],
+    merge: Merge,
+    text_encoder: nn.Module | None,
+) -> AdapterFile | UNet2DConditionModel:
+    """Average the weights of objectives: their adapters, or networks of their own.
+
+    Args:
+        name: Of the merged adapter.
+        variants: By objective. Of one network: without an adapter it is the base.
+        weights: One per objective, sum 1.
+        merge: Of adapters, whose scales and alphas are folded in; see `merge_adapters`.
+        text_encoder: Its adapters are merged too.
+
+    Raises:
+        AdapterMismatch: Adapters and networks of their own, networks of different architectures;
+            and see `merge_adapters` and `LoadedAdapters`.
+    """
+    networks = {objective: variant.network for objective, variant in variants.items()}
+    if len({id(network) for network in networks.values()}) > 1:
+        if any(variant.adapter is not None for variant in variants.values()):
+            raise AdapterMismatch(
+                f"no soup of {', '.join(variants)}: some are adapters, some networks of their own"
+            )
+        return average_networks(networks, weights)
+    unet = next(iter(networks.values()))
+    state = {}
+    for part, network in (("unet", unet), ("text_encoder", text_encoder)):
+        if network is None or not adapter_names(network):
+            continue
+        stacks = {
+            objective: LoadedAdapters([Variant(network, v.adapter, v.scale)]).stacks
+            for objective, v in variants.items()
+        }
+        for path, factors in merge_adapters(stacks, weights, merge).items():
+            state[f"{part}.{path}.lora_A.weight"] = factors.down.contiguous()
+            state[f"{part}.{path}.lora_B.weight"] = factors.up.contiguous()
+    return AdapterFile(name, state, alphas=None, metadata=None)
+
+
+@torch.no_grad()
+def average_networks(
+    networks: Mapping[str, UNet2DConditionModel], weights: Sequence[float]
+) -> UNet2DConditionModel:
+    """A network of averaged parameters `theta = sum_i w_i theta_i`, added up in float32 or wider.
+
+    Args:
+        networks: By objective, of one architecture.
+        weights: One per network, sum 1.
+
+    Raises:
+        AdapterMismatch: Two networks differ in the name or shape of a parameter.
+    """
+    states = {name: dict(network.named_parameters()) for name, network in networks.items()}
+    first, *others = states
+    for other in others:
+        shapes = [{path: tuple(p.shape) for path, p in states[n].items()} for n in (first, other)]
+        for path in {**shapes[0], **shapes[1]}:
+            here, there = (shape.get(path, "no such parameter") for shape in shapes)
+            if here != there:
+                raise AdapterMismatch(
+                    f"no soup of {first!r} and {other!r}: {path!r} is {here} and {there}"
+                )
+    average = copy.deepcopy(networks[first])
+    for path, parameter in average.named_parameters():
+        wide = torch.promote_types(parameter.dtype, torch.float32)
+        parts = zip(weights, states.values(), strict=True)
+        total = torch.stack([w * state[path].to(parameter.device, wide) for w, state in parts])
+        parameter.copy_(total.sum(0))
+    return average
+
+
+@contextmanager
+def temporarily(
+    adapter: AdapterFile, unet: nn.Module, text_encoder: nn.Module | None
+) -> Iterator[None]:
+    """Within the context the networks hold one adapter more; after it they are as they were.
+
+    Raises:
+        AdapterMismatch: It does not fit.
+    """
+    adapter.check(unet, text_encoder)
+    networks = [network for network in (unet, text_encoder) if network is not None]
+    flags = [(p, p.requires_grad) for network in networks for p in network.parameters()]
+    wrapped = {id(m) for n in networks for m in n.modules() if isinstance(m, BaseTunerLayer)}
+    try:
+        # putting it in makes it the active one, freezes the base, and draws what it then overwrites
+        with AdapterSwitch(networks):
+            with torch.random.fork_rng(devices=[]):
+                adapter.put_into(unet, text_encoder)
+            yield
+    finally:
+        for network in networks:
+            _remove(adapter.name, network, wrapped)
+        for parameter, flag in flags:
+            parameter.requires_grad = flag
+
+
+def _remove(name: str, network: nn.Module, wrapped: set[int]) -> None:
+    """Remove an adapter, and the layers that were wrapped for it alone."""
+    for parent in list(network.modules()):
+        for child_name, child in list(parent.named_children()):
+            if not isinstance(child, BaseTunerLayer):
+                continue
+            if id(child) not in wrapped:
+                setattr(parent, child_name, child.get_base_layer())
+            else:
+                child.delete_adapter(name)
+    if name in adapter_names(network):
+        own = vars(network)
+        del own["peft_config"][name]
+        if not own["peft_config"]:
+            del own["peft_config"], own["_hf_peft_config_loaded"]

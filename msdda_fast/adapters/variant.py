@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A network that is in memory, seen as one objective."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from diffusers import UNet2DConditionModel
+
+__all__ = ["Variant"]
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A network as one objective: with `adapter` active at `scale`; None is the network bare."""
+
+    network: UNet2DConditionModel
+    adapter: str | None
+    scale: float = 1.0

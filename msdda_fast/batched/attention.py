@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Transformers of the batched forward: attention on grouped sites, prompt keys and values kept."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from msdda_fast.batched.rows import Rows, add, apply, hold, objectives_of
+from msdda_fast.batched.sites import SiteBuilder
+from msdda_fast.errors import BackendUnavailable
+
+__all__ = ["ATTENTION_BACKENDS", "CrossAttention", "Transformer", "choose_backend"]
+
+ATTENTION_BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+
+
+def choose_backend(name: str, head_dims: set[int], dtype: torch.dtype, device: torch.device) -> str:
+    """Return the backend called `name`, or for "auto" the first of flash, efficient and math.
+
+    Raises:
+        BackendUnavailable: It cannot run with these head sizes, this dtype and device.
+        ValueError: No such backend.
+    """
+    if name not in (*ATTENTION_BACKENDS, "auto"):
+        known = ", ".join(ATTENTION_BACKENDS)
+        raise ValueError(f'attention must be "auto" or one of {known}, got {name!r}')
+    for candidate in ("flash", "efficient", "math") if name == "auto" else (name,):
+        if all(_runs(candidate, head_dim, dtype, device) for head_dim in head_dims):
+            return candidate
+    raise BackendUnavailable(
+        f"attention backend {name!r} cannot run here with head sizes {sorted(head_dims)}, {dtype} "
+        f"on {device.type}"
+    )
+
+
+def _runs(name: str, head_dim: int, dtype: torch.dtype, device: torch.device) -> bool:
+    probe = torch.zeros(1, 1, 8, head_dim, dtype=dtype, device=device)
+    try:
+        with warnings.catch_warnings(), sdpa_kernel(ATTENTION_BACKENDS[name]):
+            warnings.simplefilter("ignore")  # torch warns of every reason, and then raises
+            functional.scaled_dot_product_attention(probe, probe, probe)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
+    """Attention of (rows, L, C) and (rows, S, C) tensors in `heads` heads."""
+    query, key, value = (
+        tokens.view(*tokens.shape[:2], heads, -1).transpose(1, 2) for tokens in (query, key, value)
+    )
+    out = functional.scaled_dot_product_attention(query, key, value)
+    return out.transpose(1, 2).flatten(2)
+
+
+class SelfAttention(nn.Module):
+    """q, k and v of the same tokens, in three launches or, with `fuse`, in one."""
+
+    def __init__(self, build: SiteBuilder, path: str, stock: Attention, *, fuse: bool) -> None:
+        super().__init__()
+        self.heads = stock.heads
+        paths = [f"{path}.to_{name}" for name in "qkv"]
+        layers = [build.fused(paths)] if fuse else [build.linear(path) for path in paths]
+        self.to_qkv = nn.ModuleList(layers)
+        self.to_out = build.linear(f"{path}.to_out.0")
+
+    def forward(self, rows: Rows) -> Rows:
+        """(rows, L, C) -> (rows, L, C)."""
+        rows = rows.expand(objectives_of(*self.to_qkv))
+        tokens = [layer(rows.x) for layer in self.to_qkv]
+        query, key, value = tokens if len(tokens) == 3 else tokens[0].chunk(3, dim=-1)
+        return apply(self.to_out, rows.holding(_attend(query, key, value, self.heads)))
+
+
+class CrossAttention(nn.Module):
+    """Attention to the prompt, whose keys and values are those of `keep` or of each call."""
+
+    def __init__(self, build: SiteBuilder, path: str, stock: Attention) -> None:
+        super().__init__()
+        self.heads = stock.heads
+        self.to_q = build.linear(f"{path}.to_q")
+        self.to_k = build.linear(f"{path}.to_k", once=True)
+        self.to_v = build.linear(f"{path}.to_v", once=True)
+        #: Whether the rows that come here differ between objectives.
+        self.diverged = build.diverged
+        self.to_out = build.linear(f"{path}.to_out.0")
+        self._kept: tuple[Rows, Rows] | None = None
+
+    def keep(self, prompts: Rows, objectives: int) -> None:
+        """Store the keys and values of prompts (m K B, L, D), in place if the shapes are the same.
+
+        They get `objectives` rows per image where queries will have as many.
+        """
+        count = objectives if self.diverged else 1
+        key, value = self._project(prompts, count)
+        old_key, old_value = self._kept or (None, None)
+        self._kept = hold(old_key, key), hold(old_value, value)
+
+    def forward(self, rows: Rows, prompts: Rows) -> Rows:
+        """(rows, L, C) -> (rows, L, C), with a branch axis."""
+        query = apply(self.to_q, rows)
+        key, value = self._kept or self._project(prompts, query.objectives)
+        query = query.expand(*key[1:])
+        key, value = (tokens.expand(*query[1:]) for tokens in (key, value))
+        out = _attend(query.x, key.x, value.x, self.heads)
+        return apply(self.to_out, query.holding(out))
+
+    def _project(self, prompts: Rows, objectives: int) -> tuple[Rows, Rows]:
+        prompts = prompts.expand(objectives_of(self.to_k, self.to_v))
+        key, value = prompts.holding(self.to_k(prompts.x)), prompts.holding(self.to_v(prompts.x))
+        return key.expand(objectives), value.expand(objectives)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention, gated feed-forward; each on layer norms and added."""
+
+    def __init__(
+        self, build: SiteBuilder, path: str, stock: BasicTransformerBlock, *, fuse: bool
+    ) -> None:
+        super().__init__()
+        self.norm1 = build.norm(f"{path}.norm1")
+        self.attn1 = SelfAttention(build, f"{path}.attn1", stock.attn1, fuse=fuse)
+        self.norm2 = build.norm(f"{path}.norm2")
+        self.attn2 = CrossAttention(build, f"{path}.attn2", stock.attn2)
+        self.norm3 = build.norm(f"{path}.norm3")
+        self.ff_in = build.linear(f"{path}.ff.net.0.proj")
+        self.ff_out = build.linear(f"{path}.ff.net.2")
+
+    def forward(self, rows: Rows, prompts: Rows) -> Rows:
+        """(rows, L, C) -> (rows, L, C)."""
+        rows = add(rows, self.attn1(apply(self.norm1, rows)))
+        rows = add(rows, self.attn2(apply(self.norm2, rows), prompts))
+        gated = apply(self.ff_in, apply(self.norm3, rows))
+        value, gate = gated.x.chunk(2, dim=-1)
+        return add(rows, apply(self.ff_out, gated.holding(value * functional.gelu(gate))))
+
+
+class Transformer(nn.Module):
+    """Transformer blocks over the pixels of a picture.
+
+    Projections that are 1x1 convolutions in the stock network run as linear layers on the tokens:
+    in channels_last these are the same memory.
+    """
+
+    def __init__(
+        self, build: SiteBuilder, path: str, stock: Transformer2DModel, *, fuse: bool
+    ) -> None:
+        super().__init__()
+        self.norm = build.norm(f"{path}.norm")
+        self.proj_in = build.linear(f"{path}.proj_in")
+        self.blocks = nn.ModuleList(
+            TransformerBlock(build, f"{path}.transformer_blocks.{i}", block, fuse=fuse)
+            for i, block in enumerate(stock.transformer_blocks)
+        )
+        self.proj_out = build.linear(f"{path}.proj_out")
+
+    def forward(self, rows: Rows, prompts: Rows) -> Rows:
+        """(rows, C, h, w) -> (rows, C, h, w)."""
+        height, width = rows.x.shape[2:]
+        tokens = rows.holding(self.norm(rows.x).permute(0, 2, 3, 1).flatten(1, 2))
+        tokens = apply(self.proj_in, tokens)
+        for block in self.blocks:
+            tokens = block(tokens, prompts)
+        tokens = apply(self.proj_out, tokens)
+        picture = tokens.x.view(len(tokens.x), height, width, -1).permute(0, 3, 1, 2)
+        return add(rows, tokens.holding(picture))

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layers of the batched forward: the stock network's own, or a grouped site in their place.
+
+A layer that no adapter touches is shared as it is. Where all objectives have the same factors the
+site has one group, and keeps their rows together; elsewhere it has one group per objective.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from msdda_fast.adapters.loaded import LoadedAdapters, bare
+from msdda_fast.batched.rows import Layer
+from msdda_fast.errors import AdapterMismatch, InvalidShape, UnfaithfulMerge
+from msdda_fast.kernels.grouped_lora import Design, MergedLinear, Site, grouped_site, merge_error
+from msdda_fast.lora.stack import StackedFactors
+
+__all__ = ["Placement", "SiteBuilder"]
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """A site and the modules it stands for: one, or several whose weights are concatenated.
+
+    `widths` are their output features; `flat` marks 1x1 convolutions that run as linear layers.
+    """
+
+    paths: tuple[str, ...]
+    site: Site
+    widths: tuple[int, ...]
+    flat: bool
+
+    def factors(self, stacks: Mapping[str, StackedFactors]) -> tuple[Tensor, Tensor]:
+        """Factors of one objective here, from stacks of M = 1: down (r, C, *k), up (N, r, *1)."""
+        like = next(iter(stacks.values())).down if stacks else self.site.weight
+        shape = self.site.weight.shape[1:]
+        tail = (1,) * (len(shape) - 1)
+        parts = [
+            _flatten(stacks[path])
+            if self.flat and path in stacks
+            else stacks.get(
+                path,
+                StackedFactors(like.new_zeros(1, 0, *shape), like.new_zeros(1, width, 0, *tail)),
+            )
+            for path, width in zip(self.paths, self.widths, strict=True)
+        ]
+        joined = _join(parts)
+        return joined.down[0], joined.up[0]
+
+    def check_swap(self, m: int, down: Tensor, up: Tensor) -> None:
+        """Raise unless the site takes these factors for objective m; see `BatchedUNet.swap`."""
+        name = ", ".join(self.paths)
+        if len(down) > self.site.rank:
+            raise InvalidShape(
+                f"{name}: rank {len(down)}, expected at most {self.site.rank}; build again with "
+                "a larger rank_pad"
+            )
+        if isinstance(self.site, MergedLinear):
+            error = float(merge_error(self.site.weight, down[None], up[None]))
+            if not error <= self.site.limit:
+                raise UnfaithfulMerge(
+                    f"{name}: merging the new adapter of objective {m} loses {error:.3g} of its "
+                    f"effect, more than {self.site.limit:.3g}"
+                )
+
+
+class SiteBuilder:
+    """Hands out the layers of one batched forward, by their paths, in the order they run in.
+
+    Args:
+        adapters: Of all objectives of the network.
+        objectives: Indices of those that run.
+        design: Of the linear sites; convolutions with a kernel above 1x1 are folded.
+        channels_last: Give the convolutions weights in that layout; a copy where they have another.
+
+    Attributes:
+        placements: What has been placed so far, in order.
+        diverged: Whether the rows of the objectives differ after what has been placed so far.
+    """
+
+    def __init__(
+        self,
+        adapters: LoadedAdapters,
+        objectives: Sequence[int],
+        *,
+        design: Design,
+        channels_last: bool,
+    ) -> None:
+        self._adapters = adapters
+        self._index = torch.tensor(objectives)
+        self._design = design
+        self.channels_last = channels_last
+        self._placed: set[str] = set()
+        self.placements: list[Placement] = []
+        # the time embedding runs first, but is met last in the tree
+        self.diverged = len(objectives) > 1 and any(
+            "time_emb" in path or path.startswith("add_embedding") for path in adapters.divergent
+        )
+
+    def linear(self, path: str, *, once: bool = False) -> Layer:
+        """The linear layer at `path`, or a 1x1 convolution as one: the same weight, not copied.
+
+        One that runs `once` per generation is "separate", whose copies are the smallest.
+        """
+        base, stacked = self._base(path), self._stacked(path)
+        flat = isinstance(base, nn.Conv2d)
+        if flat:
+            base = _linear(base.weight.detach().flatten(1), base.bias)
+            stacked = stacked and _flatten(stacked)
+        return (
+            base if stacked is None else self._place(base, stacked, (path,), flat=flat, once=once)
+        )
+
+    def fused(self, paths: Sequence[str]) -> Layer:
+        """Several linear layers of one input as one, with a concatenated copy of their weights."""
+        bases = [self._base(path) for path in paths]
+        biases = [base.bias for base in bases]
+        weight = torch.cat([base.weight.detach() for base in bases])
+        bias = None if biases[0] is None else torch.cat([b.detach() for b in biases])
+        base = _linear(weight, bias)
+        found = [self._stacked(path) for path in paths]
+        like = next((stacked for stacked in found if stacked is not None), None)
+        if like is None:
+            return base
+        count = max(len(stacked.down) for stacked in found if stacked is not None)
+        parts = []
+        for layer, stacked in zip(bases, found, strict=True):
+            if stacked is None:
+                down = like.down.new_zeros(count, 0, layer.in_features)
+                stacked = StackedFactors(down, like.up.new_zeros(count, layer.out_features, 0))
+            elif len(stacked.down) < count:  # common to all objectives, beside others that are not
+                stacked = StackedFactors(
+                    stacked.down.expand(count, -1, -1), stacked.up.expand(count, -1, -1)
+                )
+            parts.append(stacked)
+        return self._place(base, _join(parts), tuple(paths))
+
+    def conv(self, path: str) -> Layer:
+        """The convolution at `path`."""
+        base, stacked = self._base(path), self._stacked(path)
+        if self.channels_last:
+            base = _channels_last(base)
+        return base if stacked is None else self._place(base, stacked, (path,))
+
+    def norm(self, path: str) -> nn.Module:
+        """A layer that no adapter can touch."""
+        return bare(self._adapters.unet.get_submodule(path))
+
+    def check_complete(self) -> None:
+        """Raise `AdapterMismatch` if an adapter acts where no layer was asked for."""
+        for path in self._adapters.stacks:
+            if path not in self._placed:
+                raise AdapterMismatch(
+                    f"an adapter changes {path!r}, which is not a part of the batched forward"
+                )
+
+    def _base(self, path: str) -> Any:  # noqa: ANN401 - linear layer or convolution
+        self._placed.add(path)
+        return bare(self._adapters.unet.get_submodule(path))
+
+    def _stacked(self, path: str) -> StackedFactors | None:
+        stacked = self._adapters.stacks.get(path)
+        if stacked is None:
+            return None
+        index = self._index if path in self._adapters.divergent else self._index[:1]
+        index = index.to(stacked.down.device)
+        return StackedFactors(stacked.down[index], stacked.up[index])
+
+    def _place(
+        self,
+        base: nn.Linear | nn.Conv2d,
+        stacked: StackedFactors,
+        paths: tuple[str, ...],
+        *,
+        flat: bool = False,
+        once: bool = False,
+    ) -> Layer:
+        design: Design = "separate" if once else self._design
+        if isinstance(base, nn.Conv2d):
+            design = "folded"
+        name = ", ".join(paths)
+        site = grouped_site(base, stacked.down, stacked.up, design=design, name=name)
+        assert isinstance(site, Site)  # there are factors, so it is not the base
+        widths = tuple(len(self._base(path).weight) for path in paths)
+        self.placements.append(Placement(paths, site, widths, flat))
+        self.diverged |= site.num_objectives > 1
+        return site
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A linear layer that holds these very tensors."""
+    layer = nn.Linear(weight.shape[1], len(weight), bias=bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    return layer
+
+
+def _channels_last(conv: nn.Conv2d) -> nn.Conv2d:
+    weight = conv.weight.detach().contiguous(memory_format=torch.channels_last)
+    clone = copy.copy(conv)
+    clone._parameters = {**conv._parameters, "weight": nn.Parameter(weight, requires_grad=False)}
+    return clone
+
+
+def _flatten(stacked: StackedFactors) -> StackedFactors:
+    return StackedFactors(stacked.down.flatten(2), stacked.up.flatten(2))
+
+
+def _join(parts: Sequence[StackedFactors]) -> StackedFactors:
+    """Factors of concatenated layers: down below one another, up as diagonal blocks."""
+    if len(parts) == 1:
+        return parts[0]
+    down = torch.cat([part.down for part in parts], dim=1)
+    blocks = zip(*(part.up for part in parts), strict=True)
+    up = [torch.block_diag(*block) for block in blocks]  # type: ignore[no-untyped-call]
+    return StackedFactors(down, torch.stack(up))

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requests checked against a model on the caller's thread, before they stand in line."""
+
+from __future__ import annotations
+
+import copy
+import math
+import secrets
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from msdda_fast.batching.request import ImageRequest
+from msdda_fast.batching.ticket import Shape, Ticket
+from msdda_fast.engine.noise import image_seeds
+from msdda_fast.errors import InvalidRequest, MSDDAError
+from msdda_fast.kernels.counter_noise import as_seeds
+from msdda_fast.pipelines import request as call
+from msdda_fast.pipelines.stable_diffusion.pipeline import MSDDAPipeline
+from msdda_fast.steps.coefficients import CoefficientTable
+from msdda_fast.steps.ddim import ddim_grid
+from msdda_fast.steps.table import coefficient_table
+from msdda_fast.types import ZeroVariancePolicy
+from msdda_fast.weights import preference_schedule
+
+__all__ = ["Admission"]
+
+
+class Admission:
+    """Makes tickets of requests; any thread may ask.
+
+    Args:
+        pipe: Whose objectives, scheduler and tokenizer requests are checked against.
+    """
+
+    def __init__(self, pipe: MSDDAPipeline) -> None:
+        self._pipe = pipe
+        # tokenizers are not thread-safe, and the pipeline's own is busy with batches
+        self._tokenizer = copy.deepcopy(pipe.tokenizer)
+        self._tokenizing = threading.Lock()
+
+    def tickets(
+        self,
+        request: ImageRequest,
+        count: int = 1,
+        *,
+        zero_variance: ZeroVariancePolicy = "error",
+    ) -> list[Ticket]:
+        """Check a request for `count` images, with seeds that count up.
+
+        Args:
+            zero_variance: See `msdda_fast.steps.table.fusion_shares`.
+
+        Raises:
+            UnknownObjective, InvalidWeights, InvalidSchedule, InvalidShape, ZeroVariance,
+            InvalidRequest: As the pipeline's call; `field` of the error names what is wrong.
+        """
+        now = time.monotonic()
+        for name in ("prompt", "negative_prompt"):
+            with _field(name):
+                self._check_text(getattr(request, name))
+        with _field("seed"):
+            seeds = _seeds(request.seed, count)
+        with _field("timeout_s"):
+            expires = now + _timeout(request.timeout_s)
+        shape = self._shape(request)
+        table = self._table(request, zero_variance)
+        with _field("preview_steps"):
+            previews = _previews(request.preview_steps, len(table))
+        return [
+            Ticket(
+                prompt=request.prompt,
+                negative_prompt=request.negative_prompt,
+                seed=seed,
+                table=table,
+                shape=shape,
+                index=index,
+                arrived=now,
+                expires=expires,
+                on_step=request.on_step,
+                preview_steps=previews,
+            )
+            for index, seed in enumerate(seeds)
+        ]
+
+    def _shape(self, request: ImageRequest) -> Shape:
+        config, factor = self._pipe.unet.config, self._pipe.vae_scale_factor
+        with _field("height"):
+            rows = call.latent_shape(1, config, factor, request.height, None)[2]
+        with _field("width"):
+            columns = call.latent_shape(1, config, factor, None, request.width)[3]
+        return Shape(rows * factor, columns * factor, request.num_inference_steps)
+
+    def _table(self, request: ImageRequest, zero_variance: ZeroVariancePolicy) -> CoefficientTable:
+        pipe, steps = self._pipe, request.num_inference_steps
+        objectives = pipe.objectives
+        with _field("num_inference_steps"):
+            if isinstance(steps, bool) or not isinstance(steps, int):
+                raise InvalidRequest(f"num_inference_steps must be an integer, got {steps!r}")
+            ddim_grid(pipe.scheduler, steps)
+        with _field("guidance_scale"):
+            guidance = call.objective_guidance(objectives, request.guidance_scale)
+        with _field("weights"):
+            weights = preference_schedule(request.weights, list(objectives), 1, steps)
+            return coefficient_table(
+                pipe.scheduler,
+                steps,
+                etas=call.objective_etas(objectives, None),
+                weights=weights,
+                guidance_scale=guidance,
+                zero_variance=zero_variance,
+                dtype=torch.float64 if pipe.unet.dtype == torch.float64 else torch.float32,
+            )
+
+    def _check_text(self, text: Any) -> None:  # noqa: ANN401 - it is what is checked
+        if not isinstance(text, str):
+            raise InvalidRequest(f"expected text, got {type(text).__name__}")
+        most = self._tokenizer.model_max_length
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise InvalidRequest("the text is not valid Unicode") from None
+        with self._tokenizing:
+            count = len(self._tokenizer(text, truncation=False, verbose=False).input_ids)
+        if count > most:
+            raise InvalidRequest(
+                f"the text has {count} tokens, and the text encoder reads at most {most}"
+            )
+
+
+@contextmanager
+def _field(name: str) -> Iterator[None]:
+    """Note the field on errors that are raised inside."""
+    try:
+        yield
+    except MSDDAError as error:
+        error.field = name
+        raise
+
+
+def _seeds(seed: int | None, count: int) -> list[int]:
+    if seed is None:
+        seed = secrets.randbits(63)
+    try:
+        as_seeds([seed], 1, torch.device("cpu"))
+    except ValueError as error:
+        raise InvalidRequest(str(error)) from None
+    return [seed] if count == 1 else image_seeds(seed, count)
+
+
+def _previews(steps: Iterable[int], count: int) -> frozenset[int]:
+    chosen = frozenset(steps)
+    if unknown := chosen.difference(range(1, count + 1)):
+        raise InvalidRequest(f"there is no step {min(unknown)}: steps are 1 to {count}")
+    return chosen
+
+
+def _timeout(seconds: float | None) -> float:
+    if seconds is None:
+        return math.inf
+    if not seconds > 0:
+        raise InvalidRequest(f"timeout_s must be positive, got {seconds!r}")
+    return seconds

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where tickets wait: bounded, first come first served, handed out in batches of one shape."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from msdda_fast.batching.ticket import Chore, Ticket
+from msdda_fast.errors import EngineClosed, QueueFull
+
+__all__ = ["Line", "Taken"]
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What the engine is to do next: draw a batch, do a chore, give up tickets that are late."""
+
+    batch: list[Ticket] = field(default_factory=list)
+    late: list[Ticket] = field(default_factory=list)
+    chore: Chore | None = None
+
+
+class Line:
+    """A thread-safe queue of tickets, with a batch in place of an item.
+
+    The first batch always has the oldest ticket in it, and then the next oldest of the same shape.
+    It is handed out when it is full, when its oldest ticket has waited `max_wait_s` for company,
+    or when somebody else waits for it: idling would help nobody.
+
+    Args:
+        max_batch: Most tickets in a batch.
+        max_wait_s: Longest wait for company, seconds.
+        limit: Most tickets that wait; an attribute, too.
+        clock: Seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_batch: int,
+        max_wait_s: float,
+        limit: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._max_batch, self._max_wait_s, self.limit = max_batch, max_wait_s, limit
+        self._clock = clock
+        self._tickets: deque[Ticket] = deque()
+        self._chores: deque[Chore] = deque()
+        self._is_closed = False
+        self._changed = threading.Condition()
+
+    def __len__(self) -> int:
+        return len(self._tickets)
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether nobody may join any more."""
+        return self._is_closed
+
+    def check_room(self, count: int) -> None:
+        """Check whether so many could join now.
+
+        Raises:
+            QueueFull: They do not fit.
+            EngineClosed: The line is closed.
+        """
+        with self._changed:
+            self._check_open()
+            if len(self._tickets) + count > self.limit:
+                raise QueueFull(
+                    f"{len(self._tickets)} of at most {self.limit} images are waiting, "
+                    f"{count} more were asked for"
+                )
+
+    def join(self, tickets: Sequence[Ticket]) -> None:
+        """Stand in line: all of them, or none.
+
+        Raises:
+            QueueFull, EngineClosed: See `check_room`.
+        """
+        with self._changed:
+            self.check_room(len(tickets))
+            self._tickets.extend(tickets)
+            self._changed.notify_all()
+
+    def add(self, chore: Chore) -> None:
+        """Have a chore done before the next batch.
+
+        Raises:
+            EngineClosed: The line is closed.
+        """
+        with self._changed:
+            self._check_open()
+            self._chores.append(chore)
+            self._changed.notify_all()
+
+    def leave(self, ticket: Ticket) -> None:
+        """Take a ticket out, if it is still there."""
+        with self._changed:
+            if ticket in self._tickets:
+                self._tickets.remove(ticket)
+                self._changed.notify_all()
+
+    def late(self) -> list[Ticket]:
+        """Take out the tickets that have expired."""
+        with self._changed:
+            now = self._clock()
+            late = [ticket for ticket in self._tickets if ticket.expires <= now]
+            for ticket in late:
+                self._tickets.remove(ticket)
+            return late
+
+    def close(self, *, drain: bool) -> list[Ticket | Chore]:
+        """Let nobody join any more; take out and return chores, and without `drain` tickets."""
+        with self._changed:
+            self._is_closed = True
+            rest: list[Ticket | Chore] = [*self._chores]
+            self._chores.clear()
+            if not drain:
+                rest += self._tickets
+                self._tickets.clear()
+            self._changed.notify_all()
+            return rest
+
+    def take(self) -> Taken | None:
+        """Wait for something to do; None when the line is closed and empty."""
+        with self._changed:
+            while True:
+                if late := self.late():
+                    return Taken(late=late)
+                if self._chores:
+                    return Taken(chore=self._chores.popleft())
+                now, wait = self._clock(), math.inf
+                if self._tickets:
+                    batch = self._first_batch()
+                    company_until = batch[0].arrived + self._max_wait_s
+                    if self._is_complete(batch) or now >= company_until:
+                        for ticket in batch:
+                            self._tickets.remove(ticket)
+                        return Taken(batch=batch)
+                    wait = min(company_until, *(t.expires for t in self._tickets)) - now
+                elif self._is_closed:
+                    return None
+                self._changed.wait(None if wait == math.inf else wait)
+
+    def _first_batch(self) -> list[Ticket]:
+        shape = self._tickets[0].shape
+        alike = [ticket for ticket in self._tickets if ticket.shape == shape]
+        return alike[: self._max_batch]
+
+    def _is_complete(self, batch: list[Ticket]) -> bool:
+        others_wait = len(batch) < len(self._tickets)
+        return len(batch) == self._max_batch or others_wait or self._is_closed
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise EngineClosed("the engine is closed and takes no more requests")

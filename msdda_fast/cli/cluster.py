@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`--ray`: images drawn by a Ray cluster, files written here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from msdda_fast.cli.session import DType, load
+
+if TYPE_CHECKING:
+    from msdda_fast.evaluation.ray_tasks import RayTasks
+    from msdda_fast.evaluation.runs import Comparison, Entry, Shard
+    from msdda_fast.evaluation.sweep import CellDrawer, Sweep
+    from msdda_fast.pipelines import MSDDAPipeline
+
+RayOption = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="ADDRESS",
+        help="Draw on the Ray cluster at HOST:PORT, or auto for this machine's. "
+        "Its machines need the model's paths; finished images are kept here.",
+    ),
+]
+RayGPUsOption = Annotated[
+    float,
+    typer.Option("--ray-gpus", min=0, help="GPUs of a task there; 0 draws on its CPUs."),
+]
+
+
+@dataclass(frozen=True)
+class Model:
+    """The options that name a model; loads it where it is called."""
+
+    model: str
+    objectives: list[str] | None
+    dtype: DType
+    device: str | None
+
+    def __call__(self) -> MSDDAPipeline:
+        """Load it, without a progress bar."""
+        from msdda_fast.pipelines.notices import quieten
+
+        quieten()
+        pipe = load(self.model, self.objectives, self.dtype, self.device)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+
+@contextmanager
+def cluster(
+    address: str | None, gpus: float
+) -> Iterator[Callable[[Callable[[], Any]], RayTasks[Any, Any] | None]]:
+    """Connect to a cluster; what comes back makes what runs jobs there, or None without address.
+
+    Raises:
+        BackendUnavailable: Ray is not installed, or no cluster answers.
+    """
+    if address is None:
+        yield lambda prepare: None
+        return
+    from msdda_fast.evaluation.ray_tasks import RayTasks, connected
+
+    with connected(address):
+        yield lambda prepare: RayTasks(prepare, num_cpus=1, num_gpus=gpus)
+
+
+def cells(model: Model, sweep: Sweep) -> CellDrawer:
+    """What draws the cells of a sweep; runs there."""
+    from msdda_fast.evaluation.sweep import CellDrawer
+
+    return CellDrawer(model(), sweep)
+
+
+def shards(
+    model: Model, compared: Callable[[MSDDAPipeline], Comparison]
+) -> Callable[[tuple[Entry, int]], Shard]:
+    """What draws the shards of a comparison; runs there."""
+    from msdda_fast.evaluation.runs import draw_shard
+
+    pipe = model()
+    draw = partial(draw_shard, pipe, compared(pipe))
+    return lambda job: draw(*job)

@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`msdda-fast compare`: every system of the paper, side by side."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import replace
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from msdda_fast.cli import cluster
+from msdda_fast.cli import values as parse
+from msdda_fast.cli.session import (
+    SHIPPED,
+    DeviceOption,
+    DType,
+    DTypeOption,
+    GuidanceOption,
+    ModelOption,
+    ObjectiveOption,
+    StepsOption,
+    drawing_progress,
+    load,
+    out,
+    reported,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from msdda_fast.evaluation.runs import Comparison
+    from msdda_fast.pipelines import MSDDAPipeline
+    from msdda_fast.rewards import Reward
+
+PartOption = Annotated[
+    str, typer.Option(metavar="I/N", help="Draw part I = 0, 1, ... of N, in a process of its own.")
+]
+TowardOption = Annotated[
+    str | None,
+    typer.Option(
+        help="The objective that w weighs.", show_default="consistency, or the first objective"
+    ),
+]
+RewardOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--reward",
+        metavar="OBJECTIVE=REWARD",
+        help="The reward of an objective; repeat it.",
+        show_default="of the same name",
+    ),
+]
+PromptsOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Text file with one prompt per line.", show_default="the paper's 25 of Table 2"
+    ),
+]
+
+#: Of --quick.
+QUICK_PROMPTS, QUICK_STEPS = 4, 25
+#: Preferences over three objectives: a lattice in quarters.
+SIMPLEX = tuple((a / 4, b / 4, (4 - a - b) / 4) for a in range(5) for b in range(5 - a))
+
+
+def compare(
+    folder: Annotated[
+        Path, typer.Option("--out", "-o", help="Scores, tables, figures and the page go here.")
+    ] = Path("out/compare"),
+    work: Annotated[
+        Path | None,
+        typer.Option(
+            help="Finished images stay here; run again to continue.", show_default="OUT/work"
+        ),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="All systems in minutes: a look, not a measurement.")
+    ] = False,
+    report_only: Annotated[
+        bool, typer.Option("--report-only", help="Draw nothing: tables and figures of the scores.")
+    ] = False,
+    systems: Annotated[
+        str | None, typer.Option(help="Names with commas between them.", show_default="all")
+    ] = None,
+    weights: Annotated[str, typer.Option(help="Weights w of the tables.")] = "0.2,0.5,0.8",
+    seeds: Annotated[str, typer.Option(help="Of every prompt, such as 0-31 or 0,1,5.")] = "0-31",
+    search_seeds: Annotated[
+        str, typer.Option(help="Of systems that evaluate rewards while sampling.")
+    ] = "0,1",
+    front: Annotated[
+        str, typer.Option(help="More weights w for the Pareto figure.")
+    ] = "0,0.35,0.65,1",
+    front_seeds: Annotated[
+        str, typer.Option(help="Of these, of variants, and of three objectives.")
+    ] = "0-7",
+    factor_soup: Annotated[
+        bool, typer.Option(help="Include RS by factors; the adapters need one rank.")
+    ] = True,
+    tuned: Annotated[
+        Path | None, typer.Option(help="tuned.json of [bold]msdda-fast tune[/bold].")
+    ] = None,
+    oracle: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="W=PATH", help="Adapter trained on r_w, for the MORL oracle; repeat it."
+        ),
+    ] = None,
+    prompts: PromptsOption = None,
+    reward: RewardOption = None,
+    judge: Annotated[
+        list[str] | None,
+        typer.Option(help="A reward that every image is scored by and no system sees; repeat it."),
+    ] = None,
+    toward: TowardOption = None,
+    part: PartOption = "0/1",
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images per call.", show_default="all prompts")
+    ] = None,
+    ray: cluster.RayOption = None,
+    ray_gpus: cluster.RayGPUsOption = 0.0,
+    model: ModelOption = SHIPPED,
+    objective: ObjectiveOption = None,
+    steps: StepsOption = 50,
+    guidance: GuidanceOption = None,
+    dtype: DTypeOption = DType.float32,
+    device: DeviceOption = None,
+) -> None:
+    """Draw, score and compare every system of the paper: table, Pareto front, images, one page.
+
+    Finished images are kept: stop it with Ctrl-C and run the same command to continue.
+    """
+    work = work or folder / "work"
+    stopped = f"finished images are in {work}; run the same command again to continue"
+    with reported(stopped), cluster.cluster(ray, ray_gpus) as tasks:
+        require_packages()
+        from msdda_fast.emoji.prompts import TEST_PROMPTS
+        from msdda_fast.evaluation.compare import compare, report_scores
+        from msdda_fast.evaluation.plan import Plan
+        from msdda_fast.evaluation.tuning import load_tuned
+
+        if report_only:
+            _show(report_scores(folder))
+            return
+        preferences = parse.numbers(weights, "--weights", float)
+        chosen_part = parse.part(part)
+        texts = lines(prompts) if prompts else list(TEST_PROMPTS)
+        settings = load_tuned(tuned) if tuned else {}
+        oracles = [parse.pair(text, "--oracle", Path) for text in oracle or []]
+        there = cluster.Model(model, objective, dtype, "cuda" if ray_gpus else device)
+        pipe = load(model, objective, dtype, device)
+        names = objectives(pipe, toward)
+        plan = Plan(
+            objectives=names,
+            preferences=preferences,
+            seeds=parse.seeds(seeds, "--seeds"),
+            search_seeds=parse.seeds(search_seeds, "--search-seeds"),
+            front=parse.numbers(front, "--front", float) if front else [],
+            front_seeds=parse.seeds(front_seeds, "--front-seeds"),
+            simplex=SIMPLEX if len(names) == 3 else (),
+            tuned=settings,
+            oracles={float(w): path for w, path in oracles},
+            factor_soup=factor_soup,
+            systems=[name.strip() for name in systems.split(",")] if systems else None,
+        )
+        if quick:
+            few = -(-len(texts) // QUICK_PROMPTS)
+            texts, steps = texts[::few], QUICK_STEPS
+            plan = replace(
+                plan, seeds=(0, 1), search_preferences=(0.5,), search_seeds=(0,), front=(),
+                front_seeds=(0,), simplex=(),
+            )  # fmt: skip
+        compared = partial(
+            _comparison, names=names, reward=reward, judge=judge, prompts=texts,
+            num_inference_steps=steps, guidance_scale=guidance, batch_size=batch_size,
+        )  # fmt: skip
+        pipe.set_progress_bar_config(disable=True)
+        with drawing_progress() as progress:
+            page = compare(
+                pipe, compared(pipe), plan, work, folder, title=f"Systems compared on {model}",
+                part=chosen_part, elsewhere=tasks(partial(cluster.shards, there, compared)),
+                progress=progress,
+            )  # fmt: skip
+        if page is not None:
+            _show(page)
+
+
+def _comparison(
+    pipe: MSDDAPipeline,
+    *,
+    names: list[str],
+    reward: list[str] | None,
+    judge: list[str] | None,
+    **settings: Any,  # noqa: ANN401 - of `Comparison`
+) -> Comparison:
+    from msdda_fast.evaluation.runs import Comparison
+
+    scored = {**rewards(judge or [], None, pipe), **rewards(names, reward, pipe)}
+    return Comparison(rewards=scored, **settings)
+
+
+def require_packages() -> None:
+    """Raise `BackendUnavailable` where the extra `eval` is not installed."""
+    from msdda_fast.errors import BackendUnavailable
+
+    missing = [name for name in ("jinja2", "matplotlib", "moocore") if find_spec(name) is None]
+    if missing:
+        raise BackendUnavailable(
+            f"comparisons need {', '.join(missing)}: pip install 'msdda-fast[eval]'"
+        )
+
+
+def objectives(pipe: MSDDAPipeline, toward: str | None) -> list[str]:
+    """Names of two or three objectives, the one that w weighs first."""
+    names = list(pipe.objectives)
+    if len(names) not in (2, 3):
+        raise ValueError(f"a comparison has two or three objectives, got {', '.join(names)}")
+    first = toward or ("consistency" if "consistency" in names else names[0])
+    if first not in names:
+        raise ValueError(f"--toward {first!r} is no objective; known: {', '.join(names)}")
+    return [first, *(name for name in names if name != first)]
+
+
+def rewards(names: list[str], given: list[str] | None, pipe: MSDDAPipeline) -> Mapping[str, Reward]:
+    """By objective, the reward that --reward gives it, or that of its own name."""
+    from msdda_fast.rewards import load_reward
+
+    chosen = dict(parse.pair(text, "--reward", str) for text in given or [])
+    if unknown := [name for name in chosen if name not in names]:
+        raise ValueError(f"--reward {unknown[0]!r} is no objective; known: {', '.join(names)}")
+    return {name: load_reward(chosen.get(name, name), device=pipe.device) for name in names}
+
+
+def lines(file: Path) -> list[str]:
+    """The lines of a text file that are not blank."""
+    return [line.strip() for line in file.read_text("utf-8").splitlines() if line.strip()]
+
+
+def _show(page: Path) -> None:
+    """Print what table.csv says, and where the rest is."""
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    with (page.parent / "table.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    weighed = [item.split("=")[0] for item in rows[0]["weights"].split()]
+    for weights in dict.fromkeys(row["weights"] for row in rows):
+        table = Table(title=weights, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
+        table.add_column("system", no_wrap=True, overflow="ellipsis", max_width=27)
+        for name in ("n", *weighed, "r_w", "MSDDA - it"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for row in (row for row in rows if row["weights"] == weights):
+            label = " ".join(filter(None, (row["method"], row["variant"])))
+            gain = [row[f"msdda_minus_system{end}"] for end in ("", "_low", "_high")]
+            low, high = (float(bound or 0) for bound in gain[1:])
+            shown = f"{float(gain[0]):+.3f} {'*' if low * high > 0 else ' '}" if gain[0] else ""
+            means = [f"{float(row[name]):+.3f}" for name in (*weighed, "scalarised")]
+            table.add_row(label, row["images"], *means, shown, style=None if shown else "bold")
+        out.print(table)
+    out.print("* the 95% interval of the paired difference excludes 0")
+    out.print(page, highlight=False, soft_wrap=True)

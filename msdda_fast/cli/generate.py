@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`msdda-fast generate`: images of one prompt."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from msdda_fast.cli import values as parse
+from msdda_fast.cli.session import (
+    SHIPPED,
+    DeviceOption,
+    DType,
+    DTypeOption,
+    GuidanceOption,
+    ModelOption,
+    ObjectiveOption,
+    StepsOption,
+    load,
+    out,
+    reported,
+)
+
+__all__ = ["generate"]
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to draw.")],
+    weight: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--weight",
+            "-w",
+            metavar="NAME=VALUE",
+            help="Preference weight of one objective; repeat it for all, they sum to 1.",
+            show_default="uniform",
+        ),
+    ] = None,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", help="PNG to write; several images get -0, -1, ... before the suffix."
+        ),
+    ] = Path("out.png"),
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Of the first image; the next ones count up.", show_default="random"),
+    ] = None,
+    num_images: Annotated[int, typer.Option("--num-images", "-n", min=1, help="How many.")] = 1,
+    negative_prompt: Annotated[
+        str | None, typer.Option(help="What guidance leads away from.")
+    ] = None,
+    model: ModelOption = SHIPPED,
+    objective: ObjectiveOption = None,
+    steps: StepsOption = 25,
+    guidance: GuidanceOption = None,
+    dtype: DTypeOption = DType.float32,
+    device: DeviceOption = None,
+) -> None:
+    """Draw a prompt with the objectives balanced by your weights.
+
+    [dim]msdda-fast generate "A purple colored dog." -w aesthetic=0.3 -w consistency=0.7[/dim]
+
+    With a GPU for each objective: [dim]torchrun --nproc-per-node 2 -m msdda_fast generate ...[/dim]
+    """
+    with reported("no further image was written"):
+        from msdda_fast.engine import torchrun
+        from msdda_fast.files import write_atomically
+
+        weights = dict(parse.pair(text, "--weight", float) for text in weight or []) or None
+        pipe = load(model, objective, dtype, device)
+        if seed is None:
+            seed = torchrun.shared_seed(pipe.parallel)
+        images = pipe(
+            prompt,
+            weights=weights,
+            seed=seed,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            negative_prompt=negative_prompt,
+            num_images_per_prompt=num_images,
+        ).images
+        if torchrun.rank() > 0:
+            return
+        for index, image in enumerate(images):
+            file = output.with_stem(f"{output.stem}-{index}") if num_images > 1 else output
+            write_atomically(file, partial(image.save, format="PNG"))
+            out.print(f"{file}  [dim]seed {seed + index}[/dim]", highlight=False, soft_wrap=True)

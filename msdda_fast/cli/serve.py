@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`msdda-fast serve`: a model behind HTTP."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from msdda_fast.cli.session import (
+    SHIPPED,
+    DeviceOption,
+    DType,
+    DTypeOption,
+    ModelOption,
+    ObjectiveOption,
+    load,
+    reported,
+)
+
+if TYPE_CHECKING:
+    from msdda_fast.pipelines import MSDDAPipeline
+
+#: Holds the API key: what is on a command line can be read by everybody on the machine.
+API_KEY = "MSDDA_API_KEY"
+
+
+def serve(
+    host: Annotated[str, typer.Option(help="0.0.0.0 for all interfaces.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 for a free one.")] = 8000,
+    model: ModelOption = SHIPPED,
+    objective: ObjectiveOption = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="Most images drawn together.")] = 8,
+    max_wait_ms: Annotated[
+        float, typer.Option(min=0, help="Longest that a request waits for company.")
+    ] = 20.0,
+    queue_limit: Annotated[
+        int, typer.Option(min=1, help="Most images that wait; more are refused with 429.")
+    ] = 64,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Processes, each with a model and a queue of its own.")
+    ] = 1,
+    size: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="WIDTHxHEIGHT",
+            help="A size that may be asked for; repeat it. The first one is the default.",
+            show_default="the model's own",
+        ),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="T where a request does not say.")] = 25,
+    max_steps: Annotated[int, typer.Option(min=1, help="Largest T.")] = 64,
+    max_images: Annotated[int, typer.Option(min=1, help="Most images of one request.")] = 8,
+    timeout: Annotated[float, typer.Option(help="Seconds until a request is given up.")] = 120.0,
+    grace: Annotated[
+        float, typer.Option(min=0, help="Seconds for what is in line when told to stop.")
+    ] = 30.0,
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Log prompts, too.")] = False,
+    dtype: DTypeOption = DType.float32,
+    device: DeviceOption = None,
+) -> None:
+    """Serve a model over HTTP, with OpenAI's images API and weights in every request.
+
+    Requests with different weights, prompts and seeds share batches. Set MSDDA_API_KEY to let in
+    only those who have it. The interface is described at /docs, once the server runs.
+
+    [dim]msdda-fast serve --port 8000[/dim]
+    """
+    with reported("the server"):
+        try:
+            from msdda_fast.serve.process import Process
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                f"{error.name} is missing; install it with: pip install 'msdda-fast[serve]'"
+            ) from None
+        from msdda_fast.serve.settings import ServeSettings
+
+        process = Process(
+            load=partial(_load, model, objective, dtype, device),
+            settings=ServeSettings(
+                model=model,
+                sizes=tuple(size or ()),
+                steps=steps,
+                max_steps=max_steps,
+                max_images=max_images,
+                timeout_s=timeout,
+                api_key=os.environ.get(API_KEY),
+                log_prompts=log_prompts,
+            ),
+            engine={
+                "max_batch": max_batch,
+                "max_wait_ms": max_wait_ms,
+                "queue_limit": queue_limit,
+            },
+            host=host,
+            port=port,
+            grace_s=grace,
+        )
+        if workers > 1:
+            process.run_many(workers)
+        else:
+            process.run()
+
+
+def _load(
+    model: str, objectives: list[str] | None, dtype: DType, device: str | None
+) -> MSDDAPipeline:
+    from msdda_fast.pipelines.notices import quieten
+    from msdda_fast.serve.service import lay_out
+
+    quieten()
+    return lay_out(load(model, objectives, dtype, device))

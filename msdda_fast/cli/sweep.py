@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`msdda-fast sweep`: prompts times weights as one grid."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from msdda_fast.cli import cluster
+from msdda_fast.cli import values as parse
+from msdda_fast.cli.session import (
+    SHIPPED,
+    DeviceOption,
+    DType,
+    DTypeOption,
+    GuidanceOption,
+    ModelOption,
+    ObjectiveOption,
+    StepsOption,
+    drawing_progress,
+    load,
+    out,
+    reported,
+)
+
+__all__ = ["sweep"]
+
+DEMO_PROMPTS = [
+    "A yellow colored dog.",
+    "A pink colored banana.",
+    "A black chair and a red table.",
+    "A green car and a yellow banana.",
+]
+
+
+def sweep(
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--prompt", "-p", help="A row of the grid; repeat it.", show_default="four demo prompts"
+        ),
+    ] = None,
+    weights: Annotated[
+        str, typer.Option(help="Weights of the objective --toward, one column each.")
+    ] = "0,0.25,0.5,0.75,1",
+    toward: Annotated[
+        str,
+        typer.Option(help="The objective that the weights favour; the other one gets the rest."),
+    ] = "consistency",
+    seeds: Annotated[
+        str, typer.Option(help="One image per seed in every cell; the grid shows the first.")
+    ] = "0",
+    reward: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--reward", help="A reward to report; repeat it.", show_default="aesthetic, consistency"
+        ),
+    ] = None,
+    folder: Annotated[
+        Path, typer.Option("--out", "-o", help="Finished cells stay here; run again to continue.")
+    ] = Path("out/sweep"),
+    batch_size: Annotated[int, typer.Option(min=1, help="Images drawn together.")] = 8,
+    ray: cluster.RayOption = None,
+    ray_gpus: cluster.RayGPUsOption = 0.0,
+    model: ModelOption = SHIPPED,
+    objective: ObjectiveOption = None,
+    steps: StepsOption = 25,
+    guidance: GuidanceOption = None,
+    dtype: DTypeOption = DType.float32,
+    device: DeviceOption = None,
+) -> None:
+    """Draw prompts x weights as one labelled grid, with the rewards of every column.
+
+    Finished cells are kept: stop it with Ctrl-C and run the same command to continue.
+    """
+    with reported(f"finished cells are in {folder}; run the same command again to continue"):
+        from msdda_fast.engine import torchrun
+        from msdda_fast.evaluation.sweep import Sweep, run_sweep
+
+        plan = Sweep(
+            prompts=prompt or DEMO_PROMPTS,
+            weights=parse.numbers(weights, "--weights", float),
+            seeds=parse.numbers(seeds, "--seeds", int),
+            toward=toward,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            rewards=reward or ("aesthetic", "consistency"),
+            batch_size=batch_size,
+        )
+        there = cluster.Model(model, objective, dtype, "cuda" if ray_gpus else device)
+        with cluster.cluster(ray, ray_gpus) as tasks:
+            pipe = load(model, objective, dtype, device)
+            elsewhere = tasks(partial(cluster.cells, there, plan))
+            with torchrun.own_folder(folder, pipe.parallel) as own, drawing_progress() as progress:
+                result = run_sweep(pipe, plan, own, elsewhere=elsewhere, progress=progress)
+        _print_means(plan.columns, result.means)
+        out.print(f"{result.grid}\n{result.rewards}", highlight=False, soft_wrap=True)
+
+
+def _print_means(columns: list[float | None], means: Any) -> None:  # noqa: ANN401
+    from rich.table import Table
+
+    table = Table(title="Mean reward", title_justify="left")
+    table.add_column("")
+    for column in columns:
+        table.add_column("SD" if column is None else f"w = {column:g}", justify="right")
+    for name, values in means.items():
+        table.add_row(name, *(f"{value:+.2f}" for value in values))
+    out.print(table)

@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`msdda-fast train`: make an adapter of one objective, from a reward or from preferences."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from msdda_fast.cli import values as parse
+from msdda_fast.cli.session import SHIPPED, DeviceOption, ModelOption, err, load, out, reported
+
+if TYPE_CHECKING:
+    from msdda_fast.pipelines import MSDDAPipeline
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    help="Train an adapter of one objective: a LoRA folder that diffusers and peft load.",
+)
+
+
+class Preset(StrEnum):
+    """Where the values come from that no option gives."""
+
+    paper = "paper"
+    shipped = "shipped"
+
+
+class KL(StrEnum):
+    """The form of DPOK's KL term."""
+
+    eps = "eps"
+    exact = "exact"
+
+
+class Advantage(StrEnum):
+    """What a reward is compared with."""
+
+    value = "value"
+    prompt = "prompt"
+
+
+OutOption = Annotated[
+    Path, typer.Option("--out", "-o", help="Folder of the run; run again to continue it.")
+]
+EtaOption = Annotated[
+    float, typer.Option(help="DDIM stochasticity of the samples, in (0, 1]; use it later too.")
+]
+PromptsOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Text file with one prompt per line.", show_default="the shipped model's own"
+    ),
+]
+RankOption = Annotated[int, typer.Option(min=1, help="Rank of the adapter.")]
+SeedOption = Annotated[int, typer.Option(help="Of everything random.")]
+PRESET = "the preset's"
+
+
+@app.command()
+def dpok(
+    reward: Annotated[str, typer.Option("--reward", help="Name of the reward to raise.")],
+    folder: OutOption,
+    model: ModelOption = SHIPPED,
+    eta: EtaOption = 1.0,
+    prompts: PromptsOption = None,
+    loops: Annotated[int, typer.Option(help="Rollouts in all; more continue a run.")] = 100,
+    preset: Annotated[
+        Preset | None,
+        typer.Option(
+            help="[bold]paper[/bold]: Stable Diffusion; [bold]shipped[/bold]: small models.",
+            show_default="by the model",
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", help="Denoising steps T.", show_default=PRESET)
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option("--guidance", help="Guidance scale, 1 for none.", show_default=PRESET),
+    ] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.", show_default=PRESET)] = None,
+    kl_weight: Annotated[
+        float | None, typer.Option(help="Pull to the base model.", show_default=PRESET)
+    ] = None,
+    kl: Annotated[
+        KL | None,
+        typer.Option(help="As published, or the exact divergence.", show_default=PRESET),
+    ] = None,
+    advantage: Annotated[
+        Advantage | None,
+        typer.Option(
+            help="Reward less a value network, or less its prompt's mean.", show_default=PRESET
+        ),
+    ] = None,
+    prompts_per_loop: Annotated[
+        int | None, typer.Option(help="Different prompts of a rollout.", show_default=PRESET)
+    ] = None,
+    samples_per_prompt: Annotated[
+        int | None, typer.Option(help="Trajectories of each prompt.", show_default=PRESET)
+    ] = None,
+    policy_steps: Annotated[
+        int | None, typer.Option(help="Optimiser steps per loop.", show_default=PRESET)
+    ] = None,
+    mixed_precision: Annotated[
+        str | None,
+        typer.Option(help="Of the network: no or bf16.", metavar="no|bf16", show_default=PRESET),
+    ] = None,
+    rank: RankOption = 4,
+    seed: SeedOption = 0,
+    checkpoint_every: Annotated[int, typer.Option(min=1, help="Loops.")] = 10,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option(help="Less memory, more time (large models).")
+    ] = False,
+    device: DeviceOption = None,
+) -> None:
+    """Raise a reward by policy gradient (DPOK), as the paper's models were aligned.
+
+    [dim]msdda-fast train dpok --reward aesthetic --eta 1.0 --out out/aesthetic[/dim]
+
+    The folder gets a log, live curves and checkpoints; Ctrl-C is safe, the same command goes on.
+    """
+    with reported(f"checkpoints are in {folder}; run the same command again to continue"):
+        from accelerate import Accelerator  # type: ignore[import-untyped]
+
+        from msdda_fast.rewards import load_reward
+        from msdda_fast.training import DPOKConfig, Task, add_lora, train_dpok
+        from msdda_fast.training.codec import decoder, encode_prompts, latent_shape
+
+        given: dict[str, Any] = {
+            "num_steps": steps, "guidance_scale": guidance, "lr": lr, "kl_weight": kl_weight,
+            "kl": kl and kl.value, "advantage": advantage and advantage.value,
+            "prompts_per_loop": prompts_per_loop, "samples_per_prompt": samples_per_prompt,
+            "mixed_precision": mixed_precision, "policy_steps": policy_steps,
+        }  # fmt: skip
+        chosen = {name: value for name, value in given.items() if value is not None}
+        chosen |= {
+            "loops": loops, "eta": eta, "seed": seed, "checkpoint_every": checkpoint_every
+        }  # fmt: skip
+        small = preset is Preset.shipped or (preset is None and model == SHIPPED)
+        config = DPOKConfig.shipped(**chosen) if small else DPOKConfig(**chosen)
+        texts = _prompts(prompts, model)
+        judge = load_reward(reward)
+        pipe = _base(model, eta, device)
+        if gradient_checkpointing:
+            pipe.unet.enable_gradient_checkpointing()
+        task = Task(
+            reward=judge,
+            decode=decoder(pipe),
+            prompts=texts,
+            prompt_embeds=encode_prompts(pipe, texts),
+            latent_shape=latent_shape(pipe),
+            null_embeds=encode_prompts(pipe, [""])[0],
+        )
+        add_lora(pipe.unet, rank=rank, seed=seed)
+        accelerator = Accelerator(
+            cpu=pipe.device.type == "cpu",
+            mixed_precision=config.mixed_precision,
+            gradient_accumulation_steps=config.accumulation_steps,
+        )
+        _announce(f"{reward} by DPOK, {len(texts)} prompts, eta {eta:g}", folder)
+        file = train_dpok(
+            pipe.unet, pipe.scheduler, task, config, folder,
+            accelerator=accelerator, progress=not err.quiet,
+        )  # fmt: skip
+        _finish(file, reward, eta)
+
+
+@app.command("step-dpo")
+def step_dpo(
+    folder: OutOption,
+    reward: Annotated[
+        str | None, typer.Option("--reward", help="Rank the model's own samples by this reward.")
+    ] = None,
+    pairs: Annotated[
+        Path | None,
+        typer.Option(
+            help="Or: folder with pairs.jsonl or pairs.csv (prompt, chosen, rejected) and images."
+        ),
+    ] = None,
+    model: ModelOption = SHIPPED,
+    eta: EtaOption = 1.0,
+    prompts: PromptsOption = None,
+    seeds_per_prompt: Annotated[
+        int, typer.Option(min=2, help="Samples to rank, with --reward.")
+    ] = 12,
+    denoising_steps: Annotated[int, typer.Option(min=1, help="T, with --reward.")] = 25,
+    guidance: Annotated[float, typer.Option(help="Guidance scale, with --reward.")] = 1.0,
+    steps: Annotated[int, typer.Option(help="Optimiser steps in all; more continue a run.")] = 200,
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = 3e-4,
+    batch_size: Annotated[int, typer.Option(help="Pairs per step.")] = 16,
+    beta: Annotated[float, typer.Option(help="beta of Diffusion-DPO's convention.")] = 2000.0,
+    gamma: Annotated[float, typer.Option(help="1: the paper's loss; 0: Diffusion-DPO.")] = 1.0,
+    min_timestep: Annotated[int, typer.Option(help="Learn from noisier timesteps only.")] = 0,
+    rank: RankOption = 4,
+    seed: SeedOption = 0,
+    checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps.")] = 50,
+    device: DeviceOption = None,
+) -> None:
+    """Learn a preference from pairs of images (step-level DPO, Eq. 4 of the paper).
+
+    [dim]msdda-fast train step-dpo --pairs my/pairs --out out/mine[/dim]
+
+    [dim]msdda-fast train step-dpo --reward aesthetic --out out/aesthetic[/dim]
+    """
+    with reported(f"checkpoints are in {folder}; run the same command again to continue"):
+        from msdda_fast.training import (
+            StepDPOConfig,
+            add_lora,
+            encode_pairs,
+            read_pairs,
+            train_step_dpo,
+        )
+        from msdda_fast.training.codec import codec_id, encode_prompts, encoder, image_size
+
+        if (reward is None) == (pairs is None):
+            raise ValueError("give either --reward or --pairs")
+        if pairs is not None and prompts is not None:
+            raise ValueError("--prompts goes with --reward; --pairs has prompts of its own")
+        config = StepDPOConfig(
+            steps=steps, lr=lr, batch_size=batch_size, beta_dpo=beta, gamma=gamma, eta=eta,
+            min_timestep=min_timestep, seed=seed, checkpoint_every=checkpoint_every,
+        )  # fmt: skip
+        shown = not err.quiet
+        if pairs is not None:
+            rows = read_pairs(pairs)
+            pipe = _base(model, eta, device)
+            data, texts = encode_pairs(
+                rows, encoder(pipe), image_size(pipe), codec_id(pipe),
+                folder / "latents.safetensors", progress=shown,
+            )  # fmt: skip
+        else:
+            assert reward is not None  # one of the two is given
+            texts = _prompts(prompts, model)
+            pipe, data = _ranked(
+                model, eta, device, reward, texts, seeds_per_prompt, denoising_steps, guidance,
+                folder, shown,
+            )  # fmt: skip
+        embeds = encode_prompts(pipe, texts)
+        add_lora(pipe.unet, rank=rank, seed=seed)
+        _announce(f"step-level DPO, {len(data)} pairs of {len(texts)} prompts", folder)
+        file = train_step_dpo(
+            pipe.unet, pipe.scheduler, data, embeds, config, folder, progress=shown
+        )
+        _finish(file, reward or "mine", eta)
+
+
+def _base(model: str, eta: float, device: str | None) -> MSDDAPipeline:
+    """Load the model without its adapters, in float32."""
+    from msdda_fast.cli.session import DType
+
+    return load(model, [f"policy=base:{eta}"], DType.float32, device)
+
+
+def _prompts(file: Path | None, model: str) -> list[str]:
+    """The prompts of a file, or the shipped model's own; another model has none."""
+    if file is not None:
+        return parse.prompts(file)
+    if model != SHIPPED:
+        raise ValueError(f"--prompts is needed for {model}: a file with one prompt per line")
+    from msdda_fast.emoji.prompts import alignment_prompts
+
+    return list(alignment_prompts(120))
+
+
+def _ranked(
+    model: str, eta: float, device: str | None, reward: str, texts: list[str], seeds: int,
+    num_steps: int, guidance_scale: float, folder: Path, shown: bool,
+) -> tuple[MSDDAPipeline, Any]:  # fmt: skip
+    from msdda_fast.rewards import load_reward
+    from msdda_fast.training import collect, preference_pairs
+    from msdda_fast.training.codec import sample_fn
+
+    judge = load_reward(reward)
+    pipe = _base(model, eta, device)
+    samples = collect(
+        sample_fn(pipe, num_steps=num_steps, guidance_scale=guidance_scale),
+        {reward: judge}, texts, range(seeds), folder / "samples", progress=shown,
+    )  # fmt: skip
+    ranked = preference_pairs(samples.latents, samples.scores[reward], samples.prompt_index)
+    return pipe, ranked
+
+
+def _announce(what: str, folder: Path) -> None:
+    err.print(f"Training {what}; watch {folder / 'curves.png'}", highlight=False, soft_wrap=True)
+
+
+def _finish(file: Path, name: str, eta: float) -> None:
+    out.print(f"{file}", highlight=False, soft_wrap=True)
+    err.print(
+        f"[dim]Use it: msdda-fast generate ... --objective {name}={file.parent}:{eta:g}[/dim]",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`msdda-fast tune`: settings for the systems that evaluate rewards while sampling."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from msdda_fast.cli import values as parse
+from msdda_fast.cli.compare import (
+    PartOption,
+    RewardOption,
+    TowardOption,
+    lines,
+    objectives,
+    require_packages,
+    rewards,
+)
+from msdda_fast.cli.session import (
+    SHIPPED,
+    DeviceOption,
+    DType,
+    DTypeOption,
+    GuidanceOption,
+    ModelOption,
+    ObjectiveOption,
+    StepsOption,
+    drawing_progress,
+    load,
+    out,
+    reported,
+)
+
+
+def tune(
+    folder: Annotated[
+        Path, typer.Option("--out", "-o", help="Finished images stay here; run again to continue.")
+    ] = Path("out/tune"),
+    weight: Annotated[float, typer.Option(help="Preference w whose r_w decides.")] = 0.5,
+    seeds: Annotated[str, typer.Option(help="Of every prompt, such as 0-3 or 0,1,5.")] = "0",
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="Text file with one prompt per line.",
+            show_default="8 of the paper's training prompts",
+        ),
+    ] = None,
+    reward: RewardOption = None,
+    toward: TowardOption = None,
+    part: PartOption = "0/1",
+    model: ModelOption = SHIPPED,
+    objective: ObjectiveOption = None,
+    steps: StepsOption = 50,
+    guidance: GuidanceOption = None,
+    dtype: DTypeOption = DType.float32,
+    device: DeviceOption = None,
+) -> None:
+    """Choose settings of the systems that evaluate rewards while sampling, for `compare --tuned`.
+
+    Each has the same six candidates' worth of images, of prompts that are not compared on.
+    """
+    with reported(f"finished images are in {folder}; run the same command again to continue"):
+        require_packages()
+        from msdda_fast.emoji.prompts import TRAIN_PROMPTS
+        from msdda_fast.evaluation.runs import Comparison
+        from msdda_fast.evaluation.tuning import tune
+
+        texts = lines(prompts) if prompts else list(TRAIN_PROMPTS[::3][:8])
+        chosen_part = parse.part(part)
+        pipe = load(model, objective, dtype, device)
+        first, second = objectives(pipe, toward)[:2]
+        comparison = Comparison(
+            prompts=texts,
+            rewards=rewards([first, second], reward, pipe),
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+        )
+        pipe.set_progress_bar_config(disable=True)
+        with drawing_progress() as progress:
+            scores = tune(
+                pipe,
+                comparison,
+                {first: weight, second: round(1 - weight, 10)},
+                parse.seeds(seeds, "--seeds"),
+                folder,
+                part=chosen_part,
+                progress=progress,
+            )
+        for name, score in scores.items():
+            out.print(f"{score.mean:+.3f} [{score.low:+.3f}, {score.high:+.3f}]  {name}")
+        out.print(folder / "tuned.json", highlight=False, soft_wrap=True)

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write the model card of `msdda-fast/emoji` from its logs and results, no figure typed by hand.
+
+`python -m msdda_fast.emoji.card`; the text is `card.md` beside this file.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from safetensors import safe_open
+
+from msdda_fast.assets import ASSETS
+from msdda_fast.emoji.align import ALIGNMENT, PROMPTS, RANK, SEEDS
+from msdda_fast.emoji.captions import Tail
+from msdda_fast.emoji.prompts import TRAIN_PROMPTS
+from msdda_fast.emoji.train import ADAPTER_LOGS, LOGS, STYLES
+from msdda_fast.emoji.train_scorer import CONSISTENCY, HELD_OUT_STYLE, JUDGE
+from msdda_fast.files import write_atomically
+
+EMOJI = ASSETS / "emoji"
+COLUMNS = {
+    "consistency": "consistency reward",
+    "aesthetic": "aesthetic reward",
+    "warmth": "warmth reward",
+    "judge object": "object found",
+    "judge color": "colour right",
+}
+
+
+def results_table(results: dict[str, Any], *, single: bool = False) -> str:
+    """Return the arms as a markdown table, means with 95% intervals."""
+    suffix = ", single-object prompts" if single else ""
+    measured = next(iter(results["arms"].values()))
+    columns = [name for name in COLUMNS if name in measured]
+    head = ["arm", *(COLUMNS[name] for name in columns)]
+    rows = []
+    for arm, figures in results["arms"].items():
+        cells = [arm]
+        for name in columns:
+            one = figures[name + suffix]
+            scale, unit = (100, "%") if name.startswith("judge") else (1, "")
+            digits = 1 if unit else 3
+            mean, low, high = (f"{scale * one[k]:.{digits}f}" for k in ("mean", "low", "high"))
+            cells.append(f"{mean}{unit} ({low}, {high})")
+        rows.append(cells)
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
+
+
+def _read_log(path: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def plot_training(folder: Path, target: Path) -> None:
+    """Draw the loss of every stage."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    names = [*LOGS, *ADAPTER_LOGS]
+    figure, axes = plt.subplots(2, -(-len(names) // 2), figsize=(13, 5.2), layout="constrained")
+    for axis, name in zip(axes.flat, names, strict=False):
+        rows = _read_log(folder / f"{name}.jsonl")
+        axis.plot([row["step"] for row in rows], [row["loss"] for row in rows], linewidth=1)
+        axis.set(title=name, xlabel="step", ylabel="loss")
+        if name in LOGS:
+            axis.set_yscale("log")
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes.flat[len(names) :]:
+        axis.set_visible(False)
+    figure.savefig(target, dpi=80)
+    plt.close(figure)
+
+
+def parameters(path: Path) -> int:
+    """Count the numbers in a safetensors file."""
+    count = 0
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():
+            size = 1
+            for side in file.get_slice(name).get_shape():
+                size *= side
+            count += size
+    return count
+
+
+def card(results: dict[str, Any], three: dict[str, Any]) -> str:
+    """Return the text of the model card from the results of two objectives and of all three."""
+    tail, setting = Tail(), results["setting"]
+    minutes = {n: _read_log(EMOJI / "training" / f"{n}.jsonl")[-1]["seconds"] / 60 for n in LOGS}
+    accuracy = json.loads((ASSETS / "scorers" / "accuracy.json").read_text())
+    weights = sorted(ASSETS.rglob("*.safetensors"))
+    sizes = "\n".join(
+        f"| {path.relative_to(ASSETS)} | {parameters(path):,} "
+        f"| {path.stat().st_size / 1e6:.2f} MB |"
+        for path in weights
+    )
+    total = sum(path.stat().st_size for path in weights) / 1e6
+    scorers = "\n".join(
+        f"| {name} | {where} | {100 * a['object']:.1f}% | {100 * a['color']:.1f}% | {a['n']} |"
+        for name, cases in accuracy.items()
+        for where, a in cases.items()
+    )
+    recipes = "\n".join(
+        f"| {name} | {recipe.eta} | {len(SEEDS)} | {recipe.config.steps} "
+        f"| {recipe.config.lr:g} | {recipe.config.beta_dpo:g} |"
+        for name, recipe in ALIGNMENT.items()
+    )
+    template = (Path(__file__).parent / "card.md").read_text()
+    return template.format(
+        eta_aesthetic=ALIGNMENT["aesthetic"].eta,
+        eta_consistency=ALIGNMENT["consistency"].eta,
+        rank=RANK,
+        more_prompts=len(PROMPTS) - len(TRAIN_PROMPTS),
+        styles=", ".join(STYLES),
+        natural=f"{100 * tail.natural:.0f}",
+        colorless=f"{100 * tail.colorless:.0f}",
+        loose=f"{100 * tail.loose:.0f}",
+        sizes=sizes,
+        total=f"{total:.2f}",
+        minutes=", ".join(f"{name} {m:.0f} min" for name, m in minutes.items()),
+        recipes=recipes,
+        judge_styles=", ".join(JUDGE.styles),
+        reward_styles=", ".join(CONSISTENCY.styles),
+        held_out_style=HELD_OUT_STYLE,
+        scorers=scorers,
+        table=results_table(results),
+        single_table=results_table(results, single=True),
+        three_table=results_table(three),
+        three_seeds=three["setting"]["seeds"],
+        eta_warmth=ALIGNMENT["warmth"].eta,
+        **setting,
+    )
+
+
+def main(
+    results: Annotated[Path, typer.Option(help="Result file of `embedded.evaluate`.")] = Path(
+        "benchmarks/results/emoji.json"
+    ),
+    three: Annotated[Path, typer.Option(help="That of `embedded.evaluate --three`.")] = Path(
+        "benchmarks/results/emoji_three.json"
+    ),
+    readme: Annotated[Path, typer.Option(help="README with the marked block.")] = Path("README.md"),
+) -> None:
+    """Write the card, its plot, and the marked block of the README."""
+    figures = json.loads(results.read_text())
+    plot_training(EMOJI / "training", EMOJI / "training.png")
+    text = card(figures, json.loads(three.read_text()))
+    write_atomically(EMOJI / "README.md", lambda partial: partial.write_text(text))
+    block = re.compile(r"(<!-- report:emoji:begin -->\n).*?(<!-- report:emoji:end -->)", re.S)
+    table = results_table(figures)
+    page = block.sub(lambda m: f"{m[1]}{table}\n{m[2]}", readme.read_text())
+    write_atomically(readme, lambda partial: partial.write_text(page))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters of the MORL oracle: one for each preference, trained on r_w = w r_1 + (1 - w) r_2.
+
+`python -m msdda_fast.emoji.oracle` trains those of w = .2, .5, .8 (r_1 is consistency, r_2
+aesthetic) from the samples that the shipped adapters were trained on, and puts them into
+`benchmarks/results/oracle`; called again it goes on. w = 0 and w = 1 are the shipped adapters.
+
+Which eta: the fused step of two objectives has the variance eta_w^2 v_t, and the base policy that
+it is tied to, the product of the objectives' own, has it too. So an oracle is sampled at eta_w
+(`oracle_eta`), or it would differ from the fused model by its noise, not by its reward. Training
+knows eta only by the samples that are ranked: those of the sampled eta nearest to eta_w.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from msdda_fast.assets import resolve
+from msdda_fast.emoji.align import ALIGNMENT, AlignmentRecipe, align_sum
+from msdda_fast.files import write_atomically
+
+WEIGHTED, OTHER = "consistency", "aesthetic"  # w weighs the first, as in the paper
+PREFERENCES = (0.2, 0.5, 0.8)
+
+
+def oracle_eta(w: float) -> float:
+    """Return eta_w = (w / eta_1^2 + (1 - w) / eta_2^2)^(-1/2), at which an oracle is sampled."""
+    first, second = ALIGNMENT[WEIGHTED].eta, ALIGNMENT[OTHER].eta
+    return math.sqrt(1 / (w / first**2 + (1 - w) / second**2))
+
+
+def oracle_recipe(w: float) -> AlignmentRecipe:
+    """Return the recipe between those of the two adapters: theirs at w = 1 and w = 0.
+
+    Raises:
+        ValueError: w is outside [0, 1].
+    """
+    if not 0 <= w <= 1:
+        raise ValueError(f"w must lie in [0, 1], got {w}")
+    first, second = ALIGNMENT[WEIGHTED], ALIGNMENT[OTHER]
+    steps = round(w * first.config.steps + (1 - w) * second.config.steps)
+    lr = w * first.config.lr + (1 - w) * second.config.lr
+    eta = min(first.eta, second.eta, key=lambda sampled: abs(sampled - oracle_eta(w)))
+    return AlignmentRecipe(eta=eta, config=replace(first.config, steps=steps, lr=lr))
+
+
+def align_oracle(base: Path, w: float, work: Path) -> Path:
+    """Train the adapter of preference w and return its LoRA folder; resumes.
+
+    Args:
+        base: Folder of the base model.
+        w: Weight of consistency, in [0, 1].
+        work: Holds the base model's samples and the runs; what is finished there is not done again.
+
+    Raises:
+        ValueError: w is outside [0, 1].
+        ResumeMismatch: `work` holds another run for this w.
+    """
+    weights = {WEIGHTED: w, OTHER: 1 - w}
+    return align_sum(base, weights, oracle_recipe(w), work, work / f"oracle-{w:g}")
+
+
+def main(
+    work: Annotated[Path, typer.Option(help="Folder of samples, checkpoints and logs.")] = Path(
+        "out/train"
+    ),
+    target: Annotated[Path, typer.Option(help="Where the adapters go.")] = Path(
+        "benchmarks/results/oracle"
+    ),
+) -> None:
+    """Train the oracle's adapters on the shipped base model."""
+    etas = {}
+    for w in PREFERENCES:
+        source = align_oracle(resolve("msdda-fast/emoji"), w, work)
+        folder = target / f"w-{w:g}"
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(source / "pytorch_lora_weights.safetensors", folder)
+        etas[folder.name] = {"w": w, "eta": round(oracle_eta(w), 7)}
+    text = json.dumps({"objective": WEIGHTED, "adapters": etas}, indent=1) + "\n"
+    write_atomically(target / "oracle.json", lambda partial: partial.write_text(text))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From names to a pipeline: which model, which scheduler, which adapters in which network."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.utils import is_accelerate_available
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from msdda_fast.adapters.files import AdapterFile
+from msdda_fast.adapters.sources import adapter_file, fetch, hub_options, locate
+from msdda_fast.adapters.switching import adapter_names
+from msdda_fast.adapters.variant import Variant
+from msdda_fast.errors import AdapterMismatch, UnknownObjective
+from msdda_fast.objective import Objective
+from msdda_fast.pipelines.manifest import OBJECTIVES_FILE, check_names, parse_objectives
+
+if TYPE_CHECKING:
+    from msdda_fast.pipelines.stable_diffusion.pipeline import MSDDAPipeline
+
+__all__ = ["LoadPlan", "attach", "attach_loaded", "ddim_scheduler", "plan", "shared_components"]
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_PIPELINES = ("StableDiffusionPipeline", "MSDDAPipeline")
+_BASE = {"base": Objective.base()}
+
+P = TypeVar("P", bound="MSDDAPipeline")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadPlan:
+    """What `from_pretrained` will load, once names, files and dtype are known to be good.
+
+    Attributes:
+        model: Local folder or hub id of the base.
+        options: Arguments of `DiffusionPipeline.from_pretrained`.
+        dtype: Of all components.
+        objectives: By name, in order.
+        adapters: The adapters' files, by objective.
+    """
+
+    model: str
+    options: dict[str, Any]
+    dtype: torch.dtype
+    objectives: dict[str, Objective]
+    adapters: dict[str, Path]
+
+
+def ddim_scheduler(scheduler: Any) -> DDIMScheduler:  # noqa: ANN401 - any diffusers scheduler
+    """Return a DDIM scheduler with the noise schedule of `scheduler`, which is left alone."""
+    if isinstance(scheduler, DDIMScheduler):
+        return scheduler
+    logger.warning(
+        "%s is not DDIM: sampling with DDIMScheduler.from_config", type(scheduler).__name__
+    )
+    # DDIM clips unless told not to; the latent-space schedulers it replaces never do
+    clip_sample = scheduler.config.get("clip_sample", False)
+    return DDIMScheduler.from_config(scheduler.config, clip_sample=clip_sample)
+
+
+def plan(
+    model: str | Path,
+    objectives: Mapping[str, Objective] | None,
+    dtype: torch.dtype | None,
+    torch_dtype: torch.dtype | None,
+    options: Mapping[str, Any],
+) -> LoadPlan:
+    """Check everything about a load that can be checked before it starts; see `from_pretrained`."""
+    if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
+        raise ValueError(f"dtype is {dtype} and torch_dtype is {torch_dtype}; give one of them")
+    dtype = dtype or torch_dtype or torch.float32
+    if dtype not in _DTYPES:
+        accepted = ", ".join(map(str, _DTYPES))
+        raise ValueError(f"dtype must be one of {accepted}, got {dtype!r}")
+    place = locate(model)
+    index = _model_file(place, "model_index.json", options)
+    if index is None:
+        raise FileNotFoundError(f"{place} is not a diffusers pipeline: it has no model_index.json")
+    kind = json.loads(index.read_text("utf-8")).get("_class_name")
+    if kind not in _PIPELINES:
+        raise ValueError(f"{model} is a {kind}; supported: {', '.join(_PIPELINES)}")
+    if objectives is None:
+        listed = _model_file(place, OBJECTIVES_FILE, options, required=False)
+        objectives = parse_objectives(listed.read_text("utf-8"), place) if listed else _BASE
+    check_names(objectives)
+    return LoadPlan(
+        model=str(place),
+        options={"dtype": dtype, "low_cpu_mem_usage": is_accelerate_available(), **options},
+        dtype=dtype,
+        objectives=dict(objectives),
+        adapters={
+            name: adapter_file(objective, hub_options(options))
+            for name, objective in objectives.items()
+            if objective.source is not None
+        },
+    )
+
+
+def _model_file(
+    place: Path | str, name: str, options: Mapping[str, Any], *, required: bool = True
+) -> Path | None:
+    if isinstance(place, Path):
+        return place / name if (place / name).is_file() else None
+    revision = {"revision": options["revision"]} if "revision" in options else {}
+    return fetch(place, name, {**hub_options(options), **revision}, required=required)
+
+
+def attach(pipe: P, plan: LoadPlan) -> P:
+    """Put the planned adapters and networks into a loaded pipeline, every one checked first."""
+    adapters = [AdapterFile.read(name, file) for name, file in plan.adapters.items()]
+    for adapter in adapters:
+        adapter.check(pipe.unet, pipe.text_encoder)
+    objectives = {
+        name: replace(objective, unet=_network(name, objective, plan))
+        for name, objective in plan.objectives.items()
+    }
+    variants = _variants(pipe.unet, objectives, {name: name for name in plan.adapters})
+    for adapter in adapters:
+        adapter.put_into(pipe.unet, pipe.text_encoder)
+    pipe.set_objectives(objectives, variants)
+    for network in (*pipe.components.values(), *(variant.network for variant in variants.values())):
+        if isinstance(network, nn.Module):
+            _cast(network, plan.dtype)
+    return pipe
+
+
+def _cast(network: nn.Module, dtype: torch.dtype) -> None:
+    # diffusers warns of every cast, also of those that change nothing
+    if any(p.is_floating_point() and p.dtype != dtype for p in network.parameters()):
+        network.to(dtype=dtype)
+
+
+def _network(name: str, objective: Objective, plan: LoadPlan) -> Any:  # noqa: ANN401 - as the field
+    if not isinstance(objective.unet, (str, Path)):
+        return objective.unet
+    place = str(locate(objective.unet))
+    return UNet2DConditionModel.from_pretrained(
+        place,
+        subfolder=objective.subfolder,
+        low_cpu_mem_usage=plan.options["low_cpu_mem_usage"],
+        **hub_options(plan.options),
+    )
+
+
+def _variants(
+    unet: UNet2DConditionModel, objectives: Mapping[str, Objective], adapters: Mapping[str, str]
+) -> dict[str, Variant]:
+    if unet.config.time_cond_proj_dim is not None:
+        raise ValueError(
+            "this UNet takes the guidance scale as an input (time_cond_proj_dim is "
+            f"{unet.config.time_cond_proj_dim}), so its guidance is not Eq. 7's; use its base model"
+        )
+    variants = {}
+    for name, objective in objectives.items():
+        network = unet if objective.unet is None else objective.unet
+        if not isinstance(network, UNet2DConditionModel):
+            raise ValueError(
+                f"objective {name!r}: unet must be a UNet2DConditionModel, got {network!r:.80}"
+            )
+        for field in ("in_channels", "out_channels", "cross_attention_dim", "time_cond_proj_dim"):
+            here, there = unet.config.get(field), network.config.get(field)
+            if here != there:
+                raise AdapterMismatch(
+                    f"objective {name!r}: its unet has {field} {there}, the base {here}"
+                )
+        variants[name] = Variant(network, adapters.get(name), objective.scale)
+    return variants
+
+
+def shared_components(pipeline: DiffusionPipeline, replaced: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the modules of Stable Diffusion that `pipeline` has; see `MSDDAPipeline.from_pipe`."""
+    modules = {**pipeline.components, **replaced}
+    names = [
+        name
+        for name in inspect.signature(StableDiffusionPipeline.__init__).parameters
+        if name not in ("self", "requires_safety_checker")
+    ]
+    modules["scheduler"] = copy.deepcopy(modules["scheduler"])  # construction may edit its config
+    optional = StableDiffusionPipeline._optional_components
+    missing = [name for name in names if name not in (*modules, *optional)]
+    unknown = [name for name in modules if name not in names]
+    if missing or unknown:
+        raise ValueError(
+            f"{type(pipeline).__name__} does not have the modules of a StableDiffusionPipeline "
+            f"(missing: {missing}, not known there: {unknown})"
+        )
+    return {name: modules.get(name) for name in names}
+
+
+def attach_loaded(
+    pipe: P, source: DiffusionPipeline, objectives: Mapping[str, Objective] | None
+) -> P:
+    """Make objectives of the adapters already in the networks; see `MSDDAPipeline.from_pipe`."""
+    if (settings := getattr(source, "forward_settings", None)) is not None:
+        pipe.set_forward(**settings)
+    loaded = adapter_names(pipe.unet, pipe.text_encoder)
+    for module in pipe.unet.modules():
+        if isinstance(module, BaseTunerLayer) and module.merged:
+            raise ValueError(
+                f"adapters {module.merged_adapters} are fused into the weights, so no objective "
+                "could run without them; call unfuse_lora() first"
+            )
+    if objectives is None:
+        own = getattr(source, "objectives", None)
+        if own is not None and pipe.unet is source.unet:
+            pipe.set_objectives(own, source.variants)
+            return pipe
+        objectives = {name: Objective(name) for name in loaded} or _BASE
+    check_names(objectives)
+    adapters = {}
+    for name, objective in objectives.items():
+        if objective.unet is not None:
+            continue
+        if objective.source is not None and str(objective.source) not in loaded:
+            raise UnknownObjective(
+                f"objective {name!r}: {str(objective.source)!r} is not an adapter of this "
+                f"pipeline; loaded: {', '.join(loaded) or 'none'}. Load one with "
+                f"load_lora_weights(..., adapter_name={name!r}), or use from_pretrained"
+            )
+        if objective.source is not None:
+            adapters[name] = str(objective.source)
+        elif name in loaded:
+            adapters[name] = name
+    pipe.set_objectives(objectives, _variants(pipe.unet, objectives, adapters))
+    return pipe

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One call of a pipeline, checked and in numbers before any network runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+from torch import Tensor
+
+from msdda_fast.errors import InvalidMode, InvalidSchedule, InvalidShape, UnknownObjective
+from msdda_fast.objective import Objective, check_eta
+from msdda_fast.pipelines.prompts import Prompts
+from msdda_fast.pipelines.stable_diffusion.modes import MODES, Mode
+from msdda_fast.types import WeightSchedule, WeightsLike
+from msdda_fast.weights import as_host_float64, preference_schedule
+
+__all__ = [
+    "batch_weights",
+    "check_latents",
+    "check_mode",
+    "check_output_type",
+    "latent_shape",
+    "objective_etas",
+    "objective_guidance",
+    "refuse",
+]
+
+DEFAULT_GUIDANCE = 7.5
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+#: Arguments of stock pipelines that have another name here, or no meaning.
+_REFUSED = {
+    "eta": "every objective has its own: give etas={name: value} or Objective(..., eta=value)",
+    "timesteps": "the DDIM grid follows from num_inference_steps and the scheduler's spacing",
+    "sigmas": "the DDIM grid follows from num_inference_steps and the scheduler's spacing",
+    "cross_attention_kwargs": "an adapter's scale is Objective(..., scale=value)",
+    "guidance_rescale": "rescaled guidance is not affine in the outputs, so Eq. 7 would not hold",
+    "clip_skip": "pass prompt_embeds from the layer you want",
+    "ip_adapter_image": "image prompts are not supported",
+    "ip_adapter_image_embeds": "image prompts are not supported",
+    "callback": "use callback_on_step_end",
+    "callback_steps": "use callback_on_step_end",
+}
+
+
+def refuse(arguments: Mapping[str, Any]) -> None:
+    """Refuse every argument the call does not have.
+
+    Raises:
+        ValueError: a stock pipeline's argument that is not supported here; says what is.
+        TypeError: any other name.
+    """
+    for name in arguments:
+        if name in _REFUSED:
+            raise ValueError(f"{name}= is not supported: {_REFUSED[name]}")
+        raise TypeError(f"unexpected argument {name!r}")
+
+
+def latent_shape(
+    batch_size: int,
+    unet_config: Any,  # noqa: ANN401 - diffusers' FrozenDict
+    vae_scale_factor: int,
+    height: int | None,
+    width: int | None,
+) -> tuple[int, int, int, int]:
+    """Return (B, C, h, w) of the latents of images of `height` x `width` pixels.
+
+    Raises:
+        InvalidShape: a side that is not a positive multiple of 8 (of the VAE's factor, if larger).
+    """
+    native = unet_config.sample_size
+    native = (native, native) if isinstance(native, int) else native
+    unit = max(8, vae_scale_factor)
+    sides = []
+    for name, given, own in zip(("height", "width"), (height, width), native, strict=True):
+        side = own * vae_scale_factor if given is None else given
+        if isinstance(side, bool) or not isinstance(side, int) or side < unit or side % unit:
+            raise InvalidShape(f"{name} must be a positive multiple of {unit}, got {side!r}")
+        sides.append(side // vae_scale_factor)
+    return (batch_size, unet_config.in_channels, sides[0], sides[1])
+
+
+def check_latents(latents: Tensor | None, shape: tuple[int, ...]) -> None:
+    """Raise `InvalidShape` unless `latents` is None or a float tensor (B, C, h, w) = `shape`."""
+    if latents is None:
+        return
+    if not isinstance(latents, Tensor) or not latents.is_floating_point() or latents.shape != shape:
+        got = (
+            f"{latents.dtype} {tuple(latents.shape)}"
+            if isinstance(latents, Tensor)
+            else repr(latents)
+        )
+        raise InvalidShape(f"latents must be a float tensor (B, C, H, W) = {shape}, got {got}")
+
+
+def check_output_type(output_type: str) -> None:
+    """Raise `ValueError` unless `output_type` is one of `OUTPUT_TYPES`."""
+    if output_type not in OUTPUT_TYPES:
+        raise ValueError(f"output_type {output_type!r} is not one of {', '.join(OUTPUT_TYPES)}")
+
+
+def check_mode(mode: Mode, *, in_parallel: bool) -> None:
+    """Raise `InvalidMode` unless `mode` is one of `MODES`, and "exact" where processes share it."""
+    if mode not in MODES:
+        raise InvalidMode(f"mode must be one of {', '.join(MODES)}; got {mode!r}")
+    if in_parallel and mode != "exact":
+        raise InvalidMode(f'several processes sample with mode="exact" only, got {mode!r}')
+
+
+def batch_weights(
+    weights: WeightSchedule,
+    names: Sequence[str],
+    prompts: Prompts,
+    num_steps: int,
+    extrapolate: bool,
+) -> Tensor:
+    """Return preference weights (T, B, M) float64, rows on the simplex.
+
+    Args:
+        weights: As in `preference_schedule`; a list of P mappings holds one per prompt.
+        names: M objective names, in order.
+        prompts: P prompts for N images each; B = P N.
+        num_steps: T >= 1.
+        extrapolate: Accept negative entries.
+
+    Raises:
+        InvalidSchedule: `num_steps` is not a positive integer.
+        UnknownObjective, InvalidWeights, InvalidShape: As `preference_schedule`.
+    """
+    if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
+        raise InvalidSchedule(f"num_inference_steps must be a positive integer, got {num_steps!r}")
+
+    def per_image(form: WeightsLike) -> WeightsLike:
+        if isinstance(form, Sequence) and len(form) == prompts.count and _holds_mappings(form):
+            return [row for row in form for _ in range(prompts.images_per_prompt)]
+        return form
+
+    if callable(weights):
+        at_step = weights
+        schedule: WeightSchedule = lambda k: per_image(at_step(k))  # noqa: E731
+    else:
+        schedule = per_image(weights)
+    return preference_schedule(
+        schedule, names, prompts.batch_size, num_steps, extrapolate=extrapolate
+    )
+
+
+def _holds_mappings(form: Sequence[Any]) -> bool:
+    return any(isinstance(row, Mapping) for row in form)
+
+
+def objective_etas(
+    objectives: Mapping[str, Objective], etas: Mapping[str, float] | Sequence[float] | None
+) -> list[float]:
+    """Return eta of each objective, (M,) in [0, 1]; a mapping overrides the ones it names.
+
+    Raises:
+        UnknownObjective: a mapping names an objective that is not there.
+        InvalidSchedule: an eta outside [0, 1].
+        InvalidShape: numbers of another shape than (M,).
+    """
+    own = [objective.eta for objective in objectives.values()]
+    values = _by_name("etas", objectives, etas, own)
+    for name, eta in zip(objectives, values, strict=True):
+        check_eta(eta, f"objective {name!r}")
+    return values
+
+
+def objective_guidance(
+    objectives: Mapping[str, Objective],
+    guidance_scale: float | Mapping[str, float] | Sequence[float] | None,
+) -> list[float]:
+    """Return the guidance scale of each objective, (M,) >= 1.
+
+    The call's value comes first, then the objective's own, then diffusers' 7.5.
+
+    Raises:
+        UnknownObjective: a mapping names an objective that is not there.
+        InvalidSchedule: a scale below 1; 1 is no guidance.
+        InvalidShape: numbers of another shape than () or (M,).
+    """
+    own = [
+        DEFAULT_GUIDANCE if objective.guidance_scale is None else objective.guidance_scale
+        for objective in objectives.values()
+    ]
+    if isinstance(guidance_scale, (float, int, Real)):
+        guidance_scale = [float(guidance_scale)] * len(own)
+    values = _by_name("guidance_scale", objectives, guidance_scale, own)
+    for name, value in zip(objectives, values, strict=True):
+        if not 1.0 <= value < float("inf"):
+            raise InvalidSchedule(
+                f"objective {name!r}: guidance_scale must be finite and at least 1 (no guidance), "
+                f"got {value!r}"
+            )
+    return values
+
+
+def _by_name(
+    argument: str,
+    names: Mapping[str, Objective],
+    values: Mapping[str, float] | Sequence[float] | None,
+    own: list[float],
+) -> list[float]:
+    if values is None:
+        return own
+    if isinstance(values, Mapping):
+        for name in values:
+            if name not in names:
+                known = ", ".join(names)
+                raise UnknownObjective(f"{argument}: unknown objective {name!r}; known: {known}")
+        return [float(values.get(name, value)) for name, value in zip(names, own, strict=True)]
+    tensor = as_host_float64(values, argument)
+    if tensor.shape != (len(own),):
+        raise InvalidShape(
+            f"{argument} has shape {tuple(tensor.shape)}, expected (M,) = ({len(own)},)"
+        )
+    return [float(value) for value in tensor]

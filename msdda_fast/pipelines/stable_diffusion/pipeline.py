@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stable Diffusion 1.x and 2.x with several objectives, balanced per request (Algorithm 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from diffusers.schedulers import KarrasDiffusionSchedulers
+from torch import Tensor
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextModel,
+    CLIPTokenizer,
+    CLIPVisionModelWithProjection,
+)
+
+from msdda_fast.adapters.variant import Variant
+from msdda_fast.engine.noise import image_seeds, noise_source
+from msdda_fast.objective import Objective
+from msdda_fast.pipelines import loading, request
+from msdda_fast.pipelines.prompts import Prompts
+from msdda_fast.pipelines.stable_diffusion import sampling
+from msdda_fast.pipelines.stable_diffusion.modes import Mode
+from msdda_fast.pipelines.stable_diffusion.multi_objective import MultiObjectivePipeline
+from msdda_fast.pipelines.stable_diffusion.output import MSDDAPipelineOutput
+from msdda_fast.steps.table import coefficient_table
+from msdda_fast.types import Fusion, GeneratorLike, WeightSchedule, ZeroVariancePolicy
+
+__all__ = ["MSDDAPipeline"]
+
+
+class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: ignore[misc]
+    r"""Text to image with M aligned objectives, fused exactly in every reverse step.
+
+    Each step draws from the normalised product of the objectives' posteriors (Theorem 1, Eq. 7),
+
+        p_w(x_{t-1} | x_t) ~ prod_i p_i(x_{t-1} | x_t)^{w_i},
+
+    with preferences w chosen per call and per prompt. Components, loading, placement and the call
+    follow `diffusers.StableDiffusionPipeline`; latents stay float32 between steps whatever the
+    dtype of the networks (float64 when that is float64).
+
+    Args:
+        vae, text_encoder, tokenizer, unet, scheduler, safety_checker, feature_extractor,
+            image_encoder, requires_safety_checker: As in `StableDiffusionPipeline`. A scheduler
+            that is not DDIM is rebuilt as one from its config.
+
+    Without objectives (a pipeline made by this constructor) the base model is the only one. Use
+    `from_pretrained` or `from_pipe` to have more.
+    """
+
+    def __init__(
+        self,
+        vae: AutoencoderKL | AutoencoderTiny,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        unet: UNet2DConditionModel,
+        scheduler: KarrasDiffusionSchedulers,
+        safety_checker: StableDiffusionSafetyChecker | None,
+        feature_extractor: CLIPImageProcessor | None,
+        image_encoder: CLIPVisionModelWithProjection = None,
+        requires_safety_checker: bool = True,
+    ) -> None:
+        super().__init__(
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            unet=unet,
+            scheduler=loading.ddim_scheduler(scheduler),
+            safety_checker=safety_checker,
+            feature_extractor=feature_extractor,
+            image_encoder=image_encoder,
+            requires_safety_checker=requires_safety_checker,
+        )
+        self.set_objectives({"base": Objective.base()}, {"base": Variant(unet, None)})
+
+    @classmethod
+    def from_pipe(
+        cls,
+        pipeline: DiffusionPipeline,
+        *,
+        objectives: Mapping[str, Objective] | None = None,
+        **components: Any,  # noqa: ANN401 - modules by name
+    ) -> Self:
+        """Share the modules of a loaded pipeline, which stays as it is and usable.
+
+        Args:
+            pipeline: A `StableDiffusionPipeline`, with adapters loaded by `load_lora_weights`.
+            objectives: Objectives by name. `source` is the name of a loaded adapter, and may be
+                left out when it is the objective's own name. None: the pipeline's objectives if it
+                has any, else every loaded adapter at eta = 1, else the base model.
+            components: Modules to use in place of the pipeline's.
+
+        Raises:
+            UnknownObjective: A source is not the name of a loaded adapter.
+            ValueError: Objectives that are none, adapters fused into the weights, or a pipeline
+                without the modules of Stable Diffusion.
+        """
+        modules = loading.shared_components(pipeline, components)
+        pipe = cls(**modules, requires_safety_checker=False)
+        pipe.register_to_config(
+            requires_safety_checker=pipeline.config.get("requires_safety_checker", True),
+            _name_or_path=pipeline.config.get("_name_or_path"),
+        )
+        return loading.attach_loaded(pipe, pipeline, objectives)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        *,
+        weights: WeightSchedule = None,
+        mode: Mode = "exact",
+        seed: int | Sequence[int] | None = None,
+        etas: Mapping[str, float] | Sequence[float] | None = None,
+        guidance_scale: float | Mapping[str, float] | Sequence[float] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        num_images_per_prompt: int = 1,
+        generator: GeneratorLike | None = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        zero_variance: ZeroVariancePolicy = "error",
+        rates: Sequence[float] | None = None,
+        extrapolate: bool = False,
+        fusion: Fusion = "posterior",
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: sampling.StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        **refused: Any,  # noqa: ANN401 - named in the error
+    ) -> Any:  # noqa: ANN401 - as in diffusers, an output object or a tuple
+        """Generate images: x_{t-1} ~ prod_i p_i(x_{t-1} | x_t)^{w_i}, from t = T to 0.
+
+        Everything is checked before the first network runs. B = images = prompts x
+        `num_images_per_prompt`, M = objectives, in the order of `objectives`. An image depends on
+        its own seed, prompt and weights, never on what shares its batch.
+
+        Args:
+            prompt: P texts, or one.
+            height, width: Of the images in pixels, multiples of 8; the model's own by default.
+            num_inference_steps: T, in [1, training steps of the scheduler].
+            weights: Preferences w, no unit, on the simplex: a mapping from every objective's name
+                to a number, a list of P mappings, one per prompt, (M,) or (B, M) numbers, or a
+                callable from the step index 0..T-1 to any of these. None: uniform. An objective
+                whose weight is 0 throughout is not evaluated.
+            mode: "exact", or for speed an approximation that reports how far its steps may be off:
+                "staggered" renews the deep features of one objective per step, in turn; "merged"
+                runs one network with the adapters merged by precision, the limit of Rewarded Soups;
+                "hybrid" is merged, and exact in the last fifth of the steps.
+            seed: Counter-based noise: image i gets the seed `seed + i`; a list has one per image.
+            etas: eta in [0, 1] by objective, in place of the objectives' own.
+            guidance_scale: >= 1, for all objectives, by name, or (M,); 1 is no guidance. None: the
+                objective's own, or 7.5.
+            negative_prompt: What guidance leads away from; one text, or one per prompt.
+            num_images_per_prompt: Images of each prompt; they lie next to each other.
+            generator: Instead of `seed`: draws x_T and every step's noise as stock diffusers does,
+                one generator or one per image. With neither: torch's default generator.
+            latents: x_T in place of the drawn one, (B, C, H, W), no unit.
+            prompt_embeds, negative_prompt_embeds: (P, L, D) text embeddings in place of the texts.
+            zero_variance, rates: What to do where a prompt mixes eta = 0 with eta > 0; see
+                `msdda_fast.steps.table.fusion_shares`.
+            extrapolate: Accept negative weights while the fused precision stays positive.
+            fusion: "posterior" (Eq. 7), or "eps": one step at eta_w of mixed predictions, which
+                keeps the noise level where etas differ; see `msdda_fast.coefficient_table`.
+            output_type: "pil", "np" (B, H, W, 3) in [0, 1], "pt" (B, 3, H, W) in [0, 1], or
+                "latent": x_0 (B, C, h, w), float32.
+            return_dict: Return an `MSDDAPipelineOutput`; else the tuple (images, flags).
+            callback_on_step_end: Called after step k as `f(pipe, k, t, tensors)`; what it returns
+                in its dict replaces those tensors.
+            callback_on_step_end_tensor_inputs: Which tensors it gets: "latents" (B, C, h, w),
+                "prompt_embeds" and "negative_prompt_embeds", both (M, B, L, D).
+
+        Returns: An `MSDDAPipelineOutput`: `images`, `nsfw_content_detected` (None without a safety
+            checker), and `step_kl_estimate` (None in exact mode).
+
+        Raises:
+            UnknownObjective: A name in `weights`, `etas` or `guidance_scale` is no objective.
+            InvalidWeights: Weights off the simplex, or that leave no positive precision.
+            InvalidSchedule: A number of steps, eta or guidance scale outside its range.
+            InvalidShape: A tensor or list of the wrong length or shape.
+            InvalidMode: An unknown mode, or an approximate one in several processes or for networks
+                in float64.
+            AdapterMismatch, UnsupportedNetwork: An approximate mode, and objectives that cannot
+                share one forward.
+            ZeroVariance: A prompt mixes eta = 0 with eta > 0 under `zero_variance="error"`.
+            ValueError: Prompts that contradict each other; seed and generator together; an argument
+                of stock pipelines that has no meaning here, among them `eta`.
+        """
+        request.refuse(refused)
+        request.check_output_type(output_type)
+        request.check_mode(mode, in_parallel=self.parallel is not None)
+        callback = sampling.Callback.of(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        prompts = Prompts.check(
+            prompt,
+            negative_prompt,
+            prompt_embeds,
+            negative_prompt_embeds,
+            images_per_prompt=num_images_per_prompt,
+            embed_width=self.unet.config.cross_attention_dim,
+        )
+        scheduler = loading.ddim_scheduler(self.scheduler)  # users assign others to a pipeline
+        self.register_modules(scheduler=scheduler)
+        device = self._execution_device
+        table = coefficient_table(
+            scheduler,
+            num_inference_steps,
+            etas=request.objective_etas(self._objectives, etas),
+            weights=request.batch_weights(
+                weights, list(self._objectives), prompts, num_inference_steps, extrapolate
+            ),
+            guidance_scale=request.objective_guidance(self._objectives, guidance_scale),
+            zero_variance=zero_variance,
+            rates=rates,
+            extrapolate=extrapolate,
+            fusion=fusion,
+            device=device,
+            dtype=torch.float64 if self.unet.dtype == torch.float64 else torch.float32,
+        )
+        shape = request.latent_shape(
+            prompts.batch_size, self.unet.config, self.vae_scale_factor, height, width
+        )
+        request.check_latents(latents, shape)
+        seeds = None if seed is None else image_seeds(seed, prompts.batch_size)
+        noise = noise_source(shape, len(table), device, seeds=seeds, generator=generator)
+
+        x_0, step_kl = sampling.sample(self, prompts, table, noise, latents, callback, mode)
+        images, flagged = self._decode(x_0, output_type)
+        self.maybe_free_model_hooks()
+        if not return_dict:
+            return images, flagged
+        return MSDDAPipelineOutput(
+            images=images, nsfw_content_detected=flagged, step_kl_estimate=step_kl
+        )
+
+    def _decode(self, x_0: Tensor, output_type: str) -> tuple[Any, list[bool] | None]:
+        if output_type == "latent":
+            return x_0, None
+        latents = x_0.to(self.vae.dtype) / self.vae.config.scaling_factor
+        image = self.vae.decode(latents, return_dict=False)[0]
+        image, flagged = self.run_safety_checker(image, x_0.device, self.vae.dtype)
+        # a flagged image is black already; it must not be rescaled from [-1, 1]
+        normalised = [True] * len(image) if flagged is None else [not flag for flag in flagged]
+        images = self.image_processor.postprocess(image, output_type, do_denormalize=normalised)
+        return images, flagged

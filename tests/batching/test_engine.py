@@ -1,0 +1,552 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requests of strangers share batches; each gets the image that it would get alone."""
+
+import asyncio
+import threading
+import time
+from concurrent.futures import CancelledError, as_completed
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import msdda_fast as mf
+from msdda_fast.batching.drawing import BatchPipeline
+from msdda_fast.engine import graph
+from msdda_fast.pipelines.stable_diffusion.captured import CapturedSampler
+from tests.engine.small_world import TracedGraphs
+from tests.tiny_model import quiet
+
+SOON = 30  # seconds; every wait is bounded
+STRANGERS = [
+    dict(prompt="a red dog", weights={"warm": 0.2, "cool": 0.8}, seed=3, guidance_scale=3.0),
+    dict(prompt="a blue cat", weights={"warm": 1.0, "cool": 0.0}, seed=-(2**63)),
+    dict(prompt="a cat", seed=2**64 - 1, guidance_scale=1.0, negative_prompt="blurry"),
+    dict(
+        prompt="a dog",
+        weights=lambda k: (0, 1) if k else (0.5, 0.5),
+        seed=9,
+        guidance_scale={"warm": 2.0, "cool": 4.0},
+        negative_prompt="blurry",
+    ),
+]
+
+
+def request(prompt="a red dog", **fields):
+    return mf.ImageRequest(prompt, **{"num_inference_steps": 3, "seed": 0, **fields})
+
+
+@pytest.fixture(scope="module")
+def own_pipe(tiny):
+    return quiet(mf.MSDDAPipeline.from_pipe(tiny.shared()))
+
+
+@pytest.fixture
+def start(own_pipe):
+    """Make engines, which are closed after the test, in a bounded time."""
+    made = []
+
+    def make(pipe=own_pipe, **options):
+        options = {"max_batch": 4, "output_type": "latent", "max_wait_ms": 0, **options}
+        made.append(mf.Engine(pipe, **options))
+        return made[-1]
+
+    yield make
+    for engine in made:
+        engine.close(drain=False, timeout_s=SOON)
+        assert not engine._worker.is_alive()
+
+
+class Plug:
+    """A request that holds an engine's thread in its first step until it is pulled."""
+
+    def __init__(self, engine):
+        self.reached, self.pulled = threading.Event(), threading.Event()
+        self.future = engine.submit(request(num_inference_steps=2, on_step=self._hold))
+        assert self.reached.wait(SOON)
+
+    def _hold(self, progress):
+        self.reached.set()
+        assert self.pulled.wait(SOON)
+
+    def pull(self):
+        self.pulled.set()
+
+
+def together(engine, requests):
+    """Results of requests that are all in line when the next batch is made."""
+    plug = Plug(engine)
+    futures = [engine.submit(one) for one in requests]
+    plug.pull()
+    return [future.result(SOON) for future in futures]
+
+
+def assert_close(actual, expected):
+    # float32, sums in another order, through three steps of guidance of a random network
+    assert (actual - expected).norm() < 2e-4 * expected.norm()
+
+
+class TestSameImage:
+    def test_strangers_share_a_batch_and_get_the_images_they_would_get_alone(self, start, own_pipe):
+        results = together(start(), [request(**fields) for fields in STRANGERS])
+        assert {result.batch_size for result in results} == {4}
+        for result, fields in zip(results, STRANGERS, strict=True):
+            alone = own_pipe(**{"output_type": "latent", "num_inference_steps": 3, **fields})
+            assert_close(result.image, alone.images[0])
+            assert result.seed == fields["seed"]
+
+    def test_company_of_one_size_changes_no_bit(self, start):
+        engine = start(batch_sizes=[4])
+        mine = request(**STRANGERS[0])
+        others = [request(**fields) for fields in STRANGERS[1:]]
+        alone = engine.submit(mine).result(SOON)
+        in_company = together(engine, [mine, *others])[0]
+        assert (alone.batch_size, in_company.batch_size) == (1, 4)
+        assert torch.equal(alone.image, in_company.image)
+
+    def test_noise_is_that_of_the_own_seed_to_the_bit(self, start, monkeypatch):
+        begun = []
+        begin = CapturedSampler.begin
+
+        def noted(self, table, noise, x_T, *arguments, **options):
+            begun.append((noise.seeds.tolist(), x_T.clone()))
+            return begin(self, table, noise, x_T, *arguments, **options)
+
+        monkeypatch.setattr(CapturedSampler, "begin", noted)
+        together(start(), [request(**fields) for fields in STRANGERS])
+        seeds, x_T = begun[-1]
+        for i, fields in enumerate(STRANGERS):
+            assert (seeds[i] - fields["seed"]) % 2**64 == 0  # z of each step is drawn from these
+            alone = mf.counter_noise([fields["seed"]], (1, *x_T.shape[1:]), stream=0)
+            assert torch.equal(x_T[i], alone[0])
+
+    def test_pictures_of_the_shipped_model_are_within_one_level(self, start):
+        pipe = quiet(mf.MSDDAPipeline.from_pretrained("msdda-fast/emoji"))
+        engine = start(pipe, output_type="pil")
+        prompts, weights = ["A red dog.", "A cup.", "A blue car."], [(0.3, 0.7), (1, 0), (0.5, 0.5)]
+        requests = [
+            request(p, weights=w, seed=i)
+            for i, (p, w) in enumerate(zip(prompts, weights, strict=True))
+        ]
+        for one, result in zip(requests, together(engine, requests), strict=True):
+            alone = pipe(one.prompt, weights=one.weights, seed=one.seed, num_inference_steps=3)
+            apart = np.asarray(alone.images[0], int) - np.asarray(result.image, int)
+            assert abs(apart).max() <= 1
+
+    def test_images_of_one_request_have_seeds_that_count_up(self, start):
+        engine = start()
+        futures = engine.submit_images(request(seed=2**64 - 1), 3)
+        results = [future.result(SOON) for future in futures]
+        assert [result.seed for result in results] == [2**64 - 1, 0, 1]
+        assert_close(results[1].image, engine.submit(request(seed=0)).result(SOON).image)
+
+    def test_without_a_seed_images_differ_and_say_theirs(self, start):
+        engine = start()
+        one, other = (engine.submit(request(seed=None)).result(SOON) for _ in range(2))
+        assert one.seed != other.seed
+        assert torch.equal(engine.submit(request(seed=one.seed)).result(SOON).image, one.image)
+
+    def test_networks_one_after_another_serve_too(self, start, own_pipe):
+        pipe = quiet(mf.MSDDAPipeline.from_pipe(own_pipe))
+        pipe.set_forward("sequential")
+        results = together(start(pipe), [request(**fields) for fields in STRANGERS[:2]])
+        for result, expected in zip(
+            results, together(start(), [request(**f) for f in STRANGERS[:2]]), strict=True
+        ):
+            assert_close(result.image, expected.image)
+
+
+class CountedGraphs(TracedGraphs):
+    """Counts, and runs the step again instead of tracing it, which takes a second."""
+
+    def capture(self, advance, buffers):
+        self.captures += 1
+        return SimpleNamespace(replay=lambda: advance(buffers), release=lambda: None)
+
+
+class TestGraphs:
+    def test_prepare_captures_all_and_no_occupancy_weight_or_guidance_again(
+        self, start, monkeypatch
+    ):
+        graphs = CountedGraphs()
+        monkeypatch.setattr(graph, "graphs_for", lambda device: graphs)
+        engine = start()
+        engine.prepare(num_inference_steps=3)
+        assert graphs.captures == 3 * 2  # sizes 1, 2, 4, with guidance and without
+        for count in (1, 2, 3, 4):
+            results = together(engine, [request(**fields) for fields in STRANGERS[:count]])
+            assert {result.batch_size for result in results} == {count}
+        together(engine, [request(weights=(0, 1), guidance_scale=1.0, num_inference_steps=5)] * 3)
+        assert graphs.captures == 6
+
+    def test_batches_are_padded(self, start):
+        engine = start()
+        together(engine, [request()] * 3)
+        stats = engine.stats()
+        assert stats.batch_sizes == {1: 1, 3: 1} and stats.rows == 5
+
+    @pytest.mark.parametrize("sizes", [[], [1, 2], [4, 2], [0, 4], [2, 2, 4]], ids=str)
+    def test_odd_sizes_are_refused(self, start, sizes):
+        with pytest.raises(ValueError, match="must increase up to max_batch=4"):
+            start(batch_sizes=sizes)
+
+    def test_the_pipeline_stays_as_it_was(self, start, own_pipe):
+        before = own_pipe.forward_settings
+        start().submit(request(weights=(1, 0))).result(SOON)
+        assert own_pipe.forward_settings == before and type(own_pipe) is mf.MSDDAPipeline
+
+
+class TestRefused:
+    @pytest.mark.parametrize(
+        ("fields", "error", "field"),
+        [
+            ({"weights": {"warm": 1}}, mf.InvalidWeights, "weights"),
+            ({"weights": {"warm": 0.5, "cool": 0.4}}, mf.InvalidWeights, "weights"),
+            ({"weights": {"hot": 1}}, mf.UnknownObjective, "weights"),
+            ({"weights": (1, 0, 0)}, mf.InvalidShape, "weights"),
+            ({"weights": (float("nan"), 1)}, mf.InvalidWeights, "weights"),
+            ({"num_inference_steps": 0}, mf.InvalidSchedule, "num_inference_steps"),
+            ({"num_inference_steps": 2.0}, mf.InvalidRequest, "num_inference_steps"),
+            ({"guidance_scale": 0.5}, mf.InvalidSchedule, "guidance_scale"),
+            ({"guidance_scale": {"hot": 2}}, mf.UnknownObjective, "guidance_scale"),
+            ({"height": 30}, mf.InvalidShape, "height"),
+            ({"width": -8}, mf.InvalidShape, "width"),
+            ({"seed": 2**64}, mf.InvalidRequest, "seed"),
+            ({"seed": "1"}, mf.InvalidRequest, "seed"),
+            ({"timeout_s": 0}, mf.InvalidRequest, "timeout_s"),
+            ({"prompt": 5}, mf.InvalidRequest, "prompt"),
+            ({"prompt": "a dog " * 100}, mf.InvalidRequest, "prompt"),
+            ({"prompt": "\ud800"}, mf.InvalidRequest, "prompt"),
+            ({"negative_prompt": "a dog " * 100}, mf.InvalidRequest, "negative_prompt"),
+        ],
+        ids=str,
+    )
+    def test_bad_requests_by_field_before_they_stand_in_line(self, start, fields, error, field):
+        engine = start()
+        with pytest.raises(error) as raised:
+            engine.submit(request(**fields))
+        assert raised.value.field == field
+        assert engine.stats().waiting == engine.stats().batches == 0
+
+    def test_a_full_line(self, start):
+        engine = start(queue_limit=2)
+        plug = Plug(engine)
+        first = engine.submit_images(request(), 2)
+        with pytest.raises(mf.QueueFull):
+            engine.submit(request())
+        plug.pull()
+        assert all(future.result(SOON) for future in first)
+        assert engine.stats().refused == 1
+
+    def test_a_full_line_reads_no_request(self, start, monkeypatch):
+        engine = start(queue_limit=2)
+        plug = Plug(engine)
+        engine.submit_images(request(), 2)
+        monkeypatch.setattr(engine._admission, "tickets", pytest.fail)
+        with pytest.raises(mf.QueueFull):
+            engine.submit(request())
+        plug.pull()
+
+    @pytest.mark.parametrize("count", [0, 3])
+    def test_more_images_than_may_ever_wait(self, start, count):
+        with pytest.raises(ValueError, match="from 1 to 2"):
+            start(queue_limit=2).submit_images(request(), count)
+
+    @pytest.mark.parametrize(
+        "options", [{"max_batch": 0}, {"queue_limit": 0}, {"max_wait_ms": -1}], ids=str
+    )
+    def test_numbers_outside_their_range(self, start, options):
+        with pytest.raises(ValueError, match="must be at least"):
+            start(**options)
+
+    def test_a_pipeline_of_several_processes(self, start, own_pipe):
+        pipe = quiet(mf.MSDDAPipeline.from_pipe(own_pipe))
+        pipe.enable_parallel(object())
+        with pytest.raises(ValueError, match="disable_parallel"):
+            start(pipe)
+
+
+class TestLeaving:
+    def test_a_cancelled_request_leaves_the_line(self, start):
+        engine = start(queue_limit=2)
+        plug = Plug(engine)
+        kept, gone = engine.submit_images(request(), 2)
+        assert gone.cancel()
+        assert engine.stats().waiting == 1
+        plug.pull()
+        assert kept.result(SOON).batch_size == 1
+        assert list(as_completed([gone], SOON)) == [gone]
+        assert engine.stats().cancelled == 1
+
+    def test_a_batch_that_nobody_waits_for_ends_at_its_next_step(self, start):
+        engine, steps = start(), []
+        plug = Plug(engine)
+        futures = engine.submit_images(request(on_step=steps.append, num_inference_steps=500), 2)
+        plug.pull()
+        while not steps:
+            time.sleep(0.001)
+        assert all(future.cancel() for future in futures)
+        engine.submit(request()).result(SOON)
+        assert len(steps) < 500
+        assert engine.stats().cancelled == 2 and engine.stats().failed == 0
+
+    def test_one_who_leaves_a_batch_does_not_disturb_the_others(self, start):
+        engine = start()
+        plug = Plug(engine)
+        kept = engine.submit(request(on_step=lambda progress: gone.cancel()))
+        gone = engine.submit(request(seed=1))
+        plug.pull()
+        image = kept.result(SOON).image
+        assert gone.cancelled()
+        assert_close(image, engine.submit(request()).result(SOON).image)
+
+    def test_time_is_up_in_line(self, start):
+        engine = start(max_wait_ms=1e6)
+        future = engine.submit(request(timeout_s=0.05))
+        with pytest.raises(mf.RequestTimeout, match="no image after 0"):
+            future.result(SOON)
+        assert engine.stats().timed_out == 1
+
+    def test_time_is_up_behind_another_batch_and_inside_one(self, start):
+        engine = start(max_batch=1)
+        slow = request(num_inference_steps=500, timeout_s=0.3)
+        for future in [engine.submit(slow), engine.submit(slow)]:
+            with pytest.raises(mf.RequestTimeout):
+                future.result(SOON)
+        assert engine.stats().timed_out == 2 and engine.stats().completed == 0
+
+
+class TestWatching:
+    def test_progress_counts_every_step_of_every_image(self, start):
+        seen = []
+        for future in start().submit_images(request(on_step=seen.append), 2):
+            future.result(SOON)
+        steps = [(image, step, 3, None) for image in (0, 1) for step in (1, 2, 3)]
+        assert sorted(seen) == steps
+
+    def test_what_on_step_raises_is_the_outcome_of_its_own_request_only(self, start):
+        def fall(progress):
+            raise ZeroDivisionError("mine")
+
+        engine = start()
+        plug = Plug(engine)
+        good, bad = engine.submit(request()), engine.submit(request(on_step=fall))
+        plug.pull()
+        with pytest.raises(ZeroDivisionError, match="mine"):
+            bad.result(SOON)
+        assert good.result(SOON).batch_size == 2
+
+    def test_coroutines_wait_and_cancel(self, start):
+        engine = start(max_wait_ms=1e6)
+
+        async def both():
+            quick = asyncio.wrap_future(engine.submit_images(request(), 4)[0])
+            waiting = engine.submit(request())
+            slow = asyncio.wait_for(asyncio.wrap_future(waiting), 0.05)
+            result = await quick
+            with pytest.raises(TimeoutError):
+                await slow
+            return result, waiting
+
+        result, waiting = asyncio.run(both())
+        assert result.image.shape == (4, 8, 8)
+        assert waiting.cancelled() and engine.stats().waiting == 0
+
+    def test_many_threads_submit(self, start):
+        engine, images = start(), {}
+
+        def ask(seed):
+            for future in engine.submit_images(request(seed=seed, num_inference_steps=1), 2):
+                result = future.result(SOON)
+                images[result.seed] = result.image
+
+        threads = [threading.Thread(target=ask, args=(10 * i,)) for i in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(SOON)
+        assert sorted(images) == sorted(10 * i + j for i in range(8) for j in range(2))
+        stats = engine.stats()
+        assert (stats.completed, stats.waiting, stats.failed) == (16, 0, 0)
+        assert sum(size * count for size, count in stats.batch_sizes.items()) == 16
+
+
+class TestPreviews:
+    @pytest.mark.parametrize("forward", ["batched", "sequential"])
+    def test_are_the_state_then_decoded_and_change_no_bit_of_any_image(
+        self, start, own_pipe, monkeypatch, forward
+    ):
+        monkeypatch.setattr(graph, "graphs_for", lambda device: CountedGraphs())
+        pipe = quiet(mf.MSDDAPipeline.from_pipe(own_pipe))
+        pipe.set_forward(forward)
+        engine, seen, decoded = start(pipe), [], []
+        preview = BatchPipeline.preview
+
+        def noted(self, x_t, output_type):
+            decoded.append(len(x_t))
+            return preview(self, x_t, output_type)
+
+        monkeypatch.setattr(BatchPipeline, "preview", noted)
+        plain = [request(**fields) for fields in STRANGERS]
+        asking = replace(plain[2], on_step=seen.append, preview_steps=[1, 2])
+        before = together(engine, plain)
+        after = together(engine, [*plain[:2], asking, plain[3]])
+        for one, other in zip(before, after, strict=True):
+            assert torch.equal(one.image, other.image)
+        assert [(p.step, p.preview is not None) for p in seen] == [(1, True), (2, True), (3, False)]
+        assert decoded == [1, 1]  # only rows that asked
+        states = []
+        own_pipe(
+            "a cat", seed=2**64 - 1, guidance_scale=1.0, negative_prompt="blurry",
+            num_inference_steps=3, output_type="latent",
+            callback_on_step_end=lambda p, k, t, tensors: states.append(tensors["latents"]) or {},
+        )  # fmt: skip
+        for progress, state in zip(seen[:2], states[:2], strict=True):
+            assert_close(progress.preview, state[0])
+
+    def test_look_like_the_images_of_the_engine(self, start):
+        seen = []
+        asking = request(on_step=seen.append, preview_steps=(2,))
+        result = start(output_type="pil").submit(asking).result(SOON)
+        assert seen[1].preview.size == result.image.size and seen[0].preview is None
+
+    def test_one_that_cannot_be_decoded_costs_nobody_the_image(self, start, monkeypatch, caplog):
+        def fail(self, x_t, output_type):
+            raise MemoryError("no room")
+
+        monkeypatch.setattr(BatchPipeline, "preview", fail)
+        seen = []
+        asking = request(on_step=seen.append, preview_steps=(2,))
+        assert all(result.image is not None for result in together(start(), [asking, request()]))
+        assert [progress.preview for progress in seen] == [None] * 3
+        assert "no previews after step 2" in caplog.text
+
+    @pytest.mark.parametrize("steps", [[0], [4]], ids=str)
+    def test_of_steps_that_there_are_not(self, start, steps):
+        with pytest.raises(mf.InvalidRequest, match="steps are 1 to 3") as raised:
+            start().submit(request(preview_steps=steps))
+        assert raised.value.field == "preview_steps"
+
+
+class TestClosing:
+    def test_draining_draws_what_was_admitted(self, start):
+        with start(max_wait_ms=1e6) as engine:
+            future = engine.submit(request())
+        assert future.result(0).batch_size == 1
+        for ask in (lambda: engine.submit(request()), engine.prepare):
+            with pytest.raises(mf.EngineClosed):
+                ask()
+        engine.close()
+        assert engine.stats().is_closed and engine.stats().failure is None
+
+    def test_without_draining_all_are_refused_within_a_step(self, start):
+        engine = start(max_batch=1)
+        running = engine.submit(request(num_inference_steps=500))
+        waiting = engine.submit(request())
+        engine.close(drain=False, timeout_s=SOON)
+        for future in (running, waiting):
+            with pytest.raises(mf.EngineClosed):
+                future.result(0)
+
+    def test_draining_takes_no_longer_than_it_may(self, start):
+        engine = start(max_batch=1)
+        futures = [engine.submit(request(num_inference_steps=500)) for _ in range(2)]
+        engine.close(timeout_s=0.1)
+        assert all(isinstance(future.exception(0), mf.EngineClosed) for future in futures)
+
+    def test_an_error_in_the_with_block_does_not_wait(self, start):
+        with pytest.raises(KeyError), start(max_wait_ms=1e6) as engine:
+            future = engine.submit(request())
+            raise KeyError
+        assert isinstance(future.exception(0), mf.EngineClosed)
+
+    def test_a_callback_may_close(self, start):
+        engine = start()
+        future = engine.submit(request(on_step=lambda progress: engine.close(drain=False)))
+        assert isinstance(future.exception(SOON), mf.EngineClosed)
+
+
+class TestFailing:
+    @pytest.fixture
+    def failing(self, monkeypatch):
+        """Batches fail with these errors, in turn, and work afterwards."""
+        errors = []
+        sample = BatchPipeline.sample
+
+        def fail(self, *arguments, **options):
+            if errors:
+                raise errors.pop(0)
+            return sample(self, *arguments, **options)
+
+        monkeypatch.setattr(BatchPipeline, "sample", fail)
+        return errors
+
+    def test_a_failed_batch_takes_its_own_requests_with_it_and_no_other(self, start, failing):
+        engine = start()
+        plug = Plug(engine)
+        failing.append(MemoryError("no room"))
+        doomed = engine.submit_images(request(), 4)
+        fine = engine.submit(request())
+        plug.pull()
+        for future in doomed:
+            with pytest.raises(mf.EngineFailed, match="MemoryError: no room") as raised:
+                future.result(SOON)
+            assert isinstance(raised.value.__cause__, MemoryError)
+        assert fine.result(SOON)
+        stats = engine.stats()
+        assert (stats.failed, stats.completed, stats.is_closed) == (4, 2, False)
+
+    @pytest.mark.parametrize(
+        "errors", [[SystemExit(3)], [OSError(1), OSError(2), OSError(3)]], ids=["exit", "in a row"]
+    )
+    def test_a_dead_engine_leaves_nobody_waiting(self, start, failing, errors):
+        engine = start(max_batch=1)
+        plug = Plug(engine)
+        failing += errors
+        futures = [engine.submit(request()) for _ in range(5)]
+        plug.pull()
+        for future in futures:
+            assert isinstance(future.exception(SOON), mf.EngineFailed)
+        engine._worker.join(SOON)
+        assert type(errors[-1]).__name__ in engine.stats().failure
+        with pytest.raises(mf.EngineClosed):
+            engine.submit(request())
+
+    def test_prepare_says_what_failed(self, start, failing):
+        engine = start()
+        failing.append(OSError("no graph"))
+        with pytest.raises(OSError, match="no graph"):
+            engine.prepare(num_inference_steps=3)
+        assert engine.submit(request()).result(SOON)
+
+    def test_prepare_does_not_outlive_the_engine(self, start):
+        engine = start()
+        plug = Plug(engine)
+        outcome = []
+
+        def prepare():
+            try:
+                engine.prepare()
+            except mf.EngineClosed as error:
+                outcome.append(error)
+
+        thread = threading.Thread(target=prepare)
+        thread.start()
+        while not engine._line._chores:
+            time.sleep(0.001)
+        closing = threading.Thread(target=engine.close, kwargs={"drain": False})
+        closing.start()
+        plug.pull()
+        thread.join(SOON)
+        closing.join(SOON)
+        assert outcome
+
+
+def test_cancelled_futures_raise_as_futures_do(start):
+    engine = start(max_wait_ms=1e6)
+    future = engine.submit(request())
+    future.cancel()
+    with pytest.raises(CancelledError):
+        future.result(0)

@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Networks that do less than all objectives ask for are exact where nothing is left out."""
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+import msdda_fast as mf
+from msdda_fast.adapters.loaded import LoadedAdapters
+from msdda_fast.adapters.variant import Variant
+from msdda_fast.batched.options import BatchedOptions, Sharing
+from msdda_fast.batched.unet import BatchedUNet
+from msdda_fast.engine.buffers import ShapeKey
+from msdda_fast.errors import InvalidShape, UnsupportedNetwork
+from msdda_fast.pipelines.stable_diffusion.approximations import Merged, Staggered
+from msdda_fast.pipelines.stable_diffusion.merged import MergedUNet
+from msdda_fast.pipelines.stable_diffusion.modes import REFRESH
+from msdda_fast.pipelines.stable_diffusion.split_unet import SplitUNet
+from msdda_fast.pipelines.stable_diffusion.step_kl import step_kl
+from tests.batched.cases import (
+    ATTENTION,
+    EVERYTHING,
+    KINDS,
+    add_adapter,
+    inputs,
+    network,
+    relative,
+)
+
+EXACT = 1e-10
+STEP = torch.tensor(1)
+
+
+def objectives(kind="sd15", targets=ATTENTION, size=0.2):
+    """Two adapters of different rank, and the base."""
+    unet = add_adapter(network(kind), "a", targets, rank=2, seed=1, size=size)
+    add_adapter(unet, "b", targets, rank=3, seed=2, size=size)
+    return [Variant(unet, "a"), Variant(unet, "b", 0.5), Variant(unet, None)]
+
+
+def split_of(case, options=None):
+    split = SplitUNet(BatchedUNet.of(case.variants, options or BatchedOptions()))
+    split.begin(case.prompts, case.timesteps)
+    return split
+
+
+def merged_of(case, shares, prompts=None):
+    merged = MergedUNet(LoadedAdapters(case.variants))
+    merged.mix(shares)
+    merged.begin(case.prompts[:1] if prompts is None else prompts, case.timesteps)
+    return merged
+
+
+class TestTheParts:
+    @pytest.mark.parametrize("kind", ["sd15", "sd21"])
+    @pytest.mark.parametrize("prefix", [True, False], ids=["shared prefix", "no sharing"])
+    @pytest.mark.parametrize("targets", [ATTENTION, EVERYTHING], ids=["attention", "everything"])
+    def test_one_after_another_are_the_forward_to_the_bit(self, kind, targets, prefix):
+        case = inputs(objectives(kind, targets))
+        split = split_of(case, BatchedOptions(sharing=Sharing(prefix=prefix)))
+        head = split.head(case.x, STEP)
+        whole = split.tail(head, split.deep(head, STEP), STEP)
+        assert torch.equal(whole, split.network(case.x, STEP))
+
+    @pytest.mark.parametrize("shared", [True, False], ids=["one prompt", "own prompts"])
+    @pytest.mark.parametrize("targets", [ATTENTION, EVERYTHING], ids=["attention", "everything"])
+    def test_deep_features_of_one_objective_are_its_part_of_all(self, targets, shared):
+        case = inputs(objectives(targets=targets), shared_prompt=shared)
+        split = split_of(case)
+        head = split.head(case.x, STEP)
+        every = split.deep(head, STEP).chunk(3)
+        for m in range(3):
+            assert relative(split.deep(head, STEP, m), every[m]) < EXACT
+
+    def test_a_network_without_two_layers_up_is_refused(self):
+        unet = network()
+        unet.up_blocks[-1].resnets = unet.up_blocks[-1].resnets[:1]
+        with pytest.raises(UnsupportedNetwork, match="1 layers"):
+            SplitUNet(BatchedUNet.of([Variant(unet, None)]))
+
+
+class TestMerged:
+    @pytest.mark.parametrize("targets", [ATTENTION, EVERYTHING], ids=["attention", "everything"])
+    @pytest.mark.parametrize("kind", ["sd15", "sd21"])
+    def test_one_hot_samples_are_their_own_objectives(self, kind, targets):
+        case = inputs(objectives(kind, targets), b=3, shared_prompt=True)
+        merged = merged_of(case, torch.eye(3))(case.x, STEP)[0]
+        expected = case.stock()
+        assert relative(expected[0], expected[1]) > 0.01  # the adapters matter
+        for m in range(3):
+            assert relative(merged[:, m], expected[m, :, m]) < EXACT
+
+    @pytest.mark.parametrize("shares", [(0.5, 0.5), (0.1, 0.9), (1.5, -0.5)])
+    def test_equal_adapters_are_the_adapter_at_any_share(self, shares):
+        unet = add_adapter(network(), "a", EVERYTHING, seed=1)
+        case = inputs([Variant(unet, "a"), Variant(unet, "a")], shared_prompt=True)
+        merged = merged_of(case, torch.tensor([shares, (0.5, 0.5)], dtype=torch.float64))(
+            case.x, STEP
+        )[0]
+        assert relative(merged, case.stock()[0]) < EXACT
+
+    def test_half_of_one_adapter_is_its_scale(self):
+        unet = add_adapter(network(), "a", EVERYTHING, seed=1)
+        case = inputs([Variant(unet, "a"), Variant(unet, None)], shared_prompt=True)
+        half = inputs([Variant(unet, "a", 0.5)], shared_prompt=True)
+        merged = merged_of(case, torch.full((2, 2), 0.5))(case.x, STEP)
+        half.x, half.prompts = case.x, case.prompts[:1]
+        assert relative(merged, half.stock()) < EXACT
+
+    def test_is_first_order_in_the_adapters(self):
+        """A tenth of the adapters has a hundredth of the error."""
+        shares, errors = torch.tensor([[0.3, 0.3, 0.4], [0.6, 0.1, 0.3]]).double(), []
+        for size in (0.1, 0.1 / 10**0.5):  # of A and of B
+            case = inputs(objectives(size=size), shared_prompt=True)
+            fused = (shares.T[:, None, :, None, None, None] * case.stock()).sum(0)
+            errors.append(float((merged_of(case, shares)(case.x, STEP)[0] - fused).norm()))
+        assert errors[1] == pytest.approx(errors[0] / 100, rel=0.3)
+
+    def test_new_shares_leave_nothing_of_the_old(self):
+        case = inputs(objectives(targets=EVERYTHING), shared_prompt=True)
+        first, second = torch.eye(3)[:2], torch.eye(3)[1:]
+        merged = merged_of(case, first)
+        merged(case.x, STEP)
+        kept = [site.scales.data_ptr() for site in merged._sites]
+        merged.mix(second)
+        with pytest.raises(InvalidShape, match="begin"):
+            merged(case.x, STEP)
+        merged.begin(case.prompts[:1], case.timesteps)
+        assert torch.equal(merged(case.x, STEP), merged_of(case, second)(case.x, STEP))
+        assert kept == [site.scales.data_ptr() for site in merged._sites]
+
+    def test_shares_of_other_objectives_are_refused(self):
+        with pytest.raises(InvalidShape, match=r"\(2, 2\).*\(B, 3\)"):
+            MergedUNet(LoadedAdapters(objectives())).mix(torch.ones(2, 2))
+
+    def test_xl_conditions(self):
+        assert "sdxl" in KINDS
+        case = inputs(objectives("sdxl", EVERYTHING), b=3, shared_prompt=True)
+        case.added.text_embeds[1:] = case.added.text_embeds[:1]
+        merged = MergedUNet(LoadedAdapters(case.variants))
+        merged.mix(torch.eye(3))
+        added = type(case.added)(case.added.text_embeds[:1], case.added.time_ids[:1])
+        merged.begin(case.prompts[:1], case.timesteps, added)
+        out = merged(case.x, STEP)[0]
+        for m in range(3):
+            assert relative(out[:, m], case.stock()[m, :, m]) < EXACT
+
+
+def key_of(case):
+    return ShapeKey(shape=tuple(case.x.shape), active=(True,), branches=case.prompts.shape[1])
+
+
+def staggered_of(case):
+    batched = BatchedUNet.of(case.variants)
+    guess = Staggered(batched, key_of(case), case.x)
+    guess.begin(case.prompts, case.timesteps, 0)
+    return batched, guess
+
+
+class TestGuesses:
+    def test_staggered_renews_one_objective_and_knows_the_age_of_the_others(self):
+        case = inputs(objectives())
+        batched, guess = staggered_of(case)
+        x, ages = case.x, None
+        for kind in ("refresh", "refresh", "renew 2", "renew 0", "renew 2", "refresh", "renew 1"):
+            x = x + 0.05 * torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator())
+            right, (outputs, errors) = batched(x, STEP), guess.kinds[kind](x, STEP)
+            if kind == "refresh":
+                assert torch.equal(outputs, right) and errors is None
+                ages, rate = [0, 0, 0], guess._rate.clone()
+                continue
+            ages = [age + 1 for age in ages]
+            ages[int(kind[-1])] = 0
+            fresh = [relative(outputs[m], right[m]) < EXACT for m in range(3)]
+            assert fresh == [age == 0 for age in ages]
+            assert torch.equal(errors, torch.stack([rate[m] * ages[m] for m in range(3)]))
+            assert [bool(error.any()) for error in errors] == [age > 0 for age in ages]
+
+    def test_staggered_errors_are_those_measured_if_nothing_changes_speed(self):
+        """With latents on a line that is short enough for the network to be one, too."""
+        case = inputs(objectives()[:2])
+        batched, guess = staggered_of(case)
+        direction = torch.randn(case.x.shape, dtype=case.x.dtype, generator=torch.Generator())
+        for call in range(REFRESH):
+            x = case.x + 1e-5 * call * direction
+            kind = "refresh" if call < 2 else f"renew {call % 2}"
+            outputs, errors = guess.kinds[kind](x, STEP)
+            right = batched(x, STEP)
+            if call >= 2:
+                stale = 1 - call % 2
+                assert relative((right - outputs)[stale], errors[stale]) < 0.01
+
+    def test_nothing_of_another_generation_is_left_after_two_refreshes(self):
+        case = inputs(objectives()[:2])
+        (_, fresh), (_, used) = staggered_of(case), staggered_of(case)
+        for kind in ("refresh", "renew 0", "renew 1", "renew 0"):
+            used.kinds[kind](7 - case.x, STEP)
+        for call, kind in enumerate(("refresh", "refresh", "renew 0", "renew 1")):
+            x = case.x + 0.1 * call
+            one, other = (guess.kinds[kind](x, STEP) for guess in (fresh, used))
+            assert torch.equal(one.outputs, other.outputs)
+            assert kind == "refresh" or torch.equal(one.errors, other.errors)
+
+    def test_one_staggered_objective_is_exact(self):
+        case = inputs(objectives()[:1])
+        batched, guess = staggered_of(case)
+        for call, kind in enumerate(("refresh", "refresh", "renew 0", "renew 0")):
+            outputs, errors = guess.kinds[kind](case.x + call, STEP)
+            assert torch.equal(outputs, batched(case.x + call, STEP))
+            assert errors is None or not errors.any()
+
+    def test_merged_errors_are_those_of_the_last_refresh(self):
+        case = inputs(objectives())
+        shares = torch.tensor([[0.2, 0.3, 0.5], [0.1, 0.1, 0.8]]).double()[None]
+        batched = BatchedUNet.of(case.variants)
+        guess = Merged(batched, MergedUNet(batched.adapters), key_of(case), case.x, shares)
+        guess.begin(case.prompts, case.timesteps, 0)
+        right = batched(case.x, STEP)
+        first = guess.kinds["refresh"](case.x, STEP)
+        assert torch.equal(first.outputs, right) and first.errors is None
+        for _ in range(3):
+            outputs, errors = guess.kinds["merged"](case.x, STEP)
+            assert relative(outputs + errors, right) < EXACT
+            assert relative(outputs, right) > 1e-3
+
+    def test_merged_follows_the_shares_of_a_step_in_place(self):
+        case = inputs(objectives())
+        shares = torch.tensor([[[0.2, 0.3, 0.5]] * 2, [[0.6, 0.4, 0.0]] * 2]).double()
+        batched = BatchedUNet.of(case.variants)
+        guess = Merged(batched, MergedUNet(batched.adapters), key_of(case), case.x, shares)
+        guess.begin(case.prompts, case.timesteps, 0)
+        kept = {name: tensor.data_ptr() for name, tensor in guess.storages().items()}
+        guess.mix(1)
+        outputs = guess.kinds["merged"](case.x, STEP).outputs
+        weight = shares[1].T[:, None, :, None, None]
+        prompts = (weight * case.prompts).sum(0, keepdim=True)
+        assert torch.equal(outputs[0], merged_of(case, shares[1], prompts)(case.x, STEP)[0])
+        assert kept == {name: tensor.data_ptr() for name, tensor in guess.storages().items()}
+
+
+class TestStepKL:
+    def table(self, **options):
+        scheduler = DDIMScheduler(clip_sample=False, **options)
+        weights = torch.tensor([[0.5, 0.5], [0.2, 0.8]])
+        return mf.coefficient_table(
+            scheduler, 10, etas=[1.0, 0.8], weights=weights, guidance_scale=3.0, dtype=torch.float64
+        )
+
+    def test_equals_the_closed_form(self):
+        table = self.table()
+        x, outputs = torch.randn(2, 4, 8, 8).double(), torch.randn(2, 2, 2, 4, 8, 8).double()
+        others = outputs.clone()
+        others[1, 1] += 0.01  # the conditional half of objective 1, in every pixel
+        for k in (0, 5, 9):
+            moved = 0.01 * table.rows[k][:, 4]  # (x_scale, uncond 2, cond 2, noise_scale)
+            expected = 4 * 8 * 8 * moved**2 / (2 * table.std[k] ** 2)
+            torch.testing.assert_close(
+                step_kl(x, outputs, others, table[k], table.std[k]), expected
+            )
+
+    def test_is_zero_for_the_same_outputs_and_infinite_without_noise(self):
+        table = self.table(set_alpha_to_one=True)
+        x, outputs = torch.randn(2, 4, 8, 8).double(), torch.randn(2, 2, 2, 4, 8, 8).double()
+        last = len(table) - 1
+        assert not table.std[last].any()
+        assert step_kl(x, outputs, outputs, table[last], table.std[last]).tolist() == [0, 0]
+        kl = step_kl(x, outputs, outputs + 1, table[last], table.std[last])
+        assert kl.isinf().all()
+
+    def test_counts_clipping(self):
+        table = mf.coefficient_table(
+            DDIMScheduler(clip_sample=True), 10, etas=[1.0], weights=None, dtype=torch.float64
+        )
+        linear = mf.coefficient_table(
+            DDIMScheduler(clip_sample=False), 10, etas=[1.0], weights=None, dtype=torch.float64
+        )
+        x = torch.full((1, 4, 8, 8), 1e3).double()
+        outputs = torch.zeros(1, 1, *x.shape).double()
+        clipped, free = (
+            step_kl(x, outputs, outputs + 0.1, t[5], t.std[5]) for t in (table, linear)
+        )
+        assert 0 < float(clipped) < float(free)
