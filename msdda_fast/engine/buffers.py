@@ -43,7 +43,6 @@ class ShapeKey:
         input_rows: R, the copies of each latent that the network takes: 1 when it makes its own
             rows, else one per active objective and branch.
         channels_last: Memory format of the network's input; S is then (C, H, W).
-        rank: What the ranks of all adapters are padded to; 0 without adapters.
         max_steps: Length of the tables; requests have as many steps or fewer.
         noise_table: Whether z comes from a table (T, B, *S), or from one seed per sample.
         context: Shape of what the network itself keeps of a request, such as embeddings.
@@ -58,7 +57,6 @@ class ShapeKey:
     dtype: torch.dtype = torch.float32
     input_rows: int = 1
     channels_last: bool = False
-    rank: int = 0
     max_steps: int = 64
     noise_table: bool = False
     context: tuple[int, ...] = ()
