@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from msdda_fast.torch_private import in_dispatch_mode
 
 __all__ = ["is_watched", "values_are_readable"]
 
@@ -23,5 +24,5 @@ def is_watched(tensor: Tensor) -> bool:
     return (
         torch.compiler.is_compiling()
         or type(tensor) not in (Tensor, torch.nn.Parameter)
-        or _get_current_dispatch_mode() is not None
+        or in_dispatch_mode()
     )

@@ -20,6 +20,7 @@ from msdda_fast.adapters.variant import Variant
 from msdda_fast.errors import AdapterMismatch, InvalidShape, UnsupportedNetwork
 from msdda_fast.lora.adapter import LoraAdapter, LoraFactors
 from msdda_fast.lora.stack import StackedFactors, divergent_modules, stack_adapters
+from msdda_fast.torch_private import version_of
 
 __all__ = ["LoadedAdapters", "bare"]
 
@@ -157,7 +158,7 @@ class LoadedAdapters:
         """Address and version of every weight of the base; in-place changes count versions up."""
         held = (*self.unet.named_parameters(), *self.unet.named_buffers())
         return [
-            (name, tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
+            (name, tensor.data_ptr(), version_of(tensor))
             for name, tensor in held
             if ".lora_" not in name
         ]
