@@ -1,13 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Noise that is a pure function of (seed, step, position): nothing else in the batch can change it.
 
-Raw function of each backend, which the engine binds once:
-
-    run(out, seeds, step, stream) -> None
-        out     (B, C, ...) contiguous, float16 | bfloat16 | float32 | float64, written
-        seeds   (B,) int64 on out's device, contiguous
-        step    int, or 0-d int64 tensor on out's device (read inside the kernel)
-        stream  int: STREAM_INITIAL for x_T (with step 0), STREAM_STEP for the step noise
+`kernels.raw` declares the raw function of each backend.
 """
 
 from collections.abc import Sequence

@@ -2,7 +2,6 @@
 """Layers prepared for M adapters: buffers at fixed addresses, `forward`, and `swap` in place."""
 
 from abc import abstractmethod
-from collections.abc import Callable
 from math import prod
 
 import torch
@@ -151,7 +150,7 @@ class FactoredLinear(_GroupedLinear):
             raise InvalidShape("a weight of torch.float64; Triton sums in float32")
         self.differentiates = backend == "eager"
         module = registry.resolve("grouped_lora", backend, self.weight.device.type)
-        self._run: Callable[..., Tensor] = module.run
+        self._run = module.run
         self._keep("down", down.detach())
         self._keep("up", up.detach())
 
