@@ -38,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "serve": {"evaluation", "methods", "batching", *USES},
 }
 #: Modules that a room may import of one that it may not.
-ALSO = {"kernels": {"msdda_fast.steps.coefficients"}}
+ALSO = {"kernels": {"msdda_fast.steps.coefficients", "msdda_fast.steps.shares"}}
 #: The front doors may import every room but the judge.
 FRONT = ("__init__", "__main__", "cli")
 ALLOWED |= {room: {*ALLOWED, *FRONT} - {"reference"} for room in FRONT}

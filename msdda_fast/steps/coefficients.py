@@ -118,7 +118,8 @@ class CoefficientTable:
 
     Attributes:
         rows: (T, B, C) in the compute dtype and on the compute device; see `StepCoefficients`.
-        timesteps: (T,) int64, on the device of `rows`, decreasing.
+        timesteps: (T,), on the device of `rows`, decreasing: what the networks are asked at, int64,
+            or floating in the dtype that `rows` were built in.
         num_objectives: M.
         clip_range: x_0 predictions are clamped to [-clip_range, clip_range]; None: they are not.
         share: (T, B, M) float64 on the host, the fusion weights of means, or of predictions with
@@ -142,6 +143,17 @@ class CoefficientTable:
         if not -len(self) <= k < len(self):
             raise IndexError(f"step {k} is outside the table of {len(self)} steps")
         return StepCoefficients(self.rows[k], self.num_objectives, self.clip_range)
+
+    def mixture(self, k: int) -> StepCoefficients:
+        """The coefficients of `sum_m share_m c_m` at step k: the outputs mixed, and no step taken.
+
+        Where networks predict x_0, as k-diffusion's denoisers do, that is where the step heads for.
+        """
+        layout = Layout(self.num_objectives, clips=False)
+        share = self.share[k].to(self.rows)
+        row = share.new_zeros(len(share), layout.width)
+        row[:, layout.cond] = share
+        return StepCoefficients(row, self.num_objectives, None)
 
     @property
     def active(self) -> list[bool]:

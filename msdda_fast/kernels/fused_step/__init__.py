@@ -20,7 +20,7 @@ from msdda_fast.kernels.fused_step._inputs import (
     pick,
     randomness,
 )
-from msdda_fast.kernels.fused_step._shares import (
+from msdda_fast.kernels.fused_step._posteriors import (
     as_numbers,
     fused_coefficients,
     prepare,

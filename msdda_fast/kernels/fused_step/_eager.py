@@ -13,8 +13,8 @@ from torch import Tensor
 
 from msdda_fast.kernels.counter_noise import STREAM_STEP
 from msdda_fast.kernels.counter_noise._eager import run as counter_noise
-from msdda_fast.kernels.fused_step._shares import scaled_weights
 from msdda_fast.steps.coefficients import Layout
+from msdda_fast.steps.shares import scaled_weights
 
 __all__ = ["run", "run_moments"]
 
@@ -74,7 +74,7 @@ def run_moments(
     mean: Tensor | None = None,
     variance: Tensor | None = None,
 ) -> None:
-    """Eq. 7 elementwise, by ratios to the smallest active variance; see `_shares`."""
+    """Eq. 7 elementwise, by ratios to the smallest active variance; see `steps.shares`."""
     scaled, least = scaled_weights(variances, weights)
     total = torch.zeros_like(out, dtype=weights.dtype)
     precision = torch.zeros_like(scaled[0])
@@ -82,7 +82,7 @@ def run_moments(
         total = _add(total, scaled[m], mu)
         precision = precision + scaled[m]
     total = total / precision
-    fused_variance = least / precision
+    fused_variance = least[0] / precision
     z = _draw(total, noise, seeds, step)
     # through float64: torch.sqrt on float32 is 1 ulp off on some CPU builds
     std = fused_variance.double().sqrt().to(total.dtype)

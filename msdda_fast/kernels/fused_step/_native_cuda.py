@@ -93,7 +93,7 @@ def run_moments(
     mean: Tensor | None = None,
     variance: Tensor | None = None,
 ) -> None:
-    """Eq. 7 elementwise, by ratios to the smallest active variance; see `_shares`."""
+    """Eq. 7 elementwise, by ratios to the smallest active variance; see `steps.shares`."""
     _check_count(len(means))
     if isinstance(step, Tensor):
         step = step.to(out.device)

@@ -78,7 +78,7 @@ def run_moments(
     mean: Tensor | None = None,
     variance: Tensor | None = None,
 ) -> None:
-    """Eq. 7 elementwise, by ratios to the smallest active variance; see `_shares`."""
+    """Eq. 7 elementwise, by ratios to the smallest active variance; see `steps.shares`."""
     if out.numel() == 0:
         return
     target, out_layout = _writable(out, out.ndim)
