@@ -79,7 +79,7 @@ class _Write(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepBuffers:
-    """What a step reads and writes, apart from the network's own storage; see `allocate`.
+    """What a step reads and writes, apart from the network's own storage; `allocate` makes them.
 
     Attributes:
         key: The shapes.
@@ -89,7 +89,7 @@ class StepBuffers:
         timesteps: (max_steps,) int64.
         seeds: (B,) int64.
         noise: (max_steps, B, *S) float32, or None: noise comes from the seeds.
-        counter: 0-d int64, the index k of the step to come; the step adds 1.
+        counter: 0-d int64, the index k of the next step; the step adds 1.
         conditioning: Static tensors that the network reads and each request overwrites; whoever
             builds the network adds them.
     """

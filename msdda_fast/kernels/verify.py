@@ -35,7 +35,7 @@ _SHAPE = (2, 5, 9, 7)
 
 
 def report(device_type: str) -> dict[str, dict[str, str]]:
-    """Operator -> backend -> what it is good for on this machine.
+    """Return, by operator and backend, whether it runs here and how close it is to eager.
 
     Args:
         device_type: "cpu" or "cuda", on which small cases are run.

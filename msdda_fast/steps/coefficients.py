@@ -117,9 +117,9 @@ class CoefficientTable:
     """The coefficients of all steps, in sampling order; `table[k]` is step k.
 
     Attributes:
-        rows: (T, B, C) in the compute dtype and on the compute device; see `StepCoefficients`.
-        timesteps: (T,), on the device of `rows`, decreasing: what the networks are asked at, int64,
-            or floating in the dtype that `rows` were built in.
+        rows: (T, B, C) in the compute dtype and on the compute device; see `Layout`.
+        timesteps: (T,), on the device of `rows`, decreasing: what the networks take beside x_t;
+            int64, or floating in the dtype that `rows` were built in.
         num_objectives: M.
         clip_range: x_0 predictions are clamped to [-clip_range, clip_range]; None: they are not.
         share: (T, B, M) float64 on the host, the fusion weights of means, or of predictions with

@@ -54,7 +54,7 @@ class DDIMGrid:
         return (1 - p) / (1 - a) * (1 - a / p)
 
     def prediction_terms(self) -> PredictionTerms:
-        """Return what a model output says of x_0 and of the noise, each (T,)."""
+        """Return how x_0 and the noise follow from x_t and a model output, each (T,)."""
         signal, noise = self.alpha_bar_t.sqrt(), (1 - self.alpha_bar_t).sqrt()
         zero, one = torch.zeros_like(signal), torch.ones_like(signal)
         if self.prediction_type == "epsilon":
@@ -125,7 +125,7 @@ class DDIMRule:
 
 
 def ddim_grid(scheduler: Scheduler, num_steps: int) -> DDIMGrid:
-    """Read T = `num_steps` steps off `scheduler`, which is copied and left as it is.
+    """Read T = `num_steps` steps off `scheduler`, which is copied and not changed.
 
     Raises:
         InvalidSchedule: T outside [1, num_train_timesteps], timesteps beyond the training ones, or

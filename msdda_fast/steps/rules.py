@@ -8,7 +8,7 @@ Every first-order sampler goes from x_t to x_prev by
 with m_i the guided output of objective i, and A, B, tau numbers that depend on the step and on the
 objective's noise level (DDIM's eta, say). A `Rule` is those numbers. Eq. 7 weighs objectives by
 w_i / tau_i^2, of which only ratios count; a rule therefore gives tau_i = c_i u, with rates c_i that
-are still defined where u = 0 and nobody adds noise, as in DDIM's last step.
+are still defined where u = 0 and no noise is added, as in DDIM's last step.
 
 A sampler is one file here, with one class. `table.rule_table` makes coefficients of any rule.
 """
@@ -135,7 +135,7 @@ class Rule(Protocol):
 
     @property
     def timesteps(self) -> Tensor:
-        """What the networks are asked at, (T,): int64, or floating (a sigma, a flow time)."""
+        """What the networks take beside x_t, (T,): int64, or floating (a sigma, a flow time)."""
 
     @property
     def clip_range(self) -> float | None:

@@ -122,7 +122,7 @@ def scaled_weights(
 def check_policy(policy: ZeroVariancePolicy, rates: Tensor | None, count: int) -> None:
     """Raise unless `policy` is one, and comes with rates (M,) > 0 if it is "ratio" and only then.
 
-    Values of rates are looked at where that costs nothing; see `tracing.values_are_readable`.
+    Values of rates are checked on the host only, and not under a tracer.
 
     Raises:
         InvalidSchedule: An unknown policy, or rates that are missing, not positive or unused.
@@ -147,8 +147,8 @@ def has_no_limit(zero: Tensor, weights: Tensor, *, axis: int, common_factor: boo
         zero: Whether a variance is 0, broadcastable to `weights`, and they to it.
         weights: Preferences; an objective is active where its weight is not 0.
         axis: Of the objectives.
-        common_factor: Whether variances that vanish together do so at the same rate, so that their
-            shares are the weights. Etas of 0 do; of moments that are 0 nobody knows.
+        common_factor: Whether variances that vanish together are known to do so at the same rate,
+            which leaves the weights as shares. True for etas; for given moments it is unknown.
     """
     active = weights != 0
     vanishing = (active & zero).any(axis, keepdim=True)
@@ -175,7 +175,7 @@ def fold_rates(weights: Tensor, zero: Tensor, rates: Tensor, *, axis: int) -> Te
 def effective_weights(
     weights: Tensor | Sequence[Any], etas: Tensor | Sequence[float], *, extrapolate: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Return the weights and the eta at which DB-MPA comes to the same as MSDDA for T -> infinity.
+    """Return the weights and the eta at which DB-MPA equals MSDDA in the limit T -> infinity.
 
     The kernel of eta discretises `dx = (f x - (1 + eta^2)/2 g^2 score) dt + eta g dW`. Fused ones
     have the noise eta_w g and the drift of the averaged score with

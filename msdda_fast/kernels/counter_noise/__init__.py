@@ -49,7 +49,7 @@ def _int64(seed: int) -> int:
 def as_step(step: int | Tensor) -> int | Tensor:
     """Check a step index k: an int in [0, 2^32), or a 0-d int64 tensor.
 
-    The value of a tensor is looked at where that costs nothing; see `values_are_readable`.
+    The value of a tensor is checked on the host only, and not under a tracer.
     """
     if isinstance(step, Tensor):
         if step.dtype != torch.int64 or step.ndim != 0:

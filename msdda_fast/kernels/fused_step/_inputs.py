@@ -127,7 +127,7 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def pick(backend: str, inputs: Sequence[Tensor | None]) -> FusedStepBackend:
-    """The backend for these inputs: its module, or operators where a tracer looks on.
+    """The backend for these inputs: its module, or operators under a tracer.
 
     Raises:
         BackendUnavailable: The backend cannot run, or an input requires grad and it is not "eager".

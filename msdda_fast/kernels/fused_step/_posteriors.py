@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The variances and weights of `fast_fuse_step`, before any pixel: checked, and on the device."""
+"""Checks and uploads the variances and weights of `fast_fuse_step`."""
 
 from collections.abc import Sequence
 
@@ -65,7 +65,7 @@ def prepare(
     Args:
         variances: (M, B | 1, ...), latent units squared, >= 0.
         weights: The same number of axes, sum 1 over the first.
-        device: Where both are wanted.
+        device: Where to put both.
         zero_variance: "error", "dominate" or "ratio".
         rates: (M,) > 0, for "ratio" only.
         extrapolate: Accept negative weights while every total precision is positive.

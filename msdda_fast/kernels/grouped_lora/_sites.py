@@ -130,10 +130,11 @@ class _GroupedLinear(GroupedSite):
 
 
 class FactoredLinear(_GroupedLinear):
-    """Designs D and F: the factors as they are, M R (C + N) numbers beside the shared weight.
+    """Designs D and F: separate factors, M R (C + N) numbers in addition to the shared weight.
 
     Args:
-        base, down, up: See `GroupedSite`.
+        base: The layer that all objectives share.
+        down, up: Factors A (M, R, C) and B (M, N, R) of the objectives.
         backend: "eager" (D, differentiates) or "triton" (F).
 
     Raises:
