@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from msdda_fast.adapters.variant import Variant
+from msdda_fast.torch_private import held_by, version_of
 
 __all__ = ["NetworkState", "scaling"]
 
@@ -64,12 +65,12 @@ class NetworkState:
             for name, item in holder.items()
         ]
         self._places += [
-            _Place(layer._modules, "base_layer", layer.base_layer)
+            _Place(held_by(layer)[0], "base_layer", layer.base_layer)
             for layer in modules
             if isinstance(layer, BaseTunerLayer)
         ]
         tensors = (place.item for place in self._places if isinstance(place.item, Tensor))
-        self._weights = [_Weight(t, t.data_ptr(), _version(t)) for t in tensors]
+        self._weights = [_Weight(t, t.data_ptr(), version_of(t)) for t in tensors]
         self._tuners = [layer for layer in modules if isinstance(layer, BaseTunerLayer)]
         self._adapters = [self._adapter(variant) for variant in variants]
 
@@ -82,7 +83,7 @@ class NetworkState:
             if holder.get(name) is not item:
                 return False
         for tensor, address, version in self._weights:
-            if tensor.data_ptr() != address or _version(tensor) != version:
+            if tensor.data_ptr() != address or version_of(tensor) != version:
                 return False
         if any(layer.merged_adapters for layer in self._tuners):
             return False
@@ -108,9 +109,10 @@ class NetworkState:
 def _own_modules(module: nn.Module) -> Iterator[nn.Module]:
     """The module and all below it, without the parts that peft adds to a layer."""
     yield module
-    children = module._modules.values()
+    children: Iterable[nn.Module | None] = held_by(module)[0].values()
     if isinstance(module, BaseTunerLayer):
-        children = (module.get_base_layer(),)  # type: ignore[assignment]
+        base: nn.Module = module.get_base_layer()
+        children = [base]
     for child in children:
         if child is not None:
             yield from _own_modules(child)
@@ -119,10 +121,11 @@ def _own_modules(module: nn.Module) -> Iterator[nn.Module]:
 def _holders(modules: Iterable[nn.Module]) -> Iterator[MutableMapping[str, Any]]:
     """The dictionaries in which modules keep what they are made of."""
     for module in modules:
+        children, parameters, buffers = held_by(module)
         if not isinstance(module, BaseTunerLayer):
-            yield module._modules
-        yield module._parameters
-        yield module._buffers
+            yield children
+        yield parameters
+        yield buffers
 
 
 def _factors(layers: Iterable[LoraLayer], name: str | None) -> list[Tensor]:
@@ -146,7 +149,3 @@ def scaling(layer: LoraLayer, variant: Variant) -> float:
     scale = float(layer.scaling[variant.adapter])
     layer.scaling[variant.adapter] = now
     return scale
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version

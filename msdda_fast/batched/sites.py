@@ -19,6 +19,7 @@ from msdda_fast.batched.rows import Layer
 from msdda_fast.errors import AdapterMismatch
 from msdda_fast.kernels.grouped_lora import Design, Site, grouped_site
 from msdda_fast.lora.stack import StackedFactors
+from msdda_fast.torch_private import replace_parameters
 
 __all__ = ["SiteBuilder"]
 
@@ -154,7 +155,7 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 def _channels_last(conv: nn.Conv2d) -> nn.Conv2d:
     weight = conv.weight.detach().contiguous(memory_format=torch.channels_last)
     clone = copy.copy(conv)
-    clone._parameters = {**conv._parameters, "weight": nn.Parameter(weight, requires_grad=False)}
+    replace_parameters(clone, weight=nn.Parameter(weight, requires_grad=False))
     return clone
 
 

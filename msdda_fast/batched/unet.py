@@ -20,6 +20,7 @@ from msdda_fast.batched.sites import SiteBuilder
 from msdda_fast.batched.support import check_supported
 from msdda_fast.batched.time import AddedConditions, TimeEmbedding
 from msdda_fast.errors import InvalidShape
+from msdda_fast.torch_private import held_by
 
 __all__ = ["BatchedUNet"]
 
@@ -218,7 +219,7 @@ class BatchedUNet(nn.Module):
 def _holders(network: nn.Module) -> Iterator[tuple[str, Mapping[str, Any], str]]:
     """Path, dictionary and key of all that may hold a tensor or `Rows` of tensors."""
     for path, module in network.named_modules():
-        for held in (module._parameters, module._buffers):
+        for held in held_by(module)[1:]:
             yield from ((path, held, name) for name in held)
         for name, value in vars(module).items():
             alone = isinstance(value, Rows) or not isinstance(value, tuple)

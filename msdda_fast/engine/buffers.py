@@ -17,7 +17,7 @@ from torch import Tensor
 
 from msdda_fast.errors import InvalidSchedule, InvalidShape
 from msdda_fast.kernels.counter_noise import as_seeds
-from msdda_fast.steps.coefficients import CoefficientTable
+from msdda_fast.steps.coefficients import CoefficientTable, Layout
 
 if TYPE_CHECKING:
     from msdda_fast.types import SeedsLike
@@ -65,9 +65,8 @@ class ShapeKey:
 
     @property
     def columns(self) -> int:
-        """C, the coefficients per sample and step."""
-        count = len(self.active)
-        return 2 * count + 2 if self.clip_range is None else 5 * count + 3
+        """C, the number of coefficients per sample and step."""
+        return Layout(len(self.active), self.clip_range is not None).width
 
 
 class _Write(NamedTuple):
@@ -78,17 +77,17 @@ class _Write(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepBuffers:
-    """What a step reads and writes, apart from the network's own storage; see `allocate`.
+    """What a step reads and writes, apart from the network's own storage; `allocate` makes them.
 
     Attributes:
         key: The shapes.
         x: The state x_t, (B, *S) float32, latent units; the step overwrites it with x_{t-1}.
         next_input: (R, B, *S) in the dtype and memory format of the network: `x`, R times.
-        rows: (max_steps, B, C) float32 coefficients; see `coefficients.StepCoefficients`.
+        rows: (max_steps, B, C) float32 coefficients; see `coefficients.Layout`.
         timesteps: (max_steps,) int64.
         seeds: (B,) int64.
         noise: (max_steps, B, *S) float32, or None: noise comes from the seeds.
-        counter: 0-d int64, the index k of the step to come; the step adds 1.
+        counter: 0-d int64, the index k of the next step; the step adds 1.
         conditioning: Static tensors that the network reads and each request overwrites; whoever
             builds the network adds them.
     """

@@ -13,12 +13,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 from msdda_fast.engine.buffers import StepBuffers
 from msdda_fast.errors import CaptureError, MSDDAError
+from msdda_fast.torch_private import (
+    FakeTensor,
+    FakeTensorMode,
+    TorchDispatchMode,
+    tree_leaves,
+    tree_map,
+)
 
 __all__ = ["DryRun", "dry_run"]
 

@@ -2,7 +2,6 @@
 """Layers prepared for M adapters: buffers at fixed addresses, and `forward`."""
 
 from abc import abstractmethod
-from collections.abc import Callable
 from math import prod
 
 import torch
@@ -112,10 +111,11 @@ class _GroupedLinear(GroupedSite):
 
 
 class FactoredLinear(_GroupedLinear):
-    """Designs D and F: the factors as they are, M R (C + N) numbers beside the shared weight.
+    """Designs D and F: separate factors, M R (C + N) numbers in addition to the shared weight.
 
     Args:
-        base, down, up: See `GroupedSite`.
+        base: The layer that all objectives share.
+        down, up: Factors A (M, R, C) and B (M, N, R) of the objectives.
         backend: "eager" (D, differentiates) or "triton" (F).
 
     Raises:
@@ -132,7 +132,7 @@ class FactoredLinear(_GroupedLinear):
             raise InvalidShape("a weight of torch.float64; Triton sums in float32")
         self.differentiates = backend == "eager"
         module = registry.resolve("grouped_lora", backend, self.weight.device.type)
-        self._run: Callable[..., Tensor] = module.run
+        self._run = module.run
         self._keep("down", down.detach())
         self._keep("up", up.detach())
 
