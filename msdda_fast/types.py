@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Types that several rooms share. Axis letters: `b` sample, `m` objective, `t` step, `S` latent."""
+"""Types used across the package. Axis letters: `b` sample, `m` objective, `t` step, `S` latent."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol, TypeAlias
@@ -24,7 +24,7 @@ Backend: TypeAlias = Literal["auto", "eager", "native", "triton"]
 #: "posterior": Eq. 7. "eps": one noise prediction mixed of all, stepped at eta_w.
 Fusion: TypeAlias = Literal["posterior", "eps"]
 
-#: What to do where some fused variances are zero and others are not (see `schedule.fusion_shares`).
+#: What to do where some fused variances are zero and others are not (see `steps.shares`).
 ZeroVariancePolicy: TypeAlias = Literal["error", "dominate", "ratio"]
 
 #: Preferences: None (uniform), names to numbers, one mapping per sample, (M,) or (B, M) numbers.
@@ -43,7 +43,7 @@ GeneratorLike: TypeAlias = torch.Generator | Sequence[torch.Generator]
 
 
 class Scheduler(Protocol):
-    """What this package reads of a diffusers scheduler."""
+    """The part of a diffusers scheduler that this package reads."""
 
     alphas_cumprod: Tensor  # (num_train_timesteps,) alpha-bar
     timesteps: Tensor  # (T,) after set_timesteps

@@ -87,9 +87,11 @@ def report_scores(out: Path) -> Path:
     """Make every table and figure of `out/scores.csv` anew, as `out/protocol.json` says.
 
     Raises:
-        FileNotFoundError: One of the two is not there.
+        FileNotFoundError: One of the two is missing.
         ValueError: As `read_scores` and `write_report`.
     """
+    if not (out / "protocol.json").is_file():
+        raise FileNotFoundError(f"no results of a comparison in {out}: it has no protocol.json")
     protocol = json.loads((out / "protocol.json").read_text("utf-8"))
     return write_report(read_scores(out / "scores.csv"), out, **protocol)
 
