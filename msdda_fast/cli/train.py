@@ -222,7 +222,7 @@ def step_dpo(
         if (reward is None) == (pairs is None):
             raise ValueError("give either --reward or --pairs")
         if pairs is not None and prompts is not None:
-            raise ValueError("--prompts goes with --reward; --pairs has prompts of its own")
+            raise ValueError("--prompts goes with --reward; --pairs has its own prompts")
         config = StepDPOConfig(
             steps=steps, lr=lr, batch_size=batch_size, beta_dpo=beta, gamma=gamma, eta=eta,
             min_timestep=min_timestep, seed=seed, checkpoint_every=checkpoint_every,

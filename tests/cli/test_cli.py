@@ -97,6 +97,7 @@ class TestGenerate:
             (["--objective", "x=/no/lora"], "no file or folder at /no/lora"),
             (["--objective", "x=base:1.5"], "eta must lie in [0, 1], got 1.5"),
             (["--objective", "x"], "--objective 'x' must be NAME=PATH"),
+            (["--device", "gpu"], "--device 'gpu' must be cpu, cuda"),
         ],
     )
     def test_bad_models(self, tiny, arguments, message):
