@@ -3,9 +3,9 @@
 
     python benchmarks/batch_curve.py --device cuda --model sd15 --rows 1,2,3,4,6,8
 
-M objectives with guidance are B = 2M rows per image. Intercept and slope of the curve are what they
-share and what each adds, and predict the ratio of M objectives to one. All points take turns in one
-run. Appends to batch_curve.jsonl in `--results`.
+M objectives with guidance are B = 2M rows per image. The intercept of the curve is the cost that
+rows share, the slope the cost of each; they predict the ratio of M objectives to one. All points
+take turns in one run. Appends to batch_curve.jsonl in `--results`.
 """
 
 import argparse
@@ -34,11 +34,11 @@ def main(given: list[str] | None = None) -> int:
     on_gpu = torch.cuda.is_available()
     add("--device", choices=("cuda", "cpu"), default="cuda" if on_gpu else "cpu")
     add("--model", choices=CONFIGS, default="sd15")
-    add("--rows", default="1,2,3,4,6,8", help="B, e.g. 1,2,3,4,6,8")
+    add("--rows", default="1,2,3,4,6,8", help="comma-separated batch sizes B")
     add("--dtype", choices=DTYPES, default="fp16" if on_gpu else "fp32")
-    add("--modes", default=";".join(MODES), help="of: " + ";".join(MODES))
-    add("--seconds", type=float, default=60.0)
-    add("--results", type=Path, default=RESULTS)
+    add("--modes", default=";".join(MODES), help="some of " + ";".join(MODES))
+    add("--seconds", type=float, default=60.0, help="total time to spend")
+    add("--results", type=Path, default=RESULTS, help="folder of batch_curve.jsonl")
     args = parser.parse_args(given)
     torch.manual_seed(0)
     torch._dynamo.config.recompile_limit = 64
@@ -78,7 +78,7 @@ def main(given: list[str] | None = None) -> int:
 def forward(
     network: nn.Module, config: object, rows: int, device: torch.device, dtype: torch.dtype
 ) -> Callable[[], Tensor]:
-    """A call of a stock UNet on random latents and prompts."""
+    """Return a call of a stock UNet on random latents and prompts."""
     random = partial(torch.randn, device=device, dtype=dtype)
     x = random(rows, config.in_channels, config.sample_size, config.sample_size)
     given = {"encoder_hidden_states": random(rows, 77, config.cross_attention_dim)}

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fused step against what it replaces: diffusers' `DDIMScheduler.step` per objective and Eq. 7.
+"""The fused step against what it replaces: `DDIMScheduler.step` for every objective, then Eq. 7.
 
     pytest benchmarks/bench_fused_step.py
 
 Every contender starts from the same raw network outputs (M, 2, B, *S) and is checked against
 `reference.py` in float64 before it is timed. `copy` moves as many bytes as the fused step must read
 and write. Without a GPU the contenders run on the CPU; with one, the backends are also timed as
-captured graphs. The pytest-benchmark table shows one backend; all times, rates and counts go to
-results/fused_step.jsonl with machine and commit (`python benchmarks/report.py` makes the README
-table).
+captured graphs. The pytest-benchmark table shows one backend; all times, rates and counts are
+appended to results/fused_step.jsonl with machine and commit (`python benchmarks/report.py` makes
+the README table).
 """
 
 from collections.abc import Callable
@@ -88,7 +88,7 @@ class Inputs:
         self.no_noise = torch.zeros_like(self.x)
 
     def bytes_moved(self) -> int:
-        """x, outputs and noise read, x_prev written."""
+        """Return the bytes of x, outputs and noise, which are read, and of x_prev, written."""
         return 4 * (self.outputs.numel() + 3 * self.x.numel())
 
     def coefficients(self) -> StepCoefficients:
@@ -103,7 +103,7 @@ class Inputs:
         return table[STEP]
 
     def diffusers(self, noise: Tensor | None) -> Tensor:
-        """The stock way: guidance and `DDIMScheduler.step` per objective, then Eq. 7."""
+        """Do it the stock way: guidance and `DDIMScheduler.step` per objective, then Eq. 7."""
         t = self.scheduler.timesteps[STEP]
         variance = self.scheduler._get_variance(t, t - 1000 // NUM_STEPS)
         means, variances = [], []
@@ -119,7 +119,7 @@ class Inputs:
         return mean + precision**-0.5 * noise
 
     def exact(self) -> Tensor:
-        """`reference.py` in float64."""
+        """Return x_prev by `reference.py` in float64."""
         t = int(self.scheduler.timesteps[STEP])
         ends = [float(self.scheduler.alphas_cumprod[i]) for i in (t, t - 1000 // NUM_STEPS)]
         x = self.x.double().cpu()
@@ -158,7 +158,7 @@ def contenders(inputs: Inputs) -> dict[str, Callable[[], Tensor]]:
 
 
 def verify(inputs: Inputs, runs: dict[str, Callable[[], Tensor]]) -> None:
-    """Fused steps err at most twice as much as the stock way, plus one ulp of the largest value."""
+    """Check that errors are at most twice those of the stock way, plus one ulp of the largest."""
     exact = inputs.exact()
     error = {
         name: float((run().double().cpu() - exact).abs().max())
@@ -216,5 +216,5 @@ def test_fused_step(case: Case, benchmark) -> None:
 
 
 def counted(run: Callable[[], Tensor]) -> dict[str, int]:
-    """What a call dispatches: kernels on a GPU, operators of torch on the CPU."""
+    """Count what a call dispatches: kernels on a GPU, operators of torch on the CPU."""
     return {"kernels": launches(run)} if DEVICE == "cuda" else operators(run)

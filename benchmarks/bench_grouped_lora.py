@@ -6,9 +6,10 @@
 The layers are the attention projections of Stable Diffusion 1.5 at 512 x 512, two guidance branches
 per objective, rank 4. Every contender is checked against each objective's LoRA in float64 before
 anything is timed; `base` is the layer without adapters, on the same rows. On a GPU (float16) all
-but peft run as CUDA graphs, so that launches from Python do not hide what the kernels take; peft's
-mixed batch cannot be captured, and both of its rows are timed as a user would run them. Times, with
-spread, machine and commit, go to results/grouped_lora.jsonl with the number of operators per call.
+but peft run as CUDA graphs, so that launches from Python do not hide the time of the kernels.
+peft's mixed batch cannot be captured; both peft contenders are timed as a user would run them.
+Times, with spread, machine and commit, are appended to results/grouped_lora.jsonl with the number
+of operators per call.
 """
 
 from collections.abc import Callable
@@ -107,7 +108,7 @@ class Layer:
 
 
 def verify(layer: Layer, runs: dict[str, Callable[[], Tensor]]) -> None:
-    """Each errs at most twice as much as peft with one adapter at a time, plus one ulp."""
+    """Check that errors are at most twice those of peft, one adapter at a time, plus one ulp."""
     exact = layer.exact()
     error = {
         name: float((run().double() - exact).abs().max())

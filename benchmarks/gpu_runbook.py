@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything to measure and check on a machine with a GPU, in stages of less than nine minutes.
+"""Everything to measure and check on a machine with a GPU, in stages of under nine minutes.
 
     make gpu OUT=out/gpu
     python benchmarks/gpu_runbook.py --out out/gpu --stages "latency*,profile"
 
-Needs no network. What a stage prints goes to OUT/<stage>.txt, figures to OUT/*.jsonl, and one line
-about the stage to OUT/stages.jsonl. Stages that passed are not run again: after an interruption,
-or with a wheel more, start it again. A stage whose wheels or tools are missing is left out, and
-they are named.
+Needs no network. The output of a stage goes to OUT/<stage>.txt, its results to OUT/*.jsonl, and one
+line about it to OUT/stages.jsonl. Stages that passed are not run again: after an interruption, or
+after installing a missing wheel, run the same command again. A stage whose wheels or tools are
+missing is skipped, and the missing ones are listed.
 """
 
 import argparse
@@ -34,7 +34,7 @@ TESTS = (*LIBRARIES, "pytest", "hypothesis", "triton")
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A command, run in the root of the repository, and what it needs to be there."""
+    """A command, run in the root of the repository, and the wheels and tools that it needs."""
 
     name: str
     command: Sequence[str]
@@ -47,7 +47,7 @@ class Stage:
 
 
 def stages(out: Path) -> list[Stage]:
-    """All stages in order; those that later ones build on come first."""
+    """Return all stages in order; those that later ones depend on come first."""
     python, pytest = [sys.executable], [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
     cuda = ["--device", "cuda", "--dtype", "fp16", "--results", str(out)]
 
@@ -99,7 +99,7 @@ def stages(out: Path) -> list[Stage]:
 
 
 def run(stage: Stage, out: Path) -> dict[str, object]:
-    """Run one stage; return what is known of it."""
+    """Run one stage and return its record."""
     record: dict[str, object] = {
         "stage": stage.name,
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -140,7 +140,7 @@ def run(stage: Stage, out: Path) -> dict[str, object]:
 
 
 def passed(out: Path) -> set[str]:
-    """Stages that need not run again."""
+    """Return the names of the stages that passed."""
     journal = out / "stages.jsonl"
     lines = journal.read_text().splitlines() if journal.exists() else []
     records = [json.loads(line) for line in lines]
@@ -148,7 +148,7 @@ def passed(out: Path) -> set[str]:
 
 
 def run_all(todo: Sequence[Stage], out: Path) -> bool:
-    """Run the stages that have not passed yet; tell whether all have now."""
+    """Run the stages that have not passed yet; return whether all have passed now."""
     out.mkdir(parents=True, exist_ok=True)
     done = passed(out)
     for stage in todo:
@@ -166,7 +166,7 @@ def run_all(todo: Sequence[Stage], out: Path) -> bool:
 
 def main(given: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="folder of all output")
     parser.add_argument("--stages", default="*", help='names or patterns, e.g. "latency*,profile"')
     args = parser.parse_args(given)
     patterns = args.stages.split(",")

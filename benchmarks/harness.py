@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time contenders in turn, in one process, and append what was seen to a JSON lines file.
+"""Time contenders in turn, in one process, and append the results to a JSON lines file.
 
-Interleaved rounds (A B C A B C ...) let all contenders see the same machine, busy or not: compare
+Interleaved rounds (A B C A B C ...) expose all contenders to the same machine, busy or not: compare
 ratios within a run, never times across runs.
 """
 
@@ -26,10 +26,10 @@ RESULTS = Path(__file__).parent / "results"
 def interleaved(
     contenders: dict[str, Callable[[], object]], seconds: float, device: str = "cpu"
 ) -> dict[str, dict]:
-    """Median, 20th and 80th percentile in microseconds of each contender over common rounds.
+    """Return median, 20th and 80th percentile of each contender in microseconds, in shared rounds.
 
-    `seconds` is the time to spend on all of them; there are at least 7 rounds and at most 400. On
-    "cuda" each run starts with a cold L2 cache and is timed between two events.
+    `seconds` is the total time to spend, in at least 7 rounds and at most 400. On "cuda" each run
+    starts with a cold L2 cache and is timed between two events.
     """
     measure = _on_gpu if device == "cuda" else _on_host
     start = time.perf_counter()
@@ -63,7 +63,7 @@ def _on_gpu(run: Callable[[], object]) -> float:
 
 @cache
 def _flush() -> torch.Tensor:
-    """Larger than any L2 cache (H100: 50 MB)."""
+    """Return a buffer larger than any L2 cache (H100: 50 MB)."""
     return torch.empty(256 << 20, dtype=torch.int8, device="cuda")
 
 
@@ -74,7 +74,7 @@ def _summary(times: list[float]) -> dict[str, float]:
 
 
 def captured(run: Callable[[], torch.Tensor], device: str) -> Callable[[], torch.Tensor]:
-    """`run` itself on the CPU; a CUDA graph of it on a GPU, whose replays overwrite one output."""
+    """Return `run` itself on the CPU; on a GPU a CUDA graph, whose replays overwrite one output."""
     if device == "cpu":
         return run
     stream = torch.cuda.Stream()
@@ -95,7 +95,7 @@ def captured(run: Callable[[], torch.Tensor], device: str) -> Callable[[], torch
 
 
 def launches(run: Callable[[], object]) -> int:
-    """How many kernels a call starts on the GPU."""
+    """Count the kernels that a call starts on the GPU."""
     run()
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
@@ -106,7 +106,7 @@ def launches(run: Callable[[], object]) -> int:
 
 
 class Operators(TorchDispatchMode):
-    """Counts the operators of a call; those that only make a view apart."""
+    """Counts the operators of a call; those that only make a view are counted separately."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ def operators(run: Callable[[], object]) -> dict[str, int]:
 
 
 def surroundings(device: str = "cpu") -> dict[str, object]:
-    """Machine, versions and commit: what a number means nothing without."""
+    """Return machine, versions and commit, without which a number means nothing."""
     gpu = {"gpu": torch.cuda.get_device_name(), "driver": _driver()} if device == "cuda" else {}
     return gpu | {
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -170,7 +170,7 @@ def _commit() -> str:
 
 
 def append(bench: str, records: list[dict[str, object]]) -> None:
-    """Append `records` to results/<bench>.jsonl in one write: a killed run leaves no half line."""
+    """Append `records` to results/<bench>.jsonl in one write: no kill leaves half a line."""
     RESULTS.mkdir(exist_ok=True)
     text = "".join(json.dumps(record) + "\n" for record in records)
     descriptor = os.open(RESULTS / f"{bench}.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One denoising step, and one image, of every way to sample from M aligned models.
+"""Time one denoising step, and one image, of every way to sample from M aligned models.
 
     python benchmarks/latency.py                     # CUDA: sd15 in float16; CPU: the shipped model
     python benchmarks/latency.py --model sdxl --batch 1,4 --objectives 1,2,4 --rank 16
     python benchmarks/latency.py --checkpoint path/to/stable-diffusion-v1-5 --contenders "E*,S*,M*"
 
-Contenders: E1 to E5 stock diffusers and peft, eager; C1 to C4 the same compiled; G1 and G4 the same
-captured (GC: and compiled); S our engine with one objective, M2, M3, ... with more; the other
-designs of adapted layers, and what each part is worth (M2-no-...). All start from the same latents,
-prompt and noise. Each is compared with `reference.py` before anything is timed; if one is wrong
-nothing is printed or kept. Then all take turns, step by step, so that ratios hold on a busy machine
-too; absolute times need an idle one. Weights are random, never zero, unless there is a checkpoint.
+Contenders: E1 to E5 are stock diffusers and peft, eager; C1 to C4 the same compiled; G1 and G4 the
+same captured (GC: also compiled); S is our engine with one objective, M2, M3, ... with more; then
+the other designs of adapted layers, and ablations (M2-no-...). All start from the same latents,
+prompt and noise. Each is compared with `reference.py` before anything is timed; if one is wrong,
+nothing is printed or kept. Then all take turns, step by step, so that ratios also hold on a busy
+machine; absolute times need an idle one. Weights are random and not zero, or from a checkpoint.
 
 Appends to latency.jsonl in `--results` and draws latency.png there; `benchmarks/report.py` makes
-the table of the README.
+the README table.
 """
 
 import argparse
@@ -52,17 +52,17 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--device", choices=("cuda", "cpu"), default="cuda" if on_gpu else "cpu")
     add("--model", choices=(*CONFIGS, "emoji"), default="sd15" if on_gpu else "emoji")
-    add("--checkpoint", type=Path, help="a folder in diffusers' layout, instead of --model")
+    add("--checkpoint", type=Path, help="folder in diffusers' layout, instead of --model")
     add("--objectives", type=numbers, default=[1, 2, 3, 4], help="M, e.g. 1,2,3,4")
     add("--batch", type=numbers, default=[1], help="images per call, e.g. 1,4")
-    add("--steps", type=int, default=50, help="T")
-    add("--rank", type=int, default=4, help="of adapters that no checkpoint brings")
-    add("--guidance", type=float, help="default: the model's own, or 7.5")
+    add("--steps", type=int, default=50, help="denoising steps T")
+    add("--rank", type=int, default=4, help="rank of the random adapters")
+    add("--guidance", type=float, help="guidance scale (default: the model's own, or 7.5)")
     add("--dtype", choices=DTYPES, default="fp16" if on_gpu else "fp32")
-    add("--design", choices=DESIGNS, default="merged", help="of S, M2, M3, ...")
+    add("--design", choices=DESIGNS, default="merged", help="design of S, M2, M3, ...")
     add("--contenders", default="*", help='names or patterns, e.g. "E1,E3*,S,M2*"')
-    add("--rounds", type=int, default=20, help="at least; each times every contender once")
-    add("--loops", type=int, default=3, help="runs of all T steps, whose median is reported")
+    add("--rounds", type=int, default=20, help="minimum rounds; each times every contender once")
+    add("--loops", type=int, default=3, help="runs of all T steps; their median is reported")
     add("--results", type=Path, default=RESULTS, help="folder of latency.jsonl and latency.png")
     return parser.parse_args(given)
 
@@ -100,7 +100,7 @@ def main(given: list[str] | None = None) -> int:
 def measure(
     args: argparse.Namespace, model: Model, entries: list[Entry], batch: int
 ) -> list[dict[str, object]]:
-    """One record per contender, those that were skipped with their reason."""
+    """Return one record per contender; those that were skipped have the reason."""
     request = Request(model, batch=batch, num_steps=args.steps)
     contenders, skipped = build(entries, request, args.contenders.split(","))
     errors = verify(contenders, request)
@@ -149,9 +149,9 @@ def measure(
 
 
 def describe(contender: Contender, device: str) -> dict[str, object]:
-    """What does not depend on the clock: launches or operators, and memory in MB.
+    """Return what does not depend on the clock: launches or operators, and memory in MB.
 
-    Our step, in whatever backend, is one operator where these are counted.
+    Our step counts as one operator in every backend.
     """
     facts: dict[str, object] = {"parameters_mb": round(held_bytes(contender.parameters) / 1e6, 3)}
     with torch.no_grad():
@@ -175,7 +175,7 @@ def describe(contender: Contender, device: str) -> dict[str, object]:
 
 
 def enough(runs: dict[str, Callable[[], object]], rounds: int) -> float:
-    """Warm everything up, and return the seconds that `rounds` rounds take."""
+    """Warm up all contenders and return the seconds that `rounds` rounds take."""
     for _ in range(3):
         start = time.perf_counter()
         for run in runs.values():
@@ -188,7 +188,7 @@ def enough(runs: dict[str, Callable[[], object]], rounds: int) -> float:
 def loop_times(
     loops: dict[str, Callable[[], object]], rounds: int, device: str
 ) -> dict[str, float]:
-    """Milliseconds of all T steps, host to host."""
+    """Return the median milliseconds of all T steps, measured on the host."""
     seen: dict[str, list[float]] = {name: [] for name in loops}
     for _ in range(rounds):
         for name, loop in loops.items():
@@ -201,7 +201,7 @@ def loop_times(
 
 
 def clocks(device: str) -> str | None:
-    """Clock, temperature and power of the GPU, where nvidia-smi tells."""
+    """Return clock, temperature and power of the GPU, if nvidia-smi reports them."""
     query = "--query-gpu=clocks.sm,clocks.mem,temperature.gpu,power.draw"
     if device == "cpu":
         return None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The records of one run of latency.py as a table on the screen and as a picture."""
+"""Show the records of one run of latency.py as a table on the screen and as a figure."""
 
 from pathlib import Path
 
@@ -71,7 +71,7 @@ def show(console: Console, records: list[dict]) -> None:
 
 
 def draw(records: list[dict], path: Path) -> None:
-    """Milliseconds per step against M, with M times one model, and the roofline where known."""
+    """Plot milliseconds per step against M, with M times one model, and the roofline if known."""
     first = records[0]
     figure, axes = pyplot.subplots(figsize=(6.4, 4.2), layout="constrained")
     time = {r["contender"]: r for r in records if "median_us" in r}

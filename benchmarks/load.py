@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Open-loop load: requests leave at times drawn beforehand, whether or not others were answered.
+"""Open-loop load: requests are sent at times drawn beforehand, whether or not others are answered.
 
-Latency counts from the time that was drawn, so a client or a server that falls behind cannot hide
-it. One coroutine per request on raw sockets: the server has the cores for itself.
+Latency counts from the scheduled time, so a client or a server that falls behind cannot hide it.
+One coroutine per request on raw sockets leaves the cores to the server.
 """
 
 import asyncio
@@ -35,7 +35,7 @@ LUMP_S = 0.03
 
 
 class Reply(NamedTuple):
-    """A response to a POST; names of headers in lower case."""
+    """A response to a POST; header names are in lower case."""
 
     status: int
     headers: Mapping[str, str]
@@ -44,9 +44,9 @@ class Reply(NamedTuple):
 
 @dataclass(frozen=True)
 class Answer:
-    """What became of a request; times in seconds from the start of the load.
+    """The outcome of a request; times are seconds from the start of the load.
 
-    `status` 0 is no answer: the connection broke, or the load ended before.
+    `status` 0 means no answer: the connection broke, or the load ended first.
     """
 
     sent_at: float
@@ -60,7 +60,7 @@ class Answer:
 
 
 def poisson(rate: float, seconds: float, seed: int) -> list[float]:
-    """Times in [0, seconds) of a Poisson process, the same for the same seed."""
+    """Return the times in [0, seconds) of a Poisson process, the same for the same seed."""
     draw, now, times = random.Random(seed), 0.0, []
     while (now := now + draw.expovariate(rate)) < seconds:
         times.append(now)
@@ -68,16 +68,16 @@ def poisson(rate: float, seconds: float, seed: int) -> list[float]:
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """The smallest value that `percent` of all do not exceed."""
+    """Return the smallest value that `percent` of all values do not exceed."""
     ordered = sorted(values)
     return ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)]
 
 
 def sustained(times: Sequence[float]) -> float:
-    """Answers per second of a server that is never idle, from when they came, in seconds.
+    """Return the answers per second of a server that is never idle, from their times in seconds.
 
-    They come in lumps, one per batch; those of the first one were begun at an unknown time, so
-    the clock starts when they are there, and they do not count.
+    Answers come in lumps, one per batch. The first batch began at an unknown time, so the clock
+    starts with its answers, and they do not count.
     """
     ordered = sorted(times)
     first = 1
@@ -91,7 +91,7 @@ def sustained(times: Sequence[float]) -> float:
 
 
 async def ask(port: int, body: dict) -> Reply:
-    """POST a body for images."""
+    """POST a body for images and return the response."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
         text = json.dumps(body).encode()
@@ -110,7 +110,7 @@ async def ask(port: int, body: dict) -> Reply:
 
 
 def offer(port: int, times: Sequence[float], bodies: Sequence[dict], *, end: float) -> list[Answer]:
-    """Send a body at each of the times; what has no answer at `end` is abandoned."""
+    """Send a body at each of the times; requests without an answer at `end` are abandoned."""
     return asyncio.run(_offer(port, times, bodies, end))
 
 
@@ -141,7 +141,7 @@ async def _send(port, start, at, body):
 
 
 def scrape(port: int) -> dict[str, float]:
-    """The server's metrics without buckets: name, with its labels if any, to value."""
+    """Return the server's metrics without buckets, by name with labels, if any."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as answer:
         text = answer.read().decode()
     found = re.findall(r"^(msdda_[^ ]+) (\S+)$", text, re.M)
@@ -149,7 +149,7 @@ def scrape(port: int) -> dict[str, float]:
 
 
 def summary(answers: Sequence[Answer]) -> dict[str, float]:
-    """Percentiles in seconds of those that got an image, and how many got what."""
+    """Return the latency percentiles of answers with an image, in seconds, and the counts."""
     drawn = [answer.latency_s for answer in answers if answer.status == 200]
     counts = {
         "offered": len(answers),

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the approximate modes cost in divergence and reward, and what they save in time.
+"""Measure what the approximate modes cost in divergence and reward, and what they save in time.
 
     python benchmarks/modes.py quality    # minutes: 25 held-out prompts, shipped model, T = 25
     python benchmarks/modes.py latency    # whole calls, in turns
 
 Quality: each mode draws its own trajectories, and at every state that it visits the exact networks
-say by how much the step is off. The step divergences of a trajectory add up to the divergence of
-the paths. The yardstick is exact sampling with bfloat16 networks, against float32. Rewards are
-compared image by image with those of exact sampling from the same noise.
+give the divergence of the step. The divergences of a trajectory's steps add up to the divergence
+of the paths. The yardstick is exact sampling with bfloat16 networks, compared with float32. Rewards
+are compared image by image with those of exact sampling from the same noise.
 
-Appends to results/modes.jsonl; `benchmarks/report.py` makes the table of the README.
+Appends to results/modes.jsonl; `benchmarks/report.py` makes the README table.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def coefficients(pipe, batch):
 
 
 def trajectory(pipe, mode, embeds, seeds):
-    """The states x_T .. x_0, (T + 1, B, C, h, w), and the estimate of the mode."""
+    """Return the states x_T .. x_0, (T + 1, B, C, h, w), and the mode's own estimate."""
     states = [mf.counter_noise(seeds, (len(seeds), 4, 16, 16), stream=0)]
 
     def look(pipe, k, t, tensors):
@@ -70,9 +70,9 @@ def trajectory(pipe, mode, embeds, seeds):
 
 @torch.no_grad()
 def divergence(judge, states, table, seeds):
-    """KL (T, B), in nats, of each step from the exact one at the same state.
+    """Return the KL (T, B), in nats, of each step from the exact one at the same state.
 
-    With the same noise, steps differ by as much as their means do.
+    With the same noise, steps differ exactly as their means do.
     """
     found = torch.zeros(STEPS, len(seeds))
     for k, (x, after) in enumerate(pairwise(states)):
@@ -84,7 +84,7 @@ def divergence(judge, states, table, seeds):
 
 
 def interval(values):
-    """Mean, and its 95% bootstrap interval over images."""
+    """Return the mean and its 95% bootstrap interval over images."""
     draws = torch.randint(len(values), (RESAMPLES, len(values)))
     means = values.double()[draws].mean(1)
     low, high = means.quantile(torch.tensor([0.025, 0.975]).double()).tolist()
@@ -164,9 +164,9 @@ def latency(batch, seconds):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("quality", "latency"))
-    parser.add_argument("--seeds", type=int, default=2, help="images per prompt, of quality")
-    parser.add_argument("--batch", type=int, default=1, help="images per call, of latency")
-    parser.add_argument("--seconds", type=float, default=30, help="to spend on latency")
+    parser.add_argument("--seeds", type=int, default=2, help="quality: images per prompt")
+    parser.add_argument("--batch", type=int, default=1, help="latency: images per call")
+    parser.add_argument("--seconds", type=float, default=30, help="latency: time to spend")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.what == "quality":

@@ -5,7 +5,7 @@
 
 Prints the tables of the latest run of each case, and rewrites the README blocks between
 `<!-- bench:fused_step:begin -->` and `<!-- bench:fused_step:end -->` (and likewise `grouped_lora`,
-`latency`, `modes`, `compare` and `serving`) where there are any.
+`latency`, `modes`, `compare` and `serving`), if they exist.
 """
 
 import csv
@@ -23,7 +23,7 @@ README = Path(__file__).parent.parent / "README.md"
 
 
 def latest(bench: str) -> dict[tuple, dict[str, dict]]:
-    """((device, case), M, shape) -> contender -> record; of several runs, the last one."""
+    """Return ((device, case), M, shape) -> contender -> record, of the last run of each case."""
     runs: dict[tuple, dict[str, dict]] = {}
     for line in (RESULTS / f"{bench}.jsonl").read_text().splitlines():
         record = json.loads(line)
@@ -123,7 +123,7 @@ def latency_table() -> str:
 
 
 def latency_runs() -> dict[tuple, list[dict]]:
-    """(device, model, dtype, batch, rank) -> the records of the last run."""
+    """Return (device, model, dtype, batch, rank) -> the records of the last run."""
     runs: dict[tuple, list[dict]] = {}
     file = RESULTS / "latency.jsonl"
     for line in file.read_text().splitlines() if file.exists() else ():
@@ -136,7 +136,7 @@ def latency_runs() -> dict[tuple, list[dict]]:
 
 
 def ratios(record: dict, run: list[dict]) -> dict[str, float | None]:
-    """Time relative to S, to E1, and to E3 with as many objectives."""
+    """Return the time relative to S, to E1, and to E3 with the same number of objectives."""
     time = {other["contender"]: other.get("median_us") for other in run}
     against = {"S": "S", "E1": "E1", "E3": f"E3-M{record['num_objectives']}"}
     return {
@@ -146,14 +146,14 @@ def ratios(record: dict, run: list[dict]) -> dict[str, float | None]:
 
 
 def is_noisy(run: list[dict]) -> bool:
-    """Whether the same contender, timed twice in the run, differs by more than 2%."""
+    """Return whether the same contender, timed twice in the run, differs by more than 2%."""
     time = {record["contender"]: record.get("median_us") for record in run}
     pair = time.get("S"), time.get("S again")
     return None not in pair and abs(pair[0] / pair[1] - 1) > 0.02
 
 
 def latency_run(run: list[dict]) -> str:
-    """The contenders whose whole loop was timed; the file has designs and ablations as well."""
+    """Return the table of contenders whose whole loop was timed, without designs and ablations."""
     first = run[0]
     kind = "kernels" if first["device"] == "cuda" else "operators"
     ends = first["text_ms"] + first["vae_ms"]
@@ -306,14 +306,14 @@ def serving_table() -> str:
 
 
 def mode_time(record: dict, exact: dict) -> str:
-    """The ratio of two medians, marked where the spreads overlap."""
+    """Return the ratio of two medians, marked if their spreads overlap."""
     ratio = f"{record['median_us'] / exact['median_us']:.2f}"
     apart = record["p80_us"] < exact["p20_us"] or exact["p80_us"] < record["p20_us"]
     return ratio if apart or record is exact else f"{ratio} (=)"
 
 
 def spread(interval: list[float], sign: str = "-") -> str:
-    """A mean and its interval, to three digits."""
+    """Return a mean and its interval, to three digits."""
     mean, low, high = (f"{value:{sign}.3g}" for value in interval)
     return f"{mean} ({low}, {high})"
 

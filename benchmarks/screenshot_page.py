@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A picture of the page of a running `msdda-fast serve`, for the README; needs Chromium.
+"""Take a screenshot of the web page of a running `msdda-fast serve`; needs Chromium.
 
 msdda-fast serve &
 python benchmarks/screenshot_page.py --out benchmarks/results/page.png
@@ -14,12 +14,12 @@ from playwright.sync_api import sync_playwright
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--url", default="http://127.0.0.1:8000")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--width", type=int, default=1200)
-    parser.add_argument("--height", type=int, default=860)
-    parser.add_argument("--seed", default="3")
-    parser.add_argument("--dark", action="store_true")
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="address of the page")
+    parser.add_argument("--out", type=Path, required=True, help="PNG file to write")
+    parser.add_argument("--width", type=int, default=1200, help="pixels")
+    parser.add_argument("--height", type=int, default=860, help="pixels")
+    parser.add_argument("--seed", default="3", help="seed of the image")
+    parser.add_argument("--dark", action="store_true", help="dark color scheme")
     parser.add_argument("--whole", action="store_true", help="the whole page, not only its top")
     chosen = parser.parse_args()
     chromium = shutil.which("chromium") or shutil.which("google-chrome")

@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What sharing batches brings a server: throughput and latency under open-loop load, over HTTP.
+"""Measure what shared batches bring a server: throughput and latency under load, over HTTP.
 
     python benchmarks/serving.py             # ten minutes, shipped model, T = 25
-    python benchmarks/serving.py --quick     # one minute, T = 2: whether it works, not how fast
+    python benchmarks/serving.py --quick     # one minute, T = 2: tests the benchmark, not the speed
 
-Three servers on this machine take turns, each idle while another is asked; all get the same
-requests at the same times, with preference weights out of `--weights` vectors:
+Three servers on this machine take turns, each idle while another one is loaded; all get the same
+requests at the same times, with preference weights chosen from `--weights` vectors:
 
 - `off`: `msdda-fast serve --max-batch 1`
 - `mixed`: `msdda-fast serve`, where requests of any weights share a batch
 - `one weight`: the same server, but a batch has requests of equal weights only
 
-First, images of full batches are compared with images drawn alone. Then each server gets four times
-what it can do, which tells its throughput, and rates that are fixed fractions of what `off` and
-`mixed` can do, which tell latencies. Arrivals are Poisson; times count from when a request was due.
+First, images from full batches are compared with images drawn alone. Then each server is measured
+at four times its capacity, for throughput, and at fixed fractions of the capacities of `off` and
+`mixed`, for latency. Arrivals are Poisson; times count from when a request was due.
 
 Appends to results/serving.jsonl and draws results/serving.png; `benchmarks/report.py` makes the
-table of the README.
+README table.
 """
 
 import argparse
@@ -53,7 +53,7 @@ NOISY = 0.1
 
 
 def requests(count: int, names: list[str], vectors: int, seed: int) -> list[dict]:
-    """Bodies with random prompts, seeds, and one of `vectors` preferences."""
+    """Return bodies with random prompts and seeds, and one of `vectors` preferences each."""
     rng = random.Random(seed)
     simplex = random.Random(0)
     grid = []
@@ -71,7 +71,7 @@ def requests(count: int, names: list[str], vectors: int, seed: int) -> list[dict
 
 
 def curve(pipe, sizes: list[int], steps: int, seconds: float) -> list[dict]:
-    """Time per image of a whole batch, text to pixels, without a server."""
+    """Measure the time per image of a whole batch, text to pixels, without a server."""
     drawing = BatchDrawer(pipe)
     admission = Admission(drawing)
 
@@ -97,7 +97,7 @@ def curve(pipe, sizes: list[int], steps: int, seconds: float) -> list[dict]:
 
 
 def measure(args: argparse.Namespace) -> list[dict]:
-    """All records of a run."""
+    """Run the whole benchmark and return its records."""
     machine = surroundings()
     torch.set_num_threads(args.threads)
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
@@ -132,7 +132,7 @@ def measure(args: argparse.Namespace) -> list[dict]:
 
 
 def loads(servers, bodies, args, seconds) -> list[Cell]:
-    """Overload for every arm, then the rates that follow from it, in every round."""
+    """In every round, overload every arm, then offer the rates that follow from its capacity."""
     cells = {(arm, rate): Cell(arm, rate) for rate in ("overload", *RATES) for arm in ARMS}
     duration = seconds / len(cells) / args.rounds / 1.2  # a fifth for answers that come later
     settle = duration / 8
@@ -165,16 +165,16 @@ def parse(given: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--quick", action="store_true", help="one round, one minute, T = 2")
-    add("--minutes", type=float, help="of the whole run, 10 if not quick")
-    add("--rounds", type=int, help="2 if not quick")
-    add("--steps", type=int, help="T, 25 if not quick")
-    add("--model", default="msdda-fast/emoji")
-    add("--max-batch", type=int, default=8)
-    add("--queue-limit", type=int, default=32)
-    add("--weights", type=int, default=11, help="preference vectors that requests choose from")
-    add("--threads", type=int, default=os.cpu_count(), help="of torch, in each server")
-    add("--seed", type=int, default=0)
-    add("--results", type=Path, default=RESULTS)
+    add("--minutes", type=float, help="length of the whole run (default: 10, or 1 if quick)")
+    add("--rounds", type=int, help="number of rounds (default: 2, or 1 if quick)")
+    add("--steps", type=int, help="denoising steps T (default: 25, or 2 if quick)")
+    add("--model", default="msdda-fast/emoji", help="hub id, local folder, or the shipped model")
+    add("--max-batch", type=int, default=8, help="maximum images per batch, at least 2")
+    add("--queue-limit", type=int, default=32, help="maximum images in the queue")
+    add("--weights", type=int, default=11, help="number of preference vectors to choose from")
+    add("--threads", type=int, default=os.cpu_count(), help="torch threads of each server")
+    add("--seed", type=int, default=0, help="seed of arrivals and requests")
+    add("--results", type=Path, default=RESULTS, help="folder of serving.jsonl and serving.png")
     args = parser.parse_args(given)
     defaults = {"minutes": (10.0, 1.0), "rounds": (2, 1), "steps": (25, 2)}
     for name, (full, quick) in defaults.items():

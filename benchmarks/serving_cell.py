@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One server at one rate of requests: what was offered, answered, drawn, and taken by others."""
+"""One server at one request rate: what was offered and answered, and the CPU time of others."""
 
 import os
 import statistics
@@ -31,7 +31,7 @@ class Cell:
         )
 
     def run(self, server, rate, seconds, settle, bodies, seed, *, is_overload) -> None:
-        """Offer `rate` for so many seconds; requests due in the first `settle` do not count."""
+        """Offer `rate` for `seconds`; requests due in the first `settle` seconds do not count."""
         pids = [server.process.pid, os.getpid()]
         before, (all_before, ours_before) = load.scrape(server.port), busy(pids)
         client, start = time.process_time(), time.perf_counter()
@@ -74,7 +74,7 @@ class Cell:
 
 
 def busy(processes: list[int]) -> tuple[float, float]:
-    """CPU seconds of the whole machine, and of these processes."""
+    """Return the CPU seconds of the whole machine and of these processes."""
     tick = os.sysconf("SC_CLK_TCK")
     fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
     everything = sum(map(int, fields)) - int(fields[3]) - int(fields[4])  # idle, waiting for disks

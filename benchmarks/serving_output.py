@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The records of one run of serving.py as a table for the README and as a picture."""
+"""Show the records of one run of serving.py as a table for the README and as a figure."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ ARMS = {
 
 
 def last_run(file: Path) -> list[dict]:
-    """The records of the last run; of full ones, if there is any."""
+    """Return the records of the last full run, or of the last quick one if there is no full run."""
     lines = file.read_text().splitlines() if file.exists() else ()
     records = [json.loads(line) for line in lines]
     full = [record for record in records if not record["is_quick"]] or records
@@ -20,7 +20,7 @@ def last_run(file: Path) -> list[dict]:
 
 
 def table(records: list[dict]) -> str:
-    """One row per server: what it can do, and its latencies at the common rates."""
+    """Return one row per server: its throughput, and its latencies at the common rates."""
     if not records:
         return ""
     first = records[0]
@@ -62,7 +62,7 @@ def table(records: list[dict]) -> str:
 
 
 def latencies(cell: dict) -> str:
-    """p50 / p95 / p99, and how many requests were refused or lost."""
+    """Return p50 / p95 / p99, and the shares of requests that were refused or lost."""
     if not cell["completed"]:
         return "none drawn"
     text = " / ".join(f"{cell[f'p{percent}_s']:.1f}" for percent in (50, 95, 99))
@@ -73,7 +73,7 @@ def latencies(cell: dict) -> str:
 
 
 def draw(records: list[dict], path: Path) -> None:
-    """Throughput and latency against the rate offered."""
+    """Plot throughput and latency against the offered rate."""
     import matplotlib
 
     matplotlib.use("Agg")

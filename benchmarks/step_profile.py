@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the time of one step with M = 2 goes: kernels by total time, and by what they do.
+"""Profile one step: kernels by total time, and by what they do.
 
     python benchmarks/step_profile.py --device cuda --model sd15 --objectives 2 --results out
 
@@ -43,7 +43,7 @@ KINDS = {
 
 
 def kind(name: str) -> str:
-    """What a kernel does, by its name."""
+    """Return what a kernel does, judging by its name."""
     return next((k for k, words in KINDS.items() if re.search(words, name, re.I)), "other")
 
 
@@ -53,10 +53,10 @@ def main(given: list[str] | None = None) -> int:
     on_gpu = torch.cuda.is_available()
     add("--device", choices=("cuda", "cpu"), default="cuda" if on_gpu else "cpu")
     add("--model", choices=(*CONFIGS, "emoji"), default="sd15")
-    add("--objectives", type=int, default=2)
+    add("--objectives", type=int, default=2, help="number of objectives M")
     add("--dtype", choices=DTYPES, default="fp16" if on_gpu else "fp32")
     add("--design", choices=DESIGNS, default="merged")
-    add("--results", type=Path, default=RESULTS)
+    add("--results", type=Path, default=RESULTS, help="folder of step_profile.jsonl")
     args = parser.parse_args(given)
     torch.manual_seed(0)
     model = load(

@@ -2,7 +2,7 @@
 """Every error this package raises on purpose.
 
 Each one also derives from the built-in error a caller would expect, so `except ValueError` keeps
-working; `except MSDDAError` catches them all. Messages hold the offending value and the accepted.
+working; `except MSDDAError` catches them all. Messages give the offending value and what is valid.
 """
 
 __all__ = [
@@ -33,14 +33,14 @@ class MSDDAError(Exception):
     """Base of all errors of this package.
 
     Attributes:
-        field: Name of the field of an `ImageRequest` that `Engine.submit` refused; None elsewhere.
+        field: The field of an `ImageRequest` that `Engine.submit` refused; None for other errors.
     """
 
     field: str | None = None
 
 
 class InvalidWeights(MSDDAError, ValueError):
-    """Preference weights are not a point of the simplex, or leave no positive precision."""
+    """Preference weights do not lie on the simplex, or leave no positive precision."""
 
 
 class InvalidShape(MSDDAError, ValueError):
@@ -52,7 +52,7 @@ class InvalidSchedule(MSDDAError, ValueError):
 
 
 class InvalidMode(MSDDAError, ValueError):
-    """An unknown mode, or one that this pipeline cannot run; the message lists those it can."""
+    """The mode is unknown, or this pipeline cannot run it; the message says which modes can run."""
 
 
 class AdapterMismatch(MSDDAError, ValueError):
@@ -64,7 +64,7 @@ class UnfaithfulMerge(MSDDAError, ValueError):
 
 
 class UnsupportedNetwork(MSDDAError, ValueError):
-    """A network has a part that the batched forward does not know; the message names it."""
+    """A network has a part that the batched forward does not support; the message names it."""
 
 
 class ZeroVariance(MSDDAError, ValueError):
@@ -72,7 +72,7 @@ class ZeroVariance(MSDDAError, ValueError):
 
 
 class UnknownObjective(MSDDAError, KeyError, ValueError):
-    """An objective name is not one of the loaded ones."""
+    """A name is not one of the loaded objectives."""
 
     def __str__(self) -> str:
         # KeyError prints the repr of its argument, which turns a sentence into a quoted string
@@ -80,11 +80,11 @@ class UnknownObjective(MSDDAError, KeyError, ValueError):
 
 
 class BackendUnavailable(MSDDAError, RuntimeError):
-    """A backend asked for by name cannot run here; the message says what is missing."""
+    """A backend requested by name cannot run here; the message says what is missing."""
 
 
 class RewardUnavailable(MSDDAError, RuntimeError):
-    """A reward's package or checkpoint is missing; the message has the line that installs it."""
+    """A reward's package or checkpoint is missing; the message gives the command to get it."""
 
 
 class RankLost(MSDDAError, RuntimeError):
@@ -92,7 +92,7 @@ class RankLost(MSDDAError, RuntimeError):
 
 
 class RanksDiffer(MSDDAError, ValueError):
-    """The processes of a parallel run were asked for different things; the message says in what."""
+    """The processes of a parallel run got different arguments; the message says which."""
 
 
 class CaptureError(MSDDAError, RuntimeError):
@@ -100,20 +100,20 @@ class CaptureError(MSDDAError, RuntimeError):
 
 
 class InvalidRequest(MSDDAError, ValueError):
-    """A field of an `ImageRequest` has a value that no other error names; see `field`."""
+    """A field of an `ImageRequest` is invalid and no other error fits; `field` names it."""
 
 
 class QueueFull(MSDDAError, RuntimeError):
-    """An engine has as many requests waiting as it may; come back later."""
+    """The engine's queue is full; try again later."""
 
 
 class RequestTimeout(MSDDAError, TimeoutError):
-    """A request's time was up before its image was there."""
+    """A request timed out before its image was drawn."""
 
 
 class EngineClosed(MSDDAError, RuntimeError):
-    """An engine was closed: it takes no more requests, and this one was not drawn."""
+    """The engine is closed: it accepts no more requests, and this one was not drawn."""
 
 
 class EngineFailed(MSDDAError, RuntimeError):
-    """A batch could not be drawn, or the engine as a whole; the cause is `__cause__`."""
+    """A batch could not be drawn, or the whole engine failed; `__cause__` is the reason."""

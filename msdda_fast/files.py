@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are there whole or not at all, whenever the process dies."""
+"""Atomic writes: a file is complete or absent, whenever the process dies."""
 
 import os
 from collections.abc import Callable
@@ -9,10 +9,10 @@ __all__ = ["write_atomically"]
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary neighbour of `path`, then rename it into place.
+    """Let `write` fill a temporary file beside `path`, then rename it into place.
 
-    A reader sees the old file or the whole new one, never a part. When `write` raises, the old file
-    stays and the neighbour goes.
+    A reader sees the old file or the whole new one, never a part. If `write` raises, the old file
+    stays and the temporary one is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Objectives: aligned models, each with the stochasticity that it was aligned with."""
+"""Objectives: aligned models, each with the DDIM stochasticity it was aligned with."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Objective:
         scale: Factor on the adapter's update, no unit; 1 is the adapter as trained.
         weight_name: File name inside `source` when it is a folder or hub id.
         subfolder: Folder inside `source`.
-        guidance_scale: This objective's classifier-free guidance; None: the one of the call.
+        guidance_scale: Classifier-free guidance of this objective; None: the scale of the call.
         unet: A full network in place of base and adapter.
 
     Raises:
@@ -58,11 +58,6 @@ class Objective:
     def base(cls, eta: float = 1.0) -> Objective:
         """Return the base model as an objective; `eta` in [0, 1]."""
         return cls(eta=eta)
-
-    @property
-    def is_base(self) -> bool:
-        """Whether this is the base model itself."""
-        return self.source is None and self.unet is None
 
 
 def check_eta(eta: float, owner: str) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Types that several rooms share. Axis letters: `b` sample, `m` objective, `t` step, `S` latent."""
+"""Types used across the package. Axis letters: `b` sample, `m` objective, `t` step, `S` latent."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol, TypeAlias
@@ -43,7 +43,7 @@ GeneratorLike: TypeAlias = torch.Generator | Sequence[torch.Generator]
 
 
 class Scheduler(Protocol):
-    """What this package reads of a diffusers scheduler."""
+    """The part of a diffusers scheduler that this package reads."""
 
     alphas_cumprod: Tensor  # (num_train_timesteps,) alpha-bar
     timesteps: Tensor  # (T,) after set_timesteps

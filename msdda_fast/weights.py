@@ -67,7 +67,7 @@ def _raise_off_simplex(rows: Tensor, valid: Tensor, extrapolate: bool) -> None:
     row: list[float] = rows[tuple(index)].tolist()
     where = f" at index {index if len(index) > 1 else index[0]}" if index else ""
     shown = ", ".join(f"{value:.6g}" for value in row)
-    sign = "finite" if extrapolate else "finite, not negative"
+    sign = "finite" if extrapolate else "finite and not negative"
     hint = "" if extrapolate or all(v >= 0 for v in row) else "; extrapolate=True allows negatives"
     raise InvalidWeights(
         f"weights{where} are [{shown}], which sum to {sum(row):.6g}: they must be {sign}, "
@@ -99,9 +99,9 @@ def preference_weights(
         (B, M) float64 on the CPU.
 
     Raises:
-        UnknownObjective: A mapping names an objective that is not there.
+        UnknownObjective: A mapping names an objective that does not exist.
         InvalidWeights: A mapping misses an objective, or the numbers are off the simplex.
-        InvalidShape: Numbers of another shape than (M,) or (B, M).
+        InvalidShape: The numbers have neither shape (M,) nor (B, M).
     """
     names = None if isinstance(objectives, int) else list(objectives)
     count = objectives if isinstance(objectives, int) else len(objectives)
@@ -187,7 +187,7 @@ def _mapping_row(weights: Mapping[str, float], names: Sequence[str] | None) -> T
     if missing := [name for name in names if name not in weights]:
         raise InvalidWeights(
             f"weights {dict(weights)} miss {', '.join(missing)}; name every objective "
-            f"({', '.join(names)}), 0 switches one off"
+            f"({', '.join(names)}): a weight of 0 switches one off"
         )
     return as_host_float64([weights[name] for name in names], "weights")
 

@@ -18,9 +18,6 @@ class TestObjective:
     def test_defaults_are_the_base_at_full_noise(self) -> None:
         assert Objective() == Objective.base() == Objective(None, eta=1.0, scale=1.0)
         assert Objective.base(eta=0.8).eta == 0.8
-        assert Objective().is_base
-        assert not Objective("some/lora").is_base
-        assert not Objective(unet=object()).is_base
 
     def test_is_frozen_and_keyword_only(self) -> None:
         with pytest.raises(FrozenInstanceError):

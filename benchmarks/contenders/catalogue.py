@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All contenders by name; those that cannot run here, with the reason."""
+"""All contenders by name; those that cannot run here have the reason."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ AGAIN = "S again"
 class Entry:
     """One contender before it is built.
 
-    `headline` marks those whose whole T-step loop is timed too.
+    `headline` marks contenders whose whole loop of T steps is timed too.
     """
 
     name: str
@@ -40,11 +40,11 @@ class Entry:
 
 
 def catalogue(counts: Sequence[int], design: str, device: str) -> list[Entry]:
-    """Every contender of a run, for the numbers of objectives asked for.
+    """Return every contender of a run, for the requested numbers of objectives.
 
     Args:
-        counts: M, each at least 1.
-        design: Of S and M2, M3, ...; the other designs get entries of their own.
+        counts: Values of M, each at least 1.
+        design: Design of S and M2, M3, ...; the other designs get separate entries.
         device: "cpu" or "cuda".
     """
     several = [count for count in counts if count > 1]
@@ -69,7 +69,7 @@ def catalogue(counts: Sequence[int], design: str, device: str) -> list[Entry]:
 def build(
     entries: Sequence[Entry], request: Request, patterns: Sequence[str]
 ) -> tuple[dict[str, Contender], dict[str, str]]:
-    """Build what matches `patterns`; return contenders, and why the other entries are not there."""
+    """Build what matches `patterns`; return the contenders, and the reasons of those skipped."""
     built, skipped = {}, {}
     for entry in entries:
         if not any(fnmatchcase(entry.name, pattern) for pattern in patterns):
@@ -111,14 +111,14 @@ def _compiled(several: Sequence[int]) -> list[Entry]:
         entries.append(
             Entry(f"C5-M{m}", "E5 compiled", m, _impossible(
                 "peft's hooks set an attribute that dynamo cannot trace, and every list of names "
-                "compiles anew"
+                "recompiles"
             ))
         )  # fmt: skip
     return entries
 
 
 def _captured(several: Sequence[int], device: str) -> list[Entry]:
-    """G1 and G4: E1 and E4 inside our captured step; whatever sets Python attributes cannot be."""
+    """G1 and G4: E1 and E4 in our captured step; code that sets Python attributes cannot be."""
     entries = []
     for m in (0, *several):  # 0: the base model alone
         for kind, compile in (("G", False), ("GC", True)):

@@ -18,7 +18,7 @@ __all__ = ["CONFIGS", "Networks", "untrained"]
 
 @dataclass(frozen=True, slots=True)
 class Networks:
-    """What makes an image from tokens; `texts` are one or, for SDXL, two encoders."""
+    """The networks from tokens to image; `texts` has one text encoder, or two for SDXL."""
 
     unet: UNet2DConditionModel
     texts: list[CLIPTextModel | CLIPTextModelWithProjection]
@@ -105,7 +105,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]] 
 
 
 def untrained(name: str, device: torch.device, dtype: torch.dtype) -> Networks:
-    """The networks of a name in `CONFIGS`, with the random weights of their classes."""
+    """Return the networks of an entry of `CONFIGS`, with the initial weights of their classes."""
     unet, texts, vae = CONFIGS[name]
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)

@@ -19,11 +19,11 @@ LIMITS = {torch.float16: 5e-3, torch.bfloat16: 4e-2, torch.float32: 1e-4, torch.
 
 
 class Impossible(Exception):
-    """This contender cannot run here; the message is the reason that the output gives."""
+    """This contender cannot run here; the message is the reason shown in the output."""
 
 
 class Unverified(Exception):
-    """Some contender computes something else than it is timed for."""
+    """A contender does not compute what it is timed for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +33,11 @@ class Contender:
     Attributes:
         step: Runs one step, network and all, and returns x, (B, C, h, w).
         loop: Runs all T steps from x_T.
-        first: Goes back to x_T, so that the next `step` is the first.
-        systems: What `Request.exact` takes to give the same x after the first step.
+        first: Returns to x_T, so that the next `step` is the first.
+        systems: Argument with which `Request.exact` gives the same x after the first step.
         parameters: Everything that must be in memory between steps.
-        forward: The networks of one step alone, which can be run on tensors without data.
-        compiled: Whether kernels come from a compiler: operators cannot be counted on the host.
+        forward: Only the networks of one step, which can be run on tensors without data.
+        compiled: Whether kernels come from a compiler, so that operators cannot be counted.
     """
 
     step: Callable[[], Tensor]
@@ -50,10 +50,10 @@ class Contender:
 
 
 def verify(contenders: Mapping[str, Contender], request: Request) -> dict[str, float]:
-    """The error of each after its first step, relative to the reference.
+    """Return the error of each contender after its first step, relative to the reference.
 
     Raises:
-        Unverified: Names those that err more than `LIMITS` says, or return no numbers.
+        Unverified: An error exceeds `LIMITS` or is NaN; the message names the contenders.
     """
     errors = {}
     for name, contender in contenders.items():
@@ -69,9 +69,9 @@ def verify(contenders: Mapping[str, Contender], request: Request) -> dict[str, f
 
 
 def effect(contender: Contender, request: Request) -> float | None:
-    """How far x lies from that of the base model; None: the contender has no adapters.
+    """Return how far x lies from that of the base model; None: the contender has no adapters.
 
-    Only where this is above the limit could `verify` have told that adapters were left out.
+    Only if this is above the limit would `verify` have noticed missing adapters.
     """
     if contender.systems == [None]:
         return None

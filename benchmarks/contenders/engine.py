@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our own: all objectives in one forward, inside a step over static buffers, captured on a GPU."""
+"""Our contenders: all objectives in one forward, in a step on static buffers, captured on a GPU."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Copies:
 
 
 class _Runner:
-    """Steps of one request, which is loaded again when all its steps are done."""
+    """Runs the steps of one request, which is loaded again after the last one."""
 
     def __init__(self, request: Request, count: int, step: CapturedStep) -> None:
         self._request, self._step = request, step
@@ -89,15 +89,15 @@ def batched(
     compile: bool = False,
     backend: str = "auto",
 ) -> Contender:
-    """M objectives in one forward and one fused step.
+    """Return the contender with M objectives in one forward and one fused step.
 
     Args:
         request: What to run.
         count: M.
         options: How the forward is built.
-        capture: Replay a graph where the device has them; never fall back in silence.
+        capture: Replay a graph if the device supports them; never fall back silently.
         compile: Pass the step through `torch.compile`.
-        backend: Of the fused step.
+        backend: Backend of the fused step.
     """
     nhwc = request.device.type == "cuda" if options.channels_last is None else options.channels_last
     variants = request.model.in_channels_last() if nhwc else request.model.variants
@@ -125,7 +125,7 @@ def batched(
 
 
 def captured_copies(request: Request, count: int, *, compile: bool) -> Contender:
-    """Merged copies of the stock network inside the same captured step: sequential, as fast.
+    """Return merged copies of the stock network, run one after another in the same captured step.
 
     Args:
         request: What to run.

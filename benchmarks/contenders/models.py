@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A network with M adapters, and the same network as its other users would hold it."""
+"""A network with M adapters, and the same network in the forms that other contenders use."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ ETAS = (1.0, 0.8)  # of random adapters, in turn
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """One network, M adapters in it, and what surrounds them.
+    """One network with M adapters, and the other components of its pipeline.
 
-    `unet` carries the adapters as peft layers; `etas` and `variants` are those of the objectives;
+    `unet` has the adapters as peft layers; `etas` and `variants` are those of the objectives;
     `token_ids` has one row per guidance branch (uncond, cond) of one image.
     """
 
@@ -51,7 +51,7 @@ class Model:
     _nhwc: list[Variant] = field(default_factory=list)
 
     def in_channels_last(self) -> list[Variant]:
-        """The variants on one copy of the network whose convolutions lie in channels_last."""
+        """Return the variants on a copy of the network with convolutions in channels_last."""
         if not self._nhwc:
             unet = copy.deepcopy(self.unet).to(memory_format=torch.channels_last)
             self._nhwc.extend(replace(variant, network=unet) for variant in self.variants)
@@ -60,11 +60,11 @@ class Model:
     def plain(
         self, adapters: Mapping[int, float] | None = None, dtype: torch.dtype | None = None
     ) -> UNet2DConditionModel:
-        """A stock network without peft layers, on the weights of the base where it can share them.
+        """Return a stock network without peft layers; without `adapters` it shares the weights.
 
         Args:
-            adapters: Objectives whose update is added to the weights, each times its number.
-            dtype: Of the copy; sums are made in float64 and rounded once.
+            adapters: Objectives whose updates are added to the weights, with their factors.
+            dtype: Data type of the copy; sums are computed in float64 and rounded once.
         """
         state = {
             key.replace(".base_layer", ""): value.detach()
@@ -85,7 +85,7 @@ class Model:
         return unet.eval().requires_grad_(False)
 
     def _updates(self, adapters: Mapping[int, float]) -> dict[str, Tensor]:
-        """sum of share * scale * B A by path, float64; peft itself makes the products."""
+        """Return the sums of share * scale * B A by path, float64; peft computes the products."""
         updates: dict[str, Tensor] = {}
         for path, layer in self.unet.named_modules():
             if not isinstance(layer, LoraLayer):
@@ -109,12 +109,12 @@ def load(
     checkpoint: Path | None = None,
     guidance: float | None = None,
 ) -> Model:
-    """A model by name, or a folder in diffusers' layout; missing objectives get random adapters.
+    """Load a model by name or from a folder; missing objectives get random adapters.
 
     Args:
-        name: Of a config, or "emoji", the shipped model.
-        num_objectives: M, the most that any contender has.
-        rank: Of the random adapters.
+        name: Name of a config, or "emoji", the shipped model.
+        num_objectives: M, the largest number that a contender has.
+        rank: Rank of the random adapters.
         checkpoint: A folder that `MSDDAPipeline.from_pretrained` reads, with or without objectives.
         guidance: The scale; None: that of the model's first objective, or 7.5.
     """
@@ -175,12 +175,12 @@ def _add_random_adapter(unet: UNet2DConditionModel, name: str, rank: int) -> Non
 
 
 def shared_copy(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """The same parameters in modules of their own: hooks on one do not run in the other."""
+    """Return the same parameters in new modules: hooks on one do not run in the other."""
     memo = {id(parameter): parameter for parameter in unet.parameters()}
     return copy.deepcopy(unet, memo)
 
 
 def held_bytes(tensors: Iterable[Tensor]) -> int:
-    """Memory of tensors; what several of them share counts once."""
+    """Return the memory of tensors in bytes; shared storage counts once."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())

@@ -3,8 +3,8 @@
 
     python benchmarks/contenders/one_weight.py --port 8000 --max-batch 8
 
-What an engine does whose weights belong to the batch, such as one that merges adapters for them:
-the oldest request, and the next oldest of the same weights. First come, first served, as ours.
+It behaves like an engine whose weights belong to the batch, such as one that merges adapters: a
+batch has the oldest request and the next oldest with the same weights, first come, first served.
 """
 
 import sys

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all contenders start from: latents, prompt, noise, coefficients; and the exact answer."""
+"""What all contenders start from: latents, prompt, noise, coefficients; and the exact result."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ __all__ = ["Request"]
 
 
 class Request:
-    """A request for B images in T steps, and the same one for any number of objectives.
+    """A request for B images in T steps, for any number of objectives.
 
     Attributes:
-        model: Whose objectives they are.
+        model: The model and its objectives.
         batch, num_steps: B and T.
         branches: K, 2 (uncond, cond), or 1 without guidance.
         x: x_T, (B, C, h, w) float32.
@@ -72,12 +72,12 @@ class Request:
         return vae.decode(latents, return_dict=False)[0].to("cpu")
 
     def weights(self, count: int) -> list[float]:
-        """w of M objectives: no two the same, so that none can be taken for another."""
+        """Return w of M objectives, all different, so that mixed-up objectives are noticed."""
         total = count * (count + 1) / 2
         return [(m + 1) / total for m in range(count)]
 
     def table(self, count: int) -> CoefficientTable:
-        """Coefficients of the first M objectives."""
+        """Return the coefficients of the first M objectives."""
         return coefficient_table(
             self.scheduler,
             self.num_steps,
@@ -88,13 +88,13 @@ class Request:
         )
 
     def added(self) -> AddedConditions | None:
-        """SDXL's conditions for the batched forward, shared by all objectives."""
+        """Return SDXL's conditions for the batched forward, shared by all objectives."""
         if self.pooled is None or self.time_ids is None:
             return None
         return AddedConditions(self.pooled[None], self.time_ids[None])
 
     def conditions(self, repeats: int = 1, dtype: torch.dtype | None = None) -> dict[str, object]:
-        """Arguments of a stock UNet for rows (repeats, K, B)."""
+        """Return the arguments of a stock UNet for rows (repeats, K, B)."""
         dtype = dtype or self.dtype
 
         def rows(tensor: Tensor) -> Tensor:
@@ -110,10 +110,11 @@ class Request:
         return given
 
     def exact(self, systems: Sequence[Mapping[int, float] | None]) -> Tensor:
-        """x after the first step of the fused systems, by `reference.py`, in the reference's dtype.
+        """Return x after the first step of the fused systems, by `reference.py`, in float64.
 
         Args:
-            systems: Per objective the adapters in its weights, see `Model.plain`; None: the base.
+            systems: For each objective, the adapters in its weights, see `Model.plain`; None: the
+                base.
         """
         ends = self._alphas()
         x = self.x.double()
@@ -130,7 +131,7 @@ class Request:
 
     @torch.no_grad()
     def _output(self, system: Mapping[int, float] | None) -> Tensor:
-        """Raw outputs (K, B, C, h, w) of one network, sequentially and precisely; kept."""
+        """Return the raw outputs (K, B, C, h, w) of one network in `precise`; cached."""
         key = None if system is None else tuple(system.items())
         if key not in self._outputs:
             dtype = self.precise
@@ -143,7 +144,7 @@ class Request:
 
     @cached_property
     def precise(self) -> torch.dtype:
-        """float64 for small networks, float32 for the others."""
+        """Data type of the reference: float64 for small networks, float32 for the others."""
         small = sum(p.numel() for p in self.model.unet.parameters()) < 50e6
         return torch.float64 if small else torch.float32
 

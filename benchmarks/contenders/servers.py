@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Servers as processes, and the check that all of them draw the same images."""
+"""Server processes, and the check that all of them draw the same images."""
 
 import argparse
 import asyncio
@@ -28,7 +28,7 @@ ARMS = {"off": COMMAND, "mixed": COMMAND, "one weight": ONE_WEIGHT}
 
 
 class Server:
-    """A process that serves on a free port; `with` stops it."""
+    """A process that serves on a free port; a context manager that stops it."""
 
     def __init__(self, arm: str, args: argparse.Namespace) -> None:
         options = {
@@ -52,7 +52,11 @@ class Server:
         self.log.close()
 
     def wait(self, seconds: float = 300) -> None:
-        """Until it is warm."""
+        """Wait until the server is ready.
+
+        Raises:
+            RuntimeError: It has died, or is not ready after `seconds`.
+        """
         end = time.monotonic() + seconds
         while time.monotonic() < end and self.process.poll() is None:
             self.log.seek(0)
@@ -66,20 +70,21 @@ class Server:
             time.sleep(0.2)
         self.log.seek(0)
         raise RuntimeError(
-            f"the server {self.arm!r} does not get ready:\n{self.log.read()[-2000:]}"
+            f"the server {self.arm!r} did not become ready:\n{self.log.read()[-2000:]}"
         )
 
     def wait_idle(self) -> None:
-        """Until nobody waits or is drawn, such as after the client left."""
+        """Wait until no image is queued or being drawn, such as after the client left."""
         while sum(load.scrape(self.port)[f"msdda_{n}_images"] for n in ("queue", "drawing")):
             time.sleep(0.05)
 
 
 def verify(pipe, servers, bodies, steps) -> dict[str, float]:
-    """Largest difference, in levels of 255, of images served together from images drawn alone.
+    """Return each arm's largest difference, in levels of 255, from images drawn alone.
 
     Raises:
-        RuntimeError: It is above 1, a seed is another, or no batch was shared that should be.
+        RuntimeError: It is above 1, a seed is wrong, or batches are shared when they should not be,
+            or not shared when they should.
     """
     expected = [
         np.asarray(
@@ -116,7 +121,7 @@ def verify(pipe, servers, bodies, steps) -> dict[str, float]:
 
 
 def occupancy(before: dict, after: dict) -> float:
-    """Images per batch drawn between two scrapes."""
+    """Return the images per batch drawn between two scrapes."""
     images, batches = (
         after[f"msdda_batch_size_{name}"] - before[f"msdda_batch_size_{name}"]
         for name in ("sum", "count")

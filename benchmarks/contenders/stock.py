@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one would write with diffusers and peft: stock networks and scheduler, Eq. 7 in Python."""
+"""What a user would write with diffusers and peft: stock networks and scheduler, then Eq. 7."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Predict = Callable[[Tensor, Tensor], Sequence[Tensor]]
 
 
 class StockLoop:
-    """diffusers' denoising loop, with the state in the dtype of the network as there."""
+    """diffusers' denoising loop; as in diffusers, the state has the dtype of the network."""
 
     def __init__(self, request: Request, count: int, predict: Predict) -> None:
         self._request, self._count, self._predict = request, count, predict
@@ -71,7 +71,7 @@ class StockLoop:
 
 
 def _rows(request: Request, unet: nn.Module, repeats: int = 1) -> Callable[..., Tensor]:
-    """(x, t) -> outputs (repeats K, B, C, h, w) of one forward on as many copies of x."""
+    """Return (x, t) -> outputs (repeats K, B, C, h, w) of one forward on repeats K copies of x."""
     conditions = request.conditions(repeats)
     count = repeats * request.branches
     nhwc = next(p for p in unet.parameters() if p.ndim == 4 and p.shape[-1] > 1).is_contiguous(
@@ -88,7 +88,7 @@ def _rows(request: Request, unet: nn.Module, repeats: int = 1) -> Callable[..., 
 
 
 def _accelerated(unet: UNet2DConditionModel, compile: bool) -> nn.Module:
-    """The network, or a compiled channels-last copy of it."""
+    """Return the network, or the network compiled in channels-last layout."""
     if not compile:
         return unet
     unet = unet.to(memory_format=torch.channels_last)
@@ -120,7 +120,7 @@ def single(request: Request, *, compile: bool = False) -> Contender:
 
 
 def soup(request: Request, count: int, *, compile: bool = False) -> Contender:
-    """Reward soup: one network whose weights are the mean of the objectives', weighted by w."""
+    """Reward soup: one network whose weights are the objectives' mean, weighted by w."""
     shares = dict(enumerate(request.weights(count)))
     merged = request.model.plain(shares)
     one = _rows(request, _accelerated(merged, compile))
@@ -182,7 +182,7 @@ def _each(count: int) -> list[dict[int, float] | None]:
 
 
 def with_adapters(unet: UNet2DConditionModel, names: Sequence[str | None]) -> list[Tensor]:
-    """Parameters of the base and of the named adapters."""
+    """Return the parameters of the base and of the named adapters."""
     return [
         parameter
         for path, parameter in unet.named_parameters()

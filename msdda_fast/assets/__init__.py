@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data that ships with the package, and where to find it."""
+"""Where to find the data that ships with the package."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _SHIPPED = {"msdda-fast/emoji": "emoji"}
 
 
 def is_shipped(name: str) -> bool:
-    """Say whether `name` is the id of a model that ships inside the package."""
+    """Return whether `name` is the id of a model that ships inside the package."""
     return name in _SHIPPED
 
 
@@ -18,13 +18,13 @@ def resolve(name: str) -> Path:
     """Return the folder of a shipped model.
 
     Raises:
-        FileNotFoundError: no shipped model has that id, or its files are not installed.
+        FileNotFoundError: No shipped model has that id, or its files are not installed.
     """
     if name not in _SHIPPED:
         raise FileNotFoundError(f"no shipped model {name!r}; shipped: {', '.join(_SHIPPED)}")
     folder = ASSETS / _SHIPPED[name]
     if not (folder / "model_index.json").is_file():
         raise FileNotFoundError(
-            f"shipped model {name!r} is not complete: {folder} has no model_index.json"
+            f"shipped model {name!r} is incomplete: {folder} has no model_index.json"
         )
     return folder

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`--ray`: images drawn by a Ray cluster, files written here."""
+"""`--ray`: a Ray cluster draws the images; files are written here."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ RayOption = Annotated[
     typer.Option(
         "--ray",
         metavar="ADDRESS",
-        help="Draw on the Ray cluster at HOST:PORT, or auto for this machine's. "
-        "Its machines need the model's paths; finished images are kept here.",
+        help="Draw on the Ray cluster at HOST:PORT, or auto for the one this machine belongs to. "
+        "Its nodes need the model at the same paths; finished images are kept here.",
     ),
 ]
 RayGPUsOption = Annotated[
     float,
-    typer.Option("--ray-gpus", min=0, help="GPUs of a task there; 0 draws on its CPUs."),
+    typer.Option("--ray-gpus", min=0, help="GPUs per Ray task; 0 draws on CPUs."),
 ]
 
 
 @dataclass(frozen=True)
 class Model:
-    """The options that name a model; loads it where it is called."""
+    """The options that name a model; a call loads it, in whichever process makes the call."""
 
     model: str
     objectives: list[str] | None
@@ -44,7 +44,7 @@ class Model:
     device: str | None
 
     def __call__(self) -> MSDDAPipeline:
-        """Load it, without a progress bar."""
+        """Load the model, without a progress bar."""
         from msdda_fast.pipelines.notices import quieten
 
         quieten()
@@ -57,7 +57,7 @@ class Model:
 def cluster(
     address: str | None, gpus: float
 ) -> Iterator[Callable[[Callable[[], Any]], RayTasks[Any, Any] | None]]:
-    """Connect to a cluster; what comes back makes what runs jobs there, or None without address.
+    """Connect to a cluster; yield a function that makes its job runner, or None without address.
 
     Raises:
         BackendUnavailable: Ray is not installed, or no cluster answers.
@@ -72,7 +72,7 @@ def cluster(
 
 
 def cells(model: Model, sweep: Sweep) -> CellDrawer:
-    """What draws the cells of a sweep; runs there."""
+    """Return what draws the cells of a sweep; called on the cluster."""
     from msdda_fast.evaluation.sweep import CellDrawer
 
     return CellDrawer(model(), sweep)
@@ -81,7 +81,7 @@ def cells(model: Model, sweep: Sweep) -> CellDrawer:
 def shards(
     model: Model, compared: Callable[[MSDDAPipeline], Comparison]
 ) -> Callable[[tuple[Entry, int]], Shard]:
-    """What draws the shards of a comparison; runs there."""
+    """Return what draws the shards of a comparison; called on the cluster."""
     from msdda_fast.evaluation.runs import draw_shard
 
     pipe = model()

@@ -37,12 +37,13 @@ if TYPE_CHECKING:
     from msdda_fast.rewards import Reward
 
 PartOption = Annotated[
-    str, typer.Option(metavar="I/N", help="Draw part I = 0, 1, ... of N, in a process of its own.")
+    str, typer.Option(metavar="I/N", help="Draw only part I = 0 to N - 1, one process per part.")
 ]
 TowardOption = Annotated[
     str | None,
     typer.Option(
-        help="The objective that w weighs.", show_default="consistency, or the first objective"
+        help="Objective that w is the weight of.",
+        show_default="consistency, or the first objective",
     ),
 ]
 RewardOption = Annotated[
@@ -50,14 +51,14 @@ RewardOption = Annotated[
     typer.Option(
         "--reward",
         metavar="OBJECTIVE=REWARD",
-        help="The reward of an objective; repeat it.",
-        show_default="of the same name",
+        help="Reward that scores an objective. Repeatable.",
+        show_default="the reward of the same name",
     ),
 ]
 PromptsOption = Annotated[
     Path | None,
     typer.Option(
-        help="Text file with one prompt per line.", show_default="the paper's 25 of Table 2"
+        help="Text file with one prompt per line.", show_default="the paper's 25 test prompts"
     ),
 ]
 
@@ -69,56 +70,58 @@ SIMPLEX = tuple((a / 4, b / 4, (4 - a - b) / 4) for a in range(5) for b in range
 
 def compare(
     folder: Annotated[
-        Path, typer.Option("--out", "-o", help="Scores, tables, figures and the page go here.")
+        Path, typer.Option("--out", "-o", help="Folder of scores, tables, figures and the page.")
     ] = Path("out/compare"),
     work: Annotated[
         Path | None,
         typer.Option(
-            help="Finished images stay here; run again to continue.", show_default="OUT/work"
+            help="Folder of finished images; run again to continue.", show_default="OUT/work"
         ),
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="All systems in minutes: a look, not a measurement.")
+        bool, typer.Option("--quick", help="Preview in minutes, on few prompts and seeds.")
     ] = False,
     report_only: Annotated[
-        bool, typer.Option("--report-only", help="Draw nothing: tables and figures of the scores.")
+        bool, typer.Option("--report-only", help="Only remake the tables, figures and page.")
     ] = False,
     systems: Annotated[
-        str | None, typer.Option(help="Names with commas between them.", show_default="all")
+        str | None, typer.Option(help="Comma-separated names of systems.", show_default="all")
     ] = None,
-    weights: Annotated[str, typer.Option(help="Weights w of the tables.")] = "0.2,0.5,0.8",
-    seeds: Annotated[str, typer.Option(help="Of every prompt, such as 0-31 or 0,1,5.")] = "0-31",
+    weights: Annotated[str, typer.Option(help="Comma-separated weights w.")] = "0.2,0.5,0.8",
+    seeds: Annotated[
+        str, typer.Option(help="Seeds of every prompt, such as 0-31 or 0,1,5.")
+    ] = "0-31",
     search_seeds: Annotated[
-        str, typer.Option(help="Of systems that evaluate rewards while sampling.")
+        str, typer.Option(help="Seeds for systems that evaluate rewards while sampling.")
     ] = "0,1",
     front: Annotated[
-        str, typer.Option(help="More weights w for the Pareto figure.")
+        str, typer.Option(help="Additional weights w for the Pareto figure.")
     ] = "0,0.35,0.65,1",
     front_seeds: Annotated[
-        str, typer.Option(help="Of these, of variants, and of three objectives.")
+        str, typer.Option(help="Seeds for those, for variants, and for three objectives.")
     ] = "0-7",
     factor_soup: Annotated[
-        bool, typer.Option(help="Include RS by factors; the adapters need one rank.")
+        bool, typer.Option(help="Include RS with merged factors; needs adapters of equal rank.")
     ] = True,
     tuned: Annotated[
-        Path | None, typer.Option(help="tuned.json of [bold]msdda-fast tune[/bold].")
+        Path | None, typer.Option(help="tuned.json written by [bold]msdda-fast tune[/bold].")
     ] = None,
     oracle: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="W=PATH", help="Adapter trained on r_w, for the MORL oracle; repeat it."
+            metavar="W=PATH", help="Adapter trained on r_w, for the MORL oracle. Repeatable."
         ),
     ] = None,
     prompts: PromptsOption = None,
     reward: RewardOption = None,
     judge: Annotated[
         list[str] | None,
-        typer.Option(help="A reward that every image is scored by and no system sees; repeat it."),
+        typer.Option(help="Reward that scores every image but guides no system. Repeatable."),
     ] = None,
     toward: TowardOption = None,
     part: PartOption = "0/1",
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Images per call.", show_default="all prompts")
+        int | None, typer.Option(min=1, help="Images per batch.", show_default="all prompts")
     ] = None,
     ray: cluster.RayOption = None,
     ray_gpus: cluster.RayGPUsOption = 0.0,
@@ -129,9 +132,9 @@ def compare(
     dtype: DTypeOption = DType.float32,
     device: DeviceOption = None,
 ) -> None:
-    """Draw, score and compare every system of the paper: table, Pareto front, images, one page.
+    """Compare every system of the paper: tables, a Pareto front and images on one page.
 
-    Finished images are kept: stop it with Ctrl-C and run the same command to continue.
+    Finished images are kept: stop with Ctrl-C and run the same command to continue.
     """
     work = work or folder / "work"
     stopped = f"finished images are in {work}; run the same command again to continue"
@@ -149,7 +152,7 @@ def compare(
         chosen_part = parse.part(part)
         texts = lines(prompts) if prompts else list(TEST_PROMPTS)
         settings = load_tuned(tuned) if tuned else {}
-        oracles = [parse.pair(text, "--oracle", Path) for text in oracle or []]
+        oracles = dict(_oracle(text) for text in oracle or [])
         there = cluster.Model(model, objective, dtype, "cuda" if ray_gpus else device)
         pipe = load(model, objective, dtype, device)
         names = objectives(pipe, toward)
@@ -162,7 +165,7 @@ def compare(
             front_seeds=parse.seeds(front_seeds, "--front-seeds"),
             simplex=SIMPLEX if len(names) == 3 else (),
             tuned=settings,
-            oracles={float(w): path for w, path in oracles},
+            oracles=oracles,
             factor_soup=factor_soup,
             systems=[name.strip() for name in systems.split(",")] if systems else None,
         )
@@ -188,6 +191,15 @@ def compare(
             _show(page)
 
 
+def _oracle(text: str) -> tuple[float, Path]:
+    form = "W=PATH, such as 0.5=my/adapter"
+    w, path = parse.pair(text, "--oracle", Path, form)
+    try:
+        return float(w), path
+    except ValueError:
+        raise ValueError(f"--oracle {text!r} must be {form}") from None
+
+
 def _comparison(
     pipe: MSDDAPipeline,
     *,
@@ -203,7 +215,7 @@ def _comparison(
 
 
 def require_packages() -> None:
-    """Raise `BackendUnavailable` where the extra `eval` is not installed."""
+    """Raise `BackendUnavailable` unless the extra `eval` is installed."""
     from msdda_fast.errors import BackendUnavailable
 
     missing = [name for name in ("jinja2", "matplotlib", "moocore") if find_spec(name) is None]
@@ -214,33 +226,34 @@ def require_packages() -> None:
 
 
 def objectives(pipe: MSDDAPipeline, toward: str | None) -> list[str]:
-    """Names of two or three objectives, the one that w weighs first."""
+    """Return the names of the two or three objectives, beginning with the one that w weighs."""
     names = list(pipe.objectives)
     if len(names) not in (2, 3):
-        raise ValueError(f"a comparison has two or three objectives, got {', '.join(names)}")
+        raise ValueError(f"a comparison needs two or three objectives, got {', '.join(names)}")
     first = toward or ("consistency" if "consistency" in names else names[0])
     if first not in names:
-        raise ValueError(f"--toward {first!r} is no objective; known: {', '.join(names)}")
+        raise ValueError(f"--toward {first!r} is not an objective; known: {', '.join(names)}")
     return [first, *(name for name in names if name != first)]
 
 
 def rewards(names: list[str], given: list[str] | None, pipe: MSDDAPipeline) -> Mapping[str, Reward]:
-    """By objective, the reward that --reward gives it, or that of its own name."""
+    """Return each objective's reward: the one that --reward names, or the one of the same name."""
     from msdda_fast.rewards import load_reward
 
-    chosen = dict(parse.pair(text, "--reward", str) for text in given or [])
+    form = "OBJECTIVE=REWARD, such as aesthetic=warmth"
+    chosen = dict(parse.pair(text, "--reward", str, form) for text in given or [])
     if unknown := [name for name in chosen if name not in names]:
-        raise ValueError(f"--reward {unknown[0]!r} is no objective; known: {', '.join(names)}")
+        raise ValueError(f"--reward {unknown[0]!r} is not an objective; known: {', '.join(names)}")
     return {name: load_reward(chosen.get(name, name), device=pipe.device) for name in names}
 
 
 def lines(file: Path) -> list[str]:
-    """The lines of a text file that are not blank."""
+    """Return the lines of a text file that are not blank."""
     return [line.strip() for line in file.read_text("utf-8").splitlines() if line.strip()]
 
 
 def _show(page: Path) -> None:
-    """Print what table.csv says, and where the rest is."""
+    """Print the tables of table.csv, and the path of the page."""
     from rich.box import SIMPLE
     from rich.table import Table
 
@@ -250,7 +263,7 @@ def _show(page: Path) -> None:
     for weights in dict.fromkeys(row["weights"] for row in rows):
         table = Table(title=weights, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
         table.add_column("system", no_wrap=True, overflow="ellipsis", max_width=27)
-        for name in ("n", *weighed, "r_w", "MSDDA - it"):
+        for name in ("n", *weighed, "r_w", "MSDDA - system"):
             table.add_column(name, justify="right", no_wrap=True)
         for row in (row for row in rows if row["weights"] == weights):
             label = " ".join(filter(None, (row["method"], row["variant"])))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`msdda-fast doctor`: facts about this machine, never a failure."""
+"""`msdda-fast doctor`: facts about this machine; it never fails."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _COMPILERS = ("c++", "g++", "clang++")
 
 
 def findings(shipped: str) -> dict[str, dict[str, str]]:
-    """Return what is there and what is not, by topic and name.
+    """Return what is installed and what is missing, by topic and name.
 
     Args:
-        shipped: Id of the model that should be inside the package.
+        shipped: Id of the model that ships inside the package.
     """
     return {
         "Versions": {
@@ -41,7 +41,7 @@ def findings(shipped: str) -> dict[str, dict[str, str]]:
 
 
 def _kernels() -> dict[str, dict[str, str]]:
-    """Each operator's backends on each kind of device that is here, as verified just now."""
+    """Verify each operator's backends on every kind of device here, and say what was found."""
     kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     return {
         f"{op} on {kind}": backends
@@ -85,7 +85,7 @@ def _model(name: str) -> str:
 
 
 def doctor() -> None:
-    """Say what is installed, which backends can run here, and why others cannot."""
+    """Show what is installed, which backends can run here, and why the others cannot."""
     from rich.table import Table
 
     for title, rows in findings(SHIPPED).items():

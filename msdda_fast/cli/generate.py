@@ -35,23 +35,28 @@ def generate(
             "--weight",
             "-w",
             metavar="NAME=VALUE",
-            help="Preference weight of one objective; repeat it for all, they sum to 1.",
+            help="Preference weight of one objective. Repeat for each; the sum must be 1.",
             show_default="uniform",
         ),
     ] = None,
     output: Annotated[
         Path,
         typer.Option(
-            "--output", "-o", help="PNG to write; several images get -0, -1, ... before the suffix."
+            "--output", "-o", help="PNG file; several images get -0, -1, ... before the suffix."
         ),
     ] = Path("out.png"),
     seed: Annotated[
         int | None,
-        typer.Option(help="Of the first image; the next ones count up.", show_default="random"),
+        typer.Option(
+            help="Seed of the first image; the next images use the next seeds.",
+            show_default="random",
+        ),
     ] = None,
-    num_images: Annotated[int, typer.Option("--num-images", "-n", min=1, help="How many.")] = 1,
+    num_images: Annotated[
+        int, typer.Option("--num-images", "-n", min=1, help="Number of images.")
+    ] = 1,
     negative_prompt: Annotated[
-        str | None, typer.Option(help="What guidance leads away from.")
+        str | None, typer.Option(help="What guidance should steer away from.")
     ] = None,
     model: ModelOption = SHIPPED,
     objective: ObjectiveOption = None,
@@ -64,7 +69,7 @@ def generate(
 
     [dim]msdda-fast generate "A purple colored dog." -w aesthetic=0.3 -w consistency=0.7[/dim]
 
-    With a GPU for each objective: [dim]torchrun --nproc-per-node 2 -m msdda_fast generate ...[/dim]
+    One GPU per objective: [dim]torchrun --nproc-per-node 2 -m msdda_fast generate ...[/dim]
     """
     with reported("no further image was written"):
         from msdda_fast.engine import torchrun

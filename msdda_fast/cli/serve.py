@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`msdda-fast serve`: a model behind HTTP."""
+"""`msdda-fast serve`: a model served over HTTP."""
 
 from __future__ import annotations
 
@@ -28,47 +28,55 @@ API_KEY = "MSDDA_API_KEY"
 
 
 def serve(
-    host: Annotated[str, typer.Option(help="0.0.0.0 for all interfaces.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 for a free one.")] = 8000,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 for all interfaces.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port to listen on; 0 picks a free one.")
+    ] = 8000,
     model: ModelOption = SHIPPED,
     objective: ObjectiveOption = None,
-    max_batch: Annotated[int, typer.Option(min=1, help="Most images drawn together.")] = 8,
+    max_batch: Annotated[int, typer.Option(min=1, help="Maximum images per batch.")] = 8,
     max_wait_ms: Annotated[
-        float, typer.Option(min=0, help="Longest that a request waits for company.")
+        float, typer.Option(min=0, help="Milliseconds to wait for more requests to fill a batch.")
     ] = 20.0,
     queue_limit: Annotated[
-        int, typer.Option(min=1, help="Most images that wait; more are refused with 429.")
+        int, typer.Option(min=1, help="Maximum images in the queue; more are refused with 429.")
     ] = 64,
     workers: Annotated[
-        int, typer.Option(min=1, help="Processes, each with a model and a queue of its own.")
+        int, typer.Option(min=1, help="Number of processes, each with its own model and queue.")
     ] = 1,
     size: Annotated[
         list[str] | None,
         typer.Option(
             metavar="WIDTHxHEIGHT",
-            help="A size that may be asked for; repeat it. The first one is the default.",
+            help="Size that requests may ask for. Repeatable; the first is the default.",
             show_default="the model's own",
         ),
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="T where a request does not say.")] = 25,
-    max_steps: Annotated[int, typer.Option(min=1, help="Largest T.")] = 64,
-    max_images: Annotated[int, typer.Option(min=1, help="Most images of one request.")] = 8,
-    timeout: Annotated[float, typer.Option(help="Seconds until a request is given up.")] = 120.0,
+    steps: Annotated[
+        int, typer.Option(min=1, help="Denoising steps T of requests that do not set them.")
+    ] = 25,
+    max_steps: Annotated[int, typer.Option(min=1, help="Largest T a request may set.")] = 64,
+    max_images: Annotated[int, typer.Option(min=1, help="Maximum images per request.")] = 8,
+    timeout: Annotated[
+        float, typer.Option(help="Seconds after which a request is abandoned.")
+    ] = 120.0,
     grace: Annotated[
-        float, typer.Option(min=0, help="Seconds for what is in line when told to stop.")
+        float, typer.Option(min=0, help="Seconds to finish accepted requests when told to stop.")
     ] = 30.0,
-    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Log prompts, too.")] = False,
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Also log prompts.")] = False,
     dtype: DTypeOption = DType.float32,
     device: DeviceOption = None,
 ) -> None:
-    """Serve a model over HTTP, with OpenAI's images API and weights in every request.
+    """Serve a model over HTTP: OpenAI's images API, with weights in every request.
 
-    Requests with different weights, prompts and seeds share batches. Set MSDDA_API_KEY to let in
-    only those who have it. The interface is described at /docs, once the server runs.
+    Requests with different weights, prompts and seeds share batches. Set MSDDA_API_KEY to require
+    that key of every client. A running server documents its API at /docs.
 
     [dim]msdda-fast serve --port 8000[/dim]
     """
-    with reported("the server"):
+    with reported("the server has shut down"):
         try:
             from msdda_fast.serve.process import Process
         except ModuleNotFoundError as error:

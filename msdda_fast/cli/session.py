@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the commands share: the terminal, their common options, a loaded model, their errors."""
+"""What the commands share: the terminal, common options, loading a model, reporting errors."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from rich.console import Console
 from msdda_fast.cli import values as parse
 
 if TYPE_CHECKING:
+    import torch
+
     from msdda_fast.pipelines import MSDDAPipeline
 
 SHIPPED = "msdda-fast/emoji"
@@ -37,32 +39,43 @@ ObjectiveOption = Annotated[
     typer.Option(
         "--objective",
         metavar="NAME=PATH[:ETA]",
-        help="An adapter to use as an objective, in place of the model's own; repeat it. "
-        "PATH is a file, folder or hub id, or [bold]base[/bold] for the base model.",
+        help="Adapter to use as an objective, in place of the model's own. Repeatable. "
+        "PATH is a file, folder or hub id, or [bold]base[/bold] for the base model; "
+        "ETA is its DDIM stochasticity in [0, 1], by default 1.",
     ),
 ]
 StepsOption = Annotated[int, typer.Option("--steps", help="Denoising steps T.")]
 GuidanceOption = Annotated[
     float | None,
-    typer.Option("--guidance", help="Guidance scale, 1 for none.", show_default="the model's own"),
+    typer.Option(
+        "--guidance", help="Guidance scale; 1 means no guidance.", show_default="the model's own"
+    ),
 ]
-DTypeOption = Annotated[DType, typer.Option("--dtype", help="What the networks compute in.")]
+DTypeOption = Annotated[DType, typer.Option("--dtype", help="Data type of the networks.")]
 DeviceOption = Annotated[
-    str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ...", show_default="cuda or cpu")
+    str | None,
+    typer.Option(
+        "--device", help="cpu, cuda, cuda:1, ...", show_default="cuda if available, else cpu"
+    ),
 ]
 
 
 def load(
     model: str, objectives: list[str] | None, dtype: DType, device: str | None
 ) -> MSDDAPipeline:
-    """Load the model with the objectives of --objective, or its own."""
+    """Load the model with the objectives of --objective, or with its own.
+
+    Raises:
+        ValueError: --device does not name a device.
+        BackendUnavailable: --device is a GPU, and PyTorch finds none.
+    """
     import torch
 
     from msdda_fast.engine import torchrun
     from msdda_fast.pipelines import MSDDAPipeline
 
     chosen = dict(parse.objective(text) for text in objectives or []) or None
-    place = torch.device(device or torchrun.default_device())
+    place = _device(device) if device else torch.device(torchrun.default_device())
     with err.status(f"Loading {model}"):
         pipe = MSDDAPipeline.from_pretrained(
             model, objectives=chosen, dtype=getattr(torch, dtype.value)
@@ -72,6 +85,20 @@ def load(
         pipe.enable_parallel(parallel)
     pipe.set_progress_bar_config(leave=False, disable=err.quiet or not err.is_terminal)
     return pipe
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    from msdda_fast.errors import BackendUnavailable
+
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name!r} must be cpu, cuda, cuda:1, ...") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise BackendUnavailable(f"--device {name}: PyTorch finds no CUDA GPU here; use cpu")
+    return device
 
 
 @contextmanager
@@ -101,7 +128,7 @@ def reported(interrupted: str) -> Iterator[None]:
 
 @contextmanager
 def drawing_progress() -> Iterator[Callable[[int, int], None]]:
-    """A bar on the terminal; call it with the numbers of finished and of all images."""
+    """Show a progress bar; call what it yields with the numbers of finished and of all images."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     from rich.progress import TimeRemainingColumn as Remaining
 

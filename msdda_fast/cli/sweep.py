@@ -40,29 +40,34 @@ def sweep(
     prompt: Annotated[
         list[str] | None,
         typer.Option(
-            "--prompt", "-p", help="A row of the grid; repeat it.", show_default="four demo prompts"
+            "--prompt",
+            "-p",
+            help="Prompt of one row of the grid. Repeatable.",
+            show_default="four demo prompts",
         ),
     ] = None,
     weights: Annotated[
-        str, typer.Option(help="Weights of the objective --toward, one column each.")
+        str, typer.Option(help="Comma-separated weights of --toward, one column each.")
     ] = "0,0.25,0.5,0.75,1",
     toward: Annotated[
         str,
-        typer.Option(help="The objective that the weights favour; the other one gets the rest."),
+        typer.Option(help="Objective that the weights belong to; the other one gets the rest."),
     ] = "consistency",
     seeds: Annotated[
-        str, typer.Option(help="One image per seed in every cell; the grid shows the first.")
+        str, typer.Option(help="Comma-separated seeds; the grid shows images of the first one.")
     ] = "0",
     reward: Annotated[
         list[str] | None,
         typer.Option(
-            "--reward", help="A reward to report; repeat it.", show_default="aesthetic, consistency"
+            "--reward",
+            help="Reward to report. Repeatable.",
+            show_default="aesthetic, consistency",
         ),
     ] = None,
     folder: Annotated[
-        Path, typer.Option("--out", "-o", help="Finished cells stay here; run again to continue.")
+        Path, typer.Option("--out", "-o", help="Folder of finished cells; run again to continue.")
     ] = Path("out/sweep"),
-    batch_size: Annotated[int, typer.Option(min=1, help="Images drawn together.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 8,
     ray: cluster.RayOption = None,
     ray_gpus: cluster.RayGPUsOption = 0.0,
     model: ModelOption = SHIPPED,
@@ -74,7 +79,7 @@ def sweep(
 ) -> None:
     """Draw prompts x weights as one labelled grid, with the rewards of every column.
 
-    Finished cells are kept: stop it with Ctrl-C and run the same command to continue.
+    Finished cells are kept: stop with Ctrl-C and run the same command to continue.
     """
     with reported(f"finished cells are in {folder}; run the same command again to continue"):
         from msdda_fast.engine import torchrun

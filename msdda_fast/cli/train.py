@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`msdda-fast train`: make an adapter of one objective, from a reward or from preferences."""
+"""`msdda-fast train`: train an adapter for one objective, from a reward or from preferences."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
-    help="Train an adapter of one objective: a LoRA folder that diffusers and peft load.",
+    help="Train an adapter for one objective: a LoRA folder that diffusers and peft can load.",
 )
 
 
 class Preset(StrEnum):
-    """Where the values come from that no option gives."""
+    """The defaults of the options that are not given."""
 
     paper = "paper"
     shipped = "shipped"
@@ -37,17 +37,17 @@ class KL(StrEnum):
 
 
 class Advantage(StrEnum):
-    """What a reward is compared with."""
+    """The baseline that a reward is compared with."""
 
     value = "value"
     prompt = "prompt"
 
 
 OutOption = Annotated[
-    Path, typer.Option("--out", "-o", help="Folder of the run; run again to continue it.")
+    Path, typer.Option("--out", "-o", help="Folder of the run; the same command continues it.")
 ]
 EtaOption = Annotated[
-    float, typer.Option(help="DDIM stochasticity of the samples, in (0, 1]; use it later too.")
+    float, typer.Option(help="DDIM stochasticity, in (0, 1]; use the same value when sampling.")
 ]
 PromptsOption = Annotated[
     Path | None,
@@ -56,7 +56,7 @@ PromptsOption = Annotated[
     ),
 ]
 RankOption = Annotated[int, typer.Option(min=1, help="Rank of the adapter.")]
-SeedOption = Annotated[int, typer.Option(help="Of everything random.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of everything random.")]
 PRESET = "the preset's"
 
 
@@ -67,12 +67,12 @@ def dpok(
     model: ModelOption = SHIPPED,
     eta: EtaOption = 1.0,
     prompts: PromptsOption = None,
-    loops: Annotated[int, typer.Option(help="Rollouts in all; more continue a run.")] = 100,
+    loops: Annotated[int, typer.Option(help="Total rollouts; more continue a run.")] = 100,
     preset: Annotated[
         Preset | None,
         typer.Option(
-            help="[bold]paper[/bold]: Stable Diffusion; [bold]shipped[/bold]: small models.",
-            show_default="by the model",
+            help="Defaults for Stable Diffusion (paper), or for small models (shipped).",
+            show_default="shipped for the shipped model, else paper",
         ),
     ] = None,
     steps: Annotated[
@@ -80,40 +80,42 @@ def dpok(
     ] = None,
     guidance: Annotated[
         float | None,
-        typer.Option("--guidance", help="Guidance scale, 1 for none.", show_default=PRESET),
+        typer.Option("--guidance", help="Guidance scale; 1 means none.", show_default=PRESET),
     ] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.", show_default=PRESET)] = None,
     kl_weight: Annotated[
-        float | None, typer.Option(help="Pull to the base model.", show_default=PRESET)
+        float | None, typer.Option(help="Weight of the KL term, >= 0.", show_default=PRESET)
     ] = None,
     kl: Annotated[
         KL | None,
-        typer.Option(help="As published, or the exact divergence.", show_default=PRESET),
+        typer.Option(help="KL term as published, or the exact divergence.", show_default=PRESET),
     ] = None,
     advantage: Annotated[
         Advantage | None,
         typer.Option(
-            help="Reward less a value network, or less its prompt's mean.", show_default=PRESET
+            help="Reward minus a value network, or minus its prompt's mean.", show_default=PRESET
         ),
     ] = None,
     prompts_per_loop: Annotated[
-        int | None, typer.Option(help="Different prompts of a rollout.", show_default=PRESET)
+        int | None, typer.Option(help="Different prompts per rollout.", show_default=PRESET)
     ] = None,
     samples_per_prompt: Annotated[
-        int | None, typer.Option(help="Trajectories of each prompt.", show_default=PRESET)
+        int | None, typer.Option(help="Trajectories per prompt.", show_default=PRESET)
     ] = None,
     policy_steps: Annotated[
         int | None, typer.Option(help="Optimiser steps per loop.", show_default=PRESET)
     ] = None,
     mixed_precision: Annotated[
         str | None,
-        typer.Option(help="Of the network: no or bf16.", metavar="no|bf16", show_default=PRESET),
+        typer.Option(
+            help="Mixed precision of the network.", metavar="no|bf16", show_default=PRESET
+        ),
     ] = None,
     rank: RankOption = 4,
     seed: SeedOption = 0,
-    checkpoint_every: Annotated[int, typer.Option(min=1, help="Loops.")] = 10,
+    checkpoint_every: Annotated[int, typer.Option(min=1, help="Loops between checkpoints.")] = 10,
     gradient_checkpointing: Annotated[
-        bool, typer.Option(help="Less memory, more time (large models).")
+        bool, typer.Option(help="Trade time for memory, for large models.")
     ] = False,
     device: DeviceOption = None,
 ) -> None:
@@ -121,7 +123,7 @@ def dpok(
 
     [dim]msdda-fast train dpok --reward aesthetic --eta 1.0 --out out/aesthetic[/dim]
 
-    The folder gets a log, live curves and checkpoints; Ctrl-C is safe, the same command goes on.
+    The folder gets a log, live curves and checkpoints; after Ctrl-C the same command continues.
     """
     with reported(f"checkpoints are in {folder}; run the same command again to continue"):
         from accelerate import Accelerator  # type: ignore[import-untyped]
@@ -178,26 +180,27 @@ def step_dpo(
     pairs: Annotated[
         Path | None,
         typer.Option(
-            help="Or: folder with pairs.jsonl or pairs.csv (prompt, chosen, rejected) and images."
+            help="Instead of --reward: folder of images, with pairs.jsonl or pairs.csv "
+            "(prompt, chosen, rejected)."
         ),
     ] = None,
     model: ModelOption = SHIPPED,
     eta: EtaOption = 1.0,
     prompts: PromptsOption = None,
     seeds_per_prompt: Annotated[
-        int, typer.Option(min=2, help="Samples to rank, with --reward.")
+        int, typer.Option(min=2, help="Samples to rank per prompt, with --reward.")
     ] = 12,
-    denoising_steps: Annotated[int, typer.Option(min=1, help="T, with --reward.")] = 25,
+    denoising_steps: Annotated[int, typer.Option(min=1, help="Steps T, with --reward.")] = 25,
     guidance: Annotated[float, typer.Option(help="Guidance scale, with --reward.")] = 1.0,
-    steps: Annotated[int, typer.Option(help="Optimiser steps in all; more continue a run.")] = 200,
+    steps: Annotated[int, typer.Option(help="Total optimiser steps; more continue a run.")] = 200,
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 3e-4,
     batch_size: Annotated[int, typer.Option(help="Pairs per step.")] = 16,
-    beta: Annotated[float, typer.Option(help="beta of Diffusion-DPO's convention.")] = 2000.0,
-    gamma: Annotated[float, typer.Option(help="1: the paper's loss; 0: Diffusion-DPO.")] = 1.0,
-    min_timestep: Annotated[int, typer.Option(help="Learn from noisier timesteps only.")] = 0,
+    beta: Annotated[float, typer.Option(help="beta, in Diffusion-DPO's convention.")] = 2000.0,
+    gamma: Annotated[float, typer.Option(help="1 is the paper's loss, 0 Diffusion-DPO.")] = 1.0,
+    min_timestep: Annotated[int, typer.Option(help="Smallest timestep to learn from.")] = 0,
     rank: RankOption = 4,
     seed: SeedOption = 0,
-    checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps.")] = 50,
+    checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 50,
     device: DeviceOption = None,
 ) -> None:
     """Learn a preference from pairs of images (step-level DPO, Eq. 4 of the paper).
@@ -219,7 +222,7 @@ def step_dpo(
         if (reward is None) == (pairs is None):
             raise ValueError("give either --reward or --pairs")
         if pairs is not None and prompts is not None:
-            raise ValueError("--prompts goes with --reward; --pairs has prompts of its own")
+            raise ValueError("--prompts goes with --reward; --pairs has its own prompts")
         config = StepDPOConfig(
             steps=steps, lr=lr, batch_size=batch_size, beta_dpo=beta, gamma=gamma, eta=eta,
             min_timestep=min_timestep, seed=seed, checkpoint_every=checkpoint_every,
@@ -256,7 +259,7 @@ def _base(model: str, eta: float, device: str | None) -> MSDDAPipeline:
 
 
 def _prompts(file: Path | None, model: str) -> list[str]:
-    """The prompts of a file, or the shipped model's own; another model has none."""
+    """Return the prompts of a file, or the shipped model's own; other models have none."""
     if file is not None:
         return parse.prompts(file)
     if model != SHIPPED:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`msdda-fast tune`: settings for the systems that evaluate rewards while sampling."""
+"""`msdda-fast tune`: choose settings for the systems that evaluate rewards while sampling."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ from msdda_fast.cli.session import (
 
 def tune(
     folder: Annotated[
-        Path, typer.Option("--out", "-o", help="Finished images stay here; run again to continue.")
+        Path, typer.Option("--out", "-o", help="Folder of finished images; run again to continue.")
     ] = Path("out/tune"),
-    weight: Annotated[float, typer.Option(help="Preference w whose r_w decides.")] = 0.5,
-    seeds: Annotated[str, typer.Option(help="Of every prompt, such as 0-3 or 0,1,5.")] = "0",
+    weight: Annotated[float, typer.Option(help="Weight w; settings are ranked by r_w.")] = 0.5,
+    seeds: Annotated[str, typer.Option(help="Seeds of every prompt, such as 0-3 or 0,1,5.")] = "0",
     prompts: Annotated[
         Path | None,
         typer.Option(
@@ -57,9 +57,9 @@ def tune(
     dtype: DTypeOption = DType.float32,
     device: DeviceOption = None,
 ) -> None:
-    """Choose settings of the systems that evaluate rewards while sampling, for `compare --tuned`.
+    """Choose settings for the systems that evaluate rewards while sampling, for `compare --tuned`.
 
-    Each has the same six candidates' worth of images, of prompts that are not compared on.
+    Every system has the same budget: six candidates, on prompts that `compare` does not use.
     """
     with reported(f"finished images are in {folder}; run the same command again to continue"):
         require_packages()

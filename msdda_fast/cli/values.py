@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The values of command line options, read from text."""
+"""Parse the values of command line options."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from msdda_fast.objective import Objective
 
-__all__ = ["numbers", "objective", "pair", "prompts"]
+__all__ = ["numbers", "objective", "pair", "part", "prompts", "seeds"]
 
 
 def objective(text: str) -> tuple[str, Objective]:
-    """Read NAME=PATH[:ETA]; a colon that no number follows belongs to the path.
+    """Read NAME=PATH[:ETA]; a colon without a number after it belongs to the path.
 
-    What is no file or folder here and has more than two parts is a folder inside a hub repository
-    or the shipped model: owner/name/folder.
+    A path of more than two parts that does not exist here is a folder inside a hub repository or
+    the shipped model: owner/name/folder.
 
     Raises:
-        ValueError: The text has another form.
+        ValueError: The text does not have this form.
         InvalidSchedule: eta lies outside [0, 1].
     """
     from msdda_fast.objective import Objective
 
-    name, source = pair(text, "--objective", str)
+    form = "NAME=PATH or NAME=PATH:ETA, such as aesthetic=my/lora:0.8"
+    name, source = pair(text, "--objective", str, form)
     match = re.fullmatch(r"(.+?)(?::(-?[0-9.]+))?", source)
     assert match is not None  # `pair` returns no empty value
     path, eta = match.groups("1")
@@ -38,11 +39,19 @@ def objective(text: str) -> tuple[str, Objective]:
     return name, Objective(path, eta=float(eta))
 
 
-def pair(text: str, option: str, kind: type) -> tuple[str, Any]:
+def pair(
+    text: str, option: str, kind: type, form: str = "NAME=VALUE, such as consistency=0.7"
+) -> tuple[str, Any]:
     """Read NAME=VALUE.
 
+    Args:
+        text: The value of the option.
+        option: Its name, for the message.
+        kind: Type of the value.
+        form: What the text must look like, for the message.
+
     Raises:
-        ValueError: The text has another form, or its value is not of this kind.
+        ValueError: The text does not have this form, or its value is not of this kind.
     """
     name, equals, value = text.partition("=")
     try:
@@ -50,11 +59,11 @@ def pair(text: str, option: str, kind: type) -> tuple[str, Any]:
             return name.strip(), kind(value)
     except ValueError:
         pass
-    raise ValueError(f"{option} {text!r} must be NAME=VALUE, such as consistency=0.7")
+    raise ValueError(f"{option} {text!r} must be {form}")
 
 
 def numbers(text: str, option: str, kind: type) -> list[Any]:
-    """Read numbers with commas between them.
+    """Read comma-separated numbers.
 
     Raises:
         ValueError: An item is not of this kind.
@@ -62,15 +71,15 @@ def numbers(text: str, option: str, kind: type) -> list[Any]:
     try:
         return [kind(item) for item in text.split(",")]
     except ValueError:
-        raise ValueError(f"{option} {text!r} must be numbers with commas between them") from None
+        raise ValueError(f"{option} {text!r} must be comma-separated numbers") from None
 
 
 def prompts(file: Path) -> list[str]:
-    """Read a text file with one prompt per line; empty lines do not count.
+    """Read a text file with one prompt per line; blank lines are ignored.
 
     Raises:
-        FileNotFoundError: No such file.
-        ValueError: It has no prompts, or one twice; the message names the lines.
+        FileNotFoundError: The file does not exist.
+        ValueError: It has no prompts, or repeats one; the message names both lines.
     """
     seen: dict[str, int] = {}
     for number, line in enumerate(file.read_text("utf-8").splitlines(), start=1):
@@ -85,7 +94,7 @@ def prompts(file: Path) -> list[str]:
 
 
 def seeds(text: str, option: str) -> list[int]:
-    """Read integers and ranges of them with commas between, such as 0-31 or 0,1,5.
+    """Read comma-separated integers and ranges of integers, such as 0-31 or 0,1,5.
 
     Raises:
         ValueError: An item is neither, or a range is empty.
@@ -104,7 +113,7 @@ def part(text: str) -> tuple[int, int]:
     """Read I/N with 0 <= I < N.
 
     Raises:
-        ValueError: The text has another form.
+        ValueError: The text does not have this form.
     """
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     if match is None or int(match[1]) >= int(match[2]):

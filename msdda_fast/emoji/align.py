@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Align adapters of the shipped model by step-level DPO on samples of the base model.
 
-`align` trains the adapters that ship, one reward each; `align_sum` one on a weighted sum of them.
-Samples are shared: one collection per eta, scored afterwards by whatever reward is asked for.
+`align` trains the shipped adapters, one reward each; `align_sum` trains one on a weighted sum.
+Samples are shared: one collection per eta, scored afterwards by any reward.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SEEDS = range(10_000, 10_012)  # per prompt
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AlignmentRecipe:
-    """How one adapter is aligned."""
+    """The settings with which one adapter is aligned."""
 
     eta: float  # of the sampled base model; of the paper: 1.0 for aesthetic, 0.8 for consistency
     config: StepDPOConfig
@@ -66,7 +66,7 @@ ALIGNMENT = {
 def align(base: Path, name: str, work: Path) -> Path:
     """Train the shipped adapter `name` on the model folder `base` and return its LoRA folder.
 
-    Finished shards of samples and checkpoints in `work` are not done again.
+    Resumes from the shards of samples and the checkpoints in `work`.
     """
     recipe = ALIGNMENT[name]
     return align_sum(base, {name: 1.0}, recipe, work, work / f"align-{name}" / "train")
@@ -78,18 +78,18 @@ def align_sum(
     """Train an adapter for r = sum_j weights_j r_j and return its LoRA folder, `out_dir`.
 
     Samples the base model at the recipe's eta, ranks the samples of each prompt by r, and trains
-    on the best third against the worst. Deterministic, and resumes from shards and checkpoints.
+    on the best third against the worst. Deterministic; resumes from shards and checkpoints.
 
     Args:
         base: Folder of the base model.
         weights: By name of the reward (see `load_reward`); any finite numbers.
         recipe: The eta of the samples and the training configuration.
-        work: Holds the samples, which all adapters of one eta share.
+        work: Folder of the samples, which all adapters of one eta share.
         out_dir: Receives log, checkpoints and `pytorch_lora_weights.safetensors` (fp16).
 
     Raises:
-        ValueError: no weights, or a reward that there is not.
-        ResumeMismatch: `out_dir` holds a run of other weights or of another recipe.
+        ValueError: There are no weights, or a reward is unknown.
+        ResumeMismatch: `out_dir` holds a run with other weights or another recipe.
     """
     if not weights:
         raise ValueError(f"no rewards to align to; weights: {dict(weights)}")
@@ -115,7 +115,7 @@ def align_sum(
 
 
 def base_policy(eta: float) -> dict[str, Objective]:
-    """The base model as the only objective."""
+    """Return the base model as the only objective."""
     return {"base": Objective.base(eta=eta)}
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Align the shipped model's adapters by DPOK, to compare with those that step-level DPO made.
+"""Align adapters of the shipped model by DPOK, to compare them with those by step-level DPO.
 
-`python -m msdda_fast.emoji.align_dpok aesthetic` trains one; called again it goes on.
+`python -m msdda_fast.emoji.align_dpok aesthetic` trains one; the same command resumes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from msdda_fast.training.codec import decoder, latent_shape
 
 
 def _config(name: str, loops: int, kl_weight: float) -> DPOKConfig:
-    """The preset for the shipped model at the adapter's own eta."""
+    """Return the preset for the shipped model at the adapter's own eta."""
     return DPOKConfig.shipped(
         loops=loops,
         eta=ALIGNMENT[name].eta,
@@ -43,7 +43,7 @@ CONFIGS = {
 def align_dpok(base: Path, name: str, work: Path) -> Path:
     """Train the adapter `name` on the model folder `base` and return its LoRA folder.
 
-    Prompts, rank and eta are those of `align`; the reward has the adapter's name. Resumes.
+    Prompts, rank and eta are those of `align`; the reward has the name of the adapter. Resumes.
     """
     config = CONFIGS[name]
     pipe = MSDDAPipeline.from_pretrained(base, objectives={name: Objective.base(eta=config.eta)})
@@ -61,10 +61,10 @@ def align_dpok(base: Path, name: str, work: Path) -> Path:
 
 
 def main(
-    name: Annotated[str, typer.Argument(help="aesthetic or consistency.")],
-    work: Annotated[Path, typer.Option(help="Folder of runs.")] = Path("embedded_work"),
+    name: Annotated[str, typer.Argument(help="Adapter to train: aesthetic or consistency.")],
+    work: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("embedded_work"),
 ) -> None:
-    """Train one adapter; resumes."""
+    """Train one adapter by DPOK; the same command resumes."""
     if name not in CONFIGS:
         raise typer.BadParameter(f"{name!r} is not one of {', '.join(CONFIGS)}")
     align_dpok(resolve("msdda-fast/emoji"), name, work)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Untrained components of a small Stable Diffusion, stock diffusers and transformers classes."""
+"""Untrained components of a small Stable Diffusion, of stock diffusers and transformers classes."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from diffusers import (
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 MAX_TOKENS = 24
+TEXT_WIDTH = 96
 Autoencoder: TypeAlias = AutoencoderTiny
 
 
 def word_tokenizer(words: Iterable[str]) -> CLIPTokenizer:
-    """Build a CLIP tokenizer with one token per given word; other words fall into characters."""
+    """Build a CLIP tokenizer with one token per given word; other words split into characters."""
     # A pair that one word merges can break another up (the "bl" of black in table): such words
     # merge first.
     order = sorted(set(words), key=lambda word: (-len(word), word))
@@ -50,7 +51,7 @@ def _bpe(words: list[str]) -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
 
 
-def small_text_encoder(tokenizer: CLIPTokenizer, width: int = 96) -> CLIPTextModel:
+def small_text_encoder(tokenizer: CLIPTokenizer, width: int = TEXT_WIDTH) -> CLIPTextModel:
     """Build a two-layer CLIP text encoder for the tokenizer."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
@@ -78,7 +79,7 @@ def small_vae() -> AutoencoderTiny:
     )
 
 
-def small_unet(text_width: int = 96) -> UNet2DConditionModel:
+def small_unet() -> UNet2DConditionModel:
     """Build the denoiser: 16x16 latents, cross-attention at 8x8 and 4x4, 8.5 M parameters."""
     return UNet2DConditionModel(
         sample_size=16,
@@ -86,7 +87,7 @@ def small_unet(text_width: int = 96) -> UNet2DConditionModel:
         layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=text_width,
+        cross_attention_dim=TEXT_WIDTH,
         attention_head_dim=2,  # diffusers: the number of heads
         norm_num_groups=16,
     )
@@ -111,7 +112,7 @@ def assemble(
     tokenizer: CLIPTokenizer,
     unet: UNet2DConditionModel,
 ) -> StableDiffusionPipeline:
-    """Put the components together as a stock pipeline without a safety checker."""
+    """Assemble the components into a stock pipeline without a safety checker."""
     return StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,

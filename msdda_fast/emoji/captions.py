@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training captions with the long tail of web captions, which gives alignment something to gain.
+"""Training captions with the long tail of web captions, which leaves alignment room to improve.
 
-Stable Diffusion fails the paper's prompts because the web shows few blue apples and because web
-captions are loose. The same two causes are reproduced here: natural colours are frequent, and an
-image of the natural object sometimes carries the caption of an odd one (or a pair in the wrong
-colours). Shapes are never wrong, and the test combinations never occur.
+Stable Diffusion fails on the paper's prompts because the web shows few blue apples and because web
+captions are imprecise. Both causes are reproduced here: natural colours are frequent, and an image
+of an object in its natural colour sometimes has the caption of another colour (or a pair has its
+colours swapped). Shapes are never wrong, and the test combinations never occur.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class Tail:
 
 
 class CaptionSampler:
-    """Draws (caption, scene) with the long tail; never a held-out combination in either."""
+    """Draws (caption, scene) with the long tail; neither has a held-out combination."""
 
-    def __init__(self, tail: Tail | None = None, seed: int = 0) -> None:
-        self._tail = tail or Tail()
+    def __init__(self, seed: int = 0) -> None:
+        self._tail = Tail()
         self._random = random.Random(seed)
 
     def __call__(self) -> tuple[str, tuple[Painted, ...]]:

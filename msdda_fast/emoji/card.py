@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write the model card of `msdda-fast/emoji` from its logs and results, no figure typed by hand.
+"""Write the model card of `msdda-fast/emoji` from its logs and results; no number is typed by hand.
 
-`python -m msdda_fast.emoji.card`; the text is `card.md` beside this file.
+Run `python -m msdda_fast.emoji.card`; the template is `card.md` beside this file.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ COLUMNS = {
 
 
 def results_table(results: dict[str, Any], *, single: bool = False) -> str:
-    """Return the arms as a markdown table, means with 95% intervals."""
+    """Return the arms as a Markdown table of means with 95% intervals."""
     suffix = ", single-object prompts" if single else ""
     measured = next(iter(results["arms"].values()))
     columns = [name for name in COLUMNS if name in measured]
@@ -56,7 +56,7 @@ def _read_log(path: Path) -> list[dict[str, float]]:
 
 
 def plot_training(folder: Path, target: Path) -> None:
-    """Draw the loss of every stage."""
+    """Plot the loss of every training stage."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -139,10 +139,10 @@ def card(results: dict[str, Any], three: dict[str, Any]) -> str:
 
 
 def main(
-    results: Annotated[Path, typer.Option(help="Result file of `embedded.evaluate`.")] = Path(
+    results: Annotated[Path, typer.Option(help="Result file of emoji.evaluate.")] = Path(
         "benchmarks/results/emoji.json"
     ),
-    three: Annotated[Path, typer.Option(help="That of `embedded.evaluate --three`.")] = Path(
+    three: Annotated[Path, typer.Option(help="Result file of emoji.evaluate --three.")] = Path(
         "benchmarks/results/emoji_three.json"
     ),
     readme: Annotated[Path, typer.Option(help="README with the marked block.")] = Path("README.md"),

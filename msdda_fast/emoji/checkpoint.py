@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints and logs of the training runs: atomic, and exact to resume from."""
+"""Checkpoints and logs of the training runs: written atomically, resumed exactly."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CHECKPOINT_EVERY = 100  # steps
 
 
 class Stateful(Protocol):
-    """A module, an optimizer, a schedule."""
+    """A module, an optimizer or a schedule."""
 
     def state_dict(self) -> dict[str, Any]: ...
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compare adapters by DPOK with the shipped ones by step-level DPO, on the held-out prompts.
+"""Compare adapters trained by DPOK with the shipped ones, on the held-out prompts.
 
 `python -m msdda_fast.emoji.compare_dpok aesthetic=FOLDER consistency=FOLDER` samples each folder
 at its own eta on the 25 test prompts (resumable) and writes `benchmarks/results/dpok.json`. The
@@ -37,10 +37,10 @@ SHIPPED_ARM = {"aesthetic": "w = 0", "consistency": "w = 1"}  # of emoji_samples
 
 
 def measured(samples: Path, arm: str, seeds: int) -> Scores:
-    """The scores of one arm of `emoji_samples.csv`, of the first seeds.
+    """Return the scores of one arm of `emoji_samples.csv` for the first seeds.
 
     Raises:
-        ValueError: the file has no such arm, or other prompts or fewer seeds.
+        ValueError: The file has no such arm, other prompts or fewer seeds.
     """
     with samples.open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["arm"] == arm]
@@ -72,7 +72,7 @@ def sample(name: str, folder: Path, seeds: int, work: Path) -> Scores:
 
 
 def compare(name: str, folder: Path, seeds: int, samples: Path, work: Path) -> dict[str, Any]:
-    """Figures of one adapter: means, gains over the base model, DPOK less step-level DPO."""
+    """Return one adapter's means, gains over the base model, and DPOK minus step-level DPO."""
     arms = {
         "base": measured(samples, f"base, eta {ALIGNMENT[name].eta}", seeds),
         "step-dpo": measured(samples, SHIPPED_ARM[name], seeds),
@@ -95,7 +95,7 @@ def compare(name: str, folder: Path, seeds: int, samples: Path, work: Path) -> d
 
 
 def verdict(difference: dict[str, Any], name: str) -> str:
-    """What the intervals allow to say of the two rewards together."""
+    """Return which method the intervals favour, given both rewards."""
     signs = {
         reward: (difference[reward]["low"] > 0) - (difference[reward]["high"] < 0)
         for reward in REWARDS
@@ -108,8 +108,10 @@ def verdict(difference: dict[str, Any], name: str) -> str:
 
 
 def main(
-    adapters: Annotated[list[str], typer.Argument(metavar="NAME=FOLDER...")],
-    seeds: Annotated[int, typer.Option(min=2, help="Per prompt.")] = 8,
+    adapters: Annotated[
+        list[str], typer.Argument(metavar="NAME=FOLDER...", help="Adapters trained by DPOK.")
+    ],
+    seeds: Annotated[int, typer.Option(min=2, help="Number of seeds per prompt.")] = 8,
     work: Annotated[Path, typer.Option(help="Folder of the resumable samples.")] = Path("out/dpok"),
     results: Annotated[Path, typer.Option(help="Folder of the result files.")] = Path(
         "benchmarks/results"
@@ -118,7 +120,7 @@ def main(
     """Compare the given adapters with the shipped ones and write `dpok.json`."""
     folders = dict(text.split("=", 1) for text in adapters if "=" in text)
     if len(folders) != len(adapters) or not set(folders) <= set(REWARDS):
-        raise typer.BadParameter(f"expected NAME=FOLDER with NAME one of {', '.join(REWARDS)}")
+        raise typer.BadParameter(f"must be NAME=FOLDER, with NAME one of {', '.join(REWARDS)}")
     target = results / "dpok.json"
     found = json.loads(target.read_text())["adapters"] if target.is_file() else {}
     for name, folder in folders.items():

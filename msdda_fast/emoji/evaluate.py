@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure the shipped model on the held-out prompts: both rewards, and a judge nothing trained on.
+"""Measure the shipped model on held-out prompts: both rewards, and a judge nothing was trained on.
 
 `python -m msdda_fast.emoji.evaluate` samples 25 test prompts x 32 seeds per arm (resumable) and
-writes `benchmarks/results/emoji.json` (figures with intervals) and `emoji_samples.csv` (per image).
+writes `benchmarks/results/emoji.json` (means with intervals) and `emoji_samples.csv` (per image).
 With `--three` it measures the third adapter, on fewer seeds: `emoji_three.json` and its samples.
 """
 
@@ -62,7 +62,7 @@ def arms() -> list[Arm]:
 
 
 def three_arms() -> list[Arm]:
-    """Return the base model, each of the three adapters alone, and all of them in equal parts."""
+    """Return the base model, each of the three adapters alone, and all three in equal parts."""
     emoji = "msdda-fast/emoji"
     own = {name: Objective(emoji, subfolder=name, eta=ALIGNMENT[name].eta) for name in ALIGNMENT}
     third = 1 / len(own)
@@ -84,7 +84,7 @@ def sample_arm(model: Path, arm: Arm, work: Path, seeds: range = SEEDS) -> Colle
 
 
 def sample_three(model: Path, work: Path) -> dict[str, Collection]:
-    """Sample the arms of the third adapter, those of `arms` being shared, and add its reward."""
+    """Sample the arms of the third adapter, sharing those of `arms`, and add its reward."""
     pipe = MSDDAPipeline.from_pretrained(model)
     shared, samples = {arm.name for arm in arms()}, {}
     for arm in three_arms():
@@ -98,7 +98,7 @@ def sample_three(model: Path, work: Path) -> dict[str, Collection]:
 
 
 def interval(values: Tensor) -> dict[str, float]:
-    """Mean of values, shape (P, S), and its 95% bootstrap interval over the S seeds per prompt."""
+    """Return the mean of values, (P, S), with its 95% bootstrap interval over seeds per prompt."""
     prompts, seeds = values.shape
     generator = torch.Generator().manual_seed(0)
     draws = torch.randint(seeds, (RESAMPLES, prompts, seeds), generator=generator)
@@ -109,7 +109,7 @@ def interval(values: Tensor) -> dict[str, float]:
 
 
 def pairs_of_arms() -> list[tuple[str, str]]:
-    """The neighbours of the sweep, and each end with its own base."""
+    """Return the neighbours in the sweep, and each end with its own base."""
     names = [f"w = {w:g}" for w in SWEEP]
     return [*pairwise(names), ("base, eta 1.0", names[0]), ("base, eta 0.8", names[-1])]
 
@@ -117,10 +117,10 @@ def pairs_of_arms() -> list[tuple[str, str]]:
 def summarise(
     samples: Mapping[str, Collection], pairs: Sequence[tuple[str, str]]
 ) -> dict[str, Any]:
-    """Turn the scored samples of all arms into figures with intervals; differences are paired.
+    """Return means with intervals of the scored samples of all arms; differences are paired.
 
     Args:
-        samples: By arm, of the same prompts and seeds.
+        samples: By arm, with equal prompts and seeds.
         pairs: The differences to take: (before, after).
     """
     shape = len(TEST_PROMPTS), -1
@@ -141,7 +141,7 @@ def summarise(
 
 
 def to_csv(samples: Mapping[str, Collection]) -> str:
-    """Write one row per image."""
+    """Return CSV text with one row per image."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     names = list(next(iter(samples.values())).scores)
@@ -162,7 +162,7 @@ def main(
         "benchmarks/results"
     ),
     model: Annotated[
-        Path | None, typer.Option(help="Model folder; default: the shipped one.")
+        Path | None, typer.Option(help="Model folder.", show_default="the shipped model")
     ] = None,
     three: Annotated[bool, typer.Option(help="Measure the third adapter instead.")] = False,
 ) -> None:

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapters of the MORL oracle: one for each preference, trained on r_w = w r_1 + (1 - w) r_2.
 
-`python -m msdda_fast.emoji.oracle` trains those of w = .2, .5, .8 (r_1 is consistency, r_2
-aesthetic) from the samples that the shipped adapters were trained on, and puts them into
-`benchmarks/results/oracle`; called again it goes on. w = 0 and w = 1 are the shipped adapters.
+`python -m msdda_fast.emoji.oracle` trains those for w = 0.2, 0.5 and 0.8 (r_1 is consistency, r_2
+aesthetic) on the samples that the shipped adapters were trained on, and puts them into
+`benchmarks/results/oracle`; the same command resumes. w = 0 and w = 1 are the shipped adapters.
 
-Which eta: the fused step of two objectives has the variance eta_w^2 v_t, and the base policy that
-it is tied to, the product of the objectives' own, has it too. So an oracle is sampled at eta_w
-(`oracle_eta`), or it would differ from the fused model by its noise, not by its reward. Training
-knows eta only by the samples that are ranked: those of the sampled eta nearest to eta_w.
+Choice of eta: the fused step of two objectives has variance eta_w^2 v_t, as does the base policy
+that it is tied to, the product of the objectives' own. So an oracle is sampled at eta_w
+(`oracle_eta`); otherwise it would differ from the fused model by its noise, not its reward. In
+training, eta matters only for the ranked samples: those with the sampled eta nearest to eta_w.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def oracle_eta(w: float) -> float:
 
 
 def oracle_recipe(w: float) -> AlignmentRecipe:
-    """Return the recipe between those of the two adapters: theirs at w = 1 and w = 0.
+    """Return the recipe interpolated between those of the two adapters.
 
     Raises:
         ValueError: w is outside [0, 1].
@@ -57,7 +57,7 @@ def align_oracle(base: Path, w: float, work: Path) -> Path:
     Args:
         base: Folder of the base model.
         w: Weight of consistency, in [0, 1].
-        work: Holds the base model's samples and the runs; what is finished there is not done again.
+        work: Folder of the base model's samples and the runs, from which this resumes.
 
     Raises:
         ValueError: w is outside [0, 1].
@@ -71,7 +71,7 @@ def main(
     work: Annotated[Path, typer.Option(help="Folder of samples, checkpoints and logs.")] = Path(
         "out/train"
     ),
-    target: Annotated[Path, typer.Option(help="Where the adapters go.")] = Path(
+    target: Annotated[Path, typer.Option(help="Folder of the adapters.")] = Path(
         "benchmarks/results/oracle"
     ),
 ) -> None:

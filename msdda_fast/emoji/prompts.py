@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The paper's Table 2 and the captions of the training images.
 
-The combinations of the test prompts never occur in training, neither in a caption nor in an image.
+The combinations of the test prompts never occur in training, in captions or in images.
 """
 
 from __future__ import annotations
@@ -78,19 +78,19 @@ def held_out() -> tuple[set[Painted], set[tuple[Painted, Painted]]]:
 
 
 def is_held_out(things: Sequence[Painted]) -> bool:
-    """Say whether a scene or caption has a combination of the test prompts, in either order."""
+    """Return whether a scene or caption has a combination of the test prompts, in any order."""
     singles, pairs = held_out()
     pair = tuple(things)
     return any(thing in singles for thing in things) or pair in pairs or pair[::-1] in pairs
 
 
-def alignment_prompts(count: int, seed: int = 5) -> tuple[str, ...]:
-    """Return the paper's training prompts and more of the grammar, `count` in all, none held out.
+def alignment_prompts(count: int) -> tuple[str, ...]:
+    """Return `count` prompts, the paper's training prompts first, none of them held out.
 
-    Twenty-five prompts name each colour a few times only, and an adapter aligned on them learns
-    the colours of its prompts instead of obeying the prompt.
+    The paper's 25 prompts name each colour only a few times; an adapter aligned on them learns the
+    colours of these prompts instead of following the prompt.
     """
-    rng, prompts = random.Random(seed), dict.fromkeys(TRAIN_PROMPTS)
+    rng, prompts = random.Random(5), dict.fromkeys(TRAIN_PROMPTS)
     while len(prompts) < count:
         names = rng.sample(OBJECTS, rng.choice((1, 2)))
         things = [Painted(name, rng.choice(COLORS)) for name in names]

@@ -20,7 +20,7 @@ Uniform = Callable[..., Tensor]  # (*shape) -> uniform numbers in [0, 1)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Jitter:
-    """Ranges of the placement; the defaults are the training images, scorers see wider ones."""
+    """Ranges of the placement; the defaults are for training images, scorers use wider ones."""
 
     single: tuple[float, float] = (0.80, 0.90)  # sprite side over image side
     pair: tuple[float, float] = (0.48, 0.52)
@@ -52,7 +52,7 @@ class Renderer:
         self._small = F.interpolate(premultiplied, size=36, mode="bilinear", antialias=True)
 
     def __call__(self, scenes: Sequence[Sequence[Painted]], generator: torch.Generator) -> Tensor:
-        """Render scenes (every object coloured), two objects left to right.
+        """Render scenes whose objects all have colours; of two, the first is on the left.
 
         Returns: images, shape (N, 3, 64, 64), in [0, 1].
         """
@@ -112,5 +112,5 @@ class Renderer:
         return known[int(uniform(1).item() * len(known))]
 
     def has(self, name: str) -> bool:
-        """Say whether one of the sets has a sprite of this object."""
+        """Return whether one of the sets has a sprite of this object."""
         return (name, COLORS[0]) in self._index

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draw latents and images from the shipped model for collecting and evaluating."""
+"""Draw latents and images from the shipped model, for training and evaluation."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,12 +18,9 @@ DTYPE = torch.bfloat16  # of the networks; latents stay float32 between steps
 GUIDANCE_SCALE = 1.0  # none: the policy that DPO trains is the one that is sampled
 
 
-def sampler(
-    pipe: MSDDAPipeline, weights: Mapping[str, float], etas: Mapping[str, float] | None = None
-) -> SampleFn:
+def sampler(pipe: MSDDAPipeline, weights: Mapping[str, float]) -> SampleFn:
     """Return a function (prompts, seeds) -> (latents, images in [0, 1]) with fixed preferences."""
     pipe.set_progress_bar_config(disable=True)
-    options: dict[str, Any] = {"etas": dict(etas)} if etas else {}
 
     @torch.inference_mode()
     def sample(prompts: Sequence[str], seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -35,7 +31,6 @@ def sampler(
             num_inference_steps=NUM_STEPS,
             guidance_scale=GUIDANCE_SCALE,
             output_type="latent",
-            **options,
         ).images
         return latents, decode(pipe, latents)
 
@@ -50,7 +45,7 @@ def decode(pipe: MSDDAPipeline, latents: Tensor) -> Tensor:
 
 @torch.no_grad()
 def score(pipe: MSDDAPipeline, samples: Collection, prompts: Sequence[str], reward: str) -> Tensor:
-    """Return a reward of each sample, shape (N,): the stored one, else that of its decoding.
+    """Return a reward of each sample, shape (N,): the stored one, else that of its decoded image.
 
     Args:
         pipe: The pipeline whose autoencoder the latents belong to.

@@ -107,7 +107,7 @@ def lab_to_rgb(lab: FloatArray) -> FloatArray:
 def recolor(rgba: FloatArray, color: str, *, whole: bool = False) -> FloatArray:
     """Paint the body of a sprite, shape (H, W, 4) in [0, 1], in one of `COLORS`.
 
-    The body is what has the dominant hue (or everything but the outline, for `whole` and for
+    The body is the part with the dominant hue (or everything but the outline, for `whole` and for
     sprites of low chroma). Its lightness keeps the sprite's own shading: L' = L_c + g (L - median).
     """
     lab = rgb_to_lab(rgba[..., :3])
@@ -139,7 +139,7 @@ def recolor(rgba: FloatArray, color: str, *, whole: bool = False) -> FloatArray:
 
 
 def sprite_path(style: str, name: str) -> Path:
-    """Return where the stored sprite of an object lives; some sets lack some."""
+    """Return the path of an object's sprite in a set; not every set has every object."""
     return ASSETS / "sprites" / style / f"{name.replace(' ', '-')}.png"
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Make the shipped model from the sprites: `python -m msdda_fast.emoji.train`.
+"""Train the shipped model on the sprites: `python -m msdda_fast.emoji.train`.
 
 Stages: autoencoder, denoiser with text encoder, decoder, two scorers, three adapters. Each resumes
-from its checkpoint, so the same command goes on after a kill. The model card has the minutes.
+from its checkpoint, so the same command continues after a kill. The model card lists the times.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def export(base: Path, adapters: dict[str, Path], work: Path, folder: Path) -> N
 
 
 def drop_derived_entry(config: Path) -> None:
-    """Drop what AutoencoderTiny writes, derives itself, and warns of when it reads it again."""
+    """Drop the entry that AutoencoderTiny writes, derives itself, and warns about when reading."""
     entries = json.loads(config.read_text())
     entries.pop("block_out_channels", None)
     config.write_text(json.dumps(entries, indent=2) + "\n")
@@ -130,7 +130,7 @@ def _objectives(names: Iterable[str]) -> dict[str, Any]:
 def write_manifest(folder: Path) -> None:
     """Write `manifest.json`: the adapters and etas of the model, and a hash of each file.
 
-    `objectives` are those that the model loads by itself, `more_objectives` those to be asked for.
+    `objectives` are those that the model loads by default, `more_objectives` the others.
     """
     files = {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
@@ -151,9 +151,9 @@ def write_manifest(folder: Path) -> None:
 
 def main(
     work: Annotated[Path, typer.Option(help="Folder of checkpoints and logs.")] = Path("out/train"),
-    assets: Annotated[Path, typer.Option(help="Where the finished files go.")] = ASSETS,
+    assets: Annotated[Path, typer.Option(help="Folder of the finished files.")] = ASSETS,
 ) -> None:
-    """Train everything that ships; resumes."""
+    """Train everything that ships; the same command resumes."""
     base = train_networks(work)
     train_scorers(work, assets / "scorers")
     adapters = {name: align(base, name, work) for name in ALIGNMENT}

@@ -21,7 +21,7 @@ NUM_SCENES = 30_000
 
 
 class Tokenizer(Protocol):
-    """What is used of a CLIPTokenizer."""
+    """The part of a CLIPTokenizer that is used."""
 
     model_max_length: int
 
@@ -31,7 +31,7 @@ class Tokenizer(Protocol):
 
 
 class Noising(Protocol):
-    """What is used of a DDIMScheduler."""
+    """The part of a DDIMScheduler that is used."""
 
     config: Any
 
@@ -78,7 +78,7 @@ def train_base(
     steps: int = 2200,
     batch: int = 64,
 ) -> None:
-    """Train both networks with the epsilon loss and leave their moving average in them.
+    """Train both networks with the epsilon loss; they end with their moving averages.
 
     Resumes from `work/base.pt`. Ten per cent of the captions become the empty prompt `empty_id`
     (shape (L,)), which classifier-free guidance needs.

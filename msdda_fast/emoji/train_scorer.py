@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train the two scorers: the consistency reward, and the judge that nothing is optimised against.
 
-They share no weights, seed, architecture or set of sprites; the twemoji style is held out of both
-(and of the base model) and measures their accuracy on drawings they have never seen.
+They share no weights, seed, architecture or set of sprites. The twemoji style is held out from both
+and from the base model; it measures their accuracy on drawings that they have never seen.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ WIDE = Jitter(single=(0.6, 0.95), pair=(0.40, 0.54), shift=0.04, rotation=12, fl
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScorerRecipe:
-    """What tells one scorer from the other."""
+    """The settings in which the scorers differ."""
 
     name: str
     styles: tuple[str, ...]
@@ -83,7 +83,7 @@ def train_scorer(
 
 @torch.no_grad()
 def augment(images: Tensor, vae: Autoencoder, generator: torch.Generator) -> Tensor:
-    """Make renders look like generated images: half pass the autoencoder, with noise and tints."""
+    """Make renders resemble generated images: half pass the autoencoder, all get noise and tint."""
     count = len(images)
     through = torch.rand(count, generator=generator) < 0.5
     with torch.autocast("cpu", torch.bfloat16):

@@ -20,9 +20,9 @@ def train_vae(
 ) -> None:
     """Train `vae` in place; resumes from `work/vae.pt`.
 
-    Loss: L1 of the pixels + 0.5 L1 of their differences, latents blurred by noise of 0.05 (a
-    smooth decoder forgives small denoising errors) and drawn to N(0, 1) per channel, because the
-    Stable Diffusion pipeline knows only a scalar scaling factor.
+    Loss: L1 of the pixels + 0.5 L1 of their differences, with noise of 0.05 on the latents (a
+    smooth decoder forgives small denoising errors). Latents are pulled towards N(0, 1) per channel,
+    because the Stable Diffusion pipeline has only a scalar scaling factor.
     """
     _train(vae, list(vae.parameters()), renderer, work, "vae", steps, batch)
 
@@ -30,7 +30,7 @@ def train_vae(
 def refine_decoder(
     vae: Autoencoder, renderer: Renderer, work: Path, *, steps: int = 1200, batch: int = 16
 ) -> None:
-    """Train the decoder on with the encoder frozen: the denoiser's latents stay as they are.
+    """Continue training the decoder with a frozen encoder: the denoiser's latents do not change.
 
     Resumes from `work/decoder.pt`.
     """

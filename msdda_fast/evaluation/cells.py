@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files of a sweep: written whole or not at all, one image per finished cell."""
+"""The files of a sweep: one image per finished cell, written atomically."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Cell:
 
     @property
     def file_name(self) -> str:
-        """A name of its own for every cell: words of the prompt, its checksum, weight and seed."""
+        """Unique name of the cell: words of the prompt, its checksum, weight and seed."""
         words = re.sub(r"[^a-z0-9]+", "-", self.prompt.lower()).strip("-")[:40]
         checksum = zlib.crc32(self.prompt.encode())
         column = "base" if self.weight is None else f"w{self.weight!r}"
@@ -39,11 +39,11 @@ class SweepFolder:
     """A folder of finished cells, bound to the settings that made them.
 
     Args:
-        path: Made if missing.
+        path: Created if missing.
         settings: JSON values; everything but prompts, weights and seeds that an image depends on.
 
     Raises:
-        SettingsConflict: The folder was made with other settings; names those that differ.
+        SettingsConflict: The folder was made with other settings; the message names them.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
@@ -56,7 +56,7 @@ class SweepFolder:
         return (self._cells / cell.file_name).exists()
 
     def add(self, cell: Cell, image: Image.Image) -> None:
-        """Keep a finished cell; one that is there already stays."""
+        """Store a finished cell, unless it is stored already."""
         if not self.has(cell):
             write_atomically(
                 self._cells / cell.file_name, lambda file: image.save(file, format="PNG")
@@ -78,5 +78,5 @@ class SweepFolder:
             ) from error
 
     def relative(self, cell: Cell) -> str:
-        """The path of a cell inside the folder."""
+        """Return the path of a cell inside the folder."""
         return f"{self._cells.name}/{cell.file_name}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The paper's comparison, whole: images, scores, tables, figures, and pictures of pictures."""
+"""The paper's whole comparison: images, scores, tables, figures, and grids of images."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ def compare(
         comparison: What all systems have in common.
         plan: Systems, preferences and seeds.
         work: Folder of the finished shards; see `run_comparison`.
-        out: Folder of the results. Rows of `scores.csv` from earlier calls stay.
-        title: Of the page.
-        reference: Of the hypervolume, by objective; None: -1 for each.
-        part: (i, n): one of n processes. Only a call with (0, 1) writes results.
+        out: Folder of the results. Rows of `scores.csv` from earlier calls are kept.
+        title: Title of the page.
+        reference: Reference point of the hypervolume, by objective; None: -1 for each.
+        part: (i, n): draw only part i of n. Only a call with (0, 1) writes results.
         elsewhere: Draws in place of `pipe`; see `run_comparison`.
         progress: Called with the numbers of finished and of all images.
 
-    Returns: the page, or None for one part of several.
+    Returns: the page, or None if this is one part of several.
 
     Raises: As `run_comparison` and `write_report`.
     """
@@ -84,12 +84,14 @@ def compare(
 
 
 def report_scores(out: Path) -> Path:
-    """Make every table and figure of `out/scores.csv` anew, as `out/protocol.json` says.
+    """Remake every table and figure from `out/scores.csv` and `out/protocol.json`.
 
     Raises:
-        FileNotFoundError: One of the two is not there.
+        FileNotFoundError: One of the two is missing.
         ValueError: As `read_scores` and `write_report`.
     """
+    if not (out / "protocol.json").is_file():
+        raise FileNotFoundError(f"no results of a comparison in {out}: it has no protocol.json")
     protocol = json.loads((out / "protocol.json").read_text("utf-8"))
     return write_report(read_scores(out / "scores.csv"), out, **protocol)
 
@@ -106,7 +108,7 @@ def _setting(pipe: MSDDAPipeline, comparison: Comparison) -> str:
 def _write_grids(
     comparison: Comparison, plan: Plan, entries: Sequence[Entry], work: Path, out: Path
 ) -> None:
-    """Write grid.png, MSDDA and RS over the preferences as Fig. 4, and systems.png, all at one."""
+    """Write grid.png, MSDDA and RS over the preferences (Fig. 4), and systems.png, all at one."""
     count = len(comparison.prompts)
     rows = range(0, count, -(-count // GRID_PROMPTS))
     seed = plan.seeds[0]

@@ -28,21 +28,21 @@ _MARKERS = "osD^vPX<>hdp"
 
 
 def label_of(system: tuple[str, str]) -> str:
-    """Method, and the variant in brackets if it has one."""
+    """Return the method, with its variant in brackets if it has one."""
     method, variant = system
     return f"{method} ({variant})" if variant else method
 
 
 def pareto_figure(arms: Sequence[Arm], rewards: tuple[str, str], file: Path) -> None:
-    """Draw mean rewards with 95% intervals, a line per system through its preferences.
+    """Draw mean rewards with 95% intervals, one line per system through its preferences.
 
-    Systems that evaluate rewards while sampling have a panel of their own, with MSDDA in both. All
-    points of a panel are of the prompts and seeds that they have in common, where there are any.
+    Systems that evaluate rewards while sampling have a separate panel; MSDDA is in both. The points
+    of a panel use the prompts and seeds that all its systems share, if there are any.
 
     Args:
-        arms: With and without weights; those of MSDDA itself are drawn thickest.
-        rewards: Horizontal and vertical.
-        file: PNG.
+        arms: With and without weights; those of MSDDA are drawn thickest.
+        rewards: The rewards on the horizontal and the vertical axis.
+        file: PNG to write.
     """
     systems: dict[tuple[str, str], list[Arm]] = {}
     for arm in sorted(arms, key=lambda a: -1.0 if a.w is None else a.w):
@@ -130,9 +130,9 @@ def simplex_figure(arms: Sequence[Arm], rewards: Sequence[str], file: Path) -> N
     """Draw each of three mean rewards of one system over the triangle of preferences.
 
     Args:
-        arms: At three or more preferences that are not on a line.
-        rewards: Three, with a corner each.
-        file: PNG.
+        arms: Arms at three or more preferences that are not on a line.
+        rewards: Three names, one for each corner.
+        file: PNG to write.
     """
     corners = np.array([[0.5, np.sqrt(3) / 2], [0.0, 0.0], [1.0, 0.0]])
     places = np.array([[arm.weights.get(name, 0.0) for name in rewards] for arm in arms]) @ corners

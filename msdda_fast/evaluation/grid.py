@@ -21,25 +21,24 @@ def labelled_grid(
     *,
     cell: int = 160,
 ) -> Image.Image:
-    """Draw images on white, with a label left of each row and above each column.
+    """Draw images on white, with a label to the left of each row and above each column.
 
     Args:
         images: R rows of C images of one shape.
         row_labels: R texts, wrapped at words.
-        column_labels: C texts; after a line break the second line is smaller and softer.
-        cell: Width of an image in the grid, pixels; images are resampled to it, height in
-            proportion.
+        column_labels: C texts; the text after a line break is smaller and lighter.
+        cell: Width of an image in the grid, in pixels; images are resampled proportionally.
 
     Returns: the grid, RGB.
 
     Raises:
-        InvalidShape: Rows of different lengths, labels of another number, or no image at all.
+        InvalidShape: There are no images, or the numbers of images and labels do not match.
     """
     columns = len(column_labels)
     if not images or not columns or any(len(row) != columns for row in images):
         lengths = [len(row) for row in images]
         raise InvalidShape(
-            f"rows hold {lengths} images, expected {columns} each, as many as labels"
+            f"rows have {lengths} images, expected {columns} each, one per column label"
         )
     if len(row_labels) != len(images):
         raise InvalidShape(f"{len(row_labels)} row labels for {len(images)} rows")
@@ -78,7 +77,7 @@ def _wrap(
     width: int,
     draw: ImageDraw.ImageDraw,
 ) -> str:
-    """Break `text` at words into lines of at most `width` pixels; a longer word keeps its line."""
+    """Break `text` between words into lines of at most `width` pixels; words are not split."""
     lines: list[str] = []
     for word in text.split():
         longer = f"{lines[-1]} {word}" if lines else word

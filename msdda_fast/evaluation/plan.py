@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which systems are compared, with which settings, at which preferences, on how many seeds.
 
-Systems that read aligned models draw every seed. Those that search or follow gradients while they
-sample cost up to a hundred times as much, and draw a stated subset; the special cases of TFG
-at w = 0.5 alone.
+Systems that use aligned models draw every seed. Those that search or follow gradients while
+sampling cost up to a hundred times as much and draw the subset `search_seeds`; the special cases
+of TFG only at w = 0.5.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ STRENGTHS = (1.5,)
 
 
 def published_searches() -> dict[tuple[str, str], Method]:
-    """Systems that evaluate rewards while sampling, as published, by name and variant."""
+    """Return the published systems that evaluate rewards while sampling, by name and variant."""
     return {
         ("Best-of-N", "N = 20"): BestOfN(num_particles=20),
         ("CoDe", "official"): CoDe(variant="official"),
@@ -55,20 +55,21 @@ class Plan:
     """What to draw.
 
     Args:
-        objectives: Two or three; w weighs the first, and 1 - w the second.
+        objectives: Two or three names; w is the weight of the first, 1 - w of the second.
         preferences: Weights w in [0, 1] of the tables, for all systems.
-        seeds: Of systems that evaluate no rewards, but for variants.
-        search_preferences, search_seeds: Of those that do; by default every preference.
-        front: More weights w, for the Pareto figure: MSDDA, RS and DB-MPA.
-        front_seeds: Of those, of the variants of MSDDA and RS, and of `simplex`.
+        seeds: Seeds for systems that evaluate no rewards, except variants.
+        search_preferences, search_seeds: Preferences (None: all) and seeds for systems that
+            evaluate rewards while sampling.
+        front: Additional weights w for the Pareto figure: MSDDA, RS and DB-MPA.
+        front_seeds: Seeds for those, for the variants of MSDDA and RS, and for `simplex`.
         simplex: Preferences over three objectives, for MSDDA.
-        tuned: Settings of searches beside the published ones, by name and variant.
-        oracles: Adapter folder by w.
-        factor_soup: Include RS by factors, which adapters of several ranks do not have.
+        tuned: Further settings of searches, beside the published ones, by name and variant.
+        oracles: Adapter folders by w.
+        factor_soup: Include RS with merged factors, which needs adapters of equal rank.
         systems: Names of methods; None: all.
 
     Raises:
-        ValueError: A name that no system has, or weights outside [0, 1].
+        ValueError: A system is unknown, or a weight is outside [0, 1].
     """
 
     objectives: Sequence[str]
@@ -93,12 +94,12 @@ class Plan:
             raise ValueError(f"unknown system {unknown[0]!r}; known: {', '.join(known)}")
 
     def entries(self) -> list[Entry]:
-        """All of them, cheap systems first."""
+        """Return what to draw, cheap systems first."""
         chosen = self.systems
         return [e for e in self._all() if chosen is None or e.method.name in chosen]
 
     def at(self, w: float) -> dict[str, float]:
-        """Preference w of the first objective."""
+        """Return the weights by objective: w for the first, 1 - w for the second."""
         first, second = self.objectives[:2]
         return {first: w, second: round(1 - w, 10)}
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Jobs that know nothing of each other, run by a Ray cluster; results come back to the caller.
+"""Independent jobs, run by a Ray cluster; results are returned to the caller.
 
-Workers need the package and the paths that a job names, and no folder in common with the caller.
+Workers need the package and the paths that a job names, but no folder shared with the caller.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ ANSWER_S = 5.0
 
 @contextmanager
 def connected(address: str) -> Iterator[None]:
-    """Be the driver of a cluster.
+    """Connect to a cluster as its driver.
 
     Args:
         address: HOST:PORT, ray://HOST:PORT, or "auto" for the cluster that this machine is part of.
 
     Raises:
-        BackendUnavailable: None answers there.
+        BackendUnavailable: No cluster answers at this address.
     """
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     try:
@@ -61,8 +61,8 @@ class RayTasks(Generic[Job, Result]):
     """Runs jobs on the cluster that this process is connected to.
 
     Args:
-        prepare: Returns what does a job; called once in every process of the cluster that gets one.
-        num_cpus, num_gpus: Of a job.
+        prepare: Returns the function that does a job; called once in each process that gets one.
+        num_cpus, num_gpus: Resources per job.
     """
 
     def __init__(
@@ -74,13 +74,13 @@ class RayTasks(Generic[Job, Result]):
         self._do: Any = remote(_do)
 
     def __call__(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Result]]:
-        """Yield jobs with their results, in the order in which they are finished.
+        """Yield jobs with their results, in the order in which they finish.
 
-        What is not finished when the caller stops is cancelled.
+        Unfinished jobs are cancelled when the caller stops.
 
         Raises:
             Exception: Whatever a job raised.
-            ray.exceptions.RayError: One was lost too often.
+            ray.exceptions.RayError: A job was lost too often.
         """
         waiting = {self._do.remote(self._prepare, job): job for job in jobs}
         try:
@@ -102,6 +102,6 @@ def _do(prepare: bytes, job: Any) -> Any:  # noqa: ANN401 - of any kind
 
 @cache
 def _prepared(prepare: bytes) -> Callable[[Any], Any]:
-    """What does jobs: a worker process lives longer than a job, and loads a model only once."""
+    """Return what does jobs; cached, so that a worker process loads a model only once."""
     function: Callable[[Any], Any] = ray.cloudpickle.loads(prepare)()
     return function

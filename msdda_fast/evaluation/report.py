@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From scores to tables, figures and one self-contained page; nothing is drawn or scored here."""
+"""Turn scores into tables, figures and one self-contained page; no image is drawn or scored."""
 
 from __future__ import annotations
 
@@ -42,17 +42,17 @@ def write_report(
     """Write table.csv, table.md, summary.json, pareto.png, simplex.png and report.html.
 
     Args:
-        rows: Scores; those of more than two weights go to the figure of three objectives alone.
-        folder: Where a `grid.png` of images is shown on the page, if there is one.
-        objectives: Two or three; the first two span the tables and the Pareto figure.
-        preferences: Weights w of the first objective, a table each.
-        reference: Of the hypervolume, by objective.
-        title, setting: Heading of the page, and what was run, in a sentence.
+        rows: Scores; those with three weights are used only in the figure of three objectives.
+        folder: Where to write; a `grid.png` there is shown on the page.
+        objectives: Two or three names; the first two span the tables and the Pareto figure.
+        preferences: Weights w of the first objective, one table each.
+        reference: Reference point of the hypervolume, by objective.
+        title, setting: Heading of the page, and one sentence that says what was run.
 
     Returns: the page.
 
     Raises:
-        ValueError: There are no scores of MSDDA at one of the preferences.
+        ValueError: MSDDA has no scores at one of the preferences.
     """
     first, second = objectives[:2]
     arms = arms_of(rows)
@@ -98,7 +98,7 @@ def write_report(
 
 
 def _findings(tables: Sequence[PreferenceTable], fronts: Sequence[Front]) -> list[str]:
-    """Where MSDDA leads, where it is behind, and where nothing can be said."""
+    """Return sentences on where MSDDA leads, where it is behind, and where neither is shown."""
     sentences = []
     for table in tables:
         w = next(iter(table.weights.values()))

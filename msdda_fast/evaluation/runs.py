@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draw and score the images of a comparison, shard by shard; finished shards are never redone.
 
-A shard is one entry and one seed: an image of every prompt. It is two files, the scores and a strip
-of the images, and the scores are written last: where they are, all is.
+A shard is one entry and one seed: one image of every prompt. It consists of two files, the scores
+and a strip of the images; the scores are written last, so a shard with scores is complete.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ class Entry:
     """A system at one preference.
 
     Attributes:
-        method: With its settings.
-        variant: Name of these settings in tables; empty if there are no others.
-        weights: Preference by objective; the first one's is the paper's w.
-        seeds: Of the images of every prompt.
-        weighted: Whether the preference matters; else it is left out of the scores.
+        method: The method with its settings.
+        variant: Name of these settings in tables; empty if there is only one variant.
+        weights: Preference by objective; the first weight is the paper's w.
+        seeds: Seeds of every prompt.
+        weighted: Whether the preference matters; if not, the scores omit it.
     """
 
     method: Method
@@ -61,19 +61,19 @@ class Entry:
 
     @property
     def w(self) -> float | None:
-        """Weight of the first objective."""
+        """Weight of the first objective; None if the preference does not matter."""
         return next(iter(self.weights.values())) if self.weighted else None
 
     @property
     def weights_text(self) -> str:
-        """All weights, as in the scores."""
+        """All weights as text, as in the scores."""
         if not self.weighted:
             return ""
         return " ".join(f"{name}={weight:g}" for name, weight in self.weights.items())
 
     @property
     def folder_name(self) -> str:
-        """A name of its own for every method, setting and preference."""
+        """Unique folder name of the method, its settings and the preference."""
         words = f"{self.method.name} {self.variant} {self.weights_text}"
         setting = f"{words} {type(self.method).__name__} {self.method!r}"
         slug = re.sub(r"[^a-z0-9.=]+", "-", words.lower()).strip("-")
@@ -85,10 +85,10 @@ class Comparison:
     """What every entry has in common.
 
     Args:
-        prompts: All different.
-        rewards: By name; every image gets all of them, and methods see those they have weights for.
+        prompts: Distinct prompts.
+        rewards: By name; all score every image, and methods see those that have a weight.
         num_inference_steps: T.
-        guidance_scale: Of every model; None: the objectives' own.
+        guidance_scale: The scale of every model; None: the objectives' own.
         batch_size: Images per call; None: all prompts of a shard.
     """
 
@@ -100,7 +100,7 @@ class Comparison:
 
     def __post_init__(self) -> None:
         if not self.prompts or len(set(self.prompts)) != len(self.prompts):
-            raise ValueError(f"prompts must be one or more different ones, got {self.prompts}")
+            raise ValueError(f"prompts must be non-empty and distinct, got {self.prompts}")
         if self.batch_size is not None and self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
 
@@ -126,20 +126,20 @@ def run_comparison(
     elsewhere: Elsewhere | None = None,
     progress: Callable[[int, int], None] = lambda finished, total: None,
 ) -> None:
-    """Draw the shards that are not there yet, seed by seed, so that all entries grow together.
+    """Draw the missing shards, seed by seed, so that all entries grow together.
 
     Args:
         pipe: Its objectives are the aligned models.
-        comparison: What all have in common.
+        comparison: What all entries have in common.
         entries: What to draw.
-        folder: Finished shards stay there; a later call continues, or adds entries and seeds.
+        folder: Folder of finished shards; a later call continues, or adds entries and seeds.
         part: (i, n): of n processes that share the folder, this is number i.
-        elsewhere: Draws shards in place of `pipe`, which must be of the same model.
+        elsewhere: Draws shards in place of `pipe`, with the same model.
         progress: Called with the numbers of finished and of all images.
 
     Raises:
         SettingsConflict: The folder holds shards of another model, prompts or settings.
-        ValueError: A reward cannot judge a prompt, or `part` is not one.
+        ValueError: A reward cannot score a prompt, or `part` is invalid.
     """
     index, parts = part
     if not 0 <= index < parts:
@@ -180,7 +180,7 @@ def run_comparison(
 def collect_scores(
     comparison: Comparison, entries: Sequence[Entry], folder: Path
 ) -> Iterator[Score]:
-    """The rows of all shards of these entries that are finished."""
+    """Yield the scores of all finished shards of these entries."""
     for entry, seed, file in _shards(folder, entries):
         if not file.exists():
             continue
@@ -201,10 +201,10 @@ def collect_scores(
 
 
 def strip_of(folder: Path, entry: Entry, seed: int) -> list[Image.Image]:
-    """The images of one shard, a prompt each.
+    """Return the images of one shard, one per prompt.
 
     Raises:
-        FileNotFoundError: It is not finished.
+        FileNotFoundError: The shard is not finished.
     """
     file = next(file for e, s, file in _shards(folder, [entry]) if s == seed)
     return _cut(file, len(json.loads(file.read_text("utf-8"))["prompts"]))
@@ -222,7 +222,7 @@ def _file(folder: Path, entry: Entry, seed: int) -> Path:
 
 
 def draw_shard(pipe: MSDDAPipeline, comparison: Comparison, entry: Entry, seed: int) -> Shard:
-    """Draw and score an image of every prompt."""
+    """Draw and score one image of every prompt."""
     prompts = list(comparison.prompts)
     size = comparison.batch_size or len(prompts)
     chosen = {n: r for n, r in comparison.rewards.items() if n in entry.weights}
@@ -264,7 +264,7 @@ def _keep(shard: Shard, file: Path) -> None:
 
 
 def _score_again(comparison: Comparison, file: Path) -> None:
-    """Add the rewards that a finished shard has not been judged by."""
+    """Add the rewards that a finished shard lacks."""
     shard = json.loads(file.read_text("utf-8"))
     missing = {n: r for n, r in comparison.rewards.items() if n not in shard["rewards"]}
     if not missing:
@@ -291,6 +291,6 @@ def _cut(file: Path, count: int) -> list[Image.Image]:
 
 
 def _strip(pixels: Tensor) -> Image.Image:
-    """Images (B, 3, H, W) uint8 next to each other."""
+    """Return images (B, 3, H, W) uint8 side by side as one."""
     row = torch.cat(list(pixels), dim=-1).permute(1, 2, 0).contiguous()
     return Image.fromarray(row.numpy())

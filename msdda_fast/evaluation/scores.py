@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scores of a comparison: one row per image, in one CSV file that only ever grows."""
+"""The scores of a comparison: one row per image, in one CSV file that only grows."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ COSTS = ("unet_forwards", "unet_backwards", "decodes", "reward_calls")
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """One image.
+    """The scores of one image.
 
     Attributes:
-        method, variant: Which system drew it.
+        method, variant: The system that drew it.
         w: Weight of the first objective; None: the system has no weights.
-        weights: All of them, "name=value" in order; empty: as `w`.
+        weights: All weights, "name=value" in order; empty: the system has none.
         steps: T.
-        prompt, seed: Of the image.
+        prompt, seed: What the image was drawn from.
         rewards: By name, in the rewards' units.
-        seconds: Of its batch, per image.
+        seconds: Time of its batch, per image.
         costs: By the names of `COSTS`, per image.
     """
 
@@ -45,7 +45,7 @@ class Score:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """What tells rows apart."""
+        """The columns that identify a row."""
         return tuple(getattr(self, name) for name in _KEY)
 
 
@@ -53,8 +53,8 @@ def read_scores(file: Path) -> list[Score]:
     """Read all rows.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: A column is missing, or a value is no number; names the line.
+        FileNotFoundError: The file does not exist.
+        ValueError: A column is missing, or a value is not a number; the message names the line.
     """
     with file.open(encoding="utf-8", newline="") as lines:
         reader = csv.DictReader(lines)
@@ -73,7 +73,7 @@ def read_scores(file: Path) -> list[Score]:
 
 
 def merge_scores(file: Path, new: Iterable[Score]) -> list[Score]:
-    """Add rows to a file, made if missing; a row that is there already is replaced.
+    """Add rows to a file, created if missing; rows with the same key are replaced.
 
     Returns: all rows, in the order of the file: by system, weights, prompt and seed.
     """

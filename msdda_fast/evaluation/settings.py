@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A folder of results belongs to the settings that made them."""
+"""Settings of a results folder, which must not mix results of different settings."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ __all__ = ["SettingsConflict", "bind_settings", "model_checksum", "model_setting
 
 
 class SettingsConflict(MSDDAError, ValueError):
-    """A folder holds results that were made with other settings."""
+    """A folder holds results of other settings."""
 
 
 def bind_settings(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Write `settings` to `settings.json` in a new folder, or compare with what is there.
+    """Write `settings` to `settings.json` in a new folder, or compare them with those stored.
 
     Args:
-        folder: Made if missing.
-        settings: JSON values; everything that a result depends on and its file name does not say.
+        folder: Created if missing.
+        settings: JSON values; everything that a result depends on and its file name omits.
 
     Raises:
-        SettingsConflict: The folder was made with other settings; names those that differ.
+        SettingsConflict: The folder was made with other settings; the message names them.
     """
     record = folder / "settings.json"
     wanted = json.loads(json.dumps(settings))
@@ -52,7 +52,7 @@ def bind_settings(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 def model_settings(pipe: MSDDAPipeline) -> dict[str, Any]:
-    """What an image depends on that belongs to the model."""
+    """Return everything about the model that an image depends on."""
     return {
         "model": model_checksum(pipe),
         "dtype": str(pipe.unet.dtype),
@@ -65,7 +65,7 @@ def model_settings(pipe: MSDDAPipeline) -> dict[str, Any]:
 
 
 def model_checksum(pipe: MSDDAPipeline) -> str:
-    """SHA-256 over the weights of every network, adapters included."""
+    """Return the SHA-256 over the weights of every network, adapters included."""
     digest = hashlib.sha256()
     networks = [v.network for v in pipe.variants.values() if v.network is not pipe.unet]
     for module in (*pipe.components.values(), *networks):
@@ -78,6 +78,6 @@ def model_checksum(pipe: MSDDAPipeline) -> str:
 
 
 def write_json(file: Path, value: Any) -> None:  # noqa: ANN401 - any JSON value
-    """Write a JSON file, whole or not at all."""
+    """Write a JSON file atomically."""
     text = json.dumps(value, indent=2) + "\n"
     write_atomically(file, lambda partial: partial.write_text(text, "utf-8"))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Means, 95% intervals, paired differences and hypervolumes of scored images.
 
-Intervals are percentile bootstraps over (prompt, seed) pairs. Whatever is compared is resampled
-together, on the pairs that both sides have: the same (prompt, seed) starts from the same noise.
+Intervals are percentile bootstraps over (prompt, seed) pairs. Systems that are compared are
+resampled together, on the pairs that both have: equal (prompt, seed) start from equal noise.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ RESAMPLES = 2000
 
 
 class Interval(NamedTuple):
-    """A mean with its 95% bootstrap interval, and the number of pairs under it."""
+    """A mean with its 95% bootstrap interval, and the number of pairs it is taken over."""
 
     mean: float
     low: float
@@ -55,8 +55,8 @@ class Arm:
     Attributes:
         method, variant, w: As in the scores.
         weights: By reward; empty for a system without weights.
-        rewards: By pair, values by reward.
-        seconds: Per image, of the fastest batch: what else the machine did slows the others.
+        rewards: For each pair, the values by reward.
+        seconds: Per image, in the fastest batch; the others share the machine with other work.
         costs: Mean per image, by the names of `COSTS`.
     """
 
@@ -74,13 +74,13 @@ class Arm:
         return self.method, self.variant
 
     def values(self, reward: str, pairs: Sequence[Pair] | None = None) -> Values:
-        """One reward of the given pairs, or of all, in their order."""
+        """Return one reward of the given pairs, or of all, in their order."""
         return np.array([self.rewards[pair][reward] for pair in pairs or list(self.rewards)])
 
     def scalarised(
         self, weights: Mapping[str, float], pairs: Sequence[Pair] | None = None
     ) -> Values:
-        """r_w = sum_j w_j r_j, as `values`."""
+        """Return r_w = sum_j w_j r_j of the given pairs, or of all, in their order."""
         total: Values = np.sum(
             [w * self.values(name, pairs) for name, w in weights.items()], axis=0
         )
@@ -96,13 +96,13 @@ def arms_of(rows: Iterable[Score]) -> list[Arm]:
 
 
 def mean_reward(values: Values) -> Interval:
-    """Mean of one value per pair, (n,)."""
+    """Return the mean of one value per pair, (n,), with its interval."""
     means = values @ _resampled(len(values))
     return _interval(float(values.mean()), means, len(values))
 
 
 def paired_gain(ours: Arm, theirs: Arm, weights: Mapping[str, float]) -> Interval:
-    """Mean of r_w of ours minus theirs over the pairs of both.
+    """Return the mean of r_w of `ours` minus that of `theirs`, over the pairs that both have.
 
     Raises:
         ValueError: They have no pair in common.
@@ -112,11 +112,11 @@ def paired_gain(ours: Arm, theirs: Arm, weights: Mapping[str, float]) -> Interva
 
 
 def hypervolume(front: Sequence[Arm], reference: Mapping[str, float]) -> Interval:
-    """Volume that the mean rewards of some arms dominate above a reference point.
+    """Return the volume above a reference point that the mean rewards of the arms dominate.
 
     Args:
-        front: One arm per preference; means are over the pairs that all have.
-        reference: By reward; a mean below it in any reward adds nothing.
+        front: One arm per preference; means are over the pairs that all arms have.
+        reference: By reward; an arm whose mean is below it in any reward adds nothing.
 
     Raises:
         ValueError: The arms have no pair in common.
@@ -129,7 +129,7 @@ def hypervolume(front: Sequence[Arm], reference: Mapping[str, float]) -> Interva
 def hypervolume_gain(
     ours: Sequence[Arm], theirs: Sequence[Arm], reference: Mapping[str, float]
 ) -> Interval:
-    """Hypervolume of ours minus theirs, over the pairs that all arms have; see `hypervolume`."""
+    """Return `hypervolume` of `ours` minus that of `theirs`, over the pairs that all arms have."""
     pairs = _common([*ours, *theirs])
     gains = np.subtract(_volumes(ours, reference, pairs), _volumes(theirs, reference, pairs))
     return _interval(float(gains[0]), gains[1:], len(pairs))
@@ -153,13 +153,13 @@ def _common(arms: Sequence[Arm]) -> list[Pair]:
     shared = set(arms[0].rewards).intersection(*(arm.rewards for arm in arms))
     if not shared:
         names = ", ".join(" ".join(filter(None, (*arm.system, f"w={arm.w}"))) for arm in arms)
-        raise ValueError(f"no (prompt, seed) is common to {names}")
+        raise ValueError(f"no (prompt, seed) is shared by {names}")
     return sorted(shared)
 
 
 @lru_cache(maxsize=8)
 def _resampled(count: int) -> Values:
-    """Weights (n, R) of n values in R resamples; equal for equal n, so that pairs stay pairs."""
+    """Return weights (n, R) of n values in R resamples; the same for equal n, so pairs match."""
     rng = np.random.default_rng(0)
     draws: Values = rng.multinomial(count, np.full(count, 1 / count), size=RESAMPLES).T / count
     return draws
@@ -168,7 +168,7 @@ def _resampled(count: int) -> Values:
 def _volumes(
     front: Sequence[Arm], reference: Mapping[str, float], pairs: Sequence[Pair]
 ) -> list[float]:
-    """Hypervolume of the means, then of every resample's means."""
+    """Return the hypervolume of the means, then of the means of every resample."""
     weights = np.column_stack([np.full(len(pairs), 1 / len(pairs)), _resampled(len(pairs))])
     values = np.array([[arm.values(name, pairs) for name in reference] for arm in front])
     means = values @ weights  # (arms, rewards, 1 + R)

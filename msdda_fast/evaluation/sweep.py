@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Prompts x preferences: images, a labelled grid, and rewards. Resumable, cell by cell.
 
-The preference weight w is that of one objective, `toward`; the other one gets 1 - w, so a column is
-the paper's `r_w = w r_1 + (1 - w) r_2`. The base model is a column of its own.
+w is the weight of one objective, `toward`; the other one gets 1 - w, so a column is the paper's
+`r_w = w r_1 + (1 - w) r_2`. The base model has a column of its own.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ Elsewhere = Callable[[Sequence[list[Cell]]], Iterable[tuple[list[Cell], Sequence
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sweep:
-    """What to draw, validated at birth.
+    """What to draw, validated on construction.
 
     Args:
-        prompts: At least one, all different.
+        prompts: At least one, all distinct.
         weights: Preference weights w of `toward`, in [0, 1], no unit; the columns after the base.
-        seeds: Each gives every cell one image; the grid shows the first.
-        toward: The objective that w weighs.
+        seeds: Every cell has one image per seed; the grid shows the first.
+        toward: The objective that w is the weight of.
         num_inference_steps: T.
         guidance_scale: >= 1; None: the model's own.
         rewards: Names for `load_reward`.
         batch_size: Images per call of the pipeline; no image depends on it.
 
     Raises:
-        InvalidWeights: A weight outside [0, 1].
-        ValueError: No prompt, weight, or seed; one twice; a batch size below 1.
+        InvalidWeights: A weight is outside [0, 1].
+        ValueError: Prompts, weights or seeds are empty or repeat; or the batch size is below 1.
     """
 
     prompts: Sequence[str]
@@ -62,7 +62,7 @@ class Sweep:
         for name in ("prompts", "weights", "seeds"):
             values = getattr(self, name)
             if not values or len(set(values)) != len(values):
-                raise ValueError(f"{name} must be one or more different ones, got {list(values)}")
+                raise ValueError(f"{name} must be non-empty and distinct, got {list(values)}")
         for weight in self.weights:
             if not 0.0 <= weight <= 1.0:
                 raise InvalidWeights(f"weights of a sweep lie in [0, 1], got {weight!r}")
@@ -87,12 +87,12 @@ class Sweep:
 
 @dataclass(frozen=True, slots=True)
 class SweepResult:
-    """Where the pictures are, and the mean reward of each column.
+    """The files of a sweep, and the mean reward of each column.
 
     Attributes:
-        grid: PNG.
-        rewards: JSON, every cell and the means.
-        means: By reward, then one number per column: the base, then the weights.
+        grid: PNG file.
+        rewards: JSON file of every cell and the means.
+        means: For each reward, one number per column: the base, then the weights.
     """
 
     grid: Path
@@ -108,26 +108,26 @@ def run_sweep(
     elsewhere: Elsewhere | None = None,
     progress: Callable[[int, int], None] = lambda finished, total: None,
 ) -> SweepResult:
-    """Draw the cells that are not there yet, then the grid and the rewards of all.
+    """Draw the missing cells, then the grid, and score all cells.
 
     Args:
-        pipe: Two objectives, `sweep.toward` one of them.
+        pipe: A pipeline with two objectives, one of them `sweep.toward`.
         sweep: What to draw.
-        folder: Finished cells stay there; a later call continues, or adds prompts, weights, seeds.
-        elsewhere: Draws cells in place of `pipe`, which must be of the same model.
+        folder: Folder of finished cells; a later call continues, or adds prompts, weights, seeds.
+        elsewhere: Draws cells in place of `pipe`, with the same model.
         progress: Called with the numbers of finished and of all cells, first before any is drawn.
 
     Raises:
-        UnknownObjective: `sweep.toward` is no objective of the pipeline.
-        ValueError: The pipeline has other than two objectives, a reward is unknown or cannot judge
-            a prompt.
+        UnknownObjective: `sweep.toward` is not an objective of the pipeline.
+        ValueError: The pipeline does not have two objectives; or a reward is unknown or cannot
+            score a prompt.
         SettingsConflict: The folder holds cells of another model or other settings.
     """
     names = list(pipe.objectives)
     if sweep.toward not in names:
         raise UnknownObjective(f"unknown objective {sweep.toward!r}; known: {', '.join(names)}")
     if len(names) != 2:
-        raise ValueError(f"a sweep weighs two objectives, this model has {', '.join(names)}")
+        raise ValueError(f"a sweep needs two objectives, this model has {', '.join(names)}")
     rewards = [load_reward(name) for name in sweep.rewards]
     for reward in rewards:  # a prompt that cannot be judged is found before hours of drawing
         reward(torch.zeros(len(sweep.prompts), 3, 64, 64), sweep.prompts)
@@ -175,8 +175,8 @@ class CellDrawer:
     """Draws cells of one sweep.
 
     Args:
-        pipe: See `run_sweep`.
-        sweep: What the cells are of.
+        pipe: A pipeline with two objectives, one of them `sweep.toward`.
+        sweep: The sweep.
     """
 
     def __init__(self, pipe: MSDDAPipeline, sweep: Sweep) -> None:
@@ -224,7 +224,7 @@ def _draw_missing(
 
 
 def _batches(sweep: Sweep, store: SweepFolder) -> Iterator[list[Cell]]:
-    """Group the missing cells of each column."""
+    """Yield the missing cells in batches of one column."""
     for weight in sweep.columns:
         missing = [c for c in sweep.cells if c.weight == weight and not store.has(c)]
         for start in range(0, len(missing), sweep.batch_size):
@@ -232,7 +232,7 @@ def _batches(sweep: Sweep, store: SweepFolder) -> Iterator[list[Cell]]:
 
 
 def _settings(pipe: MSDDAPipeline, sweep: Sweep) -> dict[str, Any]:
-    """Everything an image depends on besides prompt, weight and seed."""
+    """Return everything that an image depends on besides prompt, weight and seed."""
     return {
         **model_settings(pipe),
         "toward": sweep.toward,
@@ -249,7 +249,7 @@ def _label(weight: float | None, toward: str, other: str) -> str:
 
 
 def _as_batch(images: Sequence[Image.Image]) -> torch.Tensor:
-    """Images as (N, 3, H, W) float32 in [0, 1]."""
+    """Return images as (N, 3, H, W) float32 in [0, 1]."""
     size = images[0].size
     pixels = torch.frombuffer(bytearray(b"".join(i.tobytes() for i in images)), dtype=torch.uint8)
     return pixels.view(len(images), size[1], size[0], 3).permute(0, 3, 1, 2).float() / 255

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tables of a comparison, as values: rewards at each preference, and hypervolumes."""
+"""The numbers in the tables of a comparison: rewards at each preference, and hypervolumes."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ class Row:
 
     Attributes:
         arm: The images.
-        rewards: Mean by reward: those weighed, then those that all images of the table have.
+        rewards: Means by reward: those with a weight, then those that all images have.
         scalarised: Mean of r_w.
-        gain: Mean of r_w of MSDDA minus this, paired; None: this is MSDDA.
+        gain: Mean of r_w of MSDDA minus this system, paired; None: this is MSDDA.
     """
 
     arm: Arm
@@ -56,14 +56,14 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class PreferenceTable:
-    """All systems at one preference, best r_w first, by the difference to MSDDA."""
+    """All systems at one preference, sorted by their paired difference to MSDDA, best first."""
 
     weights: Mapping[str, float]
     rows: Sequence[Row]
 
     @property
     def judged(self) -> list[str]:
-        """Rewards that the table has beside those that are weighed."""
+        """The rewards of the table that have no weight."""
         return [name for name in self.rows[0].rewards if name not in self.weights]
 
 
@@ -74,8 +74,8 @@ class Front:
     Attributes:
         system: Method and variant.
         volume: Hypervolume of its mean rewards.
-        gain: That of MSDDA minus this; None: this is MSDDA.
-        unet_forwards: Mean per image.
+        gain: Hypervolume of MSDDA minus this one, paired; None: this is MSDDA.
+        unet_forwards: Mean number per image.
     """
 
     system: tuple[str, str]
@@ -93,12 +93,12 @@ def preference_table(arms: Sequence[Arm], weights: Mapping[str, float]) -> Prefe
     """Compare the arms at one preference, and those without weights.
 
     Raises:
-        ValueError: MSDDA is not among them, or shares no (prompt, seed) with one of them.
+        ValueError: There is no arm of MSDDA, or it shares no (prompt, seed) with another arm.
     """
     chosen = [arm for arm in arms if not arm.weights or _at(arm, weights)]
     ours = next((arm for arm in chosen if arm.system == OURS and arm.weights), None)
     if ours is None:
-        raise ValueError(f"the scores hold no MSDDA at {dict(weights)}, so nothing to compare with")
+        raise ValueError(f"no MSDDA at {dict(weights)} in the scores: nothing to compare with")
     judged = [
         name
         for name in next(iter(ours.rewards.values()))
@@ -123,7 +123,7 @@ def preference_table(arms: Sequence[Arm], weights: Mapping[str, float]) -> Prefe
 def front_table(
     arms: Sequence[Arm], preferences: Sequence[Mapping[str, float]], reference: Mapping[str, float]
 ) -> list[Front]:
-    """Compare hypervolumes of the systems that have an arm at every preference, largest first."""
+    """Compare the hypervolumes of systems with an arm at every preference, largest first."""
     fronts: dict[tuple[str, str], list[Arm]] = {}
     for arm in arms:
         if any(_at(arm, weights) for weights in preferences):
@@ -144,7 +144,7 @@ def front_table(
 
 
 def to_csv(tables: Sequence[PreferenceTable]) -> str:
-    """All preference tables as one CSV text, every interval as three columns."""
+    """Return all preference tables as one CSV text, with three columns per interval."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     names = [n for n in tables[0].rows[0].rewards if all(n in t.rows[0].rewards for t in tables)]
@@ -169,9 +169,9 @@ def to_csv(tables: Sequence[PreferenceTable]) -> str:
 
 
 def to_markdown(table: PreferenceTable) -> str:
-    """One preference table as Markdown."""
+    """Return one preference table as Markdown."""
     costs = ["UNet forwards", "fastest s / image"]
-    head = ["system", "n", *table.weights, "r_w", "MSDDA minus it", *table.judged, *costs]
+    head = ["system", "n", *table.weights, "r_w", "MSDDA minus system", *table.judged, *costs]
     lines = [f"| {' | '.join(head)} |", "|---" + "|---:" * (len(head) - 1) + "|"]
     for row in table.rows:
         arm = row.arm
@@ -193,7 +193,7 @@ def to_markdown(table: PreferenceTable) -> str:
 
 
 def _at(arm: Arm, weights: Mapping[str, float]) -> bool:
-    """Whether an arm has these weights, up to the digits that scores keep."""
+    """Return whether an arm has these weights, up to the digits that scores keep."""
     return arm.weights.keys() == weights.keys() and all(
         abs(arm.weights[name] - weight) < 1e-5 for name, weight in weights.items()
     )

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings for the systems that evaluate rewards while sampling, chosen on training prompts.
+"""Choose settings, on training prompts, for the systems that evaluate rewards while sampling.
 
-Their published settings belong to other rewards. Each gets the same budget, `CANDIDATES` settings
-on the same images, and the best mean r_w is kept. The test prompts play no part.
+Their published settings were chosen for other rewards. Each system gets the same budget, six
+`candidates` on the same prompts and seeds; the one with the best mean r_w is kept. Test prompts
+are not used.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _KINDS: Mapping[str, type[Method]] = {kind.name: kind for kind in (RGG, DAS, TFG
 
 
 def candidates() -> list[Method]:
-    """Six settings of each system; what is not named stands as published."""
+    """Return six settings of each system; fields that are not set are as published."""
     return [
         *(RGG(norm="none", alpha=a, gamma=g) for a in (0.01, 0.03, 0.1) for g in (0.024, 0.1)),
         *(DAS(alpha=a, gamma=g) for a in (0.005, 0.02, 0.1) for g in (0.016, 0.05)),
@@ -54,16 +55,16 @@ def tune(
     part: tuple[int, int] = (0, 1),
     progress: Callable[[int, int], None] = lambda finished, total: None,
 ) -> dict[str, Interval]:
-    """Draw every candidate and write tuning.csv and tuned.json, the best of each system.
+    """Draw every candidate; write tuning.csv, and the best of each system to tuned.json.
 
     Args:
-        pipe: As in a comparison.
-        comparison: Its prompts are for training.
-        weights: The preference whose r_w decides.
-        seeds: Of every prompt.
-        folder: Resumable, as a comparison's.
-        methods: Candidates; None: `candidates()`.
-        part, progress: See `run_comparison`. The files are written from what is finished.
+        pipe: Its objectives are the aligned models.
+        comparison: What all candidates have in common, with training prompts.
+        weights: The preference whose r_w ranks the candidates.
+        seeds: Seeds of every prompt.
+        folder: Folder of finished shards and of the results; a later call continues.
+        methods: The candidates; None: `candidates()`.
+        part, progress: As in `run_comparison`. The files include whatever is finished.
 
     Returns: mean r_w of each finished candidate.
     """
@@ -86,11 +87,11 @@ def tune(
 
 
 def load_tuned(file: Path) -> dict[tuple[str, str], Method]:
-    """Read tuned.json: the chosen methods, by name and the variant "tuned".
+    """Read tuned.json; return the chosen methods by name and the variant "tuned".
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It names a system or a setting that there is not.
+        FileNotFoundError: The file does not exist.
+        ValueError: It names an unknown system or setting.
     """
     settings = json.loads(file.read_text("utf-8"))
     methods: dict[tuple[str, str], Method] = {}
@@ -106,7 +107,7 @@ def load_tuned(file: Path) -> dict[tuple[str, str], Method]:
 
 
 def _setting(method: Method) -> str:
-    """Fields that are not the default, as text."""
+    """Return the fields that differ from the defaults, as text."""
     plain = asdict(type(method)())  # type: ignore[call-overload]
     fields = asdict(method)  # type: ignore[call-overload]
     return " ".join(f"{k}={v}" for k, v in fields.items() if v != plain[k]) or "published"

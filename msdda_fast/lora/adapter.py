@@ -2,7 +2,7 @@
 r"""One LoRA adapter: find its file, read it, and check it against the network it is meant for.
 
 An adapter changes the weight `W` (out, in, *k) of some modules to `W + s B A` with `lora_down` A
-(r, in, *k) and `lora_up` B (out, r, *1). Everything here runs before any network does.
+(r, in, *k) and `lora_up` B (out, r, *1). All of this happens before a network runs.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class LoraFactors:
 
 @dataclass(frozen=True, slots=True)
 class LoraAdapter:
-    """The factors of one adapter by module path, and the `name` that errors call it by."""
+    """The factors of one adapter by module path, and its `name` in error messages."""
 
     name: str
     factors: Mapping[str, LoraFactors]
@@ -50,7 +50,7 @@ class LoraAdapter:
         """Pair the factors of a state dict in peft's naming (`<module>.lora_A.weight`, `lora_B`).
 
         Raises:
-            ValueError: a key is no LoRA factor, a factor lacks its partner, or their ranks differ.
+            ValueError: A key is not a LoRA factor, a factor has no partner, or their ranks differ.
         """
         for key in state_dict:
             if not key.endswith((_DOWN, _UP)):
@@ -76,8 +76,8 @@ class LoraAdapter:
         """Compare every update with the weight of its module in `network`.
 
         Raises:
-            AdapterMismatch: names the first module that is absent or has another shape, and gives
-                the shape of the adapter's update and of the network's weight.
+            AdapterMismatch: A module is missing or its shape differs; the message names the first
+                one, with the shapes of the adapter's update and of the network's weight.
         """
         modules = dict(network.named_modules())
         kind = type(network).__name__
@@ -99,11 +99,11 @@ class LoraAdapter:
 def find_adapter_file(
     source: Path, *, weight_name: str | None = None, subfolder: str | None = None
 ) -> Path:
-    """Return the one safetensors file that `source`, a file or a folder, stands for.
+    """Return the safetensors file of `source`, which is that file or its folder.
 
     Raises:
-        FileNotFoundError: the file, the folder, or any safetensors file in it does not exist.
-        ValueError: the file is not safetensors, or the folder holds several and none has diffusers'
+        FileNotFoundError: The file or folder does not exist, or the folder has no safetensors file.
+        ValueError: The file is not safetensors, or the folder holds several and none has diffusers'
             default name.
     """
     if not source.exists():
@@ -114,7 +114,7 @@ def find_adapter_file(
     if not source.is_file():
         raise FileNotFoundError(f"no adapter file at {source}")
     if source.suffix != ".safetensors":
-        raise ValueError(f"{source} is not a .safetensors file; pickled adapters are not read")
+        raise ValueError(f"{source} is not a .safetensors file; pickled adapters are not supported")
     return source
 
 
@@ -137,7 +137,7 @@ def read_adapter_file(file: Path) -> dict[str, Tensor]:
     """Read the tensors of one safetensors file, on the CPU, in the dtype they are stored in.
 
     Raises:
-        ValueError: the file is damaged, or holds no LoRA, or a kind that cannot be fused (DoRA).
+        ValueError: The file is damaged, has no LoRA weights, or a kind that cannot be fused (DoRA).
     """
     try:
         state_dict = load_file(file)

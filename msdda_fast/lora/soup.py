@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Several adapters merged into one (Rewarded Soups), in two readings of averaged weights.
+r"""Several adapters merged into one (Rewarded Soups), in two senses of averaged weights.
 
     product:  DeltaW = sum_i w_i s_i B_i A_i,
     factor:   DeltaW = (sum_i w_i s_i B_i) (sum_i w_i A_i).
 
-The first averages the networks. The second is what averaging all tensors of the adapters' files
-comes to: each update counts w_i^2, and pairs that have nothing to do with each other are
-multiplied. Factors are no more than one description of an update: (B, A) and (B Q^T, Q A) are the
-same, and their factor merge is not.
+The first averages the networks. The second averages all tensors of the adapters' files: each
+update counts w_i^2, and unrelated factors are multiplied with each other. An update does not
+determine its factors: (B, A) and (B Q^T, Q A) are the same update, but merge differently.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,20 +30,20 @@ Stacks: TypeAlias = Mapping[str, StackedFactors]
 def merge_adapters(
     adapters: Mapping[str, Stacks], weights: Sequence[float], merge: Merge
 ) -> dict[str, LoraFactors]:
-    """Merge adapters of one network into factors of one adapter, with nothing left to scale.
+    """Merge adapters of one network into the factors of one adapter with scale 1.
 
     Args:
         adapters: By name, factors by module path as stacks of M = 1, with s_i = scale alpha / rank
-            folded in; see `stack_adapters`. One without entries is the base.
+            folded in; see `stack_adapters`. An adapter without entries is the base.
         weights: w_i, one per adapter, no unit.
-        merge: "product" adds up the ranks of a module; "factor" needs the same modules and ranks.
+        merge: "product" adds the ranks of a module; "factor" needs equal modules and ranks.
 
     Returns:
-        Factors by module path in the dtype of the stacks, all of one rank: zeros fill it up.
+        Factors by module path in the dtype of the stacks, padded with zeros to one rank.
 
     Raises:
-        AdapterMismatch: "factor", and a module that not all adapters change, or not at one rank.
-        ValueError: Another merge than those.
+        AdapterMismatch: With "factor", a module is not changed by all adapters at one rank.
+        ValueError: `merge` is unknown.
     """
     if merge not in ("product", "factor"):
         raise ValueError(f"merge must be 'product' or 'factor', got {merge!r}")
@@ -73,8 +72,8 @@ def _check_alike(path: str, adapters: Mapping[str, Stacks]) -> None:
     ranks = {name: s[path].down.shape[1] if path in s else 0 for name, s in adapters.items()}
     if len(set(ranks.values())) > 1:
         raise AdapterMismatch(
-            f"merge='factor' averages factors of one rank, and in {path!r} the ranks are {ranks}; "
-            f"merge='product' takes any"
+            f"merge='factor' needs factors of equal rank, and in {path!r} the ranks are {ranks}; "
+            f"merge='product' accepts any"
         )
 
 

@@ -2,8 +2,8 @@
 r"""M adapters over one network -> two tensors per module, with every scale folded in.
 
 Objective m changes the weight W (out, in, *k) of a module to W + s_m B_m A_m, where
-s_m = scale_m alpha_m / r_m. This is the only place that turns a scale and an alpha into a factor of
-B: files and readers pass both on as they are.
+s_m = scale_m alpha_m / r_m. This is the only place that folds a scale and an alpha into B; code
+that reads files passes both on unchanged.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ __all__ = ["StackedFactors", "divergent_modules", "stack_adapters"]
 
 @dataclass(frozen=True, slots=True)
 class StackedFactors:
-    """The factors of M objectives in one module, zeros where an adapter has no such rank.
+    """The factors of M objectives in one module; zeros pad adapters of smaller rank.
 
     Attributes:
         down: A_m, (M, R, in, *k).
@@ -45,15 +45,15 @@ def stack_adapters(
         scales: One per objective, no unit; None: 1 for all.
         alphas: Per objective, alpha by module path; an adapter or module without one has alpha
             equal to its rank, so that s_m is its scale.
-        dtype: Of the result. s_m B_m is computed in float32 (float64 for float64) and cast once.
+        dtype: Of the result; s_m B_m is computed in float32 (float64 for float64) and cast once.
 
     Returns:
         By module path, an entry for each module that some adapter changes, on the device of its
-        factors. A module without an entry is the base's for every objective.
+        factors. A module without an entry is that of the base for every objective.
 
     Raises:
         AdapterMismatch: Two adapters update one module with different shapes.
-        InvalidShape: Not one scale, or alpha mapping, per adapter; or no adapters at all.
+        InvalidShape: There is not one scale, or alpha mapping, per adapter; or no adapter.
     """
     count = len(adapters)
     scales = [1.0] * count if scales is None else scales
@@ -105,9 +105,9 @@ def _stack(
 
 
 def divergent_modules(stacks: Mapping[str, StackedFactors]) -> set[str]:
-    """Paths where two objectives have different factors: up to the first, rows can be shared.
+    """Return the modules whose factors differ between objectives; rows are shared before the first.
 
-    Two adapters with different factors of one product count as different.
+    Different factors count as different, even if their products are equal.
     """
     return {
         path

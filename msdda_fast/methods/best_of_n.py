@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Best-of-N: the best by r_w of N independent images of the base model."""
+"""Best-of-N: of N independent images of the base model, the one with the highest r_w."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from msdda_fast.methods.ddim import DDIMStep
 from msdda_fast.methods.method import Method
 from msdda_fast.methods.model import LatentModel
-from msdda_fast.methods.particles import best, check_counts, initial_copies, score
+from msdda_fast.methods.particles import best, check_counts, initial_particles, score
 from msdda_fast.methods.sd import SD
 from msdda_fast.objective import check_eta
 
@@ -20,9 +20,9 @@ __all__ = ["BestOfN"]
 
 @dataclass(frozen=True, kw_only=True)
 class BestOfN(Method):
-    """N draws with x_T and noise of their own; the first is SD's, so that N = 1 is SD.
+    """N draws, each with its own x_T and noise; the first is SD's, so that N = 1 is SD.
 
-    Per image N T evaluations of the base, N decodes and, for N > 1, N scores.
+    Costs per image N T evaluations of the base, N decodes and, for N > 1, N scores.
 
     Args:
         num_particles: N, at least 1.
@@ -43,10 +43,10 @@ class BestOfN(Method):
         check_eta(self.eta, self.name)
 
     def sample(self, model: LatentModel) -> Tensor:
-        """See `Method.sample`."""
+        """Draw N images per sample and return the one with the highest r_w, (B, 3, H, W)."""
         if self.num_particles == 1:
             return SD(eta=self.eta).sample(model)
-        x = initial_copies(model, self.num_particles)
+        x = initial_particles(model, self.num_particles)
         for k in range(len(model.grid.timesteps)):
             z = model.noise(k, self.num_particles)
             x = DDIMStep.of(model.grid, k, self.eta).prev(x, model.eps(x, k), z)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""CoDe: every few steps, keep the candidate whose predicted image has the highest r_w.
 
-A. Singh et al., "CoDe: Blockwise Control for Denoising Diffusion Models". What a candidate x_s at
-timestep s promises is judged on its look-ahead: the reward of the decoded x0hat(x_s), whose noise
-prediction is taken at s itself.
+A. Singh et al., "CoDe: Blockwise Control for Denoising Diffusion Models". A candidate x_s at
+timestep s is judged by its look-ahead: the reward of the decoded x0hat(x_s), with the noise
+prediction taken at s itself.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ Variant: TypeAlias = Literal["official", "one-step"]
 class CoDe(Method):
     """Blockwise best-of-N over the noise of the base model; N = 1 is SD.
 
-    "official" runs blocks of B steps on N copies of one latent and keeps one at each block's end,
-    by its look-ahead; the last block is judged by its images themselves.
-    "one-step" chooses among N candidates of one step at k = 0, B, 2B, ..., the last step of all
-    excepted, by their look-ahead; the other steps are plain, and no final image is judged.
+    "official" runs blocks of B steps on N particles that start from one latent, and keeps the one
+    with the best look-ahead at the end of the block; the last block is judged by its images.
+    "one-step" chooses among N candidates for one step, by their look-ahead, at k = 0, B, 2B, ...
+    except the very last step; the other steps are plain, and no final image is judged.
 
-    Per image, in evaluations of the base as published, and in decodes and scores, for N > 1:
+    Costs per image, for N > 1: evaluations of the base as published; decodes and scores:
 
-        official    N T + N (ceil(T/B) - 1)     N ceil(T/B) of both
-        one-step    T + N K                     N K of both and one decode,    K = ceil((T - 1)/B)
+        official    N T + N (ceil(T/B) - 1)     N ceil(T/B) of each
+        one-step    T + N K                     N K of each and one decode,    K = ceil((T - 1)/B)
 
     Equal latents have equal predictions: `reuse` evaluates each once, for 1 + N (T - 1) and
     T + (N - 1) K evaluations and the same images.
@@ -49,7 +49,7 @@ class CoDe(Method):
         num_particles: N, at least 1.
         block: B, at least 1.
         eta: In (0, 1].
-        reuse: False evaluates as often as the published code.
+        reuse: Evaluate equal latents once; False evaluates as often as the published code.
 
     Raises:
         InvalidSchedule: eta outside its range; at 0 all candidates are equal.
@@ -73,7 +73,7 @@ class CoDe(Method):
             raise InvalidSchedule("CoDe: eta is 0, at which all candidates are equal; use (0, 1]")
 
     def sample(self, model: LatentModel) -> Tensor:
-        """See `Method.sample`."""
+        """Draw images by blockwise best-of-N, in the chosen variant."""
         if self.num_particles == 1:
             return SD(eta=self.eta).sample(model)
         return self._blocks(model) if self.variant == "official" else self._single_steps(model)
@@ -112,7 +112,7 @@ class CoDe(Method):
         return model.decode(x)
 
     def _choose(self, model: LatentModel, x: Tensor, k: int) -> tuple[Tensor, Tensor | None]:
-        """The winners (B, *S) of candidates x (N B, *S) at the level of step k, and their eps."""
+        """Return the winners (B, *S) of the candidates x (N B, *S) before step k, and their eps."""
         eps = model.eps(x, k)
         scores = score(model, model.decode(DDIMStep.of(model.grid, k, self.eta).x0(x, eps)))
         winner = best(x, scores, model.batch_size)

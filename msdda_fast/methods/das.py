@@ -26,7 +26,7 @@ from torch import Tensor
 from msdda_fast.methods.ddim import DDIMStep
 from msdda_fast.methods.method import Method
 from msdda_fast.methods.model import LatentModel
-from msdda_fast.methods.particles import best, check_counts, initial_copies, score
+from msdda_fast.methods.particles import best, check_counts, initial_particles, score
 from msdda_fast.methods.resampling import effective_size, systematic
 from msdda_fast.objective import check_eta
 
@@ -44,7 +44,7 @@ class Particles(NamedTuple):
     """P weighted images of each of B samples.
 
     Attributes:
-        images: (P B, 3, H, W) in [0, 1], copy-major.
+        images: (P B, 3, H, W) in [0, 1], particle-major.
         log_weights: (P, B) float64. Their log-mean-exp estimates log E[exp(r_w / alpha)], the
             normaliser of the tilted distribution.
     """
@@ -65,21 +65,21 @@ class _Outlook(NamedTuple):
 class DAS(Method):
     """The image with the largest weight of P particles. The defaults are the paper's at T = 100.
 
-    Per image P T evaluations of the base and as many backwards, P (T + 1) decodes and scores.
-    Where the paper resamples by SSP, this one does systematically.
+    Costs per image P T evaluations of the base and as many backward passes, P (T + 1) decodes and
+    P (T + 1) scores. Resampling is systematic; the paper's is SSP.
 
     Args:
         num_particles: P, at least 1.
         alpha: Strength of the KL term against the reward, in units of r_w, > 0. The paper's is
             0.005 for the aesthetic score and for its sum with CLIP's, 0.01 for CLIP alone.
-        gamma: Of the tempering, > 0; lambda reaches 1 at k = log 2 / log(1 + gamma), which is 87
-            by default. The final images are weighted at lambda = 1 whatever T.
+        gamma: Rate of the tempering, > 0; lambda reaches 1 at k = log 2 / log(1 + gamma), which is
+            87 by default. The final images are weighted at lambda = 1, whatever T is.
         eta: In [0, 1].
-        threshold: Resample below this share of the effective sample size, in [0, 1].
-        gradient_scale: Multiplies h, >= 0; the weights correct for any. At 0 particles are proposed
-            from the base, without a backward, and rewards need no gradient.
-        reindex: See `Reindex`.
-        max_rows: Latents that are differentiated at a time.
+        threshold: Resample when the effective sample size is below this share of P, in [0, 1].
+        gradient_scale: Multiplies h, >= 0; the weights correct for any value. At 0 particles are
+            proposed from the base without backward passes, and rewards need no gradient.
+        reindex: What follows a particle when it is resampled; see `Reindex`.
+        max_rows: Number of latents that are differentiated at a time.
 
     Raises:
         InvalidSchedule: eta outside its range.
@@ -113,17 +113,17 @@ class DAS(Method):
 
     @property
     def needs_gradients(self) -> bool:
-        """See `Method.needs_gradients`."""
+        """Whether particles are proposed along the gradients of the rewards."""
         return self.gradient_scale > 0
 
     def sample(self, model: LatentModel) -> Tensor:
-        """See `Method.sample`."""
+        """Draw the particles and return the image with the largest weight of each sample."""
         images, log_weights = self.particles(model)
         return best(images, log_weights.flatten(), model.batch_size)
 
     def particles(self, model: LatentModel) -> Particles:
         """Draw the particles that `sample` chooses from."""
-        x = initial_copies(model, self.num_particles)
+        x = initial_particles(model, self.num_particles)
         log_weights = x.new_zeros((self.num_particles, model.batch_size), dtype=torch.float64)
         log_psi = torch.zeros_like(log_weights)
         for k in range(len(model.grid.timesteps)):
@@ -159,7 +159,7 @@ class DAS(Method):
         return _Outlook(eps, log_tilt.view(-1, model.batch_size), h)
 
     def _look_at(self, model: LatentModel, x: Tensor, k: int, rows: Tensor) -> _Outlook:
-        """The outlook of some latents x (n, *S), its log_tilt (n,)."""
+        """Return the outlook of some latents x (n, *S), with log_tilt (n,)."""
         is_guided = self.gradient_scale > 0
         with torch.set_grad_enabled(is_guided):
             x = x.detach().requires_grad_(is_guided)

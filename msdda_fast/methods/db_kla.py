@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DB-KLA (Diffusion Blend): the strength of KL regularisation chosen while sampling."""
+"""DB-KLA (Diffusion Blend): the strength of KL regularisation, chosen at sampling time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class DBKLA(KLStrength):
 
     Args:
         strength: lambda, usually in [0, 2]; see `KLStrength`.
-        objective: See `KLStrength`.
+        objective: The aligned model; see `KLStrength`.
         eta: In [0, 1].
     """
 
@@ -28,7 +28,7 @@ class DBKLA(KLStrength):
     eta: float = 1.0
 
     def sample(self, model: LatentModel) -> Tensor:
-        """See `Method.sample`."""
+        """Draw images by DDIM steps of the mixed noise predictions."""
         weights = self.weights(model)
         etas = dict.fromkeys(weights, self.eta)
         return model.decode(model.generate(weights, etas, fusion="eps", extrapolate=True))

@@ -20,15 +20,15 @@ __all__ = ["DBMPA"]
 class DBMPA(Method):
     """`eps = sum_i w_i eps_i`, then one DDIM step at an eta that all models share.
 
-    Where the aligned models have one eta, and that is it, this is MSDDA. Where they have several,
-    the remapped one tends to MSDDA for T -> infinity; see `effective_weights`.
+    If all aligned models have the same eta, and this one is equal to it, this is MSDDA. If their
+    etas differ, the remapped version tends to MSDDA as T -> infinity; see `effective_weights`.
 
     Args:
-        eta: In [0, 1]; None: 1, or eta_w where remapped.
+        eta: In [0, 1]; None: 1, or eta_w if remapped.
         remapped: Use the effective weights and eta_w of the objectives' own etas.
 
     Raises:
-        ValueError: An eta for the remapped one, which has its own.
+        ValueError: An eta is given although `remapped` sets it.
     """
 
     name: ClassVar[str] = "DB-MPA"
@@ -40,7 +40,7 @@ class DBMPA(Method):
             raise ValueError(f"the remapped DB-MPA steps at eta_w, got eta={self.eta!r} as well")
 
     def sample(self, model: LatentModel) -> Tensor:
-        """See `Method.sample`."""
+        """Draw images by DDIM steps of the averaged noise predictions."""
         weights, eta = self._setting(model)
         x_0 = model.generate(weights, dict.fromkeys(weights, eta), fusion="eps")
         return model.decode(x_0)

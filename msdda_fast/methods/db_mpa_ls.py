@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DB-MPA-LS (Diffusion Blend): DB-MPA for the price of one model, by drawing which one."""
+"""DB-MPA-LS (Diffusion Blend): DB-MPA at the cost of one model, which is drawn at random."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ _CHOICE = 1
 
 @dataclass(frozen=True, kw_only=True)
 class DBMPALS(Method):
-    """In each step one model for each sample, i ~ Categorical(w), and a DDIM step of it alone.
+    """In each step, draw one model for each sample, i ~ Categorical(w), and take its DDIM step.
 
-    As DB-MPA on average. The choices add the variance `sum_k G_k^2 Var_w[B_k eps_i]`, where G_k is
-    what of step k is left in x_0: O(1/T).
+    Equal to DB-MPA on average. The choices add the variance `sum_k G_k^2 Var_w[B_k eps_i]`, where
+    G_k is the share of step k that is left in x_0: O(1/T).
 
     Args:
-        eta: Of all models, in [0, 1].
+        eta: The eta of all models, in [0, 1].
     """
 
     name: ClassVar[str] = "DB-MPA-LS"
     eta: float = 1.0
 
     def sample(self, model: LatentModel) -> Tensor:
-        """See `Method.sample`."""
+        """Draw images by DDIM steps, each with one randomly drawn model per sample."""
         names = [name for name, weight in model.preference.items() if weight > 0]
         x = model.initial()
         for k in range(len(model.grid.timesteps)):
@@ -48,7 +48,7 @@ class DBMPALS(Method):
         return model.decode(x)
 
     def _choose(self, weights: list[float], model: LatentModel, k: int) -> Tensor:
-        """Index of a model for each sample, (B,)."""
+        """Draw the index of a model for each sample, (B,)."""
         u = model.uniform(k, purpose=_CHOICE)
         below = torch.tensor(weights[:-1], dtype=u.dtype, device=u.device).cumsum(0)
         return torch.searchsorted(below, u, right=True)

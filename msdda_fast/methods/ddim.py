@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""The DDIM kernel with its parts in the open, for methods that reach into a step.
+r"""The DDIM kernel with its parts exposed, for methods that modify the inside of a step.
 
 With `a = alpha_bar_t`, `p = alpha_bar_prev` and `v` the DDPM posterior variance,
 
@@ -28,7 +28,7 @@ class DDIMStep:
         alpha_prev: alpha_bar_prev.
         var: v, in latent units squared.
         eta: In [0, 1].
-        clip_range: x_0 predictions are clamped to [-clip_range, clip_range]; None: they are not.
+        clip_range: x_0 predictions are clamped to [-clip_range, clip_range]; None: no clamping.
     """
 
     alpha: float
@@ -39,7 +39,7 @@ class DDIMStep:
 
     @classmethod
     def of(cls, grid: DDIMGrid, k: int, eta: float) -> DDIMStep:
-        """Step k = 0, 1, ... of `grid`."""
+        """Return step k = 0, 1, ... of `grid` at `eta`."""
         return cls(
             alpha=float(grid.alpha_bar_t[k]),
             alpha_prev=float(grid.alpha_bar_prev[k]),
@@ -54,16 +54,16 @@ class DDIMStep:
         return self.eta * math.sqrt(self.var)
 
     def x0(self, x: Tensor, eps: Tensor) -> Tensor:
-        """Tweedie's x0hat of latents x."""
+        """Return x0hat of latents x, by Tweedie's formula."""
         x_0 = (x - math.sqrt(1 - self.alpha) * eps) / math.sqrt(self.alpha)
         return x_0 if self.clip_range is None else x_0.clamp(-self.clip_range, self.clip_range)
 
     def mean(self, x: Tensor, eps: Tensor) -> Tensor:
-        """mu, the mean of x_prev."""
+        """Return mu, the mean of x_prev."""
         # 1 - p - sigma^2 >= 0 holds for eta <= 1, up to rounding
         direction = math.sqrt(max(1 - self.alpha_prev - self.std**2, 0.0))
         return math.sqrt(self.alpha_prev) * self.x0(x, eps) + direction * eps
 
     def prev(self, x: Tensor, eps: Tensor, z: Tensor) -> Tensor:
-        """x_prev = mu + sigma z."""
+        """Return x_prev = mu + sigma z."""
         return self.mean(x, eps) + self.std * z

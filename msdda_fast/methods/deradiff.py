@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DeRaDiff: the strength of KL regularisation chosen while sampling, as a product of kernels."""
+"""DeRaDiff: the strength of KL regularisation, chosen at sampling time by a product of kernels."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ __all__ = ["DeRaDiff"]
 
 @dataclass(frozen=True, kw_only=True)
 class DeRaDiff(KLStrength):
-    """`p ~ p_base^(1 - lambda) p_aligned^lambda` in every step: means weighed by precision.
+    """`p ~ p_base^(1 - lambda) p_aligned^lambda` in every step: means weighted by precision.
 
-    The aligned models keep their own etas. lambda is bounded where the base has the smaller one: a
+    The aligned models keep their own etas. lambda is bounded if the base has the smaller eta: a
     positive precision needs `lambda < 1 / (1 - eta_base^2 / eta_aligned^2)`, which is 2.78 for
-    etas .8 and 1. Beyond that `InvalidWeights` is raised.
+    etas 0.8 and 1. Beyond that, `InvalidWeights` is raised.
 
     Args:
         strength: lambda; see `KLStrength`.
-        objective: See `KLStrength`.
-        base_eta: Of the base, in (0, 1].
+        objective: The aligned model; see `KLStrength`.
+        base_eta: The eta of the base, in (0, 1].
     """
 
     name: ClassVar[str] = "DeRaDiff"
     base_eta: float = 1.0
 
     def sample(self, model: LatentModel) -> Tensor:
-        """See `Method.sample`."""
+        """Draw images from the product of the kernels of the base and the aligned models."""
         etas = {**model.etas, BASE: self.base_eta}
         return model.decode(model.generate(self.weights(model), etas, extrapolate=True))

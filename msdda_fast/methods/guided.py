@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""What methods that follow the gradient of rewards have in common.
+r"""What methods that follow the gradients of rewards have in common.
 
-The target is `p(x_0) exp(r_w(x_0) / alpha)`: the smaller alpha, the more a reward weighs.
+The target is `p(x_0) exp(r_w(x_0) / alpha)`: the smaller alpha, the stronger the rewards.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ class GuidedMethod(Method):
 
     @property
     def needs_gradients(self) -> bool:
-        """See `Method.needs_gradients`."""
+        """Always True: sampling differentiates the rewards."""
         return True
 
 
 class Purposes:
-    """The draws of one pass over a step, of which the last pass is the one that counts.
+    """The purposes of the random draws in one pass over a step; the last pass is the one kept.
 
     Args:
-        passes_left: After this one. With 0, `step` is the noise of every sampler.
+        passes_left: Passes after this one. With 0, `step` is the noise of every sampler.
     """
 
     def __init__(self, passes_left: int) -> None:
@@ -40,17 +40,17 @@ class Purposes:
 
 
 def require(holds: bool, rule: str, value: object) -> None:
-    """Raise ValueError unless a setting keeps to its rule."""
+    """Raise ValueError with the rule and the value unless a setting follows its rule."""
     if not holds:
         raise ValueError(f"{rule}, got {value!r}")
 
 
-def log_mean_exp(values: Tensor, copies: int) -> Tensor:
-    """log (1/N) sum_n exp(values_n), (B,), of values (N B,), copy-major."""
-    return values.view(copies, -1).logsumexp(0) - math.log(copies)
+def log_mean_exp(values: Tensor, particles: int) -> Tensor:
+    """Return log (1/N) sum_n exp(values_n), (B,), of values (N B,), particle-major."""
+    return values.view(particles, -1).logsumexp(0) - math.log(particles)
 
 
 def renoised(step: DDIMStep, x_prev: Tensor, z: Tensor) -> Tensor:
-    """Latents at the level of the step's start: sqrt(a/p) x_prev + sqrt(1 - a/p) z."""
+    """Return latents noised back to the step's start: sqrt(a/p) x_prev + sqrt(1 - a/p) z."""
     kept = step.alpha / step.alpha_prev
     return math.sqrt(kept) * x_prev + math.sqrt(1 - kept) * z

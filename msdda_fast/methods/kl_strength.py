@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the methods share that move between the base and the aligned models."""
+"""What the methods that interpolate between the base and the aligned models have in common."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ __all__ = ["KLStrength"]
 
 @dataclass(frozen=True, kw_only=True)
 class KLStrength(Method):
-    """Weight 1 - lambda on the base and lambda on the aligned: the KL weight divided by lambda.
+    """Weight 1 - lambda for the base, lambda for the aligned: the KL weight divided by lambda.
 
     Args:
         strength: lambda >= 0: 0 is the base, 1 the aligned model, above 1 extrapolates.
-        objective: Which aligned model; None: all of them, as the preference has it, which for a
-            one-hot preference is that objective's.
+        objective: The aligned model; None: all of them, weighted by the preference (a one-hot
+            preference selects one).
 
     Raises:
-        InvalidWeights: A strength that is negative or not finite.
+        InvalidWeights: The strength is negative or not finite.
     """
 
     strength: float = 1.0
@@ -34,10 +34,10 @@ class KLStrength(Method):
             raise InvalidWeights(f"strength must be at least 0 and finite, got {self.strength!r}")
 
     def weights(self, model: LatentModel) -> dict[str, float]:
-        """Weights by name of a model, sum 1, without those of weight 0.
+        """Return the weights by model name, summing to 1, without those that are 0.
 
         Raises:
-            UnknownObjective: `objective` is no aligned model.
+            UnknownObjective: `objective` is not an aligned model.
         """
         if self.objective is not None and self.objective not in model.etas:
             known = ", ".join(model.etas)

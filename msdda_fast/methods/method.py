@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A system of the comparison: how it is called, and what it gives."""
+"""A system of the comparison: how it is called, and what it returns."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Drawn:
 
     Attributes:
         images: (B, 3, H, W) float32 in [0, 1].
-        cost: Of all B together.
+        cost: The cost of all B images together.
     """
 
     images: Tensor
@@ -37,7 +37,7 @@ class Method(ABC):
     """One way to balance objectives; its settings are fields of the subclass.
 
     Attributes:
-        name: In tables.
+        name: Its name in tables.
         needs_rewards: Whether sampling evaluates rewards.
     """
 
@@ -46,7 +46,7 @@ class Method(ABC):
 
     @property
     def needs_gradients(self) -> bool:
-        """Whether sampling differentiates the rewards that have weight."""
+        """Whether sampling differentiates the rewards whose weight is not 0."""
         return False
 
     @abstractmethod
@@ -64,29 +64,29 @@ class Method(ABC):
         guidance_scale: float | None = None,
         rewards: Mapping[str, Reward] | None = None,
     ) -> Drawn:
-        """Draw one image per prompt and seed. The same (prompt, seed) has the same noise anywhere.
+        """Draw one image per prompt and seed. A (prompt, seed) has the same noise in all methods.
 
         Args:
-            pipe: The base model, and the aligned ones as its objectives. It stays as it is.
+            pipe: The base model, with the aligned models as its objectives; not modified.
             prompts: B texts.
-            weights: Preference w, on the simplex: by objective, and by reward where rewards guide.
+            weights: Preference w, on the simplex: by objective, or by reward if rewards guide.
             seeds: B integers of 64 bits.
             num_inference_steps: T.
-            guidance_scale: Of every model; None: the objectives' own.
+            guidance_scale: The scale of every model; None: the objectives' own.
             rewards: By the names in `weights`, for methods that evaluate them.
 
         Raises:
-            UnknownObjective: A weight for what is neither an objective nor a reward.
-            InvalidWeights: Weights off the simplex.
-            InvalidShape: Not one seed per prompt.
-            InvalidSchedule: A number of steps or guidance scale outside its range.
-            ValueError: The method needs rewards, and none or not all are given; or it follows their
-                gradients, and one with weight has none.
+            UnknownObjective: A weight names neither an objective nor a reward.
+            InvalidWeights: The weights are not on the simplex.
+            InvalidShape: There is not one seed per prompt.
+            InvalidSchedule: The number of steps or the guidance scale is out of range.
+            ValueError: The method needs rewards and some are missing; or it follows their
+                gradients, and a reward with weight has none.
         """
         from msdda_fast.methods.pipeline_model import PipelineModel
 
         if self.needs_rewards and (missing := [n for n in weights if n not in (rewards or {})]):
-            raise ValueError(f"{self.name} evaluates rewards, and has none for {missing}")
+            raise ValueError(f"{self.name} evaluates rewards, and none is given for {missing}")
         if self.needs_gradients:
             for name, reward in (rewards or {}).items():
                 if weights.get(name, 0.0) != 0 and not reward.differentiable:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The MORL oracle: a model of its own for each preference, trained on r_w."""
+"""The MORL oracle: a separate model for each preference, trained on r_w."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _TOLERANCE = 1e-6
 
 @dataclass(frozen=True, kw_only=True)
 class MORLOracle(Method):
-    """The adapter that was trained on `r_w = w r_1 + (1 - w) r_2`, for this very w.
+    """The adapter that was trained on `r_w = w r_1 + (1 - w) r_2` for exactly this w.
 
     Args:
-        objective: The one that w weighs, of two.
-        adapters: Files, folders or hub ids of LoRA adapters by w.
-        eta: In [0, 1]; None: eta_w of the objectives' own etas, the noise that MSDDA has.
+        objective: Of the two objectives, the one that w is the weight of.
+        adapters: Files, folders or hub ids of LoRA adapters, by w.
+        eta: In [0, 1]; None: eta_w of the objectives' own etas, the noise of MSDDA.
     """
 
     name: ClassVar[str] = "MORL"
@@ -37,7 +37,7 @@ class MORLOracle(Method):
     eta: float | None = None
 
     def sample(self, model: LatentModel) -> Tensor:
-        """See `Method.sample`.
+        """Draw images of the adapter that was trained for the preference.
 
         Raises:
             InvalidWeights: No adapter was trained for this preference.
@@ -60,5 +60,5 @@ class MORLOracle(Method):
                 return path
         known = ", ".join(f"{trained:g}" for trained in sorted(self.adapters)) or "none"
         raise InvalidWeights(
-            f"no adapter was trained for weight {w:g} of {self.objective!r}; there are: {known}"
+            f"no adapter was trained for weight {w:g} of {self.objective!r}; known: {known}"
         )

@@ -19,9 +19,9 @@ class MSDDA(Method):
     """Exact for Eq. (3), given exact single-objective optima over one base.
 
     Args:
-        etas: In (0, 1] by objective; None: the objectives' own.
-        fusion: "posterior" is Algorithm 1; "eps" steps at eta_w with the predictions mixed, which
-            keeps the noise level of a step where etas differ.
+        etas: In (0, 1], by objective; None: the objectives' own.
+        fusion: "posterior" is Algorithm 1; "eps" mixes the predictions and steps at eta_w, which
+            keeps the noise level of a step even if the etas differ.
     """
 
     name: ClassVar[str] = "MSDDA"
@@ -29,6 +29,6 @@ class MSDDA(Method):
     fusion: Fusion = "posterior"
 
     def sample(self, model: LatentModel) -> Tensor:
-        """See `Method.sample`."""
+        """Draw images from the fused reverse steps of the aligned models."""
         etas = model.etas if self.etas is None else self.etas
         return model.decode(model.generate(model.preference, etas, fusion=self.fusion))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""N copies of each of B samples, copy-major, and the choice of one of them per sample."""
+"""N particles of each of B samples, particle-major, and the choice of one of them per sample."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from torch import Tensor
 
 from msdda_fast.methods.model import LatentModel, preferred
 
-__all__ = ["best", "check_counts", "initial_copies", "replicate", "score"]
+__all__ = ["best", "check_counts", "initial_particles", "replicate", "score"]
 
-#: Purpose of the x_T that copies other than the first start from.
+#: Purpose of the x_T that particles other than the first start from.
 INITIAL = 1
 
 
-def initial_copies(model: LatentModel, copies: int) -> Tensor:
-    """Independent x_T of N copies, (N B, *S); copy 0 has that of every sampler."""
+def initial_particles(model: LatentModel, count: int) -> Tensor:
+    """Return independent x_T of N particles, (N B, *S); particle 0 has that of every sampler."""
     x_T = model.initial()
-    if copies == 1:
+    if count == 1:
         return x_T
-    return torch.cat([x_T, model.noise(0, copies - 1, purpose=INITIAL)])
+    return torch.cat([x_T, model.noise(0, count - 1, purpose=INITIAL)])
 
 
-def replicate(x: Tensor, copies: int) -> Tensor:
-    """N equal copies, (N B, ...), of x (B, ...)."""
-    return x.repeat(copies, *[1] * (x.ndim - 1))
+def replicate(x: Tensor, count: int) -> Tensor:
+    """Return N equal particles, (N B, ...), of x (B, ...)."""
+    return x.repeat(count, *[1] * (x.ndim - 1))
 
 
 def score(model: LatentModel, images: Tensor, rows: Tensor | None = None) -> Tensor:
-    """r_w of images, (n,); `rows` as in `LatentModel`.
+    """Return r_w of images, (n,); `rows` as in `LatentModel`.
 
     Raises:
-        ValueError: A reward is NaN, which would win every comparison; or it has no gradient where
-            the images have one.
+        ValueError: A reward is NaN, which would win every comparison; or it has no gradient
+            although the images have one.
     """
     rewards = model.rewards(images, rows)
     for name, values in rewards.items():
@@ -44,9 +44,9 @@ def score(model: LatentModel, images: Tensor, rows: Tensor | None = None) -> Ten
 
 
 def best(x: Tensor, scores: Tensor, batch_size: int) -> Tensor:
-    """Of the copies x (N B, ...) the one with the highest score (N B,), per sample, (B, ...).
+    """Return the particle of x (N B, ...) with the highest score (N B,) of each sample, (B, ...).
 
-    The first of several equals wins.
+    The first of equal scores wins.
     """
     winner = scores.view(-1, batch_size).argmax(0)
     return x[winner * batch_size + torch.arange(batch_size, device=x.device)]

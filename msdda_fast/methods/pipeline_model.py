@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A diffusers pipeline as the model that methods sample from."""
+"""`LatentModel` for a diffusers pipeline."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ from msdda_fast.weights import preference_weights
 
 __all__ = ["PipelineModel"]
 
-#: Latents per forward of a network, and per decode: what a call with many copies is cut into.
+#: Latents per forward of a network, and per decode: what a call with many particles is cut into.
 MAX_ROWS = 64
 
-#: Streams of counter noise from here on belong to methods: `COPIES` for each purpose.
-_FIRST_STREAM, _COPIES = 16, 1 << 16
+#: Streams of counter noise from here on belong to methods: one per particle of each purpose.
+_FIRST_STREAM, _MOST_PARTICLES = 16, 1 << 16
 
 #: By pipeline, the views of it with other objectives, so that their networks are built once. Models
 #: made for one `PipelineModel` are not among them.
@@ -47,7 +47,7 @@ _views: MutableMapping[MSDDAPipeline, dict[tuple[str, ...], MSDDAPipeline]] = We
 
 
 class PipelineModel:
-    """`LatentModel` over the networks of a pipeline; a context manager that leaves them as found.
+    """`LatentModel` over the networks of a pipeline; a context manager that restores them.
 
     Args:
         pipe: Its objectives are the aligned models.
@@ -55,8 +55,8 @@ class PipelineModel:
         weights: Preference, by names of objectives or rewards.
         seeds: One per prompt.
         num_steps: T.
-        guidance_scale: See `Method.__call__`.
-        rewards: By name; None: nothing asks for them.
+        guidance_scale: The scale of every model; None: the objectives' own.
+        rewards: By name; None if no rewards are evaluated.
 
     Raises: As `Method.__call__`.
     """
@@ -118,24 +118,25 @@ class PipelineModel:
         self._stack.__exit__(kind, error, trace)
 
     def initial(self) -> Tensor:
-        """See `LatentModel.initial`."""
+        """Return x_T, (B, *S) float32."""
         return self._draw(0, STREAM_INITIAL)
 
-    def noise(self, k: int, copies: int = 1, *, purpose: int = 0) -> Tensor:
-        """See `LatentModel.noise`."""
-        streams = [_FIRST_STREAM + _COPIES * purpose + copy for copy in range(copies)]
+    def noise(self, k: int, particles: int = 1, *, purpose: int = 0) -> Tensor:
+        """Return z of step k for N particles, (N B, *S), by stream of counter noise."""
+        first = _FIRST_STREAM + _MOST_PARTICLES * purpose
+        streams = [first + particle for particle in range(particles)]
         if purpose == 0:
             streams[0] = STREAM_STEP
         return torch.cat([self._draw(k, stream) for stream in streams])
 
     def uniform(self, k: int, *, purpose: int) -> Tensor:
-        """See `LatentModel.uniform`."""
-        z = self._draw(k, _FIRST_STREAM + _COPIES * purpose).double().flatten(1)[:, 0]
+        """Return one random number in (0, 1) per sample for a choice at step k, (B,)."""
+        z = self._draw(k, _FIRST_STREAM + _MOST_PARTICLES * purpose).double().flatten(1)[:, 0]
         chances: Tensor = torch.special.ndtr(z)
         return chances
 
     def eps(self, x: Tensor, k: int, name: str = BASE, rows: Tensor | None = None) -> Tensor:
-        """See `LatentModel.eps`."""
+        """Return the guided noise prediction of one model at step k, (n, *S)."""
         rows = self._rows(x, rows)
         terms = self.grid.prediction_terms()[2:]
         of_x, of_output = (float(term[k]) for term in terms)
@@ -148,13 +149,13 @@ class PipelineModel:
         return of_x * x + of_output * torch.cat(parts)
 
     def decode(self, x_0: Tensor) -> Tensor:
-        """See `LatentModel.decode`."""
+        """Return the images (n, 3, H, W) in [0, 1] of latents (n, *S)."""
         self.cost.decodes += len(x_0)
         parts = [decode(self._pipe.vae, part) for part in torch.split(x_0, MAX_ROWS)]
         return (torch.cat(parts).float() / 2 + 0.5).clamp(0, 1)
 
     def rewards(self, images: Tensor, rows: Tensor | None = None) -> dict[str, Tensor]:
-        """See `LatentModel.rewards`."""
+        """Return the rewards whose preference is not 0, by name, (n,) each."""
         prompts = [self._prompts[row] for row in self._rows(images, rows).tolist()]
         if not images.requires_grad:
             images = (255 * images).round() / 255
@@ -170,7 +171,7 @@ class PipelineModel:
         fusion: Fusion = "posterior",
         extrapolate: bool = False,
     ) -> Tensor:
-        """See `LatentModel.generate`."""
+        """Return x_0, (B, *S), from the fused reverse steps of several models."""
         view = self._view(tuple(weights))
         branches = 2 if any(self._guidance[n] != 1 for n, w in weights.items() if w != 0) else 1
         active = sum(weight != 0 for weight in weights.values())
@@ -189,7 +190,7 @@ class PipelineModel:
         return x_0
 
     def soup(self, weights: Mapping[str, float], merge: Merge = "product") -> str:
-        """See `LatentModel.soup`."""
+        """Make the model of averaged weights and return its name."""
         active = {name: weight for name, weight in weights.items() if weight != 0}
         if len(active) == 1:
             return next(iter(active))
@@ -207,7 +208,7 @@ class PipelineModel:
         return name
 
     def load(self, path: str | Path) -> str:
-        """See `LatentModel.load`."""
+        """Make a model of the base and the adapter at `path`, and return its name."""
         name = self._new_name("loaded")
         file = adapter_file(Objective(path), {})
         self._put(AdapterFile.read(name, file), self._pipe.unet)
@@ -234,7 +235,7 @@ class PipelineModel:
         return AdapterSwitch([self._pipe.text_encoder, *networks.values()])
 
     def _view(self, names: tuple[str, ...]) -> MSDDAPipeline:
-        """The pipeline with the named models as its objectives."""
+        """Return the pipeline with the named models as its objectives."""
         made = not self._made.isdisjoint(names)
         views = self._views_of_made if made else _views.setdefault(self._pipe, {})
         view = views.get(names)
@@ -248,7 +249,7 @@ class PipelineModel:
         return view
 
     def _predict(self, x: Tensor, k: int, name: str, rows: Tensor) -> Tensor:
-        """The guided output of one network, (n, *S) in the dtype of x."""
+        """Return the guided output of one network, (n, *S) in the dtype of x."""
         variant, scale = self._variants[name], self._guidance[name]
         text = self._text(variant)  # (K, B, L, D)
         rows_run = len(text) * len(x)
@@ -264,7 +265,7 @@ class PipelineModel:
         self.cost.unet_backwards += count
 
     def _text(self, variant: Variant) -> Tensor:
-        """Embeddings (K, B, L, D) as the text encoder gives them with this variant's adapter."""
+        """Return the embeddings (K, B, L, D) of the text encoder with this variant's adapter."""
         key = (variant.adapter, variant.scale)
         if key not in self._texts:
             self._switch.select(*key)

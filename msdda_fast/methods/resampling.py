@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weighted particles: how many they are worth, and which survive."""
+"""Resampling of weighted particles: their effective number, and which of them survive."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ __all__ = ["effective_size", "systematic"]
 
 
 def effective_size(log_weights: Tensor) -> Tensor:
-    """Effective sample size `(sum W)^2 / sum W^2` in [1, P], (B,), of log W (P, B)."""
+    """Return the effective sample size `(sum W)^2 / sum W^2` in [1, P], (B,), of log W (P, B)."""
     size: Tensor = 1 / log_weights.softmax(0).square().sum(0)
     return size
 
 
 def systematic(log_weights: Tensor, u: Tensor) -> Tensor:
-    """Ancestors (P, B) int64 by systematic resampling, ascending along P.
+    """Return ancestors (P, B) int64 by systematic resampling, ascending along P.
 
-    Particle p has within 1 of `P W_p / sum W` children, that many on average over u.
+    Particle p has `P W_p / sum W` children on average over u, and always within 1 of that number.
 
     Args:
         log_weights: log W, (P, B) float64.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RS (Rewarded Soups): one model of averaged weights."""
+"""RS (Rewarded Soups): one model with averaged weights."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ class RewardedSoup(Method):
     """`theta_w = sum_i w_i theta_i`, sampled as any model: DB-MPA for models linear in theta.
 
     Args:
-        merge: Of adapters: "product" averages the updates B A; "factor" averages B and A apart, as
-            public code does, and needs adapters of one rank. See `msdda_fast.lora.soup`.
-        eta: In [0, 1]; None: eta_w of the objectives' own etas, the noise that MSDDA has.
+        merge: How adapters are merged: "product" averages the updates B A; "factor" averages B and
+            A separately, as public code does, and needs adapters of equal rank. See
+            `msdda_fast.lora.soup`.
+        eta: In [0, 1]; None: eta_w of the objectives' own etas, the noise of MSDDA.
     """
 
     name: ClassVar[str] = "RS"
@@ -30,7 +31,7 @@ class RewardedSoup(Method):
     eta: float | None = None
 
     def sample(self, model: LatentModel) -> Tensor:
-        """See `Method.sample`."""
+        """Draw images of the model with averaged weights."""
         eta = fused_eta(model) if self.eta is None else self.eta
         soup = model.soup(model.preference, self.merge)
         return model.decode(model.generate({soup: 1.0}, {soup: eta}))

@@ -29,23 +29,23 @@ class RGG(GuidedMethod):
         x_prev = DDIM(x_t) + lambda_i eta^2 v_t h.
 
     The defaults are those of the scripts released with DB-MPA (github.com/bluewoods127/DB-2025),
-    whose table has this baseline.
+    whose results table includes this baseline.
 
     Args:
         jacobian: "detached" holds eps constant, so that x0hat moves by 1/sqrt(a) per unit of x_t
-            and no UNet runs backwards; "unet" differentiates it as well.
+            and the UNet needs no backward pass; "unet" differentiates it as well.
         norm: N. "pixel" divides by the norm over the channels of each pixel, "global" by that of
-            the sample, which leaves sqrt(H W) times less in all; alpha has no effect with either.
-            "none" leaves the gradient as it is. A gradient of 0 stays 0.
+            the whole sample, which makes the total sqrt(H W) times smaller; alpha has no effect
+            with either. "none" leaves the gradient unchanged. A gradient of 0 stays 0.
         alpha: KL weight, positive.
-        gamma: Tempering, 0 or more; 0 is no guidance.
-        eta: In [0, 1]; 0 is no guidance.
+        gamma: Rate of the tempering, 0 or more; 0 means no guidance.
+        eta: In [0, 1]; 0 means no guidance.
 
     Costs per image T UNet evaluations, T + 1 decodes and J T rewards with their gradients; with
-    "unet", T backward passes of the UNet, or J T where each reward is normalised.
+    "unet", T backward passes of the UNet, or J T if each reward is normalised.
 
     Raises:
-        ValueError: A setting outside its range.
+        ValueError: A setting is out of range.
     """
 
     name: ClassVar[str] = "RGG"
@@ -58,13 +58,13 @@ class RGG(GuidedMethod):
     def __post_init__(self) -> None:
         for field, kinds in (("jacobian", get_args(Jacobian)), ("norm", get_args(Norm))):
             value = getattr(self, field)
-            require(value in kinds, f"{field} is one of {kinds}", value)
-        require(self.alpha > 0, "alpha is positive", self.alpha)
-        require(self.gamma >= 0, "gamma is 0 or more", self.gamma)
-        require(0 <= self.eta <= 1, "eta lies in [0, 1]", self.eta)
+            require(value in kinds, f"{field} must be one of {kinds}", value)
+        require(self.alpha > 0, "alpha must be positive", self.alpha)
+        require(self.gamma >= 0, "gamma must be 0 or more", self.gamma)
+        require(0 <= self.eta <= 1, "eta must lie in [0, 1]", self.eta)
 
     def sample(self, model: LatentModel) -> Tensor:
-        """See `Method.sample`."""
+        """Draw images by DDIM steps of the base model, each moved along the reward gradient."""
         x = model.initial()
         for k in range(len(model.grid.timesteps)):
             step = DDIMStep.of(model.grid, k, self.eta)
@@ -76,7 +76,7 @@ class RGG(GuidedMethod):
     def _prediction_and_gradient(
         self, model: LatentModel, step: DDIMStep, x: Tensor, k: int
     ) -> tuple[Tensor, Tensor]:
-        """eps and h, each (B, *S)."""
+        """Return eps and h, each (B, *S)."""
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             with torch.set_grad_enabled(self.jacobian == "unet"):

@@ -26,5 +26,5 @@ class SD(Method):
     eta: float = 1.0
 
     def sample(self, model: LatentModel) -> Tensor:
-        """See `Method.sample`."""
+        """Draw images of the base model."""
         return model.decode(model.generate({BASE: 1.0}, {BASE: self.eta}))

@@ -32,37 +32,37 @@ Schedule: TypeAlias = Literal["increase", "decrease", "constant"]
 class TFG(GuidedMethod):
     r"""Guidance by the smoothed target `F(x_0) = log (1/K) sum_k exp f(x_0 + delta_k)`.
 
-    Here `f = r_w / alpha`, one guider per reward with its preference inside, and `delta_k` has
+    Here `f = r_w / alpha`, one guider per reward with its preference as a factor, and `delta_k` has
     standard deviation `sigma sqrt(1 - a)`. With a = alpha_bar_t and p = alpha_bar_prev, a step is
 
         Delta_t = rho_t grad_{x_t} F(x0hat(x_t)),              through the UNet,
-        n_iter times:  x_0 <- x_0 + mu_t grad_{x_0} F(x_0),    from x0hat; Delta_0 is the way gone,
+        n_iter times:  x_0 <- x_0 + mu_t grad_{x_0} F(x_0),    from x0hat; Delta_0 is their sum,
         x_prev = DDIM(x_t, x0hat) + Delta_t / sqrt(a/p) + sqrt(p) Delta_0,
 
     and n_recur - 1 times x_prev is noised back to x_t = sqrt(a/p) x_prev + sqrt(1 - a/p) z and the
-    step done again. DDIM itself sees the x0hat that nobody moved.
+    step repeated. DDIM itself uses the x0hat before the moves.
 
     `rho_t = rho q_t T / sum_t q_t` over the T steps of the run, with q = a/p ("increase"), 1 - a/p
     ("decrease") or 1 ("constant"); mu_t likewise. The defaults are those of the code. `PRESETS`
-    has the methods that TFG contains.
+    has the methods that TFG contains as special cases.
 
     Args:
-        rho: Mean strength on x_t, 0 or more; with 0 no UNet runs backwards.
+        rho: Mean strength on x_t, 0 or more; with 0 the UNet needs no backward pass.
         mu: Mean strength on x0hat, 0 or more.
         rho_schedule, mu_schedule: q.
         sigma: Smoothing, 0 or more.
-        n_samples: K; without smoothing all K are the same.
-        n_iter: Moves of x0hat in a step.
-        n_recur: Passes over a step.
+        n_samples: K, 1 or more; without smoothing all K are equal.
+        n_iter: Moves of x0hat per step, 1 or more.
+        n_recur: Passes over a step, 1 or more.
         alpha: Temperature of f, positive. Without smoothing it only scales rho and mu.
         eta: In [0, 1].
 
-    Costs per image n_recur T UNet evaluations, their backward where rho is not 0, and
+    Costs per image n_recur T UNet evaluations, their backward passes if rho is not 0, and
     n_recur T K ([rho != 0] + n_iter [mu != 0]) decodes and evaluations of each reward with their
     gradients, plus the decode of the image.
 
     Raises:
-        ValueError: A setting outside its range.
+        ValueError: A setting is out of range.
     """
 
     name: ClassVar[str] = "TFG"
@@ -79,17 +79,19 @@ class TFG(GuidedMethod):
 
     def __post_init__(self) -> None:
         for field in ("rho", "mu", "sigma"):
-            require(getattr(self, field) >= 0, f"{field} is 0 or more", getattr(self, field))
+            require(getattr(self, field) >= 0, f"{field} must be 0 or more", getattr(self, field))
         for field in ("n_samples", "n_iter", "n_recur"):
-            require(getattr(self, field) >= 1, f"{field} is 1 or more", getattr(self, field))
+            require(getattr(self, field) >= 1, f"{field} must be 1 or more", getattr(self, field))
         for field in ("rho_schedule", "mu_schedule"):
             value = getattr(self, field)
-            require(value in get_args(Schedule), f"{field} is one of {get_args(Schedule)}", value)
-        require(self.alpha > 0, "alpha is positive", self.alpha)
-        require(0 <= self.eta <= 1, "eta lies in [0, 1]", self.eta)
+            require(
+                value in get_args(Schedule), f"{field} must be one of {get_args(Schedule)}", value
+            )
+        require(self.alpha > 0, "alpha must be positive", self.alpha)
+        require(0 <= self.eta <= 1, "eta must lie in [0, 1]", self.eta)
 
     def sample(self, model: LatentModel) -> Tensor:
-        """See `Method.sample`."""
+        """Draw images by guided DDIM steps of the base model."""
         x = model.initial()
         rhos = _strengths(self.rho, self.rho_schedule, model.grid)
         mus = _strengths(self.mu, self.mu_schedule, model.grid)
@@ -111,12 +113,12 @@ class TFG(GuidedMethod):
         return model.decode(x)
 
     def _deltas(self, model: LatentModel, step: DDIMStep, k: int, draws: Purposes) -> Tensor:
-        """delta_k of one pass, (K B, *S), the same for x_t and x0hat."""
+        """Return delta_k of one pass, (K B, *S), the same for x_t and x0hat."""
         xi = model.noise(k, self.n_samples, purpose=draws.samples)
         return self.sigma * math.sqrt(1 - step.alpha) * xi
 
     def _target(self, model: LatentModel, deltas: Tensor, x_0: Tensor) -> Tensor:
-        """F, (B,), of latents (B, *S)."""
+        """Return F, (B,), of latents (B, *S)."""
         images = model.decode(replicate(x_0, self.n_samples) + deltas)
         return log_mean_exp(preferred(model, model.rewards(images)) / self.alpha, self.n_samples)
 
@@ -128,7 +130,7 @@ class TFG(GuidedMethod):
         k: int,
         target: Callable[[Tensor], Tensor],
     ) -> tuple[Tensor, Tensor]:
-        """eps and grad_{x_t} F, each (B, *S); the gradient is 0 where rho is."""
+        """Return eps and grad_{x_t} F, each (B, *S); the gradient is 0 if rho is 0."""
         if self.rho == 0:
             return model.eps(x, k), torch.zeros_like(x)
         with torch.enable_grad():
@@ -138,7 +140,7 @@ class TFG(GuidedMethod):
         return eps.detach(), gradient
 
     def _moved(self, x0hat: Tensor, mu: float, target: Callable[[Tensor], Tensor]) -> Tensor:
-        """Delta_0."""
+        """Return Delta_0, (B, *S)."""
         x_0 = x0hat
         for _ in range(self.n_iter):
             with torch.enable_grad():
@@ -149,7 +151,7 @@ class TFG(GuidedMethod):
 
 
 def _strengths(mean: float, schedule: Schedule, grid: DDIMGrid) -> list[float]:
-    """The strength of each of the T steps; their mean is `mean`."""
+    """Return the strength of each of the T steps; their mean is `mean`."""
     kept = grid.alpha_bar_t / grid.alpha_bar_prev
     q = {"increase": kept, "decrease": 1 - kept, "constant": torch.ones_like(kept)}[schedule]
     strengths: list[float] = (mean * q / q.mean()).tolist()

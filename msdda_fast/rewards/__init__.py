@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rewards of generated images: one protocol, those that ship, and those of the field."""
+"""Rewards of generated images: the protocol, the shipped rewards, and published ones."""
 
 from __future__ import annotations
 
@@ -41,19 +41,19 @@ KNOWN = (*_SHIPPED, *_PUBLISHED)
 def load_reward(
     name: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Reward:
-    """Load a reward by name: one of `KNOWN`. Its package is imported, and checked, only here.
+    """Load a reward by name: one of `KNOWN`. Its package is imported only here.
 
-    The result has the device of the images and is float32.
+    The scores are float32, on the device of the images.
 
     Args:
-        name: A shipped reward (`aesthetic`, `consistency`, `warmth`), what the shipped judge says
-            of objects and colours (`judge_object`, `judge_color`), or a published one.
+        name: A shipped reward (`aesthetic`, `consistency`, `warmth`), the shipped judge's verdict
+            on objects or colours (`judge_object`, `judge_color`), or a published reward.
         device: Where a published reward's network runs; shipped ones run where the images are.
-        dtype: Of a published reward's network; shipped ones are float32.
+        dtype: Data type of a published reward's network; shipped ones are float32.
 
     Raises:
-        ValueError: there is no such reward; the message lists them.
-        RewardUnavailable: its package or checkpoint is missing; the message says how to get it.
+        ValueError: The reward is unknown; the message lists those that exist.
+        RewardUnavailable: Its package or checkpoint is missing; the message says how to get it.
     """
     if name not in KNOWN:
         raise ValueError(f"unknown reward {name!r}; known: {', '.join(KNOWN)}")

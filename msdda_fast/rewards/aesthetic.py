@@ -18,7 +18,7 @@ from msdda_fast.rewards.checks import check_images
 def colourfulness(images: Tensor) -> Tensor:
     """Return M = sqrt(var rg + var yb) + 0.3 sqrt(mean rg^2 + mean yb^2) on the 0-255 scale.
 
-    With rg = R - G and yb = (R + G)/2 - B. The paper's bands run from 0 (not colourful) over 33
+    Here rg = R - G and yb = (R + G)/2 - B. The paper's scale runs from 0 (not colourful) through 33
     (moderately) to 109 (extremely colourful).
 
     Args:
@@ -43,7 +43,7 @@ class Aesthetic:
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score images, shape (N, 3, H, W) in [0, 1]; the prompts do not matter.
 
-        Raises: InvalidShape: the images have another shape or number than the prompts say.
+        Raises: InvalidShape: the images have the wrong shape, or not one prompt each.
         """
         check_images(images, prompts)
         return colourfulness(images.float()) / 25 - 2

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every reward asks of its input."""
+"""The check that every reward makes of its input."""
 
 from __future__ import annotations
 

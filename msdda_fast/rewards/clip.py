@@ -20,7 +20,7 @@ class ClipTowers:
     Args:
         model: A `transformers.CLIPModel`.
         tokenizer: Its tokenizer.
-        floor: How half an odd crop margin is rounded, see `crop_square`.
+        floor: How half of an odd crop margin is rounded; see `crop_square`.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class ClipTowers:
 
     @property
     def logit_scale(self) -> Tensor:
-        """The learnt factor of the cosine, about 100 in trained models; shape ()."""
+        """The learned factor of the cosine, about 100 in trained models; shape ()."""
         scale: Tensor = self._model.logit_scale.float().exp()
         return scale
 
@@ -68,7 +68,7 @@ class ClipTowers:
         return F.normalize(self._model.visual_projection(pooled).float(), dim=-1)
 
     def texts(self, prompts: Sequence[str]) -> Tensor:
-        """Embed texts, cut at the model's length; return unit rows, shape (N, D), float32."""
+        """Embed texts, truncated to the model's length; return unit rows, shape (N, D), float32."""
         tokens = self._tokenizer(
             list(prompts),
             padding=True,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text-image consistency: is each object of the prompt there, in its colour, on its side?"""
+"""Text-image consistency: is each object of the prompt present, in its colour, on its side?"""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ REGIONS = ("whole", "left", "right")
 
 
 class Scorer(nn.Module):
-    """A small convolutional network that names object and colour, on the image and its halves.
+    """A small convolutional network that classifies object and colour in an image and its halves.
 
     Args:
         widths: Channels of the four stages, each of which halves the image side.
-        residual: One more residual convolution per stage.
+        residual: Add a residual convolution to each stage.
     """
 
     def __init__(
@@ -63,16 +63,16 @@ class _Residual(nn.Module):
 
 
 def regions(things: Sequence[Painted]) -> list[tuple[str, Painted]]:
-    """Say where each object of a prompt is looked for."""
+    """Return each object of a prompt with the region where it is expected."""
     names = ("whole",) if len(things) == 1 else ("left", "right")
     return list(zip(names, things, strict=True))
 
 
 def readable(images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, list[list[Painted]]]:
-    """What a scorer reads: images (N, 3, 64, 64) in float32, and the objects of every prompt.
+    """Return the input of a scorer: images (N, 3, 64, 64) in float32, and every prompt's objects.
 
     Raises:
-        InvalidShape: The images have another shape or number than the prompts say.
+        InvalidShape: The images have the wrong shape, or not one prompt each.
         ValueError: A prompt is outside the grammar.
     """
     check_images(images, prompts)
@@ -110,8 +110,8 @@ class Consistency:
         """Score images, shape (N, 3, H, W) in [0, 1], against prompts of the grammar.
 
         Raises:
-            InvalidShape: the images have another shape or number than the prompts say.
-            ValueError: a prompt is outside the grammar.
+            InvalidShape: The images have the wrong shape, or not one prompt each.
+            ValueError: A prompt is outside the grammar.
         """
         images, scenes = readable(images, prompts)
         scorer = self._scorer.to(images.device)

@@ -15,7 +15,7 @@ OBJECTS = (
 
 @dataclass(frozen=True, slots=True)
 class Painted:
-    """One object of a prompt and its colour; `color` is None when the prompt names none."""
+    """One object of a prompt and its colour; `color` is None if the prompt names none."""
 
     object: str
     color: str | None

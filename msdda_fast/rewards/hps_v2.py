@@ -21,10 +21,10 @@ WEIGHTS = ("xswu/HPSv2", "HPS_v2.1_compressed.pt")
 
 
 class HpsV2:
-    """r = cos(image, prompt) of a tuned CLIP ViT-H/14, without factor: typically .2 to .35.
+    """r = cos(image, prompt) of a tuned CLIP ViT-H/14, without a factor: typically 0.2 to 0.35.
 
-    The weights are read by open_clip, of which the package `hpsv2` holds a copy. Images that are
-    not square are padded, as there.
+    The weights are read by open_clip, of which the package `hpsv2` contains a copy. Images that are
+    not square are padded, as in that package.
 
     Args:
         model: An open_clip model: `encode_image` and `encode_text`.
@@ -58,7 +58,7 @@ class HpsV2:
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score images, shape (N, 3, H, W) in [0, 1]; return shape (N,).
 
-        Raises: InvalidShape: the images have another shape or number than the prompts say.
+        Raises: InvalidShape: the images have the wrong shape, or not one prompt each.
         """
         check_images(images, prompts)
         weight = next(self._model.parameters())

@@ -53,7 +53,7 @@ class ImageReward:
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score images, shape (N, 3, H, W) in [0, 1]; return shape (N,).
 
-        Raises: InvalidShape: the images have another shape or number than the prompts say.
+        Raises: InvalidShape: the images have the wrong shape, or not one prompt each.
         """
         check_images(images, prompts)
         weight = next(self._model.parameters())

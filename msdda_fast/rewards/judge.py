@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an independent scorer sees in images: a judge that nothing was optimised against."""
+"""The verdict of an independent scorer: a judge that nothing was optimised against."""
 
 from __future__ import annotations
 
@@ -18,21 +18,20 @@ __all__ = ["Judge", "load_judge", "named_right"]
 
 
 class Judge:
-    """Fraction of a prompt's objects whose name, or colour, the judge gives right, in [0, 1].
+    """Fraction of a prompt's objects whose name, or colour, the judge gets right, in [0, 1].
 
     It shares no weights, seed, architecture or set of drawings with the consistency reward. A
-    method that raises that reward and lowers this has found the reward's weaknesses.
+    method that raises that reward but lowers this one exploits the reward's weaknesses.
 
     Args:
         what: "object" or "color".
-        scorer: The judge; None: the shipped one.
     """
 
     differentiable = False
 
-    def __init__(self, what: str, scorer: Scorer | None = None) -> None:
+    def __init__(self, what: str) -> None:
         self.name = f"judge_{what}"
-        self._scorer = scorer or load_judge()
+        self._scorer = load_judge()
         self._index = ("object", "color").index(what)
 
     @torch.no_grad()
@@ -40,7 +39,7 @@ class Judge:
         """Score images, shape (N, 3, H, W) in [0, 1], against prompts of the grammar.
 
         Raises:
-            InvalidShape: The images have another shape or number than the prompts say.
+            InvalidShape: The images have the wrong shape, or not one prompt each.
             ValueError: A prompt is outside the grammar.
         """
         images, scenes = readable(images, prompts)
@@ -59,7 +58,7 @@ def load_judge(path: Path = ASSETS / "scorers" / "judge.safetensors") -> Scorer:
 def named_right(
     scorer: Scorer, images: Tensor, scenes: Sequence[Sequence[Painted]]
 ) -> list[list[tuple[bool, bool]]]:
-    """Say for each object of each scene whether the scorer names (object, colour) right."""
+    """Return for each object of each scene whether the scorer gets (object, colour) right."""
     logits = scorer(images)
     verdicts = []
     for n, scene in enumerate(scenes):

@@ -21,13 +21,13 @@ HEAD = ("trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth")  # the author
 
 
 def build_head(weights: Mapping[str, Tensor]) -> nn.Sequential:
-    """Build the head that a state dict describes: one linear layer after the other.
+    """Build the head that a state dict describes: a sequence of linear layers.
 
     The published predictor has `layers.N.weight` and `layers.N.bias` with dropout in between, which
-    does nothing in evaluation; the first one (LAION, 2022) is a single `weight` and `bias`.
+    does nothing in evaluation; the original one (LAION, 2022) has a single `weight` and `bias`.
 
     Raises:
-        ValueError: the state dict has no linear layer.
+        ValueError: The state dict has no linear layer.
     """
     names = [key.removesuffix("weight") for key in weights if key.endswith("weight")]
     if not names:
@@ -74,7 +74,7 @@ class LaionAesthetic:
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score images, shape (N, 3, H, W) in [0, 1]; return shape (N,); prompts do not matter.
 
-        Raises: InvalidShape: the images have another shape or number than the prompts say.
+        Raises: InvalidShape: the images have the wrong shape, or not one prompt each.
         """
         check_images(images, prompts)
         scores: Tensor = self._head(self._towers.images(images)).squeeze(-1)

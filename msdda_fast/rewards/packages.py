@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packages and checkpoints of rewards, found on first use or named when they are missing."""
+"""Packages and checkpoints of rewards: loaded on first use, with a clear error if missing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def require(reward: str, module: str, install: str) -> ModuleType:
         install: The command that installs it.
 
     Raises:
-        RewardUnavailable: it, or something that it imports, cannot be imported.
+        RewardUnavailable: The package, or something that it imports, cannot be imported.
     """
     try:
         return import_module(module)
@@ -32,7 +32,7 @@ def require(reward: str, module: str, install: str) -> ModuleType:
 
 @contextmanager
 def checkpoint(reward: str, source: str) -> Iterator[None]:
-    """Within the context, a checkpoint that cannot be read or fetched is `RewardUnavailable`.
+    """Within the context, raise `RewardUnavailable` if a checkpoint cannot be read or fetched.
 
     Args:
         reward: Name of the reward, for the message.
@@ -42,6 +42,6 @@ def checkpoint(reward: str, source: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise RewardUnavailable(
-            f"reward {reward!r} needs the checkpoint {source!r}, which is neither here nor can be "
-            f"fetched ({error}); fetch: hf download {source}"
+            f"reward {reward!r} needs the checkpoint {source!r}, which is missing and cannot be "
+            f"downloaded ({error}); to get it: hf download {source}"
         ) from error

@@ -21,8 +21,8 @@ def crop_square(images: Tensor, size: int, *, floor: bool = False) -> Tensor:
     Args:
         images: Shape (N, 3, H, W) in [0, 1].
         size: Side of the result in pixels.
-        floor: Half an odd margin is rounded down, as transformers does; else to even, as
-            torchvision does.
+        floor: Round half of an odd margin down, as transformers does; else to even, as torchvision
+            does.
     Returns: shape (N, 3, size, size) in [0, 1].
     """
     height, width = images.shape[-2:]
@@ -35,7 +35,7 @@ def crop_square(images: Tensor, size: int, *, floor: bool = False) -> Tensor:
 
 
 def pad_square(images: Tensor, size: int) -> Tensor:
-    """Resize the longer side to `size` and fill up with black on both sides of the shorter.
+    """Resize the longer side to `size` and pad the shorter one with black on both sides.
 
     Args:
         images: Shape (N, 3, H, W) in [0, 1].
@@ -57,7 +57,7 @@ def normalise(images: Tensor) -> Tensor:
 
 
 def _resize(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Antialiased bicubic resize, rows first; 8 bits cut off what overshoots after either pass."""
+    """Resize, bicubic and antialiased, rows first; each pass is clamped, as 8-bit images are."""
     for shape in ((images.shape[-2], size[1]), size):
         if tuple(images.shape[-2:]) != shape:
             images = F.interpolate(images, shape, mode="bicubic", antialias=True).clamp(0, 1)

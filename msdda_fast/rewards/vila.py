@@ -28,7 +28,7 @@ def to_png(image: Tensor) -> bytes:
 
 
 class Vila:
-    """r = 4 s - 2 in [-2, 2], s being the model's score in [0, 1].
+    """r = 4 s - 2 in [-2, 2], where s is the model's score in [0, 1].
 
     The model takes encoded images only, so there is no gradient.
 
@@ -46,7 +46,7 @@ class Vila:
     def load(
         cls, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> Vila:
-        """Load the published model from TensorFlow Hub; `device` and `dtype` are TensorFlow's.
+        """Load the published model from TensorFlow Hub; TensorFlow chooses device and dtype.
 
         Raises: RewardUnavailable: TensorFlow, its hub or the checkpoint is missing.
         """
@@ -63,7 +63,7 @@ class Vila:
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score images, shape (N, 3, H, W) in [0, 1]; return shape (N,); prompts do not matter.
 
-        Raises: InvalidShape: the images have another shape or number than the prompts say.
+        Raises: InvalidShape: the images have the wrong shape, or not one prompt each.
         """
         check_images(images, prompts)
         scores = [self._predict(to_png(image)) for image in images]

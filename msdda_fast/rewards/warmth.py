@@ -42,8 +42,8 @@ def lab(images: Tensor) -> Tensor:
 def warm_cool(images: Tensor) -> Tensor:
     """Return the mean of WC = -0.5 + 0.02 C*^1.07 cos(h - 50 degrees) over the pixels.
 
-    C* and h are chroma and hue angle in CIELAB. Positive is warm; pure red has 2.35, pure blue
-    -1.39, grey -0.5.
+    C* and h are chroma and hue angle in CIELAB. Positive values are warm: pure red is 2.35, pure
+    blue -1.39, grey -0.5.
 
     Args:
         images: Shape (N, 3, H, W), sRGB in [0, 1].
@@ -59,8 +59,8 @@ def warm_cool(images: Tensor) -> Tensor:
 class Warmth:
     """r = 4 WC + 1: about [-2, 2] on the shipped model's images, comparable with the other rewards.
 
-    Over its samples for the training prompts mean .1 and deviation .9; within a prompt its
-    correlation with aesthetic is .4 and with consistency -.2.
+    Over that model's samples for the training prompts the mean is 0.1 and the deviation 0.9; within
+    a prompt, the correlation is 0.4 with aesthetic and -0.2 with consistency.
     """
 
     name = "warmth"
@@ -69,7 +69,7 @@ class Warmth:
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score images, shape (N, 3, H, W) in [0, 1]; the prompts do not matter.
 
-        Raises: InvalidShape: the images have another shape or number than the prompts say.
+        Raises: InvalidShape: the images have the wrong shape, or not one prompt each.
         """
         check_images(images, prompts)
         return 4 * warm_cool(images.float()) + 1

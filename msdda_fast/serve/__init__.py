@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An engine behind HTTP: `app.create_app(engine, settings)`; needs the extra `serve`."""
+"""An engine served over HTTP: `app.create_app(engine, settings)`; needs the extra `serve`."""

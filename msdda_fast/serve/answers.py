@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images as an answer: all at once, or as events while they are drawn."""
+"""Responses with images: all at once, or as events while they are drawn."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class ClientGone(Exception):
 async def complete(
     service: Service, request: ImageRequest, count: int, connection: Request
 ) -> list[GeneratedImage]:
-    """Wait for all images of a request, as long as the client does.
+    """Wait for all images of a request, until the client disconnects.
 
     Raises:
-        Refusal: There is no image for one of them.
-        ClientGone: The client waits no more.
+        Refusal: One of the images could not be drawn.
+        ClientGone: The client has disconnected.
     """
     futures = await service.submit(request, count)
     images = asyncio.gather(*map(asyncio.wrap_future, futures))
@@ -58,13 +58,13 @@ async def complete(
 async def stream(
     service: Service, request: ImageRequest, count: int, *, on_end: Callable[[Any], None]
 ) -> AsyncIterator[str]:
-    """Stand in line, and return the events: every step of every image, previews, then the image.
+    """Queue the request and return its events: every step of every image, previews, the image.
 
     Args:
-        on_end: Called with the results, or with the `Refusal` that ended it.
+        on_end: Called with the results, or with the `Refusal` that ended the stream.
 
     Raises:
-        Refusal: The request cannot be, or not now.
+        Refusal: The request is invalid, or cannot be accepted now.
     """
     loop = asyncio.get_running_loop()
     news: asyncio.Queue[Progress | tuple[int, Future[GeneratedImage]]] = asyncio.Queue()
@@ -92,7 +92,7 @@ async def _events(
             try:
                 item = await asyncio.wait_for(news.get(), KEEP_ALIVE_S)
             except TimeoutError:
-                yield ": in line\n\n"
+                yield ": waiting\n\n"
                 continue
             if isinstance(item, Progress):
                 where = {"index": item.image, "step": item.step, "steps": item.steps}
@@ -129,7 +129,7 @@ async def _completed(result: GeneratedImage, index: int) -> dict[str, Any]:
 
 
 async def _png(image: Image.Image) -> dict[str, Any]:
-    """What OpenAI's events say of an image, finished or not."""
+    """The fields that OpenAI's events have for an image, finished or not."""
     return {
         "b64_json": await asyncio.to_thread(encoded, image),
         "created_at": int(time.time()),

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The routes. `create_app(engine, settings)` is a FastAPI app for any ASGI server.
 
-`app_of(service)` is one for images that are drawn elsewhere.
+`app_of(service)` is the same app for images that are drawn elsewhere.
 """
 
 import asyncio
@@ -44,23 +44,23 @@ ANSWERS: dict[int | str, dict[str, Any]] = {
 
 
 def create_app(engine: Engine, settings: ServeSettings) -> FastAPI:
-    """Serve an engine; it stays its owner's, who closes it after the server has stopped.
+    """Return an app that serves `engine`; the caller closes the engine after the server stops.
 
-    The app warms the engine when it starts up, and is ready afterwards. `app.state.service` is its
+    The app warms the engine up when it starts, and is ready afterwards. `app.state.service` is its
     `Service`.
 
     Args:
-        engine: With `output_type="pil"`.
-        settings: Limits.
+        engine: An engine with `output_type="pil"`.
+        settings: Limits of the service.
 
     Raises:
-        InvalidShape: A size in the settings that the model cannot draw.
+        InvalidShape: The model cannot draw one of the sizes in the settings.
     """
     return app_of(EngineService(engine, settings))
 
 
 def app_of(service: Service) -> FastAPI:
-    """Serve a service, which is warmed when the app starts up."""
+    """Return an app for a service, which is warmed up when the app starts."""
     settings = service.settings
 
     @asynccontextmanager
@@ -114,19 +114,19 @@ def app_of(service: Service) -> FastAPI:
 
     @app.get("/v1/objectives", responses={401: {"model": ErrorBody}})
     async def objectives() -> dict[str, Any]:
-        """The objectives that `weights` names, sizes, and limits."""
+        """List the objectives that `weights` may name, the sizes, and the limits."""
         return service.objectives()
 
     @app.get("/health", responses={503: {"model": ErrorBody}})
     async def health() -> dict[str, str]:
-        """Whether this process is of use; if not, start another."""
+        """Say whether this process works; on 503, replace it."""
         if service.has_failed:
             raise Refusal(503, "the engine failed", code="failed", kind="server_error")
         return {"status": "ok"}
 
     @app.get("/ready", responses={503: {"model": ErrorBody}})
     async def ready() -> dict[str, str]:
-        """Whether requests are served at once."""
+        """Say whether requests are accepted now."""
         if not await service.is_serving():
             raise Refusal(503, "not ready", code="not_ready", kind="server_error", retry_after_s=5)
         return {"status": "ready"}
@@ -137,7 +137,7 @@ def app_of(service: Service) -> FastAPI:
         responses={200: {"content": {"text/plain": {}}}, 401: {"model": ErrorBody}},
     )
     async def metrics() -> Response:
-        """Counts for Prometheus."""
+        """Return the metrics in Prometheus' text format."""
         return Response(
             service.metrics.text(await service.stats()), media_type="text/plain; version=0.0.4"
         )
@@ -146,7 +146,7 @@ def app_of(service: Service) -> FastAPI:
 
 
 def _refuse_as_openai(app: FastAPI, service: Service) -> None:
-    """Answer every error in one shape, and count it."""
+    """Answer every error in OpenAI's format, and count it."""
 
     def refuse(request: Request, refusal: Refusal) -> JSONResponse:
         request.state.log["error"] = refusal.code

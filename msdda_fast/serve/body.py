@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The body of `POST /v1/images/generations`, OpenAI's and ours, checked."""
+"""The body of `POST /v1/images/generations`: OpenAI's fields and ours, and their validation."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ class ErrorDetail(BaseModel):
 
     type: str
     message: str
-    param: str | None = Field(description="The field that is wrong, if one is.")
+    param: str | None = Field(description="The invalid field, if the error is about one.")
     code: str
 
 
 class ErrorBody(BaseModel):
-    """What every refusal looks like."""
+    """The body of every error response."""
 
     error: ErrorDetail
 
 
 class DrawnImage(BaseModel):
-    """A PNG in base 64, and the seed that draws it again."""
+    """A PNG in base64, and the seed that reproduces it."""
 
     b64_json: str
     seed: int
@@ -45,50 +45,55 @@ class DrawnImage(BaseModel):
 class ImagesBody(BaseModel):
     """All images of a request, in the order of their seeds."""
 
-    created: int = Field(description="Seconds since 1970.")
+    created: int = Field(description="Unix time in seconds.")
     data: list[DrawnImage]
     output_format: Literal["png"]
     size: str = Field(description='"WIDTHxHEIGHT" in pixels.')
 
 
 class GenerationBody(BaseModel):
-    """OpenAI's fields, and those of this model: weights, seed, steps, guidance_scale,
-    negative_prompt. Limits of the service are in `GET /v1/objectives`; unknown fields are refused.
+    """OpenAI's fields, and those of this service: weights, seed, steps, guidance_scale,
+    negative_prompt. `GET /v1/objectives` lists the limits; unknown fields are refused.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     prompt: str = Field(description="What to draw.")
     model: str | None = Field(None, description="The served model, if given.")
-    n: int = Field(1, ge=1, description="Images; their seeds count up.")
-    size: str | None = Field(None, description='"WIDTHxHEIGHT" of those served, or "auto".')
+    n: int = Field(1, ge=1, description="Number of images; they use consecutive seeds.")
+    size: str | None = Field(
+        None, description='One of the served sizes, "WIDTHxHEIGHT" in pixels, or "auto".'
+    )
     response_format: Literal["b64_json"] | None = Field(
-        None, description="Images come in the answer; nothing is stored, so there is no url."
+        None, description="Images are part of the response; none are stored, so there are no URLs."
     )
     output_format: Literal["png"] | None = None
     stream: bool | None = Field(None, description="Server-sent events: progress, then images.")
     partial_images: int | None = Field(
-        None, ge=0, le=3, description="Previews of each streamed image; fewer if it has few steps."
+        None, ge=0, le=3, description="Previews of each streamed image; fewer with very few steps."
     )
-    user: str | None = Field(None, max_length=256, description="Taken for compatibility, unused.")
+    user: str | None = Field(None, max_length=256, description="Accepted but ignored.")
     weights: dict[str, Number] | None = Field(
-        None, description="By objective, all of them, sum 1; uniform if not given."
+        None, description="A weight for every objective, summing to 1; uniform by default."
     )
-    seed: int | None = Field(None, ge=0, lt=2**63, description="Of the first image.")
+    seed: int | None = Field(
+        None, ge=0, lt=2**63, description="Seed of the first image; random by default."
+    )
     steps: int | None = Field(None, ge=1, description="Denoising steps T.")
     guidance_scale: Number | None = Field(
-        None, ge=1, le=MOST_GUIDANCE, description="1 is no guidance."
+        None, ge=1, le=MOST_GUIDANCE, description="Guidance scale; 1 means no guidance."
     )
-    negative_prompt: str | None = Field(None, description="What guidance leads away from.")
+    negative_prompt: str | None = Field(None, description="What guidance should steer away from.")
 
     def checked(self, settings: ServeSettings, sizes: Sequence[str]) -> ImageRequest:
-        """Return the request, within the limits of the service.
+        """Return the request, checked against the limits of the service.
 
         Args:
-            sizes: "WIDTHxHEIGHT" of those served, the default first.
+            settings: The limits.
+            sizes: The served sizes, "WIDTHxHEIGHT", the default first.
 
         Raises:
-            Refusal: A field is outside them; names it.
+            Refusal: A field exceeds a limit; the refusal names the field.
         """
         if self.model is not None and self.model != settings.model:
             raise Refusal(
@@ -103,7 +108,7 @@ class GenerationBody(BaseModel):
         if self.steps is not None and self.steps > settings.max_steps:
             raise Refusal.of_field("steps", f"at most {settings.max_steps} steps")
         if self.partial_images and not self.stream:
-            raise Refusal.of_field("partial_images", "there are previews only with stream=true")
+            raise Refusal.of_field("partial_images", "previews are sent only with stream=true")
         steps = settings.steps if self.steps is None else self.steps
         width, height = _sides(self.size, sizes)
         return ImageRequest(
@@ -121,7 +126,7 @@ class GenerationBody(BaseModel):
 
 
 def _preview_steps(count: int, steps: int) -> list[int]:
-    """Evenly in the second half, where the noise begins to let an image through."""
+    """Steps spread evenly over the second half, where an image becomes visible in the noise."""
     chosen = {steps // 2 + (i + 1) * steps // (2 * count + 2) for i in range(count)}
     return sorted(chosen & set(range(1, steps)))
 
@@ -130,5 +135,5 @@ def _sides(size: str | None, sizes: Sequence[str]) -> tuple[int, int]:
     if size in (None, "auto"):
         size = sizes[0]
     if size not in sizes:
-        raise Refusal.of_field("size", f"the sizes served are {', '.join(sizes)}, and auto")
+        raise Refusal.of_field("size", f"must be one of {', '.join(sizes)}, or auto")
     return sides(size)

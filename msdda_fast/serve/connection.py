@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Connections of clients that do not speak HTTP, or speak it a byte at a time."""
+"""Protection from clients that do not speak HTTP, or send it one byte at a time."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ RECEIVING_S = 30.0
 
 
 class Connection(H11Protocol):
-    """uvicorn's, with a limit to how long a request may take to arrive.
+    """uvicorn's protocol, with a limit on how long a request may take to arrive.
 
-    Without it, clients that send nothing or little keep their connections, and file handles run
-    out. The answer to what is no HTTP is JSON, as every refusal.
+    Without it, clients that send little or nothing would hold connections until file handles run
+    out. Invalid HTTP is answered with JSON, as every refusal is.
     """
 
     _late: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """See `asyncio.Protocol`."""
+        """Start the clock of the first request."""
         super().connection_made(transport)
         self._watch()
 
     def data_received(self, data: bytes) -> None:
-        """See `asyncio.Protocol`."""
+        """Stop the clock if the request is complete, else start it if it is not running."""
         super().data_received(data)
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """See `asyncio.Protocol`."""
+        """Stop the clock."""
         self._stop_watching()
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
-        """Refuse what is no HTTP."""
+        """Answer a request that is not valid HTTP."""
         refusal = Refusal(400, "the request is not valid HTTP", code="invalid_http")
         content = json.dumps(refusal.body).encode()
         headers = [

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands before every route: the key, the length of bodies, the log."""
+"""Checks before every route: the API key and the length of bodies. Logs every request."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ GUARDED = ("/v1/", "/metrics")
 
 
 class Guard:
-    """ASGI middleware.
+    """ASGI middleware that checks and logs requests.
 
     Args:
-        app: What it guards.
-        settings: Of the service.
-        metrics: Counts refusals.
+        app: The app to guard.
+        settings: The API key, if any, and the longest body.
+        metrics: Counts the refusals.
     """
 
     def __init__(self, app: ASGIApp, settings: ServeSettings, metrics: Metrics) -> None:
@@ -84,7 +84,7 @@ class Guard:
         return None
 
     def _bounded(self, receive: Receive) -> Receive:
-        """Read no more of a body than the limit, whatever its header says."""
+        """Enforce the limit on what is actually received, whatever the header claims."""
         read = 0
 
         async def bounded() -> Message:

@@ -13,7 +13,7 @@ class JSONLines(logging.Formatter):
     """A record as JSON: time, level, event, and the entries of its `fields`."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """See `logging.Formatter`."""
+        """Return the record as one line of JSON."""
         line = {
             "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
             "level": record.levelname.lower(),
@@ -26,7 +26,7 @@ class JSONLines(logging.Formatter):
 
 
 def log_to_stderr() -> None:
-    """Write what this package and uvicorn log, from INFO up."""
+    """Write the logs of this package and uvicorn to stderr, from level INFO up."""
     handler = logging.StreamHandler()
     handler.setFormatter(JSONLines())
     for name in ("msdda_fast", "uvicorn"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Prometheus reads: the engine's counts as they are, and what only the service sees."""
+"""Prometheus metrics: the engine's counts, and those that only the service can see."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ SECONDS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0, 120.0)
 
 
 class Metrics:
-    """A registry of its own for one app.
+    """The metrics of one app, in a registry of its own.
 
     Attributes:
-        refusals: By code.
-        latency: Seconds from request to answer, of those that got their images.
+        refusals: Number of refusals by code.
+        latency: Seconds from request to response, for requests that got their images.
     """
 
     def __init__(self) -> None:
@@ -33,13 +33,13 @@ class Metrics:
         )
         self.latency = Histogram(
             "msdda_request_seconds",
-            "From request to images.",
+            "Seconds from request to images.",
             buckets=SECONDS,
             registry=self._registry,
         )
 
     def text(self, stats: EngineStats) -> bytes:
-        """All of it in Prometheus' text format, with the counts of what draws."""
+        """Return all metrics and the engine's counts in Prometheus' text format."""
         drawing = CollectorRegistry()
         drawing.register(_StatsCollector(stats))
         return generate_latest(self._registry) + generate_latest(drawing)
@@ -51,13 +51,15 @@ class _StatsCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         stats = self._stats
-        yield GaugeMetricFamily("msdda_queue_images", "Images in line.", stats.waiting)
+        yield GaugeMetricFamily("msdda_queue_images", "Images in the queue.", stats.waiting)
         yield GaugeMetricFamily("msdda_drawing_images", "Images being drawn.", stats.drawing)
         images = CounterMetricFamily("msdda_images", "Images by outcome.", labels=["outcome"])
         for outcome in ("completed", "cancelled", "timed_out", "failed", "refused"):
             images.add_metric([outcome], getattr(stats, outcome))
         yield images
-        yield CounterMetricFamily("msdda_drawing_seconds", "Time in batches.", stats.drawing_s)
+        yield CounterMetricFamily(
+            "msdda_drawing_seconds", "Seconds spent drawing batches.", stats.drawing_s
+        )
         yield CounterMetricFamily("msdda_rows", "Rows computed, padding included.", stats.rows)
         sizes = range(1, max(stats.batch_sizes, default=1) + 1)
         counts = accumulate(stats.batch_sizes.get(size, 0) for size in sizes)
@@ -65,7 +67,7 @@ class _StatsCollector(Collector):
         total = sum(size * count for size, count in stats.batch_sizes.items())
         yield HistogramMetricFamily(
             "msdda_batch_size",
-            "Images drawn together.",
+            "Images per batch.",
             [*buckets, ("+Inf", float(stats.batches))],
             sum_value=total,
         )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One process that serves, and several that share a port."""
+"""One serving process, or several that share a port."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ SENDING_S = 5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Process:
-    """Loads a model, and serves it until SIGTERM or Ctrl-C; can be pickled.
+    """Loads a model and serves it until SIGTERM or Ctrl-C; can be pickled.
 
     Attributes:
         load: Returns the pipeline.
-        settings: Of the service.
+        settings: Limits of the service.
         engine: Arguments of `Engine`.
-        host, port: Where it listens.
-        grace_s: On SIGTERM, so many seconds go to what was admitted; the rest is refused with 503.
+        host, port: The address to listen on.
+        grace_s: Seconds after SIGTERM to finish accepted requests; the rest get a 503.
     """
 
     load: Callable[[], MSDDAPipeline]
@@ -56,7 +56,7 @@ class Process:
     grace_s: float = 30.0
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
-        """Serve, on a port of its own or on sockets that others share."""
+        """Serve on `host` and `port`, or on sockets shared with other processes."""
         log_to_stderr()
         with Engine(self.load(), **self.engine) as engine:
             config = uvicorn.Config(
@@ -74,12 +74,12 @@ class Process:
             _Draining(config, engine, self.grace_s).run(sockets)
 
     def run_many(self, count: int) -> None:
-        """Serve with `count` processes on one port, each with a model of its own.
+        """Serve with `count` processes on one port, each with its own model.
 
-        One that dies is replaced.
+        A process that dies is replaced.
 
         Raises:
-            RuntimeError: One died within `STARTING_S` of its start: the next would, too.
+            RuntimeError: A process died within `STARTING_S` of its start, as the next would too.
         """
         log_to_stderr()
         config = uvicorn.Config("", host=self.host, port=self.port, log_config=None)
@@ -109,7 +109,7 @@ class _Child:
         self.process.start()
 
     def successor(self) -> _Child:
-        """Another one, now that this one is dead."""
+        """Start the process that replaces this dead one."""
         code = self.process.exitcode
         if time.monotonic() - self._started < STARTING_S:
             raise RuntimeError(f"a serving process ended with code {code} soon after its start")
@@ -118,14 +118,14 @@ class _Child:
 
 
 class _Draining(uvicorn.Server):
-    """Closes the engine as soon as it is told to stop, while connections wait for their images."""
+    """Closes the engine as soon as the server must stop, while connections await their images."""
 
     def __init__(self, config: uvicorn.Config, engine: Engine, grace_s: float) -> None:
         super().__init__(config)
         self._engine, self._grace_s = engine, grace_s
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """See `uvicorn.Server`."""
+        """Drain the engine for at most `grace_s` seconds while the connections close."""
         closing = threading.Thread(
             target=self._engine.close, kwargs={"timeout_s": self._grace_s}, daemon=True
         )

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The same API on a Ray cluster, with replicas: `serve run msdda_fast.serve.ray:app`.
 
-`ray.yaml` beside this file sets what can be set: `serve run .../msdda_fast/serve/ray.yaml`.
+`ray.yaml` beside this file holds all settings: `serve run .../msdda_fast/serve/ray.yaml`.
 """
 
 # no `from __future__ import annotations`: Ray reads the type that `build` takes from its signature
@@ -31,7 +31,7 @@ HEALTH_S = 2.0
 
 
 class ObjectiveArgs(BaseModel):
-    """See `Objective`; without a source it is the base model."""
+    """The arguments of an `Objective`; without a source it is the base model."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -44,43 +44,45 @@ class ObjectiveArgs(BaseModel):
 
 
 class RayArgs(BaseModel):
-    """The `args:` of an application; what `msdda-fast serve` has as options, and replicas."""
+    """The `args:` of an application: the options of `msdda-fast serve`, and those of replicas."""
 
     model_config = ConfigDict(extra="forbid")
 
-    model: str = Field("msdda-fast/emoji", description="Folder on every node, hub id, or shipped.")
+    model: str = Field(
+        "msdda-fast/emoji", description="Hub id, folder on every node, or the shipped model."
+    )
     objectives: dict[str, ObjectiveArgs] | None = Field(None, description="None: the model's own.")
     dtype: str = Field("float32", pattern="^(float32|bfloat16|float16)$")
-    device: str | None = Field(None, description="None: cuda where a replica has a GPU, or cpu.")
+    device: str | None = Field(None, description="None: cuda if a replica has a GPU, else cpu.")
     max_batch: int = Field(8, ge=1)
     max_wait_ms: float = Field(20.0, ge=0)
-    queue_limit: int = Field(64, ge=1, description="Most images that wait, of every replica.")
+    queue_limit: int = Field(64, ge=1, description="Maximum images in the queue of each replica.")
     batch_sizes: list[int] | None = Field(
-        None, description="See `Engine`; one size makes an image the same to the bit on the CPU."
+        None, description="Of `Engine`; with one size, images on the CPU agree to the bit."
     )
     sizes: list[str] = []
     steps: int = 25
     max_steps: int = 64
     max_images: int = 8
     timeout_s: float = 120.0
-    grace_s: float = Field(30.0, ge=0, description="For the requests of a replica that must go.")
+    grace_s: float = Field(30.0, ge=0, description="Seconds for a stopping replica to finish.")
     log_prompts: bool = False
     num_gpus: float | None = Field(
         None,
         ge=0,
-        description="Of every replica; None: 1 where this is built on a machine with one.",
+        description="GPUs per replica; None: 1 if the machine that builds the app has one, else 0.",
     )
-    num_cpus: float = Field(1.0, ge=0, description="Of every replica, which has as many threads.")
+    num_cpus: float = Field(1.0, ge=0, description="CPUs per replica, which has as many threads.")
     min_replicas: int = Field(1, ge=1)
     max_replicas: int = Field(4, ge=1)
     ingresses: int = Field(1, ge=1, description="Processes that check requests and encode images.")
 
 
 def build(args: RayArgs) -> Application:
-    """Return the application. The API key is in MSDDA_API_KEY, where this runs.
+    """Return the application. The API key is read from MSDDA_API_KEY where this function runs.
 
     Raises:
-        ValueError: A setting outside its range; before anything is started.
+        ValueError: A setting is out of range; nothing has been started.
     """
     settings = ServeSettings(
         model=args.model,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A replica: one engine, warm before it takes requests, that tells what it draws as it draws it."""
+"""A replica: one engine, warmed up before it takes requests, that reports progress as it draws."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ __all__ = ["Admitted", "Drawer", "Facts", "News", "Outcome"]
 
 
 class Facts(NamedTuple):
-    """What every replica has in common: see `Service`."""
+    """What all replicas have in common: the served sizes and the model's objectives."""
 
     sizes: Sequence[str]
     objectives: Mapping[str, Objective]
 
 
 class Admitted(NamedTuple):
-    """The request is in line. Whatever was wrong with it would have been said instead."""
+    """The request is valid and in the queue."""
 
 
 class Outcome(NamedTuple):
-    """Image 0.. of a request, or why there is none."""
+    """One image of a request, counted from 0, or the error that it ended with."""
 
     image: int
     result: GeneratedImage | BaseException
@@ -44,15 +44,15 @@ News = Admitted | Progress | Outcome | MSDDAError
 
 
 class Drawer:
-    """Runs in a Ray actor.
+    """An engine in a Ray actor.
 
     Args:
         load: Returns the pipeline.
-        settings: Of the service.
+        settings: Limits of the service.
         engine: Arguments of `Engine`.
 
     Raises:
-        EngineFailed: It cannot be warmed; the message says why.
+        EngineFailed: The engine cannot be warmed up; the message says why.
     """
 
     def __init__(
@@ -70,15 +70,15 @@ class Drawer:
             raise EngineFailed(f"the model cannot be prepared: {self._service.failure}")
 
     def facts(self) -> Facts:
-        """What requests are checked against before a replica sees them."""
+        """Return what requests are checked against before a replica sees them."""
         return Facts(self._service.sizes, self._engine.pipe.objectives)
 
     def stats(self) -> EngineStats:
-        """The engine's counts."""
+        """Return the engine's counts."""
         return self._engine.stats()
 
     def check_health(self) -> None:
-        """Ray replaces the replica when this raises.
+        """Raise if the engine has stopped, so that Ray replaces the replica.
 
         Raises:
             EngineFailed: The engine has stopped.
@@ -87,13 +87,15 @@ class Drawer:
             raise EngineFailed(f"the engine has stopped: {self._engine.stats().failure}")
 
     async def draw(self, request: ImageRequest, count: int, watched: bool) -> AsyncIterator[News]:
-        """Draw `count` images, and leave the line when nobody listens any more.
+        """Draw `count` images, and cancel them when the caller stops listening.
 
         Args:
-            watched: Whether to tell every step.
+            request: What to draw.
+            count: Number of images.
+            watched: Whether to report every step.
 
-        Yields: The error that the engine refused it with, or `Admitted`, `Progress` of each step if
-            watched, and an `Outcome` of each image.
+        Yields: The error that the engine refused the request with; or `Admitted`, `Progress` for
+            each step if watched, and an `Outcome` for each image.
         """
         loop = asyncio.get_running_loop()
         news: asyncio.Queue[Progress | Outcome] = asyncio.Queue()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The routes in front of replicas: checks requests, fixes their seeds, asks again for lost ones."""
+"""The routes in front of replicas: check requests, fix their seeds, retry those that were lost."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ COUNTING_S = 5.0
 
 
 class Ingress:
-    """Runs in a Ray actor, without a model; starts when a replica is warm.
+    """The app in a Ray actor, without a model; starts when a replica is warm.
 
     Args:
-        drawer: Of the replicas.
-        settings: Of the service.
+        drawer: Handle of the replicas.
+        settings: Limits of the service.
     """
 
     async def __init__(  # type: ignore[misc] # Ray awaits it
@@ -46,12 +46,12 @@ class Ingress:
 
 
 class ReplicaService(Service):
-    """Images of replicas.
+    """A service whose images are drawn by replicas.
 
     Args:
-        drawer: Of the replicas.
-        settings: Of the service.
-        facts: Of every replica.
+        drawer: Handle of the replicas.
+        settings: Limits of the service.
+        facts: What all replicas have in common.
     """
 
     def __init__(
@@ -62,19 +62,19 @@ class ReplicaService(Service):
         self._waited_s = 0.0
 
     def warm(self) -> None:
-        """Nothing to do: replicas take requests when they are warm."""
+        """Do nothing: replicas warm up before they take requests."""
 
     async def is_serving(self) -> bool:
-        """Whether there is a replica that takes requests."""
+        """Return whether any replica accepts requests."""
         return any(not stats.is_closed for stats in await self._stats())
 
     @property
     def has_failed(self) -> bool:
-        """Never: Ray replaces replicas that have."""
+        """Always False: Ray replaces replicas that have failed."""
         return False
 
     async def submit(self, request: ImageRequest, count: int) -> list[Future[GeneratedImage]]:
-        """See `Service`."""
+        """Send the request to replicas until one accepts it; return a future per image."""
         order = Order(self._drawer, request, count)
         for future in order.futures:
             future.add_done_callback(self._note)
@@ -85,11 +85,11 @@ class ReplicaService(Service):
         return order.futures
 
     async def stats(self) -> EngineStats:
-        """The sum over the replicas that there are now."""
+        """Return the sum of the counts of all current replicas."""
         return total(await self._stats())
 
     def retry_after_s(self) -> int:
-        """As long as the last image waited in line."""
+        """Return how long the last image waited in a queue, in whole seconds from 1 to 60."""
         return min(60, max(1, math.ceil(self._waited_s)))
 
     async def _stats(self) -> list[EngineStats]:
@@ -106,7 +106,7 @@ class ReplicaService(Service):
 
 
 def total(stats: Sequence[EngineStats]) -> EngineStats:
-    """Counts of several engines, added up."""
+    """Add up the counts of several engines."""
     batch_sizes: Counter[int] = Counter()
     for one in stats:
         batch_sizes.update(one.batch_sizes)

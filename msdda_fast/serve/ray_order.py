@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The images of one request, drawn by whichever replica lives to do it."""
+"""The images of one request, drawn by whichever replica survives to finish them."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ PAUSES_S = (0.1, 1.0, 3.0)
 class Order:
     """Sends a request to replicas until one has drawn it.
 
-    Its seed is fixed before it is sent, so that the images are the same wherever they are drawn,
-    and each is handed out once.
+    The seed is fixed first, so that the images are the same wherever they are drawn; each image is
+    returned once.
 
     Args:
-        drawer: Of the replicas.
+        drawer: Handle of the replicas.
         request: With or without a seed.
         count: Number of images.
 
@@ -57,10 +57,10 @@ class Order:
             future.add_done_callback(self._left)
 
     async def admitted(self) -> None:
-        """Wait until the images are in line.
+        """Wait until the images are in a replica's queue.
 
         Raises:
-            MSDDAError: They never were: as `Engine.submit_images`, and `RequestTimeout`.
+            MSDDAError: They were refused, as by `Engine.submit_images`, or `RequestTimeout`.
         """
         try:
             await self._admitted.wait()

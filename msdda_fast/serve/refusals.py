@@ -19,15 +19,15 @@ _PARAMS = {"num_inference_steps": "steps", "height": "size", "width": "size"}
 
 
 class Refusal(Exception):
-    """An answer that is no image.
+    """An error response in place of an image.
 
     Args:
         status: HTTP status.
-        message: For people.
-        param: The field of the body that is wrong, if one is.
-        code: For programs, one word.
+        message: Explanation for people.
+        param: The invalid field of the body, if the error is about one.
+        code: Identifier for programs, such as "queue_full".
         kind: OpenAI's `type`.
-        retry_after_s: When to come back, whole seconds.
+        retry_after_s: Whole seconds until the client should try again.
     """
 
     def __init__(
@@ -46,12 +46,12 @@ class Refusal(Exception):
 
     @classmethod
     def of_field(cls, param: str, message: str) -> Refusal:
-        """A body with a field that is wrong: 422."""
+        """Return the refusal of an invalid field, with status 422."""
         return cls(422, message, param=param, code="invalid_value")
 
     @property
     def body(self) -> dict[str, Any]:
-        """The JSON; text that is not valid Unicode came from the client and is replaced."""
+        """The JSON body; characters from the client that are not valid Unicode are replaced."""
         error = {
             "type": self.kind,
             "message": _printable(self.message),
@@ -61,13 +61,13 @@ class Refusal(Exception):
         return {"error": error}
 
     def response(self, headers: Mapping[str, str] | None = None) -> JSONResponse:
-        """The answer."""
+        """Return the HTTP response, with `headers` added."""
         more = {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
         return JSONResponse(self.body, self.status, headers={**(headers or {}), **more})
 
 
 def of_engine(error: MSDDAError, retry_after_s: int) -> Refusal:
-    """What an error of the engine means to a client."""
+    """Translate an error of the engine for the client."""
     match error:
         case QueueFull():
             return Refusal(
@@ -90,7 +90,7 @@ def of_engine(error: MSDDAError, retry_after_s: int) -> Refusal:
 
 
 def of_validation(error: RequestValidationError) -> Refusal:
-    """The first thing that is wrong with a body."""
+    """Return the refusal for the first error in a body."""
     first = error.errors()[0]
     if first["type"] == "json_invalid":
         return Refusal(400, "the body is not valid JSON", code="invalid_json")
@@ -102,7 +102,7 @@ def of_validation(error: RequestValidationError) -> Refusal:
 
 
 def of_http(error: HTTPException) -> Refusal:
-    """What the framework refuses by itself: unknown paths, methods, unreadable bodies."""
+    """Translate what the framework itself refuses: unknown paths, methods, unreadable bodies."""
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
     return Refusal(error.status_code, str(error.detail), code=code)
 

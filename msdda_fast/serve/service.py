@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the routes of one app share: what draws, its limits, and whether it is ready."""
+"""What the routes of one app share: the source of images, its limits, and whether it is ready."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ logger = logging.getLogger("msdda_fast.serve")
 
 
 class Service(ABC):
-    """Images with the limits of an operator, wherever they are drawn.
+    """A source of images within the limits of an operator, wherever they are drawn.
 
     Args:
-        settings: Of the service.
-        sizes: "WIDTHxHEIGHT" that may be asked for, the default first.
-        objectives: Of the model, by the names that weights have.
+        settings: Limits of the service.
+        sizes: The served sizes, "WIDTHxHEIGHT", the default first.
+        objectives: The model's objectives, by the names that weights use.
 
     Attributes:
-        metrics: Of this app.
+        metrics: The metrics of this app.
     """
 
     def __init__(
@@ -57,41 +57,41 @@ class Service(ABC):
 
     @abstractmethod
     def warm(self) -> None:
-        """Get ready; may take minutes, and is called on a thread of its own."""
+        """Warm up; may take minutes, and runs on a thread of its own."""
 
     @abstractmethod
     async def is_serving(self) -> bool:
-        """Whether requests are served at once."""
+        """Return whether requests are accepted now."""
 
     @property
     @abstractmethod
     def has_failed(self) -> bool:
-        """Whether this process will never serve again."""
+        """Whether this process can never serve again."""
 
     @abstractmethod
     async def submit(self, request: ImageRequest, count: int) -> list[Future[GeneratedImage]]:
-        """Stand in line for images.
+        """Queue `count` images and return a future for each.
 
         Raises:
-            Refusal: The request cannot be, or not now.
+            Refusal: The request is invalid, or cannot be accepted now.
         """
 
     @abstractmethod
     async def stats(self) -> EngineStats:
-        """The counts of all that draws."""
+        """Return the counts of all engines."""
 
     @abstractmethod
     def retry_after_s(self) -> int:
-        """Whole seconds until a refused request may find room."""
+        """Estimate the whole seconds until a refused request may be accepted."""
 
     def refusal(self, error: BaseException) -> Refusal:
-        """What an image's outcome that is no image means to a client."""
+        """Translate the error that an image ended with for the client."""
         if isinstance(error, MSDDAError):
             return of_engine(error, self.retry_after_s())
         return Refusal(500, "internal error", code="internal", kind="server_error")
 
     def objectives(self) -> dict[str, Any]:
-        """What a client may choose, and within which limits."""
+        """Return what a client may choose, and the limits."""
         settings = self.settings
         data = [
             {"id": name, "eta": o.eta, "guidance_scale": o.guidance_scale}
@@ -109,19 +109,19 @@ class Service(ABC):
 
 
 class EngineService(Service):
-    """Images of an engine in this process.
+    """A service whose images are drawn by an engine in this process.
 
     Args:
-        engine: Draws; its owner closes it.
-        settings: Of the service.
+        engine: Draws the images; the caller closes it.
+        settings: Limits of the service.
 
     Raises:
-        InvalidShape: A size in the settings that the model cannot draw.
-        ValueError: A request may have more images than may wait.
+        InvalidShape: The model cannot draw one of the sizes in the settings.
+        ValueError: A request may have more images than the queue.
 
     Attributes:
         is_warm: Whether everything has been built and captured.
-        failure: Why it never will be; None: it may.
+        failure: Why warming up failed; None if it has not.
     """
 
     def __init__(self, engine: Engine, settings: ServeSettings) -> None:
@@ -130,7 +130,7 @@ class EngineService(Service):
         if settings.max_images > engine.queue_limit:
             raise ValueError(
                 f"requests may have max_images={settings.max_images}, "
-                f"but only queue_limit={engine.queue_limit} may wait"
+                f"but only queue_limit={engine.queue_limit} fit into the queue"
             )
         self.engine = engine
         config, factor = engine.pipe.unet.config, engine.pipe.vae_scale_factor
@@ -140,7 +140,7 @@ class EngineService(Service):
         self.failure: str | None = None
 
     def warm(self) -> None:
-        """Build and capture all that a request may ask for; takes seconds to minutes."""
+        """Build and capture whatever a request may ask for; takes seconds to minutes."""
         kinds = {padded_steps(steps): steps for steps in range(1, self.settings.max_steps + 1)}
         try:
             for width, height in map(sides, self.sizes):
@@ -148,27 +148,27 @@ class EngineService(Service):
                     self.engine.prepare(height, width, steps)
         except Exception as error:
             self.failure = f"{type(error).__name__}: {error}"
-            logger.exception("cannot get ready")
+            logger.exception("warming up failed")
         else:
             self.is_warm = True
             logger.info("ready", extra={"fields": {"sizes": self.sizes}})
 
     @property
     def is_ready(self) -> bool:
-        """Whether requests are served at once."""
+        """Whether requests are accepted now."""
         return self.is_warm and not self.engine.stats().is_closed
 
     async def is_serving(self) -> bool:
-        """See `Service`."""
+        """Return whether requests are accepted now: `is_ready`."""
         return self.is_ready
 
     @property
     def has_failed(self) -> bool:
-        """See `Service`."""
+        """Whether warming up or the engine failed."""
         return (self.failure or self.engine.stats().failure) is not None
 
     async def submit(self, request: ImageRequest, count: int) -> list[Future[GeneratedImage]]:
-        """See `Service`."""
+        """Queue `count` images of the engine and return a future for each."""
         if not self.is_warm:
             raise Refusal(
                 503, "the model is being prepared", code="not_ready", kind="server_error",
@@ -180,11 +180,11 @@ class EngineService(Service):
             raise self.refusal(error) from error
 
     async def stats(self) -> EngineStats:
-        """See `Service`."""
+        """Return the engine's counts."""
         return self.engine.stats()
 
     def retry_after_s(self) -> int:
-        """When the line will be gone: batches in it, at the mean time of one so far."""
+        """Estimate when the queue will be empty: its batches times the mean time of a batch."""
         stats = self.engine.stats()
         drawn = stats.completed / stats.batches if stats.batches else 1.0
         seconds = stats.drawing_s / stats.batches if stats.batches else 1.0
@@ -192,9 +192,9 @@ class EngineService(Service):
 
 
 def lay_out(pipe: MSDDAPipeline) -> MSDDAPipeline:
-    """Put convolutions into the layout that captured batches share, in place.
+    """Put convolutions into the memory layout that captured batches share, in place.
 
-    Else every captured size would hold a copy of them.
+    Otherwise every captured size would hold its own copy of them.
     """
     if pipe.device.type == "cuda":
         pipe.unet.to(memory_format=torch.channels_last)
@@ -202,7 +202,7 @@ def lay_out(pipe: MSDDAPipeline) -> MSDDAPipeline:
 
 
 def encoded(image: Image.Image) -> str:
-    """The image as PNG in base 64."""
+    """Return the image as a PNG in base64."""
     file = io.BytesIO()
     image.save(file, format="PNG")
     return base64.b64encode(file.getvalue()).decode()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an operator decides; nothing of it can be changed by a request."""
+"""What the operator decides; a request cannot change any of it."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ __all__ = ["ServeSettings", "sides"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeSettings:
-    """Limits of a service, checked at birth.
+    """Limits of a service, validated on construction.
 
     Attributes:
-        model: The name that it serves the model by.
-        sizes: Sizes of images, "WIDTHxHEIGHT" in pixels, that may be asked for; the first one is
-            the default. Empty: the model's own.
-        steps: T where a request does not say, in [1, max_steps].
+        model: The name under which the model is served.
+        sizes: Image sizes that requests may ask for, "WIDTHxHEIGHT" in pixels; the first one is
+            the default. Empty: the model's own size.
+        steps: T of requests that do not set it, in [1, max_steps].
         max_steps: Largest T.
         max_images: Largest n of one request, at least 1.
         max_prompt_chars: Longest prompt, and longest negative prompt, in characters.
         max_body_bytes: Longest body of a request.
-        timeout_s: > 0, seconds until a request is given up.
-        api_key: What clients must send as a bearer token; None: anybody may.
+        timeout_s: Seconds after which a request is abandoned, > 0.
+        api_key: What clients must send as a bearer token; None: no key is needed.
         log_prompts: Whether prompts are logged.
     """
 
@@ -49,14 +49,14 @@ class ServeSettings:
         if not self.timeout_s > 0:
             raise ValueError(f"timeout_s must be positive, got {self.timeout_s}")
         if self.api_key is not None and not self.api_key.strip():
-            raise ValueError("the API key is empty; unset it to let anybody in")
+            raise ValueError("the API key is empty; unset it to serve without a key")
 
 
 def sides(size: str) -> tuple[int, int]:
     """Read "WIDTHxHEIGHT" as (width, height) in pixels.
 
     Raises:
-        ValueError: The text has another form.
+        ValueError: The text does not have this form.
     """
     match = re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", size)
     if match is None:

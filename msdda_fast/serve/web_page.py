@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page for people at `/`: a few files of this package, which ask the API as anybody does."""
+"""The web page at `/`: a few static files of this package that use the public API."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ HEADERS = {
 
 
 def add_page(app: FastAPI) -> None:
-    """Serve the page at `/` and its files beside it; no other file can be asked for."""
+    """Serve the page at `/` and its files beside it; no other file is reachable."""
     folder = files("msdda_fast.serve") / "page"
     for name, kind in TYPES.items():
         _add(app, "/" if name == "index.html" else f"/{name}", (folder / name).read_bytes(), kind)

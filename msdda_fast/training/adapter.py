@@ -39,25 +39,25 @@ def add_lora(
 ) -> list[nn.Parameter]:
     """Freeze `unet` and add one LoRA: y = W x + (lora_alpha / rank) lora_up lora_down x.
 
-    lora_down is drawn from N(0, 1/rank^2) and lora_up is zero, so the adapted model starts as the
-    base model exactly. Both are float32, whatever the dtype of the frozen weights.
+    lora_down is drawn from N(0, 1/rank^2) and lora_up is zero, so the adapted model starts exactly
+    as the base model. Both are float32, whatever the dtype of the frozen weights.
 
     Args:
-        unet: Any network whose layers bear the names in `target_modules`; changed in place.
+        unet: Any network with layers named as in `target_modules`; changed in place.
         rank: r >= 1.
-        lora_alpha: Defaults to `rank`, which makes the scale 1.
+        lora_alpha: None: `rank`, which makes the scale 1.
         target_modules: Names, or ends of dotted names, of the linear layers to adapt.
-        seed: Seeds lora_down; the global random state is left alone.
+        seed: Seed of lora_down; the global random state is not changed.
 
     Returns: the trainable parameters.
 
     Raises:
-        ValueError: rank below 1, a network that has an adapter already, or no layer of these names.
+        ValueError: The rank is below 1, the network already has an adapter, or no layer matches.
     """
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
     if next(_lora_layers(unet), None) is not None:
-        raise ValueError("the network has LoRA layers already; start from one without adapters")
+        raise ValueError("the network already has LoRA layers; start from one without adapters")
     config = LoraConfig(
         r=rank,
         lora_alpha=rank if lora_alpha is None else lora_alpha,
@@ -75,10 +75,10 @@ def add_lora(
 
 
 def lora_parameters(unet: nn.Module) -> list[nn.Parameter]:
-    """The trainable parameters of a network prepared by `add_lora`, in a fixed order.
+    """Return the trainable parameters of a network prepared by `add_lora`, in a fixed order.
 
     Raises:
-        ValueError: the network has none.
+        ValueError: The network has none.
     """
     parameters = [p for p in unet.parameters() if p.requires_grad]
     if next(_lora_layers(unet), None) is None or not parameters:
@@ -100,7 +100,7 @@ def base_model(unet: nn.Module) -> Iterator[nn.Module]:
 
 
 def lora_state(unet: nn.Module) -> dict[str, Tensor]:
-    """The adapter's tensors by peft name, e.g. `mid_block.….to_q.lora_A.weight`."""
+    """Return the adapter's tensors by peft name, e.g. `mid_block.….to_q.lora_A.weight`."""
     state: dict[str, Tensor] = get_peft_model_state_dict(unet, adapter_name=_ADAPTER)
     return state
 
@@ -109,12 +109,12 @@ def save_lora(unet: nn.Module, folder: str | Path, *, dtype: torch.dtype = torch
     """Write the adapter as a standard LoRA folder and return the file.
 
     `pipe.load_lora_weights(folder)` of diffusers reads it. The names are diffusers' own
-    (`unet.` + peft's); rank and alpha are in the file's metadata, where diffusers looks for them.
+    (`unet.` + peft's); rank and alpha are in the file's metadata, where diffusers expects them.
 
     Args:
         unet: A network prepared by `add_lora`.
-        folder: Made if missing; an older file there is replaced atomically.
-        dtype: Of the stored tensors: float32, or float16 or bfloat16 for half the size.
+        folder: Created if missing; an older file there is replaced atomically.
+        dtype: Data type of the stored tensors; float16 and bfloat16 halve the size.
     """
     config: LoraConfig = vars(unet)["peft_config"][_ADAPTER]
     described = {
@@ -139,11 +139,11 @@ def save_lora(unet: nn.Module, folder: str | Path, *, dtype: torch.dtype = torch
 
 
 def load_lora(unet: nn.Module, folder: str | Path) -> None:
-    """Copy an adapter written by `save_lora` into the one that `add_lora` made, to train it on.
+    """Copy an adapter written by `save_lora` into the one made by `add_lora`, to train it further.
 
     Raises:
-        FileNotFoundError: no weights in `folder`.
-        AdapterMismatch: names, shapes or the scale differ from the network's adapter.
+        FileNotFoundError: `folder` has no weights.
+        AdapterMismatch: Names, shapes or the scale differ from the network's adapter.
     """
     path = Path(folder) / WEIGHT_NAME
     if not path.is_file():
@@ -162,7 +162,7 @@ def restore_lora(unet: nn.Module, stored: dict[str, Tensor], *, source: str) -> 
     """Copy `stored`, tensors by peft name, into the network's adapter.
 
     Raises:
-        AdapterMismatch: a name or shape that the network lacks or the file lacks, the first one.
+        AdapterMismatch: Names or shapes differ; the message gives the first difference.
     """
     own = lora_state(unet)
     for name in sorted({*own, *stored}):

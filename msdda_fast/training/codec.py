@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Between images and the latents that a UNet sees, by a pipeline's own autoencoder."""
+"""Convert between images and the UNet's latents with the autoencoder of a pipeline."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BATCH = 16  # images through the autoencoder at once
 
 
 def latent_shape(pipe: MSDDAPipeline) -> tuple[int, int, int]:
-    """(C, H, W) of the latents the pipeline draws by default."""
+    """Return (C, H, W) of the latents that the pipeline draws by default."""
     config = pipe.unet.config
     size = config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
@@ -25,9 +25,9 @@ def latent_shape(pipe: MSDDAPipeline) -> tuple[int, int, int]:
 
 
 def decoder(pipe: MSDDAPipeline) -> Callable[[Tensor], Tensor]:
-    """Return latents (b, C, H, W) -> images (b, 3, height, width) float32 in [0, 1].
+    """Return a function from latents (b, C, H, W) to images (b, 3, height, width) in [0, 1].
 
-    As 8-bit pictures have it: a reward sees what a file would hold.
+    Images are float32, rounded to 8 bits: a reward sees what a file would contain.
     """
 
     @torch.no_grad()
@@ -40,9 +40,9 @@ def decoder(pipe: MSDDAPipeline) -> Callable[[Tensor], Tensor]:
 
 
 def encoder(pipe: MSDDAPipeline) -> Callable[[Tensor], Tensor]:
-    """Return images (b, 3, height, width) in [0, 1] -> latents (b, C, H, W) float32.
+    """Return a function from images (b, 3, height, width) in [0, 1] to latents (b, C, H, W).
 
-    Where the autoencoder gives a distribution, its mode.
+    Latents are float32; if the autoencoder gives a distribution, they are its mode.
     """
 
     @torch.no_grad()
@@ -59,19 +59,19 @@ def encoder(pipe: MSDDAPipeline) -> Callable[[Tensor], Tensor]:
 
 
 def image_size(pipe: MSDDAPipeline) -> tuple[int, int]:
-    """(height, width) in pixels of the images the pipeline draws by default."""
+    """Return (height, width) in pixels of the images that the pipeline draws by default."""
     _, height, width = latent_shape(pipe)
     return height * pipe.vae_scale_factor, width * pipe.vae_scale_factor
 
 
 def codec_id(pipe: MSDDAPipeline) -> str:
-    """What latents of the same image have in common: a digest of the autoencoder."""
+    """Return a digest of the autoencoder, which decides the latents of an image."""
     scale = torch.tensor(pipe.vae.config.scaling_factor)
     return digest(scale, *pipe.vae.state_dict().values())
 
 
 def sample_fn(pipe: MSDDAPipeline, *, num_steps: int, guidance_scale: float) -> SampleFn:
-    """Return (prompts, seeds) -> (latents, images in [0, 1]) of the pipeline's one objective."""
+    """Return a function from prompts and seeds to latents and images of the only objective."""
     pipe.set_progress_bar_config(disable=True)
     (name,) = pipe.objectives
     decode = decoder(pipe)

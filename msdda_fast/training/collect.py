@@ -49,22 +49,22 @@ def collect(
 ) -> Collection:
     """Sample every prompt with every seed, score the images by every reward, keep the latents.
 
-    Each batch becomes one shard file, written atomically; called again after a kill with the same
-    arguments, only the missing shards are sampled. A finished folder is read back without a call.
+    Each batch becomes one shard file, written atomically; called again with the same arguments
+    after a kill, it samples only the missing shards. A finished folder is only read.
 
     Args:
         sample_fn: Draws x_0 from the policy, for prompts and seeds of equal length up to
             `batch_size`; equal calls should give equal samples.
         rewards: By name; each gets images in [0, 1] and their prompts.
         prompts, seeds: Without repetition; N = len(prompts) * len(seeds).
-        out_dir: One folder per policy; made if missing.
+        out_dir: One folder per policy; created if missing.
         batch_size: Rows per call and shard.
         progress: Show a progress bar with the time left.
 
     Raises:
-        ValueError: no or repeated prompts or seeds, no rewards, a batch size below 1, images
-            outside [0, 1], or a value that is not finite.
-        InvalidShape: `sample_fn` or a reward returned another number of rows.
+        ValueError: Prompts, seeds or rewards are empty or repeat, the batch size is below 1, images
+            are outside [0, 1], or a value is not finite.
+        InvalidShape: `sample_fn` or a reward returned the wrong number of rows.
         ResumeMismatch: `out_dir` holds samples of other prompts, seeds, rewards or batches.
     """
     out_dir = Path(out_dir)
@@ -98,10 +98,10 @@ def collect(
 
 
 def load_collection(out_dir: str | Path) -> Collection:
-    """Read a finished collection back.
+    """Read a finished collection.
 
     Raises:
-        FileNotFoundError: no collection in `out_dir`, or an unfinished one (call `collect` again).
+        FileNotFoundError: `out_dir` has no collection, or an unfinished one (call `collect` again).
     """
     out_dir = Path(out_dir)
     manifest = json.loads((out_dir / MANIFEST_NAME).read_text())

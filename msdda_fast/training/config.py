@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What decides a step-level DPO run."""
+"""The hyper-parameters of a step-level DPO run."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepDPOConfig:
-    """Hyper-parameters of `train_step_dpo`, validated at birth.
+    """Hyper-parameters of `train_step_dpo`, validated on construction.
 
     Raises:
-        ValueError: a value outside its range; the message names the field.
+        ValueError: A value is out of range; the message names the field.
     """
 
     steps: int  # optimiser steps in all; a finished run may be continued with more

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The curves of a run as one picture, redrawn from its log while it trains."""
+"""The curves of a run as one picture, redrawn from its log during training."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _LABELS = {  # in this order; a log has some of them
 
 
 class LiveCurves:
-    """`curves.png` in a run's folder: what its log says, at most every few seconds.
+    """Draws the log of a run as `curves.png` in its folder, at most every few seconds.
 
     Raises:
         BackendUnavailable: matplotlib is missing.
@@ -46,7 +46,7 @@ class LiveCurves:
             )
 
     def refresh(self, *, now: bool = False) -> None:
-        """Draw the log as it stands, unless that was done a moment ago; `now`: in any case."""
+        """Draw the current log, unless it was drawn a moment ago and `now` is False."""
         if not self._enabled:
             return
         if now or time.monotonic() - self._drawn > _REFRESH_SECONDS:
@@ -55,7 +55,7 @@ class LiveCurves:
 
 
 def draw_curves(rows: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Draw each known quantity of `rows` over their first column; written atomically."""
+    """Plot each known quantity of `rows` against their first column, and write it atomically."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -86,7 +86,7 @@ def draw_curves(rows: list[dict[str, Any]], path: Path, title: str) -> None:
 
 
 def _smoothed(values: list[float]) -> list[float]:
-    """Mean over a window that ends at each value."""
+    """Return the means over windows that end at each value."""
     width = max(_LEAST, round(_SPAN * len(values)))
     return [
         sum(part) / len(part)

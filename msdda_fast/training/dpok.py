@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""DPOK's policy loss (Fan et al., "DPOK", NeurIPS 2023), as the paper's models were aligned by it.
+r"""DPOK's policy loss (Fan et al., "DPOK", NeurIPS 2023), which aligned the paper's models.
 
-One transition (x_t, x_{t-1}) of a trajectory of reward r has the loss
+One transition (x_t, x_{t-1}) of a trajectory with reward r has the loss
 
     -w_r (r - V(x_t)) clamp(exp(log p_theta - log p_old), 1 - c, 1 + c)  +  w_kl KL,
 
 where log p is the *mean* over the latent dimensions: the sum of 16384 terms would leave 1 +- 1e-4
-at once. The clamp has no minimum around it as PPO has: outside it the gradient is zero whatever
-the sign of the advantage. Two forms of the KL term:
+at once. Unlike in PPO, there is no minimum around the clamp: outside it the gradient is zero,
+whatever the sign of the advantage. The KL term has two forms:
 
     "eps"     mean ||eps_theta - eps_pre||^2, as published: not a KL, but proportional to it per t;
     "exact"   KL(p_theta || p_pre) = ||mu_theta - mu_pre||^2 / (2 sigma^2), in nats.
@@ -28,7 +28,7 @@ from msdda_fast.training.policy import Moments
 
 
 class DPOKLoss(NamedTuple):
-    """The loss of n transitions and what one watches while it falls."""
+    """The loss of n transitions and the quantities to monitor."""
 
     loss: Tensor  # (), policy + w_kl kl
     policy: Tensor  # (), mean of -w_r advantage ratio
@@ -47,12 +47,12 @@ def dpok_loss(
     kl_weight: float,
     clip: float,
 ) -> DPOKLoss:
-    """The loss of n transitions, as in the module docstring.
+    """Return the loss of n transitions, as in the module docstring.
 
     Args:
-        log_prob: Of the policy in training, mean over dimensions, (n,) float32 or wider: half
-            precision has steps of 1e-3 where the clamp has 1e-4.
-        old_log_prob: Of the policy that took the step, (n,); no gradient.
+        log_prob: Log-probabilities of the policy in training, mean over dimensions, (n,) float32
+            or wider: half precision has steps of 1e-3, while the clamp is at 1e-4.
+        old_log_prob: Those of the policy that took the step, (n,); no gradient.
         advantage: r - V, (n,), in the reward's units; no gradient.
         kl: The KL term, (n,), see `kl_term`.
         reward_weight: w_r > 0.
@@ -60,8 +60,8 @@ def dpok_loss(
         clip: c > 0.
 
     Raises:
-        InvalidShape: the four tensors differ in shape.
-        ValueError: a log-probability narrower than float32.
+        InvalidShape: The four tensors differ in shape.
+        ValueError: A log-probability is narrower than float32.
     """
     shapes = [tuple(t.shape) for t in (log_prob, old_log_prob, advantage, kl)]
     if log_prob.dim() != 1 or len(set(shapes)) > 1:
@@ -84,13 +84,15 @@ def dpok_loss(
 
 
 def kl_term(theta: Moments, pre: Moments, kind: str) -> Tensor:
-    """The KL term per transition, (n,), float32; `kind` is "eps" or "exact" (module docstring).
+    """Return the KL term per transition, (n,), float32.
 
     Args:
-        theta, pre: Of the model in training and of the frozen base, at the same x_t; equal std.
+        theta, pre: Moments of the model in training and of the frozen base at the same x_t, with
+            equal std.
+        kind: "eps" or "exact", as in the module docstring.
 
     Raises:
-        ValueError: another kind.
+        ValueError: `kind` is unknown.
     """
     if kind == "eps":
         return (theta.eps - pre.eps).square().flatten(1).mean(1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What decides a DPOK run: the paper's values as defaults, and a preset for the shipped model."""
+"""The hyper-parameters of a DPOK run: the paper's as defaults, and a preset for small models."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _COUNTS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DPOKConfig:
-    """Hyper-parameters of `train_dpok`, validated at birth.
+    """Hyper-parameters of `train_dpok`, validated on construction.
 
     The defaults are the paper's, for Stable Diffusion 1.5: per loop 6 prompts with one trajectory
     each, a buffer of 1000 transitions, 5 policy steps of 12 x 2 transitions. It ran 8000 loops at
-    eta 1.0 (aesthetics) and 0.8 (consistency). See `shipped` for small models.
+    eta 1.0 (aesthetics) and 0.8 (consistency). `shipped` has values for small models.
 
     Raises:
-        ValueError: a value outside its range; the message names the field.
+        ValueError: A value is out of range; the message names the field.
     """
 
     loops: int  # rollout and update in all; a finished run may be continued with more
@@ -53,13 +53,13 @@ class DPOKConfig:
 
     @classmethod
     def shipped(cls, **changes: Any) -> DPOKConfig:  # noqa: ANN401 - fields of this class
-        """The preset for `msdda-fast/emoji` on CPU cores: `DPOKConfig.shipped(loops=100, eta=0.8)`.
+        """Return the preset for `msdda-fast/emoji` on CPUs: `DPOKConfig.shipped(loops=9, eta=0.8)`.
 
-        On-policy: the buffer is one loop. Learns from the first half of the steps (13 of 25), those
-        that decide on objects and colours. The advantage is relative to the prompt: most of a
+        On-policy: the buffer is one loop. It learns from the first half of the steps (13 of 25),
+        which decide on objects and colours. The advantage is relative to the prompt: most of a
         reward's variance lies between prompts, and the value network would need thousands of
-        trajectories to learn that. The KL term is the exact one; how much of it is wanted depends
-        on the reward, from 0.02 for one that is hard to raise to 0.2 for one that is easy.
+        trajectories to learn that. The KL term is exact; its best weight depends on the reward,
+        from 0.02 for one that is hard to raise to 0.2 for one that is easy.
         """
         preset: dict[str, Any] = {
             "num_steps": 25,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One DPOK run: its task, its state, one loop of it, and the checkpoint of all that."""
+"""One DPOK run: its task, its state, one loop, and the checkpoint."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _FREE_FIELDS = ("loops", "checkpoint_every")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """What a policy is trained for: prompts, how they are encoded, and who judges the images."""
+    """What a policy is trained for: prompts, their embeddings, and the reward of images."""
 
     reward: Reward
     decode: DecodeFn
@@ -98,7 +98,7 @@ class DPOKRun:
         }
 
     def advance(self, loop: int) -> dict[str, float]:
-        """One rollout, one value step and the policy steps; returns the loop's row of the log."""
+        """Do a rollout, a value step and the policy steps; return the loop's row of the log."""
         began, config, task = time.perf_counter(), self.config, self.task
         fresh, rewards = roll_out(
             self.policy, task.reward, task.decode, task.prompts, task.latent_shape, config,
@@ -201,7 +201,7 @@ class DPOKRun:
         write_atomically(self.path, lambda partial: torch.save(state, partial))
 
     def resume(self) -> int:
-        """Restore the checkpoint, if there is one, and return the number of loops it made."""
+        """Restore the checkpoint, if there is one, and return the number of loops done."""
         if not self.path.is_file():
             return 0
         # The generator's state must stay on the CPU; the rest is copied to where it belongs.
@@ -209,7 +209,7 @@ class DPOKRun:
         require_same(self.path.parent, state["identity"], self.identity)
         if state["loop"] > self.config.loops:
             raise ValueError(
-                f"{self.path} has made {state['loop']} loops; loops = {self.config.loops} is fewer"
+                f"{self.path} has done {state['loop']} loops; loops = {self.config.loops} is fewer"
             )
         restore_lora(self.unet, state["adapter"], source=str(self.path))
         self.optimizer.load_state_dict(state["optimizer"])

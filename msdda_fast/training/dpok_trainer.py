@@ -8,8 +8,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
 from msdda_fast.training.adapter import save_lora
@@ -17,6 +15,7 @@ from msdda_fast.training.curves import LiveCurves
 from msdda_fast.training.dpok_config import DPOKConfig
 from msdda_fast.training.dpok_run import DPOKRun, Task
 from msdda_fast.training.log import open_log
+from msdda_fast.training.progress import training_bar
 from msdda_fast.types import Scheduler
 
 
@@ -35,20 +34,21 @@ def train_dpok(
     """Train the adapter of `unet` (see `add_lora`) by policy gradient and save it in `out_dir`.
 
     `out_dir` receives `log.jsonl` (reward, losses, KL, share of clipped transitions, gradient
-    norm), `curves.png`, redrawn as it trains, `checkpoint.pt`, a LoRA folder `loop-000100/` at each
-    checkpoint, and at the end `pytorch_lora_weights.safetensors`. Called again after a kill, with
-    the same arguments, it goes on from the last checkpoint and ends with the very bits of an
-    uninterrupted run; with larger `loops` it continues the run.
+    norm), `curves.png`, redrawn during training, `checkpoint.pt`, a LoRA folder `loop-000100/` at
+    each checkpoint, and at the end `pytorch_lora_weights.safetensors`. Called again with the same
+    arguments after a kill, it continues from the last checkpoint and ends with exactly the bits of
+    an uninterrupted run; with larger `loops` it continues the run.
 
     Args:
-        unet: Called as a diffusers UNet; trained in evaluation mode, so that dropout cannot pass
-            for drift. Moved to the accelerator's device. On return it holds the saved adapter.
+        unet: Called as a diffusers UNet; trained in evaluation mode, so that dropout is not
+            mistaken for drift. Moved to the accelerator's device. On return it holds the saved
+            adapter.
         scheduler: A diffusers DDIM scheduler; copied.
         task: Reward and prompts.
-        config: See `DPOKConfig`.
-        out_dir: Made if missing.
-        accelerator: For a device of your choice; made from `config` where not given.
-        weight_dtype: Of the saved adapters; training itself keeps float32.
+        config: The hyper-parameters.
+        out_dir: Created if missing.
+        accelerator: Chooses the device; None: made from `config`.
+        weight_dtype: Data type of the saved adapters; training itself uses float32.
         curves: Draw `curves.png`, which needs matplotlib.
         progress: Show a progress bar with the time left.
 
@@ -56,29 +56,20 @@ def train_dpok(
 
     Raises:
         BackendUnavailable: matplotlib is missing and `curves` is set.
-        ValueError: no trainable LoRA layer, prompts that repeat or are fewer than a loop draws, an
-            accelerator of several processes or with other settings than `config`, a reward that is
-            not finite, or fewer loops than already made.
-        InvalidShape: embeddings or rewards of the wrong shape.
-        InvalidSchedule: a scheduler or eta with which no step is a Gaussian.
+        ValueError: No trainable LoRA layer, prompts that repeat or are fewer than a loop draws, an
+            accelerator with several processes or with settings that differ from `config`, a reward
+            that is not finite, or fewer loops than already done.
+        InvalidShape: Embeddings or rewards have the wrong shape.
+        InvalidSchedule: With this scheduler or eta no step is a Gaussian.
         ResumeMismatch: `out_dir` holds a run with another configuration or other data.
-        FloatingPointError: a loss or gradient is not finite; the last checkpoint stays.
+        FloatingPointError: A loss or gradient is not finite; the last checkpoint is kept.
     """
     out_dir = Path(out_dir)
     title = f"DPOK, {task.reward.name}, eta {config.eta:g}"
     picture = LiveCurves(out_dir, title, enabled=curves)
     run = DPOKRun(unet, scheduler, task, config, out_dir, _accelerator(accelerator, config))
     start = run.resume()
-    bar = Progress(
-        TextColumn("DPOK"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[status]}"),
-        console=Console(stderr=True),
-        disable=not progress,
-    )
-    with bar, open_log(out_dir, start, "loop") as log:
+    with training_bar("DPOK", enabled=progress) as bar, open_log(out_dir, start, "loop") as log:
         shown = bar.add_task("", total=config.loops, completed=start, status="")
         for loop in range(start + 1, config.loops + 1):
             row = run.advance(loop)
@@ -100,7 +91,7 @@ def _accelerator(given: Accelerator | None, config: DPOKConfig) -> Accelerator:
     )
     if accelerator.num_processes > 1:
         raise ValueError(
-            f"DPOK trains in one process, the accelerator has {accelerator.num_processes}; "
+            f"DPOK trains in one process, but the accelerator has {accelerator.num_processes}; "
             "start it without a launcher"
         )
     for name, own, wanted in (
@@ -112,5 +103,5 @@ def _accelerator(given: Accelerator | None, config: DPOKConfig) -> Accelerator:
         ),
     ):
         if own != wanted:
-            raise ValueError(f"the accelerator's {name} is {own!r}, the configuration's {wanted!r}")
+            raise ValueError(f"{name} is {own!r} in the accelerator and {wanted!r} in the config")
     return accelerator

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The log of a run: one JSON object a line, and no line twice after a kill."""
+"""The log of a run: one JSON object per line, without duplicates after a kill."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LOG_NAME = "log.jsonl"
 
 @contextmanager
 def open_log(out_dir: Path, start: int, key: str) -> Iterator[TextIO]:
-    """The log, open for appending, without rows after `start` (in `key`) that a kill left."""
+    """Open the log for appending, without the rows after `start` (by `key`) that a kill left."""
     kept = [row for row in read_log(out_dir) if row[key] <= start]
     text = "".join(json.dumps(row) + "\n" for row in kept)
     path = out_dir / LOG_NAME
@@ -26,7 +26,7 @@ def open_log(out_dir: Path, start: int, key: str) -> Iterator[TextIO]:
 
 
 def read_log(out_dir: Path) -> list[dict[str, Any]]:
-    """The whole rows of a log, () where there is none; a kill may have torn the last one."""
+    """Return the complete rows of a log, if there is one; a kill may have torn the last row."""
     path = out_dir / LOG_NAME
     lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]

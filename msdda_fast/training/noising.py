@@ -39,7 +39,7 @@ class NoiseSchedule(Protocol):
 
 
 class NoisedPairs:
-    """Draws batches of noised pairs and gives their loss; the data of one run, on its device.
+    """Draws batches of noised pairs and computes their loss.
 
     Chosen and rejected share prompt, timestep, prompt dropout and (by default) noise. Everything
     is drawn on the CPU, so that a seed means the same batch on every device.
@@ -91,7 +91,7 @@ class NoisedPairs:
         self.coefficient = self._coefficients()
 
     def _coefficients(self) -> Tensor:
-        """c per timestep, (num_train_steps,) float64; 0 where a timestep is never drawn."""
+        """Return c per timestep, (num_train_steps,) float64; 0 if a timestep is never drawn."""
         constant = dpo_coefficient(self.config.beta_dpo, self.pairs.chosen[0].numel())
         if self.config.snr_weighting == "constant":
             return torch.full_like(self.alpha_bar, constant)
@@ -100,7 +100,7 @@ class NoisedPairs:
         return torch.cat([omega.new_zeros(1), constant * omega / omega.mean()])
 
     def fingerprint(self) -> dict[str, object]:
-        """What must agree between a run and its continuation besides the configuration."""
+        """Return what must agree between a run and its continuation besides the configuration."""
         return {
             "pairs": digest(self.pairs.chosen, self.pairs.rejected, self.pairs.prompt_index),
             "prompt_embeds": digest(self.embeds),
@@ -109,7 +109,7 @@ class NoisedPairs:
         }
 
     def loss(self, unet: nn.Module, generator: torch.Generator) -> StepDPOLoss:
-        """The loss of the next batch that `generator` (CPU) draws."""
+        """Return the loss of the next batch that `generator` (CPU) draws."""
         n, config = self.config.batch_size, self.config
         first = max(config.min_timestep, 1 if config.snr_weighting == "exact" else 0)
         index = torch.randint(len(self.pairs), (n,), generator=generator)

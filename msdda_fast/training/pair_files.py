@@ -5,9 +5,9 @@ The folder holds one table, `pairs.jsonl` or `pairs.csv`, with a prompt and two 
 
     {"prompt": "a red dog", "chosen": "images/0.png", "rejected": "images/1.png"}
 
-or, as CSV, the header `prompt,chosen,rejected` and rows of the same. Paths are relative to the
-folder; an image may stand in any number of rows. Empty lines do not count. Images of another size
-than the model draws are resized by their shorter side and cropped around the centre.
+or, as CSV, the header `prompt,chosen,rejected` and one row per pair. Paths are relative to the
+folder; an image may be in any number of rows. Blank lines are ignored. Images whose size differs
+from the model's are resized by their shorter side and cropped around the centre.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ _BATCH = 16  # images encoded together
 
 
 class InvalidPairs(MSDDAError, ValueError):
-    """A table of preference pairs has bad lines; the message names each by its number."""
+    """A table of preference pairs is invalid; the message gives the number of each bad line."""
 
 
 @dataclass(frozen=True, slots=True)
 class PairRow:
-    """One line of a table, its files known to be readable images."""
+    """One line of a table, whose files are readable images."""
 
     prompt: str
     chosen: Path
@@ -56,9 +56,9 @@ def read_pairs(folder: str | Path) -> list[PairRow]:
     """Read and check the table of `folder`; no image is decoded yet.
 
     Raises:
-        FileNotFoundError: no table in `folder`.
-        InvalidPairs: both tables, an empty one, or bad lines: not JSON, other columns, an empty
-            prompt, a file that is missing or no image, an image preferred to itself.
+        FileNotFoundError: `folder` has no table.
+        InvalidPairs: There are both tables, an empty one, or bad lines: not JSON, other columns, an
+            empty prompt, a file that is missing or not an image, an image preferred to itself.
     """
     folder = Path(folder)
     tables = [folder / name for name in TABLES if (folder / name).is_file()]
@@ -105,13 +105,13 @@ def _csv(table: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _row(found: Any, folder: Path, readable: dict[Path, str | None]) -> PairRow | str:  # noqa: ANN401 - from outside
-    """The row that a line says, or what is wrong with it."""
+    """Return the row of a line, or what is wrong with it."""
     if not isinstance(found, dict) or set(found) != set(COLUMNS):
         columns = sorted(map(str, found)) if isinstance(found, dict) else type(found).__name__
         return f"expected the columns {', '.join(COLUMNS)}, got {columns}"
     for name in COLUMNS:
         if not isinstance(found[name], str) or not found[name].strip():
-            return f"{name} must be a text that is not empty, got {found[name]!r}"
+            return f"{name} must be non-empty text, got {found[name]!r}"
     chosen, rejected = (folder / found[name] for name in COLUMNS[1:])
     for path in (chosen, rejected):
         if path not in readable:
@@ -146,11 +146,11 @@ def encode_pairs(
     """Encode each image once and return the pairs, with the prompts that they index.
 
     Args:
-        rows: Of `read_pairs`.
-        encode: Images (b, 3, height, width) in [0, 1] -> latents (b, C, H, W).
+        rows: The rows from `read_pairs`.
+        encode: Maps images (b, 3, height, width) in [0, 1] to latents (b, C, H, W).
         size: (height, width) that `encode` takes, in pixels.
         codec: Identifies the encoder: latents of another one are not reused.
-        cache: Latents by content of the image file; read if there, written with what is new.
+        cache: File of latents by image content; read if it exists, and written with new ones.
         progress: Show a progress bar with the time left.
     """
     paths = dict.fromkeys(path for row in rows for path in (row.chosen, row.rejected))
@@ -185,7 +185,7 @@ def _cached(cache: Path, identity: dict[str, str]) -> dict[str, Tensor]:
 
 
 def load_image(path: Path, size: tuple[int, int]) -> Tensor:
-    """Read an image as (3, height, width) in [0, 1], fitted to `size` (module docstring)."""
+    """Read an image as (3, height, width) in [0, 1], resized and cropped to `size`."""
     with Image.open(path) as image:
         upright = ImageOps.exif_transpose(image).convert("RGB")
     height, width = size

@@ -13,7 +13,7 @@ from msdda_fast.errors import InvalidShape
 
 @dataclass(frozen=True, slots=True)
 class PreferencePairs:
-    """N pairs of clean latents, the first of each preferred to the second under one prompt."""
+    """N pairs of clean latents, of which the chosen one is preferred under the same prompt."""
 
     chosen: Tensor  # x_0 preferred, (N, C, H, W), in latent units (scaled as the UNet sees them)
     rejected: Tensor  # x_0 not preferred, (N, C, H, W)
@@ -31,7 +31,7 @@ class PreferencePairs:
         if self.prompt_index.dtype != torch.int64:
             raise ValueError(f"prompt_index must be int64, got {self.prompt_index.dtype}")
         if not len(self):
-            raise ValueError("no pairs: every prompt needs two samples of different score")
+            raise ValueError("no pairs: a prompt needs two samples with different scores")
         if not (self.chosen.isfinite().all() and self.rejected.isfinite().all()):
             raise ValueError("chosen or rejected has NaN or infinite latents")
 
@@ -49,21 +49,21 @@ def preference_pairs(
 ) -> PreferencePairs:
     """Match the top fraction of each prompt's samples with its bottom fraction, one to one.
 
-    Ranking is within a prompt, never across: most of the variance of a reward lies between
+    Samples are ranked within a prompt, never across: most of the variance of a reward lies between
     prompts, and only samples of one prompt may be compared. Of a prompt's n samples
     k = min(n // 2, max(1, floor(top_fraction n))) are chosen and k rejected, matched at random.
-    Pairs of equal score state no preference and are left out.
+    Pairs of equal score express no preference and are dropped.
 
     Args:
         latents: Clean latents x_0, (S, C, H, W).
         scores: Reward of each, (S,), any unit; only the order matters.
         prompt_index: Prompt of each, (S,) int64, in any order.
         top_fraction: In (0, 0.5].
-        generator: CPU generator for the matching; seed 0 where not given.
+        generator: CPU generator for the matching; None: one with seed 0.
 
     Raises:
-        InvalidShape: the lengths differ.
-        ValueError: a score is NaN, top_fraction is out of range, or no pair is left.
+        InvalidShape: The lengths differ.
+        ValueError: A score is NaN, top_fraction is out of range, or no pair is left.
     """
     count = latents.shape[0]
     if tuple(scores.shape) != (count,) or tuple(prompt_index.shape) != (count,):

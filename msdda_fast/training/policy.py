@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""A network as a policy: the Gaussian p_theta(x_{t-1} | x_t, c) of one DDIM-eta step, in float32.
 
-With the (guided) network output m of step k, as in `schedule`,
+With the (guided) network output m of step k, as in `steps`,
 
     mu = A_k x_t + B_k m,    sigma_k = eta sqrt(v_k),    x_{t-1} ~ N(mu, sigma_k^2).
 
@@ -35,7 +35,7 @@ class Moments(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Transitions:
-    """N steps that a policy took, and the reward of the trajectory that each belongs to."""
+    """N steps that a policy took, and the rewards of their trajectories."""
 
     x_t: Tensor  # (N, *S) float32
     x_prev: Tensor  # (N, *S) float32
@@ -49,7 +49,7 @@ class Transitions:
         return self.step.shape[0]
 
     def columns(self) -> dict[str, Tensor]:
-        """The tensors by name."""
+        """Return the tensors by name."""
         return {name: getattr(self, name) for name in self.__slots__}
 
     def __getitem__(self, index: Tensor | slice) -> Transitions:
@@ -57,18 +57,18 @@ class Transitions:
 
     @classmethod
     def cat(cls, parts: Sequence[Transitions]) -> Transitions:
-        """All of `parts`, in this order."""
+        """Concatenate `parts`, in this order."""
         return cls(**{name: torch.cat([getattr(p, name) for p in parts]) for name in cls.__slots__})
 
     @classmethod
     def by_trajectory(cls, steps: Sequence[Transitions]) -> Transitions:
-        """Of K steps of b trajectories each: all steps of the first trajectory, then the next."""
+        """Reorder K steps of b trajectories each: all steps of the first trajectory come first."""
         order = torch.arange(len(steps) * len(steps[0])).reshape(len(steps), -1).T.flatten()
         return cls.cat(steps)[order]
 
 
 class DDIMPolicy:
-    """The policy of `unet` under T = `num_steps` steps of DDIM at `eta`, guided if asked for.
+    """The policy of `unet` under T = `num_steps` steps of DDIM at `eta`, with optional guidance.
 
     Args:
         unet: Called as a diffusers UNet, on its own device.
@@ -76,14 +76,14 @@ class DDIMPolicy:
         prompt_embeds: Text encoder output per prompt, (P, L, D).
         null_embeds: Text encoder output of the empty prompt, (L, D); needed for guidance.
         num_steps: T.
-        eta: In (0, 1]; of the rollout and of the log-probability alike.
+        eta: In (0, 1]; the same for rollout and log-probability.
         guidance_scale: The policy *is* the guided model: sample it at the same scale later.
-        autocast: Gives the context in which the network runs; log-probabilities stay float32.
+        autocast: Returns the context in which the network runs; log-probabilities stay float32.
 
     Raises:
-        InvalidSchedule: no step has variance (eta is 0), clip_sample is on, or T does not fit.
-        InvalidShape: embeddings of the wrong shape.
-        ValueError: guidance without `null_embeds`.
+        InvalidSchedule: No step has variance (eta is 0), clip_sample is on, or T does not fit.
+        InvalidShape: The embeddings have the wrong shape.
+        ValueError: Guidance needs `null_embeds`.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class DDIMPolicy:
         self.eps_scale = grid.prediction_terms()[3].float()
         self.std = table.std[:, 0].float()
         if not (self.std > 0).any():
-            raise InvalidSchedule(f"eta {eta}: no step has variance, there is no policy to train")
+            raise InvalidSchedule(f"eta {eta}: no step has variance, so there is nothing to train")
         if prompt_embeds.dim() != 3:
             raise InvalidShape(
                 f"prompt_embeds must have shape (P, L, D), got {tuple(prompt_embeds.shape)}"
@@ -130,7 +130,7 @@ class DDIMPolicy:
         return len(self.timesteps)
 
     def moments(self, x_t: Tensor, step: Tensor, prompt_index: Tensor) -> Moments:
-        """The Gaussian of each of n steps, by one call of the network (2n rows when guided).
+        """Return the Gaussian of each of n steps, from one call of the network (2n rows if guided).
 
         Args:
             x_t: (n, *S) float32, on the network's device.
@@ -169,12 +169,12 @@ class DDIMPolicy:
     def rollout(
         self, prompt_index: Tensor, shape: Sequence[int], generator: torch.Generator
     ) -> tuple[Tensor, list[Transitions]]:
-        """Draw one trajectory per prompt; reward and advantage are left 0 for the caller to fill.
+        """Draw one trajectory per prompt; reward and advantage are 0, for the caller to fill in.
 
         Args:
             prompt_index: (b,) int64 on the CPU.
             shape: S, of one latent.
-            generator: On the CPU, so that a seed means the same trajectories on every device.
+            generator: On the CPU, so that a seed gives the same trajectories on every device.
 
         Returns: x_0, (b, *S) float32 on the network's device, and the transitions of each step that
             has variance, b at a time and on the CPU.
@@ -200,27 +200,25 @@ class DDIMPolicy:
         return x_t, taken
 
 
-def gaussian_log_prob(x_prev: Tensor, mean: Tensor, std: Tensor, reduction: str = "mean") -> Tensor:
-    r"""log N(x_prev; mean, std^2), per sample (n,), in float32 or wider.
+def gaussian_log_prob(x_prev: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    r"""Return log N(x_prev; mean, std^2) per sample, (n,), in float32 or wider.
+
+    It is the mean over the dimensions, which DPOK clips, not their sum.
 
     Args:
         x_prev, mean: (n, *S), latent units.
         std: (n,), > 0, latent units.
-        reduction: "mean" over the dimensions, as DPOK clips it, or "sum", the log-probability.
 
     Raises:
-        InvalidShape: shapes that do not fit.
-        ValueError: another reduction.
+        InvalidShape: The shapes do not match.
     """
     if x_prev.shape != mean.shape or tuple(std.shape) != tuple(mean.shape[:1]):
         raise InvalidShape(
             f"x_prev and mean must share a shape (n, *S) and std be (n,), "
             f"got {tuple(x_prev.shape)}, {tuple(mean.shape)} and {tuple(std.shape)}"
         )
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction must be mean or sum, got {reduction!r}")
     wide = torch.promote_types(mean.dtype, torch.float32)
     sigma = std.to(wide).reshape(-1, *[1] * (mean.dim() - 1))
     score = (x_prev.to(wide) - mean.to(wide)) / sigma
     flat = (-0.5 * score.square() - sigma.log() - 0.5 * math.log(2 * math.pi)).flatten(1)
-    return flat.mean(1) if reduction == "mean" else flat.sum(1)
+    return flat.mean(1)

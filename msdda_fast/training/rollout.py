@@ -33,8 +33,8 @@ def roll_out(
         rewards, (prompts, samples) float32.
 
     Raises:
-        InvalidShape: the reward returned another number of rows.
-        ValueError: a reward is not finite; the message names the prompt.
+        InvalidShape: The reward returned the wrong number of rows.
+        ValueError: A reward is not finite; the message names the prompt.
     """
     drawn = torch.randperm(len(prompts), generator=generator)[: config.prompts_per_loop]
     rows = drawn.repeat_interleave(config.samples_per_prompt)
@@ -54,10 +54,10 @@ def roll_out(
 
 
 def relative_to_prompt(rewards: Tensor) -> Tensor:
-    """Rewards less their row's mean, over the root mean square of that; (prompts, samples) both.
+    """Return rewards minus their row's mean, over the root mean square of all those differences.
 
-    One scale for all rows: a prompt whose samples are all alike has little to teach, and dividing
-    by its own deviation would make noise of it.
+    Both are (prompts, samples). All rows share one scale: a prompt whose samples are all alike has
+    little to teach, and dividing by its own deviation would amplify noise.
     """
     centred = rewards - rewards.mean(1, keepdim=True)
     return centred / centred.square().mean().sqrt().clamp_min(1e-6)

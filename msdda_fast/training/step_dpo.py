@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Step-level DPO, Lemma 1 and Eq. 4 of the paper, in its linear form.
 
-For a noised sample of known noise eps write
+For a noised sample with known noise eps, let
 
     a = eps_pre - eps            (error of the frozen base model)
     b = eps_theta - eps_pre      (drift of the model in training)
 
 Eq. 4 compares, between the chosen and the rejected sample, the change of the squared error,
 ||eps - eps_theta||^2 - ||eps - eps_pre||^2 = 2<a, b> + ||b||^2 (`error_gap`), less the drift
-||b||^2 (`drift_gap`). With the drift counted gamma times the logit of one pair is
+||b||^2 (`drift_gap`). With the drift counted gamma times, the logit of one pair is
 
     L = -c [ (2<a,b> + (1-gamma) ||b||^2)_chosen - (2<a,b> + (1-gamma) ||b||^2)_rejected ]
 
-and the loss softplus(-L). gamma = 1 is the paper: the inner product alone, computed as such, never
-as the difference of three nearly equal norms. gamma = 0 is Diffusion-DPO.
+and the loss is softplus(-L). gamma = 1 is the paper: the inner product alone, computed directly,
+never as the difference of three nearly equal norms. gamma = 0 is Diffusion-DPO.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 
 class StepDPOLoss(NamedTuple):
-    """The loss of n pairs and what one watches while it falls; sums over latent dimensions."""
+    """The loss of n pairs and the quantities to monitor; sums are over latent dimensions."""
 
     loss: Tensor  # (), mean over pairs of softplus(-logits)
     logits: Tensor  # (n,), L above
@@ -52,21 +52,21 @@ def step_dpo_loss(
     coefficient: float | Tensor,
     gamma: float = 1.0,
 ) -> StepDPOLoss:
-    r"""Eq. 4 for n preference pairs: mean of `softplus(-L)`, L as in the module docstring.
+    r"""Return Eq. 4 for n preference pairs: mean of `softplus(-L)`, L as in the module docstring.
 
     Args:
         eps_theta_chosen, eps_theta_rejected: Noise predicted by the model in training, (n, *S).
         eps_pre_chosen, eps_pre_rejected: Noise predicted by the frozen base model, (n, *S).
-        eps_chosen, eps_rejected: Noise that was added, (n, *S); the same tensor where shared.
+        eps_chosen, eps_rejected: Noise that was added, (n, *S); the same tensor if shared.
         coefficient: c >= 0 per unit of summed squared noise, a number or (n,);
             `dpo_coefficient` gives it in the convention of Diffusion-DPO.
         gamma: Share of the drift taken out of the error, in [0, 1]: 1 the paper, 0 Diffusion-DPO.
 
-    Returns: `StepDPOLoss`, computed in float32 or in the inputs' dtype where that is wider.
+    Returns: `StepDPOLoss`, computed in float32 or in the inputs' dtype if that is wider.
 
     Raises:
-        InvalidShape: the six predictions differ in shape, or `coefficient` is not () or (n,).
-        ValueError: gamma outside [0, 1], or a negative or NaN coefficient given as a number.
+        InvalidShape: The six tensors differ in shape, or `coefficient` is neither () nor (n,).
+        ValueError: gamma is outside [0, 1], or a coefficient given as a number is negative or NaN.
     """
     predictions = (
         eps_theta_chosen,
@@ -109,7 +109,7 @@ def step_dpo_loss(
 
 
 def _inner_and_drift(eps_theta: Tensor, eps_pre: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
-    """2<a, b> and ||b||^2 per sample, (n,), in float32 or wider."""
+    """Return 2<a, b> and ||b||^2 per sample, (n,), in float32 or wider."""
     wide = torch.promote_types(eps_theta.dtype, torch.float32)
     base = eps_pre.to(wide).flatten(1)
     error = base - eps.to(wide).flatten(1)
@@ -118,7 +118,7 @@ def _inner_and_drift(eps_theta: Tensor, eps_pre: Tensor, eps: Tensor) -> tuple[T
 
 
 def dpo_coefficient(beta_dpo: float, dimensions: int) -> float:
-    """c = beta_dpo / (2 d): Diffusion-DPO takes means over the d latent dimensions, Eq. 4 sums.
+    """Return c = beta_dpo / (2 d): Diffusion-DPO has means over d latent dimensions, Eq. 4 sums.
 
     Raises:
         ValueError: beta_dpo is not positive, or dimensions is below 1.
@@ -129,19 +129,19 @@ def dpo_coefficient(beta_dpo: float, dimensions: int) -> float:
 
 
 def snr_weight(alpha_bar_t: Tensor, alpha_bar_prev: Tensor, eta: float = 1.0) -> Tensor:
-    r"""The exact weight omega_t = B_t^2 / (2 sigma_t^2) of Eq. 4, same shape as the inputs.
+    r"""Return the exact weight omega_t = B_t^2 / (2 sigma_t^2) of Eq. 4, shaped as the inputs.
 
     mu = A_t x_t + B_t eps is the DDIM posterior mean and sigma_t^2 = eta^2 v_t its variance; at
     eta = 1 the weight equals (SNR_prev / SNR_t - 1) / 2.
 
     Args:
         alpha_bar_t, alpha_bar_prev: Noise levels before and after the step,
-            0 < alpha_bar_t < alpha_bar_prev < 1; float64 is advised.
+            0 < alpha_bar_t < alpha_bar_prev < 1; float64 is recommended.
         eta: DDIM stochasticity in (0, 1].
 
     Raises:
-        ValueError: eta outside (0, 1], or levels for which the step has no variance (the policy is
-            deterministic and DPO is not defined).
+        ValueError: eta is outside (0, 1], or a step has no variance (the policy is deterministic,
+            and DPO is not defined).
     """
     if not 0.0 < eta <= 1.0:
         raise ValueError(f"eta must be in (0, 1], got {eta}: without noise DPO is not defined")
@@ -156,7 +156,7 @@ def snr_weight(alpha_bar_t: Tensor, alpha_bar_prev: Tensor, eta: float = 1.0) ->
 def to_epsilon(
     prediction: Tensor, x_t: Tensor, alpha_bar_t: Tensor, prediction_type: str
 ) -> Tensor:
-    """The noise that a network output means: itself, or sqrt(a) v + sqrt(1-a) x_t for v.
+    """Return the noise that a network predicts: its output, or sqrt(a) v + sqrt(1-a) x_t for v.
 
     Args:
         prediction, x_t: (n, *S).
@@ -164,7 +164,7 @@ def to_epsilon(
         prediction_type: "epsilon" or "v_prediction", as in the scheduler's config.
 
     Raises:
-        ValueError: another prediction type.
+        ValueError: `prediction_type` is unknown.
     """
     if prediction_type == "epsilon":
         return prediction

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Refusal to mix two runs in one folder."""
+"""Keep two different runs from sharing one folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class ResumeMismatch(MSDDAError, ValueError):
 
 
 def digest(*tensors: Tensor) -> str:
-    """SHA-256 over shapes, dtypes and bytes of `tensors`, as 64 hexadecimal digits."""
+    """Return the SHA-256 over shapes, dtypes and bytes of `tensors`, as 64 hexadecimal digits."""
     sha = hashlib.sha256()
     for tensor in tensors:
         sha.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
@@ -31,7 +31,7 @@ def require_same(folder: Path, stored: Mapping[str, object], wanted: Mapping[str
     """Check that the run stored in `folder` is the wanted one.
 
     Raises:
-        ResumeMismatch: some entry differs; the message lists each with both values.
+        ResumeMismatch: Entries differ; the message lists each with both values.
     """
     different = [
         f"{key} is {stored.get(key)!r} there and {wanted.get(key)!r} here"
@@ -41,5 +41,5 @@ def require_same(folder: Path, stored: Mapping[str, object], wanted: Mapping[str
     if different:
         raise ResumeMismatch(
             f"{folder} holds another run: {'; '.join(different)}. "
-            "Use the same values to resume it, or another folder to start anew."
+            "Use the same values to resume it, or another folder to start a new run."
         )

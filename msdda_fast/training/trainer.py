@@ -11,8 +11,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from msdda_fast.files import write_atomically
@@ -22,6 +20,7 @@ from msdda_fast.training.curves import LiveCurves
 from msdda_fast.training.log import open_log
 from msdda_fast.training.noising import NoisedPairs, NoiseSchedule
 from msdda_fast.training.pairs import PreferencePairs
+from msdda_fast.training.progress import training_bar
 from msdda_fast.training.storage import require_same
 
 CHECKPOINT_NAME = "checkpoint.pt"
@@ -44,22 +43,22 @@ def train_step_dpo(
 ) -> Path:
     """Train the adapter of `unet` (see `add_lora`) on `pairs` and save it in `out_dir`.
 
-    `out_dir` receives `log.jsonl` (loss, accuracy, drift, gradient norm), `curves.png`, redrawn as
-    it trains, `checkpoint.pt`, a LoRA folder `step-000100/` at each checkpoint, and at the end
-    `pytorch_lora_weights.safetensors`.
-    Called again after a kill, with the same arguments, it goes on from the last checkpoint and
-    ends with the very bits of an uninterrupted run; with a larger `steps` it continues the run.
+    `out_dir` receives `log.jsonl` (loss, accuracy, drift, gradient norm), `curves.png`, redrawn
+    during training, `checkpoint.pt`, a LoRA folder `step-000100/` at each checkpoint, and at the
+    end `pytorch_lora_weights.safetensors`.
+    Called again with the same arguments after a kill, it continues from the last checkpoint and
+    ends with exactly the bits of an uninterrupted run; with a larger `steps` it continues the run.
 
     Args:
-        unet: Called as a diffusers UNet; trained in evaluation mode, so that dropout cannot pass
-            for drift. On return it holds the saved adapter.
+        unet: Called as a diffusers UNet; trained in evaluation mode, so that dropout is not
+            mistaken for drift. On return it holds the saved adapter.
         scheduler: Gives `alphas_cumprod` and the prediction type (epsilon or v_prediction).
         pairs: Clean latents with prompt indices.
         prompt_embeds: Text encoder output per prompt, (P, L, D).
-        config: See `StepDPOConfig`.
-        out_dir: Made if missing.
+        config: The hyper-parameters.
+        out_dir: Created if missing.
         null_embeds: Text encoder output of the empty prompt, (L, D); needed for prompt dropout.
-        weight_dtype: Of the saved adapters; training itself keeps float32.
+        weight_dtype: Data type of the saved adapters; training itself uses float32.
         curves: Draw `curves.png`, which needs matplotlib.
         progress: Show a progress bar with the time left.
 
@@ -67,11 +66,11 @@ def train_step_dpo(
 
     Raises:
         BackendUnavailable: matplotlib is missing and `curves` is set.
-        ValueError: no trainable LoRA layer, an unknown prediction type, a prompt index without
-            embedding, prompt dropout without `null_embeds`, or fewer steps than already made.
-        InvalidShape: embeddings of the wrong shape.
+        ValueError: No trainable LoRA layer, an unknown prediction type, a prompt index without
+            embedding, prompt dropout without `null_embeds`, or fewer steps than already done.
+        InvalidShape: The embeddings have the wrong shape.
         ResumeMismatch: `out_dir` holds a run with another configuration or other data.
-        FloatingPointError: a loss or gradient is not finite; the last checkpoint stays.
+        FloatingPointError: A loss or gradient is not finite; the last checkpoint is kept.
     """
     out_dir = Path(out_dir)
     picture = LiveCurves(out_dir, f"Step-level DPO, gamma {config.gamma:g}", enabled=curves)
@@ -79,16 +78,10 @@ def train_step_dpo(
     run = _Run(unet, batches, config, out_dir)
     start = run.resume()
     unet.eval()
-    bar = Progress(
-        TextColumn("step-level DPO"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[status]}"),
-        console=Console(stderr=True),
-        disable=not progress,
-    )
-    with bar, open_log(out_dir, start, "step") as log:
+    with (
+        training_bar("step-level DPO", enabled=progress) as bar,
+        open_log(out_dir, start, "step") as log,
+    ):
         task = bar.add_task("", total=config.steps, completed=start, status="")
         for step in range(start + 1, config.steps + 1):
             row = run.advance(step)
@@ -122,7 +115,7 @@ class _Run:
         self.identity = fixed | batches.fingerprint()
 
     def advance(self, step: int) -> dict[str, float]:
-        """One optimiser step, the `step`-th from 1; returns its row of the log."""
+        """Do one optimiser step, the `step`-th from 1, and return its row of the log."""
         began, config = time.perf_counter(), self.config
         lr = config.lr * min(1.0, step / max(1, config.warmup_steps))
         for group in self.optimizer.param_groups:
@@ -165,7 +158,7 @@ class _Run:
         write_atomically(self.path, lambda partial: torch.save(state, partial))
 
     def resume(self) -> int:
-        """Restore the checkpoint, if there is one, and return the number of steps it made."""
+        """Restore the checkpoint, if there is one, and return the number of steps done."""
         if not self.path.is_file():
             return 0
         # The generator's state must stay on the CPU; the rest is copied to where it belongs.
@@ -173,7 +166,7 @@ class _Run:
         require_same(self.path.parent, state["identity"], self.identity)
         if state["step"] > self.config.steps:
             raise ValueError(
-                f"{self.path} has made {state['step']} steps; steps = {self.config.steps} is fewer"
+                f"{self.path} has done {state['step']} steps; steps = {self.config.steps} is fewer"
             )
         restore_lora(self.unet, state["adapter"], source=str(self.path))
         self.optimizer.load_state_dict(state["optimizer"])
@@ -185,7 +178,7 @@ class _Run:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Within the context the adapter is its moving average, where there is one."""
+        """Within the context the adapter is its moving average, if there is one."""
         latest = [p.detach().clone() for p in self.parameters]
         self.keep_average()
         try:
@@ -194,7 +187,7 @@ class _Run:
             self._fill(latest)
 
     def keep_average(self) -> None:
-        """Make the adapter its moving average, where there is one."""
+        """Replace the adapter with its moving average, if there is one."""
         self._fill(self.average or self.parameters)
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 
 class _StepLinear(nn.Module):
-    """y = g_k * (W x + b) with one learnt vector g_k per step k."""
+    """y = g_k * (W x + b) with one learned vector g_k per step k."""
 
     def __init__(self, inputs: int, outputs: int, num_steps: int) -> None:
         super().__init__()
@@ -29,11 +29,11 @@ class ValueNetwork(nn.Module):
     timestep. The prompt enters as the mean of its token embeddings.
 
     Args:
-        latent_dims: d, of a flattened latent.
-        text_dims: D, of a token embedding.
+        latent_dims: d, the size of a flattened latent.
+        text_dims: D, the size of a token embedding.
         num_steps: T.
-        width: Of the hidden layers.
-        seed: Of the initial weights; the global random state is left alone.
+        width: Width of the hidden layers.
+        seed: Seed of the initial weights; the global random state is not changed.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class ValueNetwork(nn.Module):
             self.last = nn.Linear(width, 1)
 
     def forward(self, x_t: Tensor, text: Tensor, step: Tensor) -> Tensor:
-        """Values, (n,), in the reward's units.
+        """Return the values, (n,), in the reward's units.
 
         Args:
             x_t: (n, *S) float32.

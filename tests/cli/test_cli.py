@@ -96,7 +96,8 @@ class TestGenerate:
             (["-m", "/no/model"], "FileNotFoundError: no file or folder at /no/model"),
             (["--objective", "x=/no/lora"], "no file or folder at /no/lora"),
             (["--objective", "x=base:1.5"], "eta must lie in [0, 1], got 1.5"),
-            (["--objective", "x"], "--objective 'x' must be NAME=VALUE"),
+            (["--objective", "x"], "--objective 'x' must be NAME=PATH"),
+            (["--device", "gpu"], "--device 'gpu' must be cpu, cuda"),
         ],
     )
     def test_bad_models(self, tiny, arguments, message):
@@ -117,9 +118,9 @@ class TestSweep:
     @pytest.mark.parametrize(
         "arguments, message",
         [
-            (["--weights", "0,x"], "--weights '0,x' must be numbers"),
+            (["--weights", "0,x"], "--weights '0,x' must be comma-separated numbers"),
             (["--weights", "2"], "InvalidWeights"),
-            (["--seeds", "0.5"], "--seeds '0.5' must be numbers"),
+            (["--seeds", "0.5"], "--seeds '0.5' must be comma-separated numbers"),
             (["--toward", "hot"], "UnknownObjective"),
             (["--reward", "beauty"], "'beauty'"),
         ],

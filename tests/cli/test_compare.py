@@ -47,7 +47,7 @@ def test_compare_writes_scores_tables_and_a_page(loaded, tmp_path):
     )  # fmt: skip
     done = run(*arguments)
     assert done.exit_code == 0, done.output
-    assert "cool=0.5 warm=0.5" in done.output and "MSDDA - it" in done.output
+    assert "cool=0.5 warm=0.5" in done.output and "MSDDA - system" in done.output
     assert "excludes 0" in done.output and "report.html" in done.output
     written = {file.name for file in (tmp_path / "out").iterdir()}
     assert {"scores.csv", "table.md", "report.html", "pareto.png", "work"} <= written
@@ -56,7 +56,7 @@ def test_compare_writes_scores_tables_and_a_page(loaded, tmp_path):
     assert all(set(row.rewards) == {"warm", "cool", "warmth"} for row in rows)
     assert Counter(systems) == {"SD": 4, "MSDDA": 4, "RSproduct": 4, "MSDDAeps": 2}
     again = run("compare", "-o", tmp_path / "out", "--report-only")
-    assert again.exit_code == 0 and "MSDDA - it" in again.output
+    assert again.exit_code == 0 and "MSDDA - system" in again.output
 
 
 def test_quick_draws_every_system_on_few_prompts(loaded, tmp_path, monkeypatch):
@@ -101,8 +101,8 @@ def _one(folder):
         (["--weights", "0.5,x"], "--weights"),
         (["--weights", "1.5"], "lie in [0, 1]"),
         (["--systems", "SDXL"], "unknown system 'SDXL'"),
-        (["--toward", "hot"], "--toward 'hot' is no objective; known: warm, cool"),
-        (["--reward", "hot=aesthetic"], "--reward 'hot' is no objective"),
+        (["--toward", "hot"], "--toward 'hot' is not an objective; known: warm, cool"),
+        (["--reward", "hot=aesthetic"], "--reward 'hot' is not an objective"),
         (["--reward", "warm=beauty"], "unknown reward 'beauty'"),
         (["--oracle", "half=x"], "half"),
         (["--tuned", "missing.json"], "missing.json"),

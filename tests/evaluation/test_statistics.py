@@ -64,7 +64,7 @@ def test_only_pairs_of_both_count():
     found = paired_gain(arms[0], arms[1], {"r1": 1.0, "r2": 0.0})
     assert found == pytest.approx((1.0, 1.0, 1.0, 50))
     apart = arms_of(rows("C", 0.2, [1.0], [1.0], [("elsewhere", 0)]))
-    with pytest.raises(ValueError, match=r"no \(prompt, seed\) is common to A w=0.2, C w=0.2"):
+    with pytest.raises(ValueError, match=r"no \(prompt, seed\) is shared by A w=0.2, C w=0.2"):
         paired_gain(arms[0], apart[0], {"r1": 1.0})
 
 

@@ -136,7 +136,7 @@ def test_other_weights_of_the_model_are_refused(tiny, pipe, tmp_path):
     "change, error, message",
     [
         (dict(prompts=()), ValueError, r"prompts.*\[\]"),
-        (dict(prompts=("a", "a")), ValueError, "prompts.*different"),
+        (dict(prompts=("a", "a")), ValueError, "prompts.*distinct"),
         (dict(weights=(1.5,)), mf.InvalidWeights, r"\[0, 1\].*1\.5"),
         (dict(weights=(float("nan"),)), mf.InvalidWeights, "nan"),
         (dict(seeds=()), ValueError, "seeds"),

@@ -68,8 +68,8 @@ class GaussianModel:
     def initial(self) -> Tensor:
         return self._draw(-1, 0, 0) if self.x_T is None else self.x_T
 
-    def noise(self, k: int, copies: int = 1, *, purpose: int = 0) -> Tensor:
-        drawn = [self._draw(k, purpose, copy) for copy in range(copies)]
+    def noise(self, k: int, particles: int = 1, *, purpose: int = 0) -> Tensor:
+        drawn = [self._draw(k, purpose, particle) for particle in range(particles)]
         if purpose == 0 and self.z is not None:
             drawn[0] = self.z[k]
         return torch.cat(drawn)

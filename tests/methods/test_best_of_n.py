@@ -52,9 +52,11 @@ def test_gain_is_the_expected_maximum(eta):
     assert has_mean(sampled(BestOfN(num_particles=N, eta=eta), model_of()), expected)
 
 
-def test_copies_of_one_x_T_are_seen(monkeypatch):
+def test_particles_of_one_x_T_are_seen(monkeypatch):
     """Wrong port: one x_T for all. It can choose among what the noise leaves open only."""
-    monkeypatch.setattr(best_of_n, "initial_copies", lambda model, n: replicate(model.initial(), n))
+    monkeypatch.setattr(
+        best_of_n, "initial_particles", lambda model, n: replicate(model.initial(), n)
+    )
     found = sampled(BestOfN(num_particles=N, eta=0.5), model_of())
     chain = ddim_chain(DATA, 0.5, sd15_scheduler())
     base, gain_of_x_T = moments(chain), responses(chain)[0][0] * chain[0].scale

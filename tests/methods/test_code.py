@@ -62,7 +62,7 @@ def one_step_path(model: GaussianModel, chosen) -> Tensor:
 
 
 def block_path(model: GaussianModel, ends) -> Tensor:
-    """x_0 (B,) of N copies, of which one is kept after each step of `ends`."""
+    """x_0 (B,) of N particles, of which one is kept after each step of `ends`."""
     x = model.initial()[:, 0].expand(N, -1)
     for k, step in enumerate(chain_of()):
         x = step.scale * x + step.shift + math.sqrt(step.var) * model.noise(k, N).view_as(x)
@@ -95,8 +95,8 @@ def block_gains(block: int) -> list[float]:
 class SharedNoise(GaussianModel):
     """Wrong port: candidates with one z."""
 
-    def noise(self, k, copies=1, *, purpose=0):
-        return replicate(super().noise(k, purpose=purpose), copies)
+    def noise(self, k, particles=1, *, purpose=0):
+        return replicate(super().noise(k, purpose=purpose), particles)
 
 
 class Misjudging(CoDe):

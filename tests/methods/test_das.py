@@ -41,16 +41,16 @@ METHOD = DAS(num_particles=P, alpha=ALPHA, max_rows=10**6)
 
 @dataclass
 class Vectors(GaussianModel):
-    """Independent scalars, `dimensions` to a latent; all copies drawn at once."""
+    """Independent scalars, `dimensions` to a latent; all particles drawn at once."""
 
     dimensions: int = 2
 
     def initial(self) -> Tensor:
         return self.noise(STEPS, purpose=7)
 
-    def noise(self, k: int, copies: int = 1, *, purpose: int = 0) -> Tensor:
+    def noise(self, k: int, particles: int = 1, *, purpose: int = 0) -> Tensor:
         generator = torch.Generator().manual_seed(1000 * (10 * self.seed + purpose) + k)
-        shape = (copies * self.batch_size, self.dimensions)
+        shape = (particles * self.batch_size, self.dimensions)
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     def uniform(self, k: int, *, purpose: int) -> Tensor:

@@ -95,14 +95,16 @@ def test_a_reward_of_weight_0_needs_no_gradient(pipe):
 
 
 def test_missing_rewards_are_named(pipe, calls):
-    with pytest.raises(ValueError, match=r"RGG evaluates rewards, and has none for \['cool'\]"):
+    with pytest.raises(
+        ValueError, match=r"RGG evaluates rewards, and none is given for \['cool'\]"
+    ):
         draw(RGG(), pipe, rewards={"warm": TOYS["warm"]})
     assert calls == []
 
 
 @pytest.mark.parametrize("name", ["n_samples", "n_iter", "n_recur"])
 def test_counts_start_at_1(name):
-    with pytest.raises(ValueError, match=f"{name} is 1 or more, got 0"):
+    with pytest.raises(ValueError, match=f"{name} must be 1 or more, got 0"):
         replace(PRESETS["lgd"], **{name: 0})
 
 

@@ -48,7 +48,7 @@ def test_its_noise_is_that_of_the_fused_step():
 
 
 def test_the_nearest_adapter_is_not_good_enough():
-    message = r"weight 0\.3 of 'cool'; there are: 0\.2, 0\.5"
+    message = r"weight 0\.3 of 'cool'; known: 0\.2, 0\.5"
     with pytest.raises(mf.InvalidWeights, match=message):
         exact_moments(oracle(), TRAINED, preference=preference(0.3), files=TRAINED)
 

@@ -67,10 +67,10 @@ def test_strength_1_reaches_the_tilted_data(eta):
 class Quantiles(GaussianModel):
     """The samples of x_0 are evenly spaced in probability, so that n may pass for infinite."""
 
-    def noise(self, k: int, copies: int = 1, *, purpose: int = 0) -> Tensor:
-        if copies == 1:
+    def noise(self, k: int, particles: int = 1, *, purpose: int = 0) -> Tensor:
+        if particles == 1:
             return super().noise(k, purpose=purpose)
-        chances = (torch.arange(copies, dtype=torch.float64) + 0.5) / copies
+        chances = (torch.arange(particles, dtype=torch.float64) + 0.5) / particles
         return torch.special.ndtri(chances).repeat_interleave(self.batch_size)[:, None]
 
 
@@ -234,14 +234,14 @@ def test_cost(dependency):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"scale": -1.0}, "scale is 0 or more"),
-        ({"spread": -1.0}, "spread is 0 or more"),
-        ({"n_samples": 0}, "n_samples is 1 or more"),
-        ({"n_recur": 0}, "n_recur is 1 or more"),
-        ({"dependency": "chain"}, "dependency is one of .*'chain'"),
-        ({"interval": (0.6, 0.2)}, "interval is 0 <= lo <= hi <= 1"),
-        ({"alpha": 0.0}, "alpha is positive"),
-        ({"eta": -0.1}, "eta lies in"),
+        ({"scale": -1.0}, "scale must be 0 or more"),
+        ({"spread": -1.0}, "spread must be 0 or more"),
+        ({"n_samples": 0}, "n_samples must be 1 or more"),
+        ({"n_recur": 0}, "n_recur must be 1 or more"),
+        ({"dependency": "chain"}, "dependency must be one of .*'chain'"),
+        ({"interval": (0.6, 0.2)}, "interval must be .* 0 <= lo <= hi <= 1"),
+        ({"alpha": 0.0}, "alpha must be positive"),
+        ({"eta": -0.1}, "eta must lie in"),
     ],
 )
 def test_settings_outside_their_range_are_refused(settings, message):

@@ -156,11 +156,11 @@ def test_cost(settings, backwards):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"jacobian": "full"}, "jacobian is one of .*'full'"),
-        ({"norm": "channel"}, "norm is one of .*'channel'"),
-        ({"alpha": 0.0}, "alpha is positive, got 0.0"),
-        ({"gamma": -0.1}, "gamma is 0 or more"),
-        ({"eta": 1.1}, "eta lies in"),
+        ({"jacobian": "full"}, "jacobian must be one of .*'full'"),
+        ({"norm": "channel"}, "norm must be one of .*'channel'"),
+        ({"alpha": 0.0}, "alpha must be positive, got 0.0"),
+        ({"gamma": -0.1}, "gamma must be 0 or more"),
+        ({"eta": 1.1}, "eta must lie in"),
     ],
 )
 def test_settings_outside_their_range_are_refused(settings, message):

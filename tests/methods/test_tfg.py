@@ -288,12 +288,12 @@ def test_cost(rho):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rho": -1.0}, "rho is 0 or more"),
-        ({"sigma": -0.1}, "sigma is 0 or more"),
-        ({"n_samples": 0}, "n_samples is 1 or more"),
-        ({"mu_schedule": "linear"}, "mu_schedule is one of .*'linear'"),
-        ({"alpha": -1.0}, "alpha is positive"),
-        ({"eta": 2.0}, "eta lies in"),
+        ({"rho": -1.0}, "rho must be 0 or more"),
+        ({"sigma": -0.1}, "sigma must be 0 or more"),
+        ({"n_samples": 0}, "n_samples must be 1 or more"),
+        ({"mu_schedule": "linear"}, "mu_schedule must be one of .*'linear'"),
+        ({"alpha": -1.0}, "alpha must be positive"),
+        ({"eta": 2.0}, "eta must lie in"),
     ],
 )
 def test_settings_outside_their_range_are_refused(settings, message):

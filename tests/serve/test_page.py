@@ -152,7 +152,7 @@ def test_with_the_keyboard_alone(served, visit):
     sent = visit.bodies[5]["weights"]
     assert sum(Decimal(str(w)) for w in sent.values()) == 1 and sent["cool"] > 0.6
     assert visit.bodies[5]["stream"] and visit.bodies[5]["partial_images"] == 3
-    assert "in line" in page.inner_text("#detail")
+    assert "in the queue" in page.inner_text("#detail")
     assert page.get_attribute("#image", "alt").startswith("a red dog (warm")
     assert page.get_attribute("#download", "download").endswith(".png")
     # a step along the strip selects that point
@@ -240,12 +240,12 @@ def test_a_full_line_says_when_to_come_back(serve, visit):
         lambda route: route.fulfill(
             status=429,
             headers={"Retry-After": "7"},
-            json={"error": {"message": "the line is full", "param": None}},
+            json={"error": {"message": "the queue is full", "param": None}},
         ),
     )
     visit.page.click("#generate")
     visit.page.locator("#error:not(:empty)").wait_for()
-    assert visit.page.inner_text("#error") == "The line is full. Try again in 7 s."
+    assert visit.page.inner_text("#error") == "The queue is full. Try again in 7 s."
     assert visit.page.get_attribute("#error", "role") == "alert"
 
 
@@ -255,7 +255,7 @@ def test_a_key_is_asked_for(serve, visit):
     page = visit.page
     page.get_by_label("API key").fill("wrong")
     page.keyboard.press("Enter")
-    page.locator("#key .hint", has_text="not the one").wait_for()
+    page.locator("#key .hint", has_text="is wrong").wait_for()
     page.get_by_label("API key").fill("sésame")
     page.keyboard.press("Enter")
     page.locator("#key").wait_for(state="hidden")

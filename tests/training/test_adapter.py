@@ -132,7 +132,7 @@ def test_bad_input_is_named(tmp_path):
     with pytest.raises(ValueError, match="to_nothing"):
         add_lora(network, target_modules=["to_nothing"])
     add_lora(network)
-    with pytest.raises(ValueError, match="LoRA layers already"):
+    with pytest.raises(ValueError, match="already has LoRA layers"):
         add_lora(network)
     with pytest.raises(FileNotFoundError, match=r"pytorch_lora_weights\.safetensors"):
         load_lora(network, tmp_path)

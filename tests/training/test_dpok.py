@@ -169,11 +169,11 @@ def test_exact_kl_is_the_divergence_of_the_two_gaussians_and_eps_the_published_t
 def test_summed_log_probability_leaves_the_clip_where_the_mean_stays_inside():
     x, std = torch.zeros(1, *SHAPE), torch.ones(1)
     before, after = torch.full_like(x, 0.01), torch.zeros_like(x)
-    assert gaussian_log_prob(x, after, std, "sum") == pytest.approx(
-        Normal(after, 1.0).log_prob(x).sum().item(), rel=1e-6
+    assert gaussian_log_prob(x, after, std) == pytest.approx(
+        Normal(after, 1.0).log_prob(x).mean().item(), rel=1e-6
     )
-    for reduction, is_inside in (("mean", True), ("sum", False)):
-        new, old = (gaussian_log_prob(x, m, std, reduction) for m in (after, before))
+    for terms, is_inside in ((1, True), (x.numel(), False)):  # the mean, and the sum
+        new, old = (terms * gaussian_log_prob(x, m, std) for m in (after, before))
         result = dpok_loss(new, old, torch.ones(1), torch.zeros(1), **WEIGHTS)
         assert result.clip_fraction == (0 if is_inside else 1)
 
@@ -230,8 +230,6 @@ def test_bad_input_is_named():
         dpok_loss(zeros, zeros.half(), zeros, zeros, **WEIGHTS)
     with pytest.raises(InvalidShape, match=r"\(3, 2\), \(3, 1\) and \(3,\)"):
         gaussian_log_prob(torch.zeros(3, 2), torch.zeros(3, 1), zeros)
-    with pytest.raises(ValueError, match="reduction must be mean or sum, got 'max'"):
-        gaussian_log_prob(torch.zeros(3, 2), torch.zeros(3, 2), zeros, "max")
     with pytest.raises(InvalidSchedule, match=r"eta 0\.0: no step has variance"):
         unet_policy(eta=0.0)
     with pytest.raises(InvalidSchedule, match="clip_sample=False"):

@@ -165,7 +165,7 @@ def test_another_configuration_is_refused_and_the_run_kept(tmp_path, name, chang
         train(tmp_path, **change)
     with pytest.raises(ResumeMismatch, match="prompts is"):
         train(tmp_path, task(prompts=PROMPTS[::-1]))
-    with pytest.raises(ValueError, match="has made 2 loops; loops = 1 is fewer"):
+    with pytest.raises(ValueError, match="has done 2 loops; loops = 1 is fewer"):
         train(tmp_path, loops=1)
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
@@ -258,12 +258,12 @@ def test_bad_task_is_named_before_any_work(tmp_path, monkeypatch):
     refused(ValueError, "3 prompts need as many", task(prompt_embeds=make_embeds(2)))
     refused(ValueError, "needs null_embeds", guidance_scale=2.0)
     refused(
-        ValueError, "accumulation_steps is 1, the configuration's 2", accelerator=Accelerator()
+        ValueError, "accumulation_steps is 1 in the accelerator", accelerator=Accelerator()
     )  # fmt: skip
     with monkeypatch.context() as patch:
         many = Accelerator(gradient_accumulation_steps=2)
         patch.setattr(type(many), "num_processes", property(lambda self: 2))
-        refused(ValueError, "one process, the accelerator has 2", accelerator=many)
+        refused(ValueError, "one process, but the accelerator has 2", accelerator=many)
     monkeypatch.setattr(curves_module, "find_spec", lambda name: None)
     refused(BackendUnavailable, r"matplotlib: pip install 'msdda-fast\[train\]'", curves=True)
     with pytest.raises(ValueError, match="call add_lora"):

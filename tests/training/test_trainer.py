@@ -139,7 +139,7 @@ def test_another_configuration_or_other_data_is_refused(tmp_path, change):
 
 def test_fewer_steps_than_made_are_refused(tmp_path):
     train(tmp_path, steps=3)
-    with pytest.raises(ValueError, match="has made 3 steps; steps = 2 is fewer"):
+    with pytest.raises(ValueError, match="has done 3 steps; steps = 2 is fewer"):
         train(tmp_path, steps=2)
 
 

@@ -67,7 +67,7 @@ async function generate() {
       if (event.b64_json) show(event);
     });
     const company = result.batch_size > 1 ? `in a batch of ${result.batch_size}` : "";
-    const facts = [`${seconds(result.waited_s)} in line`, company, `seed ${result.seed}`];
+    const facts = [`${seconds(result.waited_s)} in the queue`, company, `seed ${result.seed}`];
     finish(result, body, shares, `Drawn in ${seconds((performance.now() - began) / 1000)}`, facts);
     if ($("around").checked) await strip(body, shares, result, mine);
   } catch (error) {
@@ -93,8 +93,8 @@ async function strip(body, shares, middle, mine) {
   const points = around(names, shares);
   $("strip-part").hidden = points.length < 2;
   $("strip-hint").textContent =
-    names.length === 2 ? `The same seed, ${names.join(" / ")} in percent. Choose one to go on.`
-      : "The same seed, a step towards each objective. Choose one to go on.";
+    names.length === 2 ? `Same seed; ${names.join(" / ")} in percent. Choose one to continue from it.`
+      : "Same seed, one step towards each objective. Choose one to continue from it.";
   const here = percents(shares).join();
   const tiles = points.map((point) => {
     const tile = document.createElement("button");
@@ -122,7 +122,7 @@ async function strip(body, shares, middle, mine) {
       if (mine.signal.aborted) return;
       tile.firstChild.className = "";
       tile.title = error.message;
-      tile.lastChild.textContent = error.status === 429 ? "the line is full" : "no image";
+      tile.lastChild.textContent = error.status === 429 ? "queue full" : "no image";
     }
   }));
 }
@@ -182,7 +182,7 @@ function refuse(error) {
   if (error.status === 401) {
     $("key").hidden = false;
     $("key-text").focus();
-    if (key.get()) $("key").querySelector(".hint").textContent = "This key is not the one. It is kept until you close this tab.";
+    if (key.get()) $("key").querySelector(".hint").textContent = "This key is wrong. It is kept until you close this tab.";
     return;
   }
   const name = error.param?.split(".")[0];
