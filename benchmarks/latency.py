@@ -13,7 +13,7 @@ nothing is printed or kept. Then all take turns, step by step, so that ratios ho
 too; absolute times need an idle one. Weights are random, never zero, unless there is a checkpoint.
 
 Appends to latency.jsonl in `--results` and draws latency.png there; `benchmarks/report.py` makes
-the table of the README.
+the table of docs/results.md.
 """
 
 import argparse

@@ -16,7 +16,7 @@ what it can do, which tells its throughput, and rates that are fixed fractions o
 `mixed` can do, which tell latencies. Arrivals are Poisson; times count from when a request was due.
 
 Appends to results/serving.jsonl and draws results/serving.png; `benchmarks/report.py` makes the
-table of the README.
+table of docs/results.md.
 """
 
 import argparse

@@ -50,13 +50,12 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
     follow `diffusers.StableDiffusionPipeline`; latents stay float32 between steps whatever the
     dtype of the networks (float64 when that is float64).
 
-    Args:
-        vae, text_encoder, tokenizer, unet, scheduler, safety_checker, feature_extractor,
-            image_encoder, requires_safety_checker: As in `StableDiffusionPipeline`. A scheduler
-            that is not DDIM is rebuilt as one from its config.
-
     Without objectives (a pipeline made by this constructor) the base model is the only one. Use
     `from_pretrained` or `from_pipe` to have more.
+
+    Args:
+        vae, text_encoder, tokenizer, unet, scheduler: As in `StableDiffusionPipeline`, as are the
+            optional components. A scheduler that is not DDIM is rebuilt as one from its config.
     """
 
     def __init__(
