@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """An HTTP server of one's own around `mf.Engine`: concurrent requests share batches.
 
-python examples/engine_server.py 8000
-curl -o car.png 'http://127.0.0.1:8000/?prompt=A%20blue%20car.&consistency=0.7&seed=1'
+Start it with `python examples/engine_server.py 8000`, then ask for images:
+`curl -o car.png 'http://127.0.0.1:8000/?prompt=A%20blue%20car.&consistency=0.7&seed=1'`
 """
 
 import io
