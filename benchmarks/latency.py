@@ -37,7 +37,7 @@ from benchmarks.contenders.contender import LIMITS, Contender, Unverified, effec
 from benchmarks.contenders.models import Model, held_bytes, load
 from benchmarks.contenders.request import Request
 from benchmarks.harness import RESULTS, append, interleaved, launches, operators, surroundings
-from msdda_fast.engine.dry_run import rehearse
+from msdda_fast.engine.dry_run import dry_run
 from msdda_fast.errors import MSDDAError
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -163,7 +163,7 @@ def describe(contender: Contender, device: str) -> dict[str, object]:
         if forward is None:
             return facts
         try:
-            facts["peak_mb"] = round(rehearse(lambda _: forward(), None).peak_bytes / 1e6, 3)
+            facts["peak_mb"] = round(dry_run(lambda _: forward(), None).peak_bytes / 1e6, 3)
         except MSDDAError as error:  # peft's mixed batch reads on the host
             facts["no_peak"] = str(error)[:200]
         if device == "cuda":

@@ -38,7 +38,7 @@ from benchmarks.contenders.servers import ARMS, Server, verify
 from benchmarks.harness import RESULTS, append, interleaved, surroundings
 from benchmarks.serving_cell import Cell
 from msdda_fast.batching.admission import Admission
-from msdda_fast.batching.drawing import BatchPipeline
+from msdda_fast.batching.drawing import BatchDrawer
 from msdda_fast.emoji.prompts import TEST_PROMPTS
 
 #: Name of a rate, the arm whose capacity it is a fraction of, the fraction.
@@ -72,7 +72,7 @@ def requests(count: int, names: list[str], vectors: int, seed: int) -> list[dict
 
 def curve(pipe, sizes: list[int], steps: int, seconds: float) -> list[dict]:
     """Time per image of a whole batch, text to pixels, without a server."""
-    drawing = BatchPipeline.sharing(pipe)
+    drawing = BatchDrawer(pipe)
     admission = Admission(drawing)
 
     def batch(size):

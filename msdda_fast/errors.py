@@ -49,11 +49,11 @@ class InvalidShape(MSDDAError, ValueError):
 
 
 class InvalidSchedule(MSDDAError, ValueError):
-    """Steps, eta, guidance or a scheduler setting for which the DDIM kernel is not defined."""
+    """Steps, a noise level, guidance or a scheduler setting for which no step is defined."""
 
 
 class InvalidMode(MSDDAError, ValueError):
-    """A mode that there is not, or that this pipeline cannot run; the message says which can."""
+    """An unknown mode, or one that this pipeline cannot run; the message lists those it can."""
 
 
 class AdapterMismatch(MSDDAError, ValueError):

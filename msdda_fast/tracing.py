@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from msdda_fast.torch_private import in_dispatch_mode
 
 __all__ = ["is_watched", "values_are_readable"]
 
@@ -13,15 +14,15 @@ __all__ = ["is_watched", "values_are_readable"]
 def values_are_readable(tensor: Tensor) -> bool:
     """Whether the values can be looked at without a device sync, a graph break or a fake tensor.
 
-    True for plain CPU tensors that nothing traces; FakeTensor and other subclasses say False.
+    True for plain CPU tensors that nothing traces; False for FakeTensor and other subclasses.
     """
     return tensor.device.type == "cpu" and not is_watched(tensor)
 
 
 def is_watched(tensor: Tensor) -> bool:
-    """Whether someone looks on: `torch.compile`, a tensor subclass or a dispatch mode."""
+    """Whether a tracer sees this tensor: `torch.compile`, a tensor subclass or a dispatch mode."""
     return (
         torch.compiler.is_compiling()
         or type(tensor) not in (Tensor, torch.nn.Parameter)
-        or _get_current_dispatch_mode() is not None
+        or in_dispatch_mode()
     )

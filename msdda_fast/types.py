@@ -21,10 +21,10 @@ __all__ = [
 
 Backend: TypeAlias = Literal["auto", "eager", "native", "triton"]
 
-#: "posterior": Eq. 7. "eps": one noise prediction mixed of all, stepped at eta_w.
+#: "posterior": Eq. 7. "eps": the objectives' noise predictions are mixed, and one step taken.
 Fusion: TypeAlias = Literal["posterior", "eps"]
 
-#: What to do where some fused variances are zero and others are not (see `schedule.fusion_shares`).
+#: What to do where some fused variances are zero and others are not: `steps.shares.fusion_shares`.
 ZeroVariancePolicy: TypeAlias = Literal["error", "dominate", "ratio"]
 
 #: Preferences: None (uniform), names to numbers, one mapping per sample, (M,) or (B, M) numbers.

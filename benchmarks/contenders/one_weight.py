@@ -16,12 +16,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # when run as a sc
 import torch
 
 from msdda_fast.batching import engine
-from msdda_fast.batching.queue import Line
+from msdda_fast.batching.queue import TicketQueue
 from msdda_fast.batching.ticket import Ticket
 from msdda_fast.cli import app as cli
 
 
-class OneWeightLine(Line):
+class OneWeightQueue(TicketQueue):
     """Hands out batches of equal shape and equal fusion weights."""
 
     def _first_batch(self) -> list[Ticket]:
@@ -35,6 +35,6 @@ class OneWeightLine(Line):
 
 
 if __name__ == "__main__":
-    engine.Line = OneWeightLine
+    engine.TicketQueue = OneWeightQueue
     sys.argv[1:1] = ["serve"]
     cli.main()

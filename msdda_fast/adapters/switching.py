@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
+
+from msdda_fast.adapters.variant import Variant
 
 __all__ = ["AdapterSwitch", "adapter_names"]
 
@@ -68,6 +70,27 @@ class AdapterSwitch:
             if name is not None:
                 layer.set_adapter([name], inference_mode=True)
                 layer.set_scale(name, scale)
+
+    def predict(self, variant: Variant, x: Tensor, t: Tensor, embeds: Tensor) -> Tensor:
+        """The raw output of a variant, before guidance.
+
+        Args:
+            variant: Of one of the networks.
+            x: (B, C, h, w) latents, any float dtype.
+            t: Timestep, 0-d, on the device of `x`.
+            embeds: (K, B, L, D), the rows of guidance first.
+
+        Returns: (K, B, C, h, w) in the dtype of the network.
+        """
+        self.select(variant.adapter, variant.scale)
+        network = variant.network
+        output: Tensor = network(
+            x.to(network.dtype).repeat(len(embeds), 1, 1, 1),
+            t,
+            encoder_hidden_states=embeds.flatten(0, 1).to(network.dtype),
+            return_dict=False,
+        )[0]
+        return output.view(*embeds.shape[:2], *x.shape[1:])
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,7 +40,6 @@ class BatchedOptions:
             None: on CUDA.
         attention: "flash", "efficient", "cudnn" or "math", the only one that will run; "auto"
             takes the first of flash, efficient and math that can.
-        rank_pad: Room for adapters of this rank in `swap`.
         sharing: What is done once.
     """
 
@@ -48,7 +47,6 @@ class BatchedOptions:
     fuse_qkv: bool = False
     channels_last: bool | None = None
     attention: str = "auto"
-    rank_pad: int = 0
     sharing: Sharing = Sharing()
 
 

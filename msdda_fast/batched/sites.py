@@ -8,8 +8,7 @@ site has one group, and keeps their rows together; elsewhere it has one group pe
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,57 +16,12 @@ from torch import Tensor, nn
 
 from msdda_fast.adapters.loaded import LoadedAdapters, bare
 from msdda_fast.batched.rows import Layer
-from msdda_fast.errors import AdapterMismatch, InvalidShape, UnfaithfulMerge
-from msdda_fast.kernels.grouped_lora import Design, MergedLinear, Site, grouped_site, merge_error
+from msdda_fast.errors import AdapterMismatch
+from msdda_fast.kernels.grouped_lora import Design, Site, grouped_site
 from msdda_fast.lora.stack import StackedFactors
+from msdda_fast.torch_private import replace_parameters
 
-__all__ = ["Placement", "SiteBuilder"]
-
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """A site and the modules it stands for: one, or several whose weights are concatenated.
-
-    `widths` are their output features; `flat` marks 1x1 convolutions that run as linear layers.
-    """
-
-    paths: tuple[str, ...]
-    site: Site
-    widths: tuple[int, ...]
-    flat: bool
-
-    def factors(self, stacks: Mapping[str, StackedFactors]) -> tuple[Tensor, Tensor]:
-        """Factors of one objective here, from stacks of M = 1: down (r, C, *k), up (N, r, *1)."""
-        like = next(iter(stacks.values())).down if stacks else self.site.weight
-        shape = self.site.weight.shape[1:]
-        tail = (1,) * (len(shape) - 1)
-        parts = [
-            _flatten(stacks[path])
-            if self.flat and path in stacks
-            else stacks.get(
-                path,
-                StackedFactors(like.new_zeros(1, 0, *shape), like.new_zeros(1, width, 0, *tail)),
-            )
-            for path, width in zip(self.paths, self.widths, strict=True)
-        ]
-        joined = _join(parts)
-        return joined.down[0], joined.up[0]
-
-    def check_swap(self, m: int, down: Tensor, up: Tensor) -> None:
-        """Raise unless the site takes these factors for objective m; see `BatchedUNet.swap`."""
-        name = ", ".join(self.paths)
-        if len(down) > self.site.rank:
-            raise InvalidShape(
-                f"{name}: rank {len(down)}, expected at most {self.site.rank}; build again with "
-                "a larger rank_pad"
-            )
-        if isinstance(self.site, MergedLinear):
-            error = float(merge_error(self.site.weight, down[None], up[None]))
-            if not error <= self.site.limit:
-                raise UnfaithfulMerge(
-                    f"{name}: merging the new adapter of objective {m} loses {error:.3g} of its "
-                    f"effect, more than {self.site.limit:.3g}"
-                )
+__all__ = ["SiteBuilder"]
 
 
 class SiteBuilder:
@@ -80,7 +34,7 @@ class SiteBuilder:
         channels_last: Give the convolutions weights in that layout; a copy where they have another.
 
     Attributes:
-        placements: What has been placed so far, in order.
+        frontier: Path of the first module that treats objectives differently, or None so far.
         diverged: Whether the rows of the objectives differ after what has been placed so far.
     """
 
@@ -97,7 +51,7 @@ class SiteBuilder:
         self._design = design
         self.channels_last = channels_last
         self._placed: set[str] = set()
-        self.placements: list[Placement] = []
+        self.frontier: str | None = None
         # the time embedding runs first, but is met last in the tree
         self.diverged = len(objectives) > 1 and any(
             "time_emb" in path or path.startswith("add_embedding") for path in adapters.divergent
@@ -109,13 +63,10 @@ class SiteBuilder:
         One that runs `once` per generation is "separate", whose copies are the smallest.
         """
         base, stacked = self._base(path), self._stacked(path)
-        flat = isinstance(base, nn.Conv2d)
-        if flat:
+        if isinstance(base, nn.Conv2d):
             base = _linear(base.weight.detach().flatten(1), base.bias)
             stacked = stacked and _flatten(stacked)
-        return (
-            base if stacked is None else self._place(base, stacked, (path,), flat=flat, once=once)
-        )
+        return base if stacked is None else self._place(base, stacked, (path,), once=once)
 
     def fused(self, paths: Sequence[str]) -> Layer:
         """Several linear layers of one input as one, with a concatenated copy of their weights."""
@@ -178,7 +129,6 @@ class SiteBuilder:
         stacked: StackedFactors,
         paths: tuple[str, ...],
         *,
-        flat: bool = False,
         once: bool = False,
     ) -> Layer:
         design: Design = "separate" if once else self._design
@@ -187,9 +137,9 @@ class SiteBuilder:
         name = ", ".join(paths)
         site = grouped_site(base, stacked.down, stacked.up, design=design, name=name)
         assert isinstance(site, Site)  # there are factors, so it is not the base
-        widths = tuple(len(self._base(path).weight) for path in paths)
-        self.placements.append(Placement(paths, site, widths, flat))
-        self.diverged |= site.num_objectives > 1
+        if site.num_objectives > 1:
+            self.frontier = self.frontier or paths[0]
+            self.diverged = True
         return site
 
 
@@ -205,7 +155,7 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 def _channels_last(conv: nn.Conv2d) -> nn.Conv2d:
     weight = conv.weight.detach().contiguous(memory_format=torch.channels_last)
     clone = copy.copy(conv)
-    clone._parameters = {**conv._parameters, "weight": nn.Parameter(weight, requires_grad=False)}
+    replace_parameters(clone, weight=nn.Parameter(weight, requires_grad=False))
     return clone
 
 

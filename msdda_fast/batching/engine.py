@@ -12,8 +12,8 @@ from types import TracebackType
 from typing import Self
 
 from msdda_fast.batching.admission import Admission
-from msdda_fast.batching.drawing import BatchPipeline
-from msdda_fast.batching.queue import Line
+from msdda_fast.batching.drawing import BatchDrawer
+from msdda_fast.batching.queue import TicketQueue
 from msdda_fast.batching.request import GeneratedImage, ImageRequest
 from msdda_fast.batching.stats import EngineStats, Tally
 from msdda_fast.batching.ticket import Chore, Ticket
@@ -76,24 +76,27 @@ class Engine:
             raise ValueError("an engine runs in one process: call disable_parallel() first")
         check_output_type(output_type)
         self._sizes = _sizes(max_batch, batch_sizes)
-        self._pipe = BatchPipeline.sharing(pipe)
+        drawer = BatchDrawer(pipe)
+        self._pipe = drawer.pipe
         self._admission = Admission(self._pipe)
-        self._line = Line(max_batch=max_batch, max_wait_s=max_wait_ms / 1e3, limit=queue_limit)
+        self._queue = TicketQueue(
+            max_batch=max_batch, max_wait_s=max_wait_ms / 1e3, limit=queue_limit
+        )
         self._tally = Tally()
         self._worker = Worker(
-            self._pipe, self._line, self._tally, sizes=self._sizes, output_type=output_type
+            drawer, self._queue, self._tally, sizes=self._sizes, output_type=output_type
         )
         self._worker.start()
 
     @property
     def pipe(self) -> MSDDAPipeline:
-        """What draws: objectives, sizes and settings may be read, and nothing else."""
+        """The pipeline that draws: read its objectives, sizes and settings, and change nothing."""
         return self._pipe
 
     @property
     def queue_limit(self) -> int:
         """Most images that wait."""
-        return self._line.limit
+        return self._queue.limit
 
     @property
     def native_size(self) -> tuple[int, int]:
@@ -103,14 +106,14 @@ class Engine:
         return columns * factor, rows * factor
 
     def submit(self, request: ImageRequest) -> Future[GeneratedImage]:
-        """Stand in line for one image; see `submit_images`."""
+        """Submit a request for one image; see `submit_images`."""
         return self.submit_images(request, 1)[0]
 
     def submit_images(self, request: ImageRequest, count: int) -> list[Future[GeneratedImage]]:
-        """Stand in line for `count` images of a request, with seeds that count up.
+        """Submit a request for `count` images, with seeds that count up.
 
         All are admitted, or none. A future may be cancelled until its image is there: it leaves the
-        line at once, and a batch that nobody waits for any more ends at its next step.
+        queue at once, and a batch that nobody waits for any more ends at its next step.
 
         Returns: One future per image. Besides the image its outcome may be `RequestTimeout`,
             `EngineClosed` or `EngineFailed`, or what its `on_step` raised.
@@ -125,9 +128,9 @@ class Engine:
         if not 1 <= count <= self.queue_limit:
             raise ValueError(f"count must be from 1 to {self.queue_limit}, got {count}")
         try:
-            self._line.check_room(count)  # first, so that a refusal costs next to nothing
+            self._queue.check_room(count)  # first, so that a refusal costs next to nothing
             tickets = self._admission.tickets(request, count)
-            self._line.join(tickets)
+            self._queue.join(tickets)
         except QueueFull:
             self._tally.count("refused", count)
             raise
@@ -164,21 +167,21 @@ class Engine:
             )
             for size in reversed(self._sizes):
                 chores.append(Chore(partial(self._worker.warm, ticket, size)))
-                self._line.add(chores[-1])
+                self._queue.add(chores[-1])
         for chore in chores:
             chore.future.result()
 
     def stats(self) -> EngineStats:
         """Return the counts so far."""
         return self._tally.snapshot(
-            waiting=len(self._line),
+            waiting=len(self._queue),
             drawing=self._worker.drawing,
             failure=self._worker.failure,
-            is_closed=self._line.is_closed,
+            is_closed=self._queue.is_closed,
         )
 
     def close(self, *, drain: bool = True, timeout_s: float | None = None) -> None:
-        """Admit nobody any more, and end the thread. More calls do no harm.
+        """Refuse new requests and end the thread. Closing twice is allowed.
 
         Args:
             drain: Draw what was admitted before; else it is refused with `EngineClosed`, and the
@@ -196,7 +199,7 @@ class Engine:
         if future.cancelled():
             ticket.claim()  # tells those who wait for it
             self._tally.count("cancelled")
-            self._line.leave(ticket)
+            self._queue.leave(ticket)
 
     def __enter__(self) -> Self:
         return self

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from msdda_fast.batching.ticket import Chore, Ticket
 from msdda_fast.errors import EngineClosed, QueueFull
 
-__all__ = ["Line", "Taken"]
+__all__ = ["Taken", "TicketQueue"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class Taken:
     chore: Chore | None = None
 
 
-class Line:
+class TicketQueue:
     """A thread-safe queue of tickets, with a batch in place of an item.
 
     The first batch always has the oldest ticket in it, and then the next oldest of the same shape.
@@ -59,15 +59,15 @@ class Line:
 
     @property
     def is_closed(self) -> bool:
-        """Whether nobody may join any more."""
+        """Whether it takes no more tickets."""
         return self._is_closed
 
     def check_room(self, count: int) -> None:
-        """Check whether so many could join now.
+        """Check that `count` more tickets fit now.
 
         Raises:
             QueueFull: They do not fit.
-            EngineClosed: The line is closed.
+            EngineClosed: The queue is closed.
         """
         with self._changed:
             self._check_open()
@@ -78,7 +78,7 @@ class Line:
                 )
 
     def join(self, tickets: Sequence[Ticket]) -> None:
-        """Stand in line: all of them, or none.
+        """Add tickets: all of them, or none.
 
         Raises:
             QueueFull, EngineClosed: See `check_room`.
@@ -92,7 +92,7 @@ class Line:
         """Have a chore done before the next batch.
 
         Raises:
-            EngineClosed: The line is closed.
+            EngineClosed: The queue is closed.
         """
         with self._changed:
             self._check_open()
@@ -116,7 +116,7 @@ class Line:
             return late
 
     def close(self, *, drain: bool) -> list[Ticket | Chore]:
-        """Let nobody join any more; take out and return chores, and without `drain` tickets."""
+        """Take no more tickets; remove and return chores, and without `drain` tickets, too."""
         with self._changed:
             self._is_closed = True
             rest: list[Ticket | Chore] = [*self._chores]
@@ -128,7 +128,7 @@ class Line:
             return rest
 
     def take(self) -> Taken | None:
-        """Wait for something to do; None when the line is closed and empty."""
+        """Wait for something to do; None when the queue is closed and empty."""
         with self._changed:
             while True:
                 if late := self.late():

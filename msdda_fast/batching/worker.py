@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine's thread: takes batches from the line, draws them, settles their futures."""
+"""The engine's thread: takes batches from the queue, draws them, settles their futures."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msdda_fast.batching.drawing import BatchPipeline
-from msdda_fast.batching.queue import Line
+from msdda_fast.batching.drawing import BatchDrawer
+from msdda_fast.batching.queue import TicketQueue
 from msdda_fast.batching.request import GeneratedImage, Progress
 from msdda_fast.batching.stats import Tally
 from msdda_fast.batching.ticket import Chore, Ticket
@@ -29,14 +29,14 @@ MOST_FAILURES = 3
 
 
 class Worker(threading.Thread):
-    """Draws until the line is closed and empty; whatever happens, every future gets an outcome.
+    """Draws until the queue is closed and empty; whatever happens, every future gets an outcome.
 
     A batch that fails takes its own tickets with it. `MOST_FAILURES` in a row, or an error outside
-    a batch, stop the thread, fail all who wait, and close the line.
+    a batch, stop the thread, fail all who wait, and close the queue.
 
     Args:
-        pipe: Runs on this thread only.
-        line, tally: Shared with the engine.
+        drawer: Runs on this thread only.
+        queue, tally: Shared with the engine.
         sizes: What batches are padded to, increasing.
         output_type: Of the images.
 
@@ -46,15 +46,15 @@ class Worker(threading.Thread):
 
     def __init__(
         self,
-        pipe: BatchPipeline,
-        line: Line,
+        drawer: BatchDrawer,
+        queue: TicketQueue,
         tally: Tally,
         *,
         sizes: Sequence[int],
         output_type: str,
     ) -> None:
         super().__init__(name="msdda-engine", daemon=True)
-        self._pipe, self._line, self._tally = pipe, line, tally
+        self._drawer, self._queue, self._tally = drawer, queue, tally
         self._sizes, self._output_type = sizes, output_type
         self._batch: list[Ticket] = []
         self._is_aborted = False
@@ -68,10 +68,10 @@ class Worker(threading.Thread):
 
     def run(self) -> None:
         """See `threading.Thread`."""
-        device = self._pipe._execution_device
+        device = self._drawer.device
         try:
             with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-                while (taken := self._line.take()) is not None:
+                while (taken := self._queue.take()) is not None:
                     self._expire(taken.late)
                     if taken.chore is not None:
                         taken.chore.run()
@@ -82,29 +82,29 @@ class Worker(threading.Thread):
         except BaseException as error:
             logger.exception("the engine stops")
             self.failure = f"{type(error).__name__}: {error}"
-            for item in [*self._batch, *self._line.close(drain=False)]:
+            for item in [*self._batch, *self._queue.close(drain=False)]:
                 self._fail(item, _failed("the engine failed, and has stopped", error))
             self._batch = []
 
     def stop(self, *, drain: bool) -> None:
         """Admit nobody any more; without `drain`, refuse all who wait or are being drawn."""
         self._is_aborted = self._is_aborted or not drain
-        for item in self._line.close(drain=drain):
+        for item in self._queue.close(drain=drain):
             self._fail(item, _closed())
 
     def warm(self, ticket: Ticket, size: int) -> None:
         """Do one step of a batch of copies of a ticket, and decode it."""
-        x = self._pipe.sample([ticket] * size, size=size, watch=lambda step, x: False)
-        self._pipe.decode(x, self._output_type)
+        x = self._drawer.sample([ticket] * size, size=size, watch=lambda step, x: False)
+        self._drawer.decode(x, self._output_type)
 
     def _draw(self, batch: list[Ticket]) -> None:
         start = time.monotonic()
         size = min(size for size in self._sizes if size >= len(batch))
         try:
-            x_0 = self._pipe.sample(batch, size=size, watch=self._watch)
+            x_0 = self._drawer.sample(batch, size=size, watch=self._watch)
             if not any(ticket.is_open for ticket in batch):
                 return
-            images, flags = self._pipe.decode(x_0, self._output_type)
+            images, flags = self._drawer.decode(x_0, self._output_type)
         except Exception as error:
             self._failures += 1
             if self._failures == MOST_FAILURES:
@@ -134,7 +134,7 @@ class Worker(threading.Thread):
         """Look after all tickets between two steps; whether anybody still waits for the batch."""
         previews = {} if x is None else self._previews(step, x)
         now = time.monotonic()
-        self._expire([*self._line.late(), *(t for t in self._batch if t.expires <= now)])
+        self._expire([*self._queue.late(), *(t for t in self._batch if t.expires <= now)])
         for row, ticket in enumerate(self._batch):
             if self._is_aborted:
                 self._fail(ticket, _closed())
@@ -154,7 +154,7 @@ class Worker(threading.Thread):
             if step in ticket.preview_steps and ticket.is_open
         ]
         try:
-            images = self._pipe.preview(x[rows], self._output_type) if rows else ()
+            images = self._drawer.preview(x[rows], self._output_type) if rows else ()
         except Exception:
             logger.exception("no previews after step %d", step)
             return {}

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from msdda_fast.pipelines.stable_diffusion.decoding import decode as vae_decode
 from msdda_fast.pipelines.stable_diffusion.pipeline import MSDDAPipeline
 from msdda_fast.rewards import load_reward
 from msdda_fast.training.collect import Collection, SampleFn
@@ -43,8 +44,7 @@ def sampler(
 
 def decode(pipe: MSDDAPipeline, latents: Tensor) -> Tensor:
     """Decode latents, (N, C, H, W) in the units of the denoiser, to images in [0, 1], float32."""
-    vae = pipe.vae
-    images: Tensor = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
+    images = vae_decode(pipe.vae, latents)
     return (images.float() / 2 + 0.5).clamp(0, 1)
 
 

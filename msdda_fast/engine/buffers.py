@@ -17,7 +17,7 @@ from torch import Tensor
 
 from msdda_fast.errors import InvalidSchedule, InvalidShape
 from msdda_fast.kernels.counter_noise import as_seeds
-from msdda_fast.steps.coefficients import CoefficientTable
+from msdda_fast.steps.coefficients import CoefficientTable, Layout
 
 if TYPE_CHECKING:
     from msdda_fast.types import SeedsLike
@@ -43,7 +43,6 @@ class ShapeKey:
         input_rows: R, the copies of each latent that the network takes: 1 when it makes its own
             rows, else one per active objective and branch.
         channels_last: Memory format of the network's input; S is then (C, H, W).
-        rank: What the ranks of all adapters are padded to; 0 without adapters.
         max_steps: Length of the tables; requests have as many steps or fewer.
         noise_table: Whether z comes from a table (T, B, *S), or from one seed per sample.
         context: Shape of what the network itself keeps of a request, such as embeddings.
@@ -58,7 +57,6 @@ class ShapeKey:
     dtype: torch.dtype = torch.float32
     input_rows: int = 1
     channels_last: bool = False
-    rank: int = 0
     max_steps: int = 64
     noise_table: bool = False
     context: tuple[int, ...] = ()
@@ -67,9 +65,8 @@ class ShapeKey:
 
     @property
     def columns(self) -> int:
-        """C, the coefficients per sample and step."""
-        count = len(self.active)
-        return 2 * count + 2 if self.clip_range is None else 5 * count + 3
+        """C, the number of coefficients per sample and step."""
+        return Layout(len(self.active), self.clip_range is not None).width
 
 
 class _Write(NamedTuple):
@@ -80,17 +77,17 @@ class _Write(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepBuffers:
-    """What a step reads and writes, apart from the network's own storage; see `allocate`.
+    """What a step reads and writes, apart from the network's own storage; `allocate` makes them.
 
     Attributes:
         key: The shapes.
         x: The state x_t, (B, *S) float32, latent units; the step overwrites it with x_{t-1}.
         next_input: (R, B, *S) in the dtype and memory format of the network: `x`, R times.
-        rows: (max_steps, B, C) float32 coefficients; see `coefficients.StepCoefficients`.
+        rows: (max_steps, B, C) float32 coefficients; see `coefficients.Layout`.
         timesteps: (max_steps,) int64.
         seeds: (B,) int64.
         noise: (max_steps, B, *S) float32, or None: noise comes from the seeds.
-        counter: 0-d int64, the index k of the step to come; the step adds 1.
+        counter: 0-d int64, the index k of the next step; the step adds 1.
         conditioning: Static tensors that the network reads and each request overwrites; whoever
             builds the network adds them.
     """

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 
 from msdda_fast.engine.graph_backends import Advance
+from msdda_fast.torch_private import inductor_options, recompile_limit
 
 __all__ = ["compiled"]
 
@@ -23,14 +24,7 @@ def compiled(advance: Advance, device_type: str) -> Advance:
 
     On CUDA kernels are tuned as in the mode "max-autotune-no-cudagraphs", which takes minutes.
     """
-    # heavy, and only wanted here
-    from torch import _dynamo, _inductor
-
     mode = "max-autotune-no-cudagraphs" if device_type == "cuda" else "default"
-    options = {**_inductor.list_mode_options(mode), "fx_graph_cache": True}
+    options = {**inductor_options(mode), "fx_graph_cache": True}
     function: Advance = torch.compile(advance, fullgraph=True, dynamic=False, options=options)
-    limits = _dynamo.config.patch(
-        recompile_limit=RECOMPILE_LIMIT, accumulated_recompile_limit=RECOMPILE_LIMIT
-    )
-    patched: Advance = limits(function)
-    return patched
+    return recompile_limit(function, RECOMPILE_LIMIT)

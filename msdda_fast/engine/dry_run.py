@@ -13,18 +13,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 from msdda_fast.engine.buffers import StepBuffers
 from msdda_fast.errors import CaptureError, MSDDAError
+from msdda_fast.torch_private import (
+    FakeTensor,
+    FakeTensorMode,
+    TorchDispatchMode,
+    tree_leaves,
+    tree_map,
+)
 
-__all__ = ["Rehearsal", "rehearse"]
+__all__ = ["DryRun", "dry_run"]
 
 
 @dataclass(frozen=True, slots=True)
-class Rehearsal:
+class DryRun:
     """What one step dispatches.
 
     Attributes:
@@ -36,7 +40,7 @@ class Rehearsal:
     peak_bytes: int
 
 
-def rehearse(advance: Callable[[StepBuffers], None], buffers: StepBuffers) -> Rehearsal:
+def dry_run(advance: Callable[[StepBuffers], None], buffers: StepBuffers) -> DryRun:
     """Run `advance` once without data; the buffers stay as they are.
 
     Raises:
@@ -54,7 +58,7 @@ def rehearse(advance: Callable[[StepBuffers], None], buffers: StepBuffers) -> Re
                 f"the step cannot be captured: {last} does not run without data "
                 f"({type(error).__name__}: {error})"
             ) from error
-    return Rehearsal(tuple(watch.operators), watch.peak)
+    return DryRun(tuple(watch.operators), watch.peak)
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -13,33 +13,33 @@ from __future__ import annotations
 import logging
 import traceback
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Generic, Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 from msdda_fast.engine.buffers import ShapeKey, StepBuffers
 from msdda_fast.engine.compiled import compiled
-from msdda_fast.engine.dry_run import rehearse
+from msdda_fast.engine.dry_run import dry_run
 from msdda_fast.engine.graph_backends import Advance, Graph, GraphBackend, graphs_for
-from msdda_fast.engine.step import Kinds, Network, Step
+from msdda_fast.engine.loop import run
+from msdda_fast.engine.step import Network, Step
 from msdda_fast.errors import CaptureError, InvalidShape
 from msdda_fast.steps.coefficients import CoefficientTable
 
 if TYPE_CHECKING:
     from msdda_fast.types import SeedsLike
 
-__all__ = ["BuildNetwork", "Capture", "CapturedStep", "StepCache"]
+__all__ = ["Capture", "CapturedStep", "StepCache"]
 
 logger = logging.getLogger(__name__)
 
 #: "auto": where the device can, with a warning where a step cannot; "required": or raise; "off".
 Capture: TypeAlias = Literal["auto", "required", "off"]
 
-#: Makes the network for a shape; it may read the buffers and add its own `conditioning` to them.
-BuildNetwork: TypeAlias = Callable[[ShapeKey, StepBuffers], Network | Kinds]
+N = TypeVar("N", bound=Network)
 
 #: Address, shape, strides and dtype.
 _Place: TypeAlias = tuple[int, torch.Size, tuple[int, ...], torch.dtype]
@@ -60,22 +60,29 @@ class _Move:
             self.advance(buffers)
 
 
-class CapturedStep:
-    """A step with its buffers: `load` a request, then `run` it. Get it from `StepCache.prepare`."""
+class CapturedStep(Generic[N]):
+    """A step with its buffers: `load` a request, then do its steps. `StepCache.prepare` makes it.
 
-    def __init__(
-        self, network: Network | Kinds, buffers: StepBuffers, moves: Mapping[str, _Move]
-    ) -> None:
+    It is an `engine.loop.Generation` of the request that was loaded last.
+    """
+
+    def __init__(self, network: N, buffers: StepBuffers, moves: Mapping[str, _Move]) -> None:
         self.buffers = buffers
         self.network = network
         self._moves = moves
         self._places = _places(network, buffers) if self._graphs() else {}
         self._plan: list[_Move] = []
+        self._next = 0
 
     @property
     def is_captured(self) -> bool:
         """Whether steps of every kind are replays of a graph."""
         return len(self._graphs()) == len(self._moves)
+
+    @property
+    def x(self) -> Tensor:
+        """The state, (B, *S) float32; the next step overwrites it."""
+        return self.buffers.x
 
     def load(
         self,
@@ -103,37 +110,36 @@ class CapturedStep:
                 f"{len(table)} steps"
             )
         self.buffers.load(table, x_T, seeds=seeds, noise=noise, conditioning=conditioning)
-        self._plan = [self._moves[kind] for kind in kinds]
+        self._plan, self._next = [self._moves[kind] for kind in kinds], 0
 
     def run(self) -> Tensor:
         """Do all steps of the loaded request and return a copy of x_0, (B, *S) float32.
 
         Raises:
-            ValueError: Nothing was loaded since the last run.
-            CaptureError: See `steps`.
+            ValueError, CaptureError: See `step`.
         """
-        for _ in self.steps():
-            pass
-        return self.buffers.x.clone()
+        return run(self, max(len(self._plan), 1)).clone()
 
-    def steps(self) -> Iterator[int]:
-        """Do the steps of the loaded request one by one; yield k = 0, 1, ... after each.
+    def step(self, k: int) -> None:
+        """Do step k of the loaded request; each step once, in turn.
 
-        In between `buffers.x` may be read and `buffers.replace_x` or `replace_conditioning` called;
-        leaving early is fine.
+        Before the next one `buffers.x` may be read, and `buffers.replace_x` or
+        `replace_conditioning` called. The steps that are left need not be done.
 
         Raises:
-            ValueError: Nothing was loaded since the last run.
+            ValueError: It is not the turn of step k: load a request before each run.
             CaptureError: A tensor of the network, or of the conditioning, lies elsewhere than at
                 capture.
         """
-        plan, self._plan = self._plan, []
-        if not plan:
-            raise ValueError("load() a request before each run")
-        self._check_places()
-        for k, move in enumerate(plan):
-            move(self.buffers)
-            yield k
+        if k != self._next or k >= len(self._plan):
+            raise ValueError(
+                f"step {k} of {len(self._plan)} after {self._next}: load() a request before each "
+                "run, and do its steps in order"
+            )
+        if k == 0:
+            self._check_places()
+        self._next += 1
+        self._plan[k](self.buffers)
 
     def release(self) -> None:
         """Free the graphs; later runs are eager or compiled, with the same result."""
@@ -149,22 +155,24 @@ class CapturedStep:
         if not self._graphs():
             return
         now = _places(self.network, self.buffers)
+        if now == self._places:
+            return
         moved = [name for name in self._places | now if self._places.get(name) != now.get(name)]
-        if moved:
-            raise CaptureError(
-                f"the storage of {moved[0]!r} changed after capture ({len(moved)} tensors in all): "
-                "update weights in place (copy_), or clear the cache and prepare again after "
-                ".to(), .half() or loading"
-            )
+        raise CaptureError(
+            f"the storage of {moved[0]!r} changed after capture ({len(moved)} tensors in all): "
+            "update weights in place (copy_), or clear the cache and prepare again after "
+            ".to(), .half() or loading"
+        )
 
 
-class StepCache:
+class StepCache(Generic[N]):
     """Captured steps by shape, least recently used out first; their graphs share one memory pool.
 
     Steps of one cache run one at a time, on one thread.
 
     Args:
-        build: Makes the network for a shape.
+        build: Makes the network for a shape; it may read the buffers and add its own `conditioning`
+            to them.
         device: Where everything lies.
         capacity: Most shapes kept, at least 1.
         capture: See `Capture`.
@@ -178,7 +186,7 @@ class StepCache:
 
     def __init__(
         self,
-        build: BuildNetwork,
+        build: Callable[[ShapeKey, StepBuffers], N],
         *,
         device: torch.device | str,
         capacity: int = 8,
@@ -202,7 +210,7 @@ class StepCache:
             self._graphs = graphs_for(self._device) if graphs is None else graphs
         if capture == "required" and self._graphs is None:
             raise CaptureError(f"capture='required', but device {self._device} has no graphs")
-        self._steps: OrderedDict[ShapeKey, CapturedStep] = OrderedDict()
+        self._steps: OrderedDict[ShapeKey, CapturedStep[N]] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._steps)
@@ -210,7 +218,7 @@ class StepCache:
     def __contains__(self, key: ShapeKey) -> bool:
         return key in self._steps
 
-    def prepare(self, key: ShapeKey) -> CapturedStep:
+    def prepare(self, key: ShapeKey) -> CapturedStep[N]:
         """Return the step for `key`; the first time, build, compile and capture it.
 
         Raises:
@@ -232,14 +240,13 @@ class StepCache:
         while self._steps:
             self._steps.popitem()[1].release()
 
-    def _make(self, key: ShapeKey) -> CapturedStep:
+    def _make(self, key: ShapeKey) -> CapturedStep[N]:
         if self._graphs is not None:
             self._check_fits("buffers", StepBuffers.nbytes(key), key, self._graphs)
         buffers = StepBuffers.allocate(key, self._device)
         network = self._build(key, buffers)
-        kinds = network.kinds if isinstance(network, Kinds) else {key.mode: network}
         moves = {}
-        for kind, predict in kinds.items():
+        for kind, predict in network.kinds.items():
             step = Step(predict, key, device=self._device, backend=self._backend)
             try:
                 moves[kind] = self._accelerate(step, buffers)
@@ -254,7 +261,7 @@ class StepCache:
         """Compile and capture, as far as wanted."""
         advance: Advance = step.advance
         if self._graphs is not None:
-            needed = rehearse(advance, buffers).peak_bytes
+            needed = dry_run(advance, buffers).peak_bytes
             self._check_fits("activations", needed, buffers.key, self._graphs)
         try:
             with buffers.kept(), torch.no_grad():
@@ -279,7 +286,7 @@ class StepCache:
             )
 
 
-def _places(network: Network | Kinds, buffers: StepBuffers) -> dict[str, _Place]:
+def _places(network: Network, buffers: StepBuffers) -> dict[str, _Place]:
     return {
         name: (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         for name, tensor in {**network.storages(), **buffers.conditioning}.items()

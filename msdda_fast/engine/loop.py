@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Algorithm 1 over any denoisers that share a latent space."""
+"""The denoising loop, and Algorithm 1 over any denoisers that share a latent space.
+
+Whatever samples, `run` walks through the steps of a `Generation`: an `EagerGeneration` calls its
+networks and the fused step one after another, captured generations replay a graph.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from msdda_fast.engine.noise import NoiseSource, noise_source
+from msdda_fast.engine.step import Outputs, by_objective
 from msdda_fast.errors import BackendUnavailable, InvalidShape
 from msdda_fast.kernels import registry
 from msdda_fast.kernels.fused_step import fused_ddim_step
@@ -30,7 +34,76 @@ if TYPE_CHECKING:
         ZeroVariancePolicy,
     )
 
-__all__ = ["denoise"]
+__all__ = ["EagerGeneration", "Generation", "Watch", "denoise", "run"]
+
+
+class Generation(Protocol):
+    """One request while it is being sampled."""
+
+    @property
+    def x(self) -> Tensor:
+        """The state, (B, *S) in latent units: x_t before a step and x_{t-1} after it."""
+
+    def step(self, k: int) -> None:
+        """Do step k = 0, 1, ... in sampling order; each step once, in turn."""
+
+
+#: Called after step k; whether to go on.
+Watch: TypeAlias = Callable[[int], bool]
+
+
+def run(generation: Generation, num_steps: int, watch: Watch | None = None) -> Tensor:
+    """Do the steps of a generation in order, until `watch` says no; return the state then."""
+    for k in range(num_steps):
+        generation.step(k)
+        if watch is not None and not watch(k):
+            break
+    return generation.x
+
+
+class EagerGeneration:
+    """Steps of Algorithm 1, each a call of the networks and a fused step on what they predict.
+
+    Args:
+        predict: Evaluates the active objectives: `f(x, k)` with x (B, *S) gives M outputs
+            (K, B, *S), None for an objective without influence at step k.
+        x_T: (B, *S), latent units, in the state dtype.
+        table: Coefficients of T steps, on the device and in the dtype of the state.
+        noise: Source of z.
+        backend: Of the fused step: "auto", or one by name.
+    """
+
+    def __init__(
+        self,
+        predict: Callable[[Tensor, int], Outputs],
+        x_T: Tensor,
+        table: CoefficientTable,
+        noise: NoiseSource,
+        backend: Backend = "auto",
+    ) -> None:
+        self._predict, self._table, self._backend = predict, table, backend
+        self._noise = noise.drawn_for(table)
+        self._x = x_T
+
+    @property
+    def x(self) -> Tensor:
+        """The state, (B, *S) in latent units."""
+        return self._x
+
+    def replace_x(self, x: Tensor) -> None:
+        """Go on from another state (B, *S), between two steps."""
+        self._x = x
+
+    def step(self, k: int) -> None:
+        """Do step k: predict, fuse, add noise."""
+        x = self._x
+        outputs = by_objective(self._predict(x, k))
+        present = [output for output in outputs if output is not None]
+        noise = self._noise.step(k, like=present[0][0])
+        dtypes = {output.dtype for output in present}
+        if len(dtypes) > 1 or torch.promote_types(present[0].dtype, x.dtype) != x.dtype:
+            outputs = [output if output is None else output.to(x.dtype) for output in outputs]
+        self._x = fused_ddim_step(x, outputs, self._table[k], backend=self._backend, **noise)
 
 
 def denoise(
@@ -120,36 +193,18 @@ def denoise(
         x_T.shape, num_steps, x_T.device, noise=noise, seeds=seeds, generator=generator
     )
     registry.resolve("fused_step", backend, x_T.device.type)  # a missing backend fails before work
-    with torch.set_grad_enabled(differentiates):
-        return _run(denoisers, x_T.to(state_dtype), table, source, backend)
-
-
-def _run(
-    denoisers: Sequence[Denoiser],
-    x: Tensor,
-    table: CoefficientTable,
-    source: NoiseSource,
-    backend: Backend,
-) -> Tensor:
     active = (table.share != 0).any(1).tolist()  # [T][M]
-    if not table.std.any():
-        # eta = 0 throughout: like diffusers, leave the generators alone
-        source = replace(
-            source, noise=torch.zeros((), device=x.device).expand(len(table), *x.shape)
-        )
-    for k in range(len(table)):
-        outputs = [
+
+    def predict(x: Tensor, k: int) -> list[Tensor | None]:
+        return [
             _predict(denoiser, m, x, table.timesteps[k]) if is_active else None
             for m, (denoiser, is_active) in enumerate(zip(denoisers, active[k], strict=True))
         ]
-        present = [output for output in outputs if output is not None]
-        dtypes = {output.dtype for output in present}
-        if len(dtypes) > 1 or torch.promote_types(present[0].dtype, x.dtype) != x.dtype:
-            outputs = [output if output is None else output.to(x.dtype) for output in outputs]
-        x = fused_ddim_step(
-            x, outputs, table[k], backend=backend, **source.step(k, like=present[0][0])
+
+    with torch.set_grad_enabled(differentiates):
+        return run(
+            EagerGeneration(predict, x_T.to(state_dtype), table, source, backend), len(table)
         )
-    return x
 
 
 def _predict(denoiser: Denoiser, m: int, x_t: Tensor, t: Tensor) -> Tensor:

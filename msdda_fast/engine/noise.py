@@ -8,7 +8,7 @@ depend on nothing else in the batch), or generators, drawn in the order of stock
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypedDict
 
 import torch
@@ -18,6 +18,7 @@ from msdda_fast.errors import InvalidShape
 from msdda_fast.kernels.counter_noise import STREAM_INITIAL, as_seeds, counter_noise
 
 if TYPE_CHECKING:
+    from msdda_fast.steps.coefficients import CoefficientTable
     from msdda_fast.types import GeneratorLike, SeedsLike
 
 __all__ = ["NoiseSource", "StepNoise", "image_seeds", "noise_source"]
@@ -65,6 +66,16 @@ class NoiseSource:
         if self.seeds is not None:
             return {"seeds": self.seeds, "step": k}
         return {"noise": self._draw(like.device, like.dtype)}
+
+    def drawn_for(self, table: CoefficientTable) -> NoiseSource:
+        """The source that a generation over `table` draws from: none where no step adds noise.
+
+        With eta = 0 throughout the generators are left alone, as diffusers does.
+        """
+        if table.std.any():
+            return self
+        zero = torch.zeros((), device=table.rows.device)
+        return replace(self, noise=zero.expand(len(table), *self.shape))
 
     def _draw(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         if isinstance(self.generator, Sequence):

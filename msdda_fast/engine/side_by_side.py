@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole networks that share no module, as one network."""
+"""Whole networks that share no module, evaluated side by side."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from msdda_fast.engine.step import Network, by_objective
+from msdda_fast.engine.step import Predict, by_objective
 from msdda_fast.tracing import is_watched
 
 __all__ = ["SideBySide"]
@@ -21,28 +21,20 @@ class SideBySide:
     networks, so that each network answers for one or more neighbouring objectives.
 
     Args:
-        networks: One or more, sharing no storage that they write to.
+        networks: One or more functions as in `Network.kinds`, sharing no storage that they write.
     """
 
-    def __init__(self, networks: Sequence[Network]) -> None:
+    def __init__(self, networks: Sequence[Predict]) -> None:
         self._networks = tuple(networks)
         self._streams: list[torch.cuda.Stream] = []
 
     def __call__(self, next_input: Tensor, k: Tensor) -> list[Tensor | None]:
-        """See `Network`."""
+        """Evaluate all networks at step k and list their objectives' outputs (K, B, *S)."""
         if next_input.device.type == "cuda" and not is_watched(next_input):
             return self._forked(next_input, k)
         return [
             output for network in self._networks for output in by_objective(network(next_input, k))
         ]
-
-    def storages(self) -> Mapping[str, Tensor]:
-        """Those of network i under "i."."""
-        return {
-            f"{index}.{name}": tensor
-            for index, network in enumerate(self._networks)
-            for name, tensor in network.storages().items()
-        }
 
     def _forked(self, next_input: Tensor, k: Tensor) -> list[Tensor | None]:
         first, *others = self._networks

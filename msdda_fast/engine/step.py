@@ -7,7 +7,7 @@ Nothing here allocates between steps, waits for the device or branches on the va
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,31 +18,33 @@ from msdda_fast.kernels import registry
 from msdda_fast.kernels.fused_step._ops import Operators
 from msdda_fast.tracing import is_watched
 
-__all__ = ["Kinds", "Network", "Outputs", "Predict", "Step", "by_objective"]
+__all__ = ["Network", "Outputs", "Predict", "Step", "by_objective"]
 
-#: (M, K, B, *S), or M tensors (K, B, *S); None for an objective that is not active.
+#: (M, K, B, *S), or M tensors (K, B, *S); None for an objective that was not evaluated.
 Outputs = Tensor | Sequence[Tensor | None]
 
-#: How a step asks its network; see `Network.__call__`.
+#: One way in which a network evaluates its objectives; see `Network.kinds`.
 Predict: TypeAlias = Callable[[Tensor, Tensor], Outputs]
 
 
 class Network(Protocol):
-    """All objectives' networks as one function over static storage.
+    """The networks of all objectives over static storage, as one function of the step.
 
-    To be captured it must not read a value on the host nor branch on one, and its own kernels must
-    be operators of `torch.library` when a tracer looks on (`objective.is_watched`).
+    There may be several kinds of step, such as an exact and an approximate one, and each step of a
+    request is of one kind. What one kind leaves in the storage another may read.
     """
 
-    def __call__(self, next_input: Tensor, k: Tensor, /) -> Outputs:
-        """Predict every active objective's output, in the unit of the scheduler's prediction type.
+    @property
+    def kinds(self) -> Mapping[str, Predict]:
+        """By name, functions `f(next_input, k)` that evaluate every active objective.
 
-        Args:
-            next_input: `StepBuffers.next_input`, (R, B, *S): latents in the network's dtype.
-            k: Step index in sampling order, 0-d int64 on the device: selects a row of tables such
-                as `StepBuffers.timesteps`.
+        `next_input` is `StepBuffers.next_input`, (R, B, *S) latents in the network's dtype, and k
+        the step index, 0-d int64 on the device, which selects a row of tables such as
+        `StepBuffers.timesteps`. The result is of type `Outputs`, in the unit of the scheduler's
+        prediction type: one dtype, at most float32, rows in the order (uncond, cond).
 
-        Returns: see `Outputs`; one dtype, at most float32; rows in the order (uncond, cond).
+        To be captured a function must not read a value on the host nor branch on one, and its own
+        kernels must be operators of `torch.library` under a tracer (`tracing.is_watched`).
         """
 
     def storages(self) -> Mapping[str, Tensor]:
@@ -50,21 +52,6 @@ class Network(Protocol):
 
         Weights, adapter factors, keys and values. Their contents may change in place (`copy_`).
         """
-
-
-@runtime_checkable
-class Kinds(Protocol):
-    """Several ways to predict on shared storage; each step of a request goes one of them.
-
-    What one kind of step leaves in the storage, another may read.
-    """
-
-    @property
-    def kinds(self) -> Mapping[str, Predict]:
-        """By name, a function that does what is said at `Network`."""
-
-    def storages(self) -> Mapping[str, Tensor]:
-        """See `Network.storages`; of all kinds together."""
 
 
 class Step:

@@ -15,7 +15,7 @@ and needs no k-diffusion to be installed:
         models, x, sigmas, {"cond": cond}, weights=[0.3, 0.7], etas=[1.0, 0.8], seeds=[1, 2]
     )
 
-With one weight at 1 it is that sampler with that denoiser. `ancestral` has the equations.
+With one weight at 1 it is that sampler with that denoiser. `steps.ancestral` has the equations.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from msdda_fast.engine.noise import StepNoise, noise_source
 from msdda_fast.errors import InvalidShape
 from msdda_fast.kernels import registry
 from msdda_fast.kernels.fused_step import fused_ddim_step
-from msdda_fast.steps.ancestral import ancestral_steps
+from msdda_fast.steps.ancestral import ancestral_rule
+from msdda_fast.steps.table import rule_table
 from msdda_fast.weights import as_host_float64
 
 if TYPE_CHECKING:
@@ -77,17 +78,17 @@ def sample_msdda(
         extra_args: Keyword arguments of every denoiser.
         callback: Called before each step's update with `x`, `i`, `sigma`, `sigma_hat` and
             `denoised`, here sum_i share_i D_i, (B, *S).
-        disable: True hides the progress bar, None does on what is not a terminal.
+        disable: True hides the progress bar; None hides it when the output is not a terminal.
         etas: (M,), stochasticity of each denoiser, >= 0.
         weights: Preferences: None (uniform), (M,), (B, M) or (T, B, M), rows on the simplex, or a
             callable from the step index to any of the first three.
         s_noise: Factor on the noise, no unit.
-        noise_sampler: z of a step, (B, *S), from (sigma, sigma_next), as k-diffusion's; not asked
-            at a step to sigma 0.
+        noise_sampler: z of a step, (B, *S), from (sigma, sigma_next), as in k-diffusion; not called
+            for a step to sigma 0.
         seeds: Instead: one 64-bit seed per sample, for counter-based noise. With neither:
             `torch.randn_like(x)`, as k-diffusion.
         zero_variance: What to do when a sample mixes eta = 0 with eta > 0: "error", "dominate" or
-            "ratio"; see `schedule.fusion_shares`.
+            "ratio"; see `steps.shares.fusion_shares`.
         rates: (M,) > 0, the rates of "ratio".
         extrapolate: Accept negative weights while the total precision stays positive.
         backend: "auto", or one by name: "eager", "native" or "triton".
@@ -98,8 +99,8 @@ def sample_msdda(
     Raises:
         InvalidShape: `x`, `sigmas`, `weights`, `etas`, `seeds`, a denoised x_0 or a z of the wrong
             shape; or no denoiser.
-        InvalidSchedule: Sigmas that increase, an eta below 0; see `ancestral.ancestral_steps`.
-        InvalidWeights, ZeroVariance: See `schedule.fusion_shares`.
+        InvalidSchedule: Sigmas that increase, an eta below 0; see `steps.ancestral`.
+        InvalidWeights, ZeroVariance: See `steps.shares.fusion_shares`.
         ValueError: Both `noise_sampler` and `seeds`.
         BackendUnavailable: The named backend cannot run here.
     """
@@ -113,25 +114,24 @@ def sample_msdda(
         raise InvalidShape(f"etas have shape {tuple(shape)}, expected (M,) = ({count},)")
     if noise_sampler is not None and seeds is not None:
         raise ValueError("give at most one of noise_sampler and seeds")
-    steps = ancestral_steps(
-        sigmas,
-        len(x),
-        etas=etas,
+    table = rule_table(
+        ancestral_rule(sigmas, s_noise),
+        levels=etas,
         weights=weights,
-        s_noise=s_noise,
+        batch_size=len(x),
         zero_variance=zero_variance,
         rates=rates,
         extrapolate=extrapolate,
         device=x.device,
         dtype=torch.float64 if x.dtype == torch.float64 else torch.float32,
     )
-    source = noise_source(x.shape, len(steps), x.device, seeds=seeds)
+    source = noise_source(x.shape, len(table), x.device, seeds=seeds)
     registry.resolve("fused_step", backend, x.device.type)  # a missing backend fails before work
     extra_args = {} if extra_args is None else extra_args
-    is_active = (steps.share != 0).any(1).tolist()  # [T][M]
+    is_active = (table.share != 0).any(1).tolist()  # [T][M]
     ends_at_zero = (sigmas[1:] == 0).tolist()
     s_in = x.new_ones([len(x)])
-    for k in trange(len(steps), disable=disable):
+    for k in trange(len(table), disable=disable):
         sigma = sigmas[k]
         outputs: list[Tensor | None] = [None] * count
         # to and fro: denoisers that swap weights to take turns swap M - 1 times a step, not M
@@ -140,7 +140,7 @@ def sample_msdda(
                 outputs[m] = _denoised(models[m], m, x, sigma * s_in, extra_args)
         if callback is not None:
             # a coefficient of 0 masks its input, here the noise
-            preview = fused_ddim_step(x, outputs, steps.denoised(k), noise=x, backend=backend)
+            preview = fused_ddim_step(x, outputs, table.mixture(k), noise=x, backend=backend)
             callback({"x": x, "i": k, "sigma": sigma, "sigma_hat": sigma, "denoised": preview})
         noise: StepNoise
         if ends_at_zero[k]:
@@ -149,7 +149,7 @@ def sample_msdda(
             noise = {"noise": noise_sampler(sigma, sigmas[k + 1])}
         else:
             noise = source.step(k, like=x)
-        x = fused_ddim_step(x, outputs, steps[k], backend=backend, **noise)
+        x = fused_ddim_step(x, outputs, table[k], backend=backend, **noise)
     return x
 
 

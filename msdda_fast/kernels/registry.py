@@ -1,20 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which implementation of an operator runs: looked up once, outside of any loop.
 
-Every operator is a folder `kernels/<op>/` with one module `_<backend>.py` per backend, all with the
-same raw functions. `auto` takes the first backend of the device's list that can run; a backend
-asked for by name runs or raises `BackendUnavailable`. The variable MSDDA_BACKEND replaces `auto`;
-this is the only module that reads it.
+Every operator is a folder `kernels/<op>/` with one module `_<backend>.py` per backend, which
+provides the raw functions that `kernels.raw` declares. `auto` takes the first backend of the
+device's list that can run; a backend asked for by name runs or raises `BackendUnavailable`. The
+variable MSDDA_BACKEND replaces `auto`; this is the only module that reads it.
 """
+
+from __future__ import annotations
 
 import os
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
+from typing import TYPE_CHECKING, Literal, cast, overload
 
 from msdda_fast.errors import BackendUnavailable
 from msdda_fast.kernels import native
+
+if TYPE_CHECKING:
+    from msdda_fast.kernels.raw import CounterNoiseBackend, FusedStepBackend, GroupedLoraBackend
 
 __all__ = ["NAMES", "available", "chosen", "explain", "has", "resolve"]
 
@@ -62,8 +68,24 @@ def explain(device_type: str = "cpu") -> dict[str, str]:
     return {name: _missing(name, device_type) or "ok" for name in NAMES}
 
 
-def resolve(op: str, backend: str, device_type: str) -> ModuleType:
-    """The module that implements operator `op` ("fused_step", "counter_noise", "grouped_lora").
+@overload
+def resolve(op: Literal["fused_step"], backend: str, device_type: str) -> FusedStepBackend: ...
+
+
+@overload
+def resolve(
+    op: Literal["counter_noise"], backend: str, device_type: str
+) -> CounterNoiseBackend: ...
+
+
+@overload
+def resolve(op: Literal["grouped_lora"], backend: str, device_type: str) -> GroupedLoraBackend: ...
+
+
+def resolve(
+    op: str, backend: str, device_type: str
+) -> FusedStepBackend | CounterNoiseBackend | GroupedLoraBackend:
+    """Return the module that implements operator `op`; `kernels.raw` says what it provides.
 
     Args:
         op: Folder name under `kernels/`.
@@ -75,7 +97,8 @@ def resolve(op: str, backend: str, device_type: str) -> ModuleType:
     """
     if backend == "auto":
         backend = os.environ.get("MSDDA_BACKEND") or "auto"
-    return _module(op, _resolve(op, backend, device_type))
+    module = _module(op, _resolve(op, backend, device_type))
+    return cast("FusedStepBackend | CounterNoiseBackend | GroupedLoraBackend", module)
 
 
 @cache

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,13 +12,30 @@ from torch import Tensor
 from msdda_fast.errors import BackendUnavailable
 from msdda_fast.kernels import registry
 
+if TYPE_CHECKING:  # mypy compares the signatures of the backends with the declared ones
+    from msdda_fast.kernels.counter_noise import _eager as noise_eager
+    from msdda_fast.kernels.counter_noise import _native as noise_native
+    from msdda_fast.kernels.counter_noise import _triton as noise_triton
+    from msdda_fast.kernels.fused_step import _eager, _native, _native_cuda, _ops, _triton
+    from msdda_fast.kernels.grouped_lora import _eager as lora_eager
+    from msdda_fast.kernels.raw import (
+        CounterNoiseBackend,
+        FusedStepBackend,
+        GroupedLoraBackend,
+    )
+
+    _FUSED_STEP: tuple[FusedStepBackend, ...] = (_eager, _native, _native_cuda, _triton)
+    _OPERATORS: FusedStepBackend = _ops.Operators("auto")
+    _COUNTER_NOISE: tuple[CounterNoiseBackend, ...] = (noise_eager, noise_native, noise_triton)
+    _GROUPED_LORA: GroupedLoraBackend = lora_eager  # Triton's is an operator, without a signature
+
 __all__ = ["report"]
 
 _SHAPE = (2, 5, 9, 7)
 
 
 def report(device_type: str) -> dict[str, dict[str, str]]:
-    """Operator -> backend -> what it is good for on this machine.
+    """Return, by operator and backend, whether it runs here and how close it is to eager.
 
     Args:
         device_type: "cpu" or "cuda", on which small cases are run.

@@ -36,7 +36,6 @@ def stack_adapters(
     *,
     scales: Sequence[float] | None = None,
     alphas: Sequence[Mapping[str, float] | None] | None = None,
-    rank_pad: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, StackedFactors]:
     """Stack the factors of M adapters module by module.
@@ -46,7 +45,6 @@ def stack_adapters(
         scales: One per objective, no unit; None: 1 for all.
         alphas: Per objective, alpha by module path; an adapter or module without one has alpha
             equal to its rank, so that s_m is its scale.
-        rank_pad: R is at least this, so that an adapter of a larger rank can be swapped in later.
         dtype: Of the result. s_m B_m is computed in float32 (float64 for float64) and cast once.
 
     Returns:
@@ -73,7 +71,7 @@ def stack_adapters(
             scale * ((alpha or {}).get(path, len(entry.down)) / len(entry.down)) if entry else 0.0
             for entry, scale, alpha in zip(entries, scales, alphas, strict=True)
         ]
-        stacks[path] = _stack(entries, factor, rank_pad, dtype)
+        stacks[path] = _stack(entries, factor, dtype)
     return stacks
 
 
@@ -90,14 +88,11 @@ def _check_alike(path: str, adapters: Sequence[LoraAdapter | None]) -> None:
 
 
 def _stack(
-    entries: Sequence[LoraFactors | None],
-    factor: Sequence[float],
-    rank_pad: int,
-    dtype: torch.dtype,
+    entries: Sequence[LoraFactors | None], factor: Sequence[float], dtype: torch.dtype
 ) -> StackedFactors:
     present = [entry for entry in entries if entry]
     like_down, like_up = present[0].down, present[0].up
-    rank = max(rank_pad, *(len(entry.down) for entry in present))
+    rank = max(len(entry.down) for entry in present)
     shape = like_down.shape[1:]
     down = like_down.new_zeros(len(entries), rank, *shape, dtype=dtype)
     up = like_up.new_zeros(len(entries), len(like_up), rank, *like_up.shape[2:], dtype=dtype)

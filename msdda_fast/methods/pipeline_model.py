@@ -27,6 +27,7 @@ from msdda_fast.lora.soup import Merge
 from msdda_fast.methods.model import BASE, Cost, Fusion
 from msdda_fast.objective import Objective
 from msdda_fast.pipelines import request
+from msdda_fast.pipelines.stable_diffusion.decoding import decode
 from msdda_fast.pipelines.stable_diffusion.pipeline import MSDDAPipeline
 from msdda_fast.rewards import Reward
 from msdda_fast.steps.ddim import ddim_grid
@@ -149,9 +150,7 @@ class PipelineModel:
     def decode(self, x_0: Tensor) -> Tensor:
         """See `LatentModel.decode`."""
         self.cost.decodes += len(x_0)
-        vae = self._pipe.vae
-        latents = (x_0 / vae.config.scaling_factor).to(vae.dtype)
-        parts = [vae.decode(part, return_dict=False)[0] for part in torch.split(latents, MAX_ROWS)]
+        parts = [decode(self._pipe.vae, part) for part in torch.split(x_0, MAX_ROWS)]
         return (torch.cat(parts).float() / 2 + 0.5).clamp(0, 1)
 
     def rewards(self, images: Tensor, rows: Tensor | None = None) -> dict[str, Tensor]:
@@ -244,7 +243,6 @@ class PipelineModel:
             view = MSDDAPipeline.from_pipe(self._pipe)
             own = self._pipe.objectives
             view.set_objectives({n: own.get(n, Objective.base()) for n in names}, variants)
-            view.set_forward(**self._pipe.forward_settings)
             view.set_progress_bar_config(disable=True)
             views[names] = view
         return view
@@ -253,19 +251,13 @@ class PipelineModel:
         """The guided output of one network, (n, *S) in the dtype of x."""
         variant, scale = self._variants[name], self._guidance[name]
         text = self._text(variant)  # (K, B, L, D)
-        self._switch.select(variant.adapter, variant.scale)
-        network = variant.network
         rows_run = len(text) * len(x)
         self.cost.unet_forwards += rows_run
-        output: Tensor = network(
-            x.to(network.dtype).repeat(len(text), 1, 1, 1),
-            self.grid.timesteps[k].to(self._device),
-            encoder_hidden_states=text[:, rows].flatten(0, 1).to(network.dtype),
-            return_dict=False,
-        )[0].to(x.dtype)
+        timestep = self.grid.timesteps[k].to(self._device)
+        output = self._switch.predict(variant, x, timestep, text[:, rows]).to(x.dtype)
         if output.requires_grad:
             output.register_hook(partial(self._count_backward, rows_run))  # type: ignore[no-untyped-call]
-        uncond, cond = output.chunk(2) if len(text) == 2 else (output, output)
+        uncond, cond = output[0], output[-1]
         return uncond + scale * (cond - uncond) if scale != 1 else cond
 
     def _count_backward(self, count: int, grad: Tensor) -> None:

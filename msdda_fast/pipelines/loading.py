@@ -10,10 +10,11 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from diffusers import (
+    DDIMParallelScheduler,
     DDIMScheduler,
     DiffusionPipeline,
     StableDiffusionPipeline,
@@ -27,12 +28,9 @@ from msdda_fast.adapters.files import AdapterFile
 from msdda_fast.adapters.sources import adapter_file, fetch, hub_options, locate
 from msdda_fast.adapters.switching import adapter_names
 from msdda_fast.adapters.variant import Variant
-from msdda_fast.errors import AdapterMismatch, UnknownObjective
+from msdda_fast.errors import AdapterMismatch, InvalidSchedule, UnknownObjective
 from msdda_fast.objective import Objective
 from msdda_fast.pipelines.manifest import OBJECTIVES_FILE, check_names, parse_objectives
-
-if TYPE_CHECKING:
-    from msdda_fast.pipelines.stable_diffusion.pipeline import MSDDAPipeline
 
 __all__ = ["LoadPlan", "attach", "attach_loaded", "ddim_scheduler", "plan", "shared_components"]
 
@@ -40,9 +38,29 @@ logger = logging.getLogger(__name__)
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _PIPELINES = ("StableDiffusionPipeline", "MSDDAPipeline")
+_DDIM = ("DDIMScheduler", "DDIMParallelScheduler")
+#: What folders of Stable Diffusion name as their scheduler, and means the same noise schedule.
+_REBUILT = ("PNDMScheduler", "DDPMScheduler")
 _BASE = {"base": Objective.base()}
 
-P = TypeVar("P", bound="MSDDAPipeline")
+
+class HoldsObjectives(Protocol):
+    """What loading asks of a pipeline of Stable Diffusion."""
+
+    unet: UNet2DConditionModel
+    text_encoder: nn.Module | None
+
+    @property
+    def components(self) -> Mapping[str, Any]:
+        """Modules by name."""
+
+    def set_objectives(
+        self, objectives: Mapping[str, Objective], variants: Mapping[str, Variant]
+    ) -> None:
+        """Replace the objectives by others whose networks and adapters are in memory already."""
+
+
+P = TypeVar("P", bound=HoldsObjectives)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,15 +83,32 @@ class LoadPlan:
 
 
 def ddim_scheduler(scheduler: Any) -> DDIMScheduler:  # noqa: ANN401 - any diffusers scheduler
-    """Return a DDIM scheduler with the noise schedule of `scheduler`, which is left alone."""
-    if isinstance(scheduler, DDIMScheduler):
+    """Return a DDIM scheduler with the noise schedule of `scheduler`, which is left alone.
+
+    A DDIM scheduler is returned itself. PNDM and DDPM, which folders of Stable Diffusion name, step
+    over the same noise schedule: they are rebuilt as DDIM, with a warning in the log.
+
+    Raises:
+        InvalidSchedule: A scheduler of another kind. It would not sample what its name says.
+    """
+    if isinstance(scheduler, (DDIMScheduler, DDIMParallelScheduler)):
         return scheduler
-    logger.warning(
-        "%s is not DDIM: sampling with DDIMScheduler.from_config", type(scheduler).__name__
-    )
+    kind = type(scheduler).__name__
+    check_scheduler_name(kind)
+    logger.warning("%s is not DDIM: sampling with DDIMScheduler.from_config", kind)
     # DDIM clips unless told not to; the latent-space schedulers it replaces never do
     clip_sample = scheduler.config.get("clip_sample", False)
     return DDIMScheduler.from_config(scheduler.config, clip_sample=clip_sample)
+
+
+def check_scheduler_name(kind: str) -> None:
+    """Raise `InvalidSchedule` unless schedulers of this class can be sampled with; see above."""
+    if kind not in (*_DDIM, *_REBUILT):
+        raise InvalidSchedule(
+            f"{kind} is not supported: Stable Diffusion is sampled with DDIM here. To sample its "
+            "noise schedule with DDIM, use DDIMScheduler.from_config(scheduler.config) as the "
+            "pipeline's scheduler (from_pretrained takes scheduler=)"
+        )
 
 
 def plan(
@@ -94,12 +129,15 @@ def plan(
     index = _model_file(place, "model_index.json", options)
     if index is None:
         raise FileNotFoundError(f"{place} is not a diffusers pipeline: it has no model_index.json")
-    kind = json.loads(index.read_text("utf-8")).get("_class_name")
+    listed = json.loads(index.read_text("utf-8"))
+    kind = listed.get("_class_name")
     if kind not in _PIPELINES:
         raise ValueError(f"{model} is a {kind}; supported: {', '.join(_PIPELINES)}")
+    if "scheduler" not in options:
+        check_scheduler_name(listed["scheduler"][1])
     if objectives is None:
-        listed = _model_file(place, OBJECTIVES_FILE, options, required=False)
-        objectives = parse_objectives(listed.read_text("utf-8"), place) if listed else _BASE
+        manifest = _model_file(place, OBJECTIVES_FILE, options, required=False)
+        objectives = parse_objectives(manifest.read_text("utf-8"), place) if manifest else _BASE
     check_names(objectives)
     return LoadPlan(
         model=str(place),
@@ -209,8 +247,6 @@ def attach_loaded(
     pipe: P, source: DiffusionPipeline, objectives: Mapping[str, Objective] | None
 ) -> P:
     """Make objectives of the adapters already in the networks; see `MSDDAPipeline.from_pipe`."""
-    if (settings := getattr(source, "forward_settings", None)) is not None:
-        pipe.set_forward(**settings)
     loaded = adapter_names(pipe.unet, pipe.text_encoder)
     for module in pipe.unet.modules():
         if isinstance(module, BaseTunerLayer) and module.merged:

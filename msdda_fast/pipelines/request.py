@@ -9,17 +9,15 @@ from typing import Any
 
 from torch import Tensor
 
-from msdda_fast.errors import InvalidMode, InvalidSchedule, InvalidShape, UnknownObjective
+from msdda_fast.errors import InvalidSchedule, InvalidShape, UnknownObjective
 from msdda_fast.objective import Objective, check_eta
 from msdda_fast.pipelines.prompts import Prompts
-from msdda_fast.pipelines.stable_diffusion.modes import MODES, Mode
 from msdda_fast.types import WeightSchedule, WeightsLike
 from msdda_fast.weights import as_host_float64, preference_schedule
 
 __all__ = [
     "batch_weights",
     "check_latents",
-    "check_mode",
     "check_output_type",
     "latent_shape",
     "objective_etas",
@@ -99,14 +97,6 @@ def check_output_type(output_type: str) -> None:
     """Raise `ValueError` unless `output_type` is one of `OUTPUT_TYPES`."""
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f"output_type {output_type!r} is not one of {', '.join(OUTPUT_TYPES)}")
-
-
-def check_mode(mode: Mode, *, in_parallel: bool) -> None:
-    """Raise `InvalidMode` unless `mode` is one of `MODES`, and "exact" where processes share it."""
-    if mode not in MODES:
-        raise InvalidMode(f"mode must be one of {', '.join(MODES)}; got {mode!r}")
-    if in_parallel and mode != "exact":
-        raise InvalidMode(f'several processes sample with mode="exact" only, got {mode!r}')
 
 
 def batch_weights(

@@ -6,8 +6,9 @@ from __future__ import annotations
 import copy
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -15,10 +16,9 @@ from peft import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from msdda_fast.adapters.switching import adapter_names
+from msdda_fast.adapters.variant import Variant
+from msdda_fast.objective import Objective
 from msdda_fast.pipelines.manifest import OBJECTIVES_FILE, dump_objectives
-
-if TYPE_CHECKING:
-    from msdda_fast.pipelines.stable_diffusion.pipeline import MSDDAPipeline
 
 __all__ = ["save"]
 
@@ -26,8 +26,32 @@ __all__ = ["save"]
 _INDICES = (OBJECTIVES_FILE, "model_index.json")
 
 
-def save(pipe: MSDDAPipeline, folder: Path, **options: Any) -> None:  # noqa: ANN401 - diffusers' own
-    """See `MSDDAPipeline.save_pretrained`."""
+class Savable(Protocol):
+    """What saving asks of a pipeline of Stable Diffusion."""
+
+    unet: Any
+    text_encoder: Any
+    scheduler: Any
+    config: Any
+
+    @property
+    def components(self) -> Mapping[str, Any]:
+        """Modules by name."""
+
+    @property
+    def objectives(self) -> Mapping[str, Objective]:
+        """The objectives by name, in order."""
+
+    @property
+    def variants(self) -> Mapping[str, Variant]:
+        """By objective, the network that runs and the adapter active in it."""
+
+
+def save(pipe: Savable, folder: Path, **options: Any) -> None:  # noqa: ANN401 - diffusers' own
+    """Write a folder that stock diffusers loads, with the objectives beside it.
+
+    Everything is written next to the folder first, so a failed save leaves it as it was.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     stage = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     stage.mkdir()
@@ -38,7 +62,7 @@ def save(pipe: MSDDAPipeline, folder: Path, **options: Any) -> None:  # noqa: AN
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def _write(pipe: MSDDAPipeline, stage: Path, options: dict[str, Any]) -> None:
+def _write(pipe: Savable, stage: Path, options: dict[str, Any]) -> None:
     stock = StableDiffusionPipeline(
         **{
             **pipe.components,
@@ -79,7 +103,7 @@ def _without_adapters(network: nn.Module | None) -> nn.Module | None:
     return bare
 
 
-def _write_adapter(pipe: MSDDAPipeline, adapter: str, folder: Path) -> None:
+def _write_adapter(pipe: Savable, adapter: str, folder: Path) -> None:
     layers: dict[str, Any] = {}
     for part in ("unet", "text_encoder"):
         network = getattr(pipe, part)

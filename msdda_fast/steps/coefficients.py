@@ -1,31 +1,103 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The coefficients of fused steps: what `schedule` builds and the kernels consume."""
+"""The coefficients of fused steps, and which column holds which: `steps` builds, kernels read."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["CoefficientTable", "StepCoefficients"]
+__all__ = ["CoefficientTable", "Layout", "StepCoefficients"]
+
+
+class Layout(NamedTuple):
+    """Which column of a coefficient row scales what, for M objectives.
+
+    Linear, C = 2M + 2: `x_scale, uncond[M], cond[M], noise_scale`,
+
+        x_prev = x_scale x + sum_m (uncond_m u_m + cond_m c_m) + noise_scale z.
+
+    Clipped, C = 5M + 3: the same, followed by `x0_x, x0_uncond[M], x0_cond[M], x0_scale[M]`, which
+    add the clipped x_0 predictions,
+
+        sum_m x0_scale_m clamp(x0_x x + x0_uncond_m u_m + x0_cond_m c_m, -r, r).
+
+    Columns of one number are indices, columns per objective are slices of length M.
+
+    Attributes:
+        num_objectives: M.
+        clips: Whether the layout has the x_0 columns.
+    """
+
+    num_objectives: int
+    clips: bool
+
+    @property
+    def width(self) -> int:
+        """C, the number of columns."""
+        count = self.num_objectives
+        return 5 * count + 3 if self.clips else 2 * count + 2
+
+    @property
+    def x_scale(self) -> int:
+        """Of x_t."""
+        return 0
+
+    @property
+    def uncond(self) -> slice:
+        """Of the unconditional outputs."""
+        return self._group(1)
+
+    @property
+    def cond(self) -> slice:
+        """Of the conditional outputs."""
+        return self._group(1 + self.num_objectives)
+
+    @property
+    def noise_scale(self) -> int:
+        """Of z."""
+        return 1 + 2 * self.num_objectives
+
+    @property
+    def x0_x(self) -> int:
+        """Of x_t in the predictions of x_0; clipped layout only, as all that follow."""
+        return self.noise_scale + 1
+
+    @property
+    def x0_uncond(self) -> slice:
+        """Of the unconditional outputs in the predictions of x_0."""
+        return self._group(self.x0_x + 1)
+
+    @property
+    def x0_cond(self) -> slice:
+        """Of the conditional outputs in the predictions of x_0."""
+        return self._group(self.x0_x + 1 + self.num_objectives)
+
+    @property
+    def x0_scale(self) -> slice:
+        """Of the clipped predictions of x_0 in x_prev."""
+        return self._group(self.x0_x + 1 + 2 * self.num_objectives)
+
+    def of_output(self, m: int, *, uncond_only: bool) -> list[int]:
+        """The columns that scale output m, or only its unconditional half."""
+        groups = [self.uncond, self.x0_uncond] if self.clips else [self.uncond]
+        if not uncond_only:
+            groups += [self.cond, self.x0_cond, self.x0_scale] if self.clips else [self.cond]
+        return [group.start + m for group in groups]
+
+    def _group(self, start: int) -> slice:
+        return slice(start, start + self.num_objectives)
 
 
 @dataclass(frozen=True, slots=True)
 class StepCoefficients:
     """The coefficients of one step: all that a step kernel sees. A zero masks the input it scales.
 
-    Linear layout, C = 2M + 2: `x_scale, uncond[M], cond[M], noise_scale`,
-
-        x_prev = x_scale x + sum_m (uncond_m u_m + cond_m c_m) + noise_scale z.
-
-    Clipped layout, C = 5M + 3, when `clip_range = r` is a number: the same, followed by
-    `x0_x, x0_uncond[M], x0_cond[M], x0_scale[M]`, which add the clipped x_0 predictions,
-
-        sum_m x0_scale_m clamp(x0_x x + x0_uncond_m u_m + x0_cond_m c_m, -r, r).
-
     Attributes:
-        row: (B, C), no unit; B = 1 stands for every sample of the batch.
+        row: (B, C), no unit; B = 1 stands for every sample of the batch. `Layout` names the
+            columns.
         num_objectives: M.
         clip_range: r in latent units, or None for the linear layout.
     """
@@ -34,14 +106,20 @@ class StepCoefficients:
     num_objectives: int
     clip_range: float | None
 
+    @property
+    def layout(self) -> Layout:
+        """Which column holds which coefficient."""
+        return Layout(self.num_objectives, self.clip_range is not None)
+
 
 @dataclass(frozen=True, slots=True)
 class CoefficientTable:
     """The coefficients of all steps, in sampling order; `table[k]` is step k.
 
     Attributes:
-        rows: (T, B, C) in the compute dtype and on the compute device; see `StepCoefficients`.
-        timesteps: (T,) int64, on the device of `rows`, decreasing.
+        rows: (T, B, C) in the compute dtype and on the compute device; see `Layout`.
+        timesteps: (T,), on the device of `rows`, decreasing: what the networks take beside x_t;
+            int64, or floating in the dtype that `rows` were built in.
         num_objectives: M.
         clip_range: x_0 predictions are clamped to [-clip_range, clip_range]; None: they are not.
         share: (T, B, M) float64 on the host, the fusion weights of means, or of predictions with
@@ -65,6 +143,17 @@ class CoefficientTable:
         if not -len(self) <= k < len(self):
             raise IndexError(f"step {k} is outside the table of {len(self)} steps")
         return StepCoefficients(self.rows[k], self.num_objectives, self.clip_range)
+
+    def mixture(self, k: int) -> StepCoefficients:
+        """The coefficients of `sum_m share_m c_m` at step k: the outputs mixed, and no step taken.
+
+        Where networks predict x_0, as k-diffusion's denoisers do, that is where the step heads for.
+        """
+        layout = Layout(self.num_objectives, clips=False)
+        share = self.share[k].to(self.rows)
+        row = share.new_zeros(len(share), layout.width)
+        row[:, layout.cond] = share
+        return StepCoefficients(row, self.num_objectives, None)
 
     @property
     def active(self) -> list[bool]:

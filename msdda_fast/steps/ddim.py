@@ -1,5 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a diffusers DDIM scheduler says about T sampling steps, in float64, and nothing of etas."""
+r"""The DDIM rule, from a diffusers DDIM scheduler.
+
+With `a = alpha_bar_t`, `p = alpha_bar_prev`, the DDIM posterior of eta is
+
+    v = (1 - p) / (1 - a) * (1 - a / p),        tau = eta sqrt(v),
+    mean = sqrt(p) x0hat + sqrt(1 - p - tau^2) epshat.
+
+All tau share the factor sqrt(v), so the rate is eta itself, in every step and also where v = 0.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +19,19 @@ import torch
 from torch import Tensor
 
 from msdda_fast.errors import InvalidSchedule
+from msdda_fast.steps.rules import LevelRange, PredictionTerms, StepTerms, canonical_step
 
 if TYPE_CHECKING:
     from msdda_fast.types import Scheduler
 
-__all__ = ["DDIMGrid", "ddim_grid"]
+__all__ = ["DDIMGrid", "DDIMRule", "ddim_grid"]
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
 @dataclass(frozen=True, slots=True)
 class DDIMGrid:
-    """T steps of the DDIM kernel, in sampling order.
+    """What a scheduler says about T steps, in sampling order, and nothing of etas.
 
     Attributes:
         timesteps: (T,) int64, decreasing.
@@ -44,22 +53,79 @@ class DDIMGrid:
         a, p = self.alpha_bar_t, self.alpha_bar_prev
         return (1 - p) / (1 - a) * (1 - a / p)
 
-    def prediction_terms(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return `x0_x, x0_m, eps_x, eps_m`, each (T,), with which a model output m means
-
-        x0hat = x0_x x_t + x0_m m,    epshat = eps_x x_t + eps_m m.
-        """
+    def prediction_terms(self) -> PredictionTerms:
+        """Return how x_0 and the noise follow from x_t and a model output, each (T,)."""
         signal, noise = self.alpha_bar_t.sqrt(), (1 - self.alpha_bar_t).sqrt()
         zero, one = torch.zeros_like(signal), torch.ones_like(signal)
         if self.prediction_type == "epsilon":
-            return 1 / signal, -noise / signal, zero, one
+            return PredictionTerms(1 / signal, -noise / signal, zero, one)
         if self.prediction_type == "v_prediction":
-            return signal, -noise, noise, signal
-        return zero, one, 1 / noise, -signal / noise
+            return PredictionTerms(signal, -noise, noise, signal)
+        return PredictionTerms(zero, one, 1 / noise, -signal / noise)
+
+
+@dataclass(frozen=True, slots=True)
+class DDIMRule:
+    """DDIM on a grid; a level is eta, 1 is DDPM and 0 deterministic.
+
+    Attributes:
+        grid: The T steps.
+    """
+
+    grid: DDIMGrid
+
+    @property
+    def timesteps(self) -> Tensor:
+        """(T,) int64, decreasing."""
+        return self.grid.timesteps
+
+    @property
+    def clip_range(self) -> float | None:
+        """That of the grid."""
+        return self.grid.clip_range
+
+    @property
+    def levels(self) -> LevelRange:
+        """Eta in [0, 1]: beyond, sqrt(1 - p - eta^2 v) need not exist."""
+        return LevelRange(name="eta", meaning="DDIM's stochasticity", low=0.0, high=1.0)
+
+    def step(self, level: Tensor) -> StepTerms:
+        """Return the DDIM posteriors at `level`, broadcastable to (T, B, M)."""
+        grid, var, prev = self.grid, self.grid.var[:, None, None], self._prev
+        return canonical_step(
+            PredictionTerms(*(term[:, None, None] for term in grid.prediction_terms())),
+            signal=prev.sqrt(),
+            direction=self._direction(level),
+            rate=level,
+            unit=var.sqrt(),
+            clips=grid.clip_range is not None,
+        )
+
+    def eps_scale(self, level: Tensor) -> Tensor:
+        """Return |sqrt(1 - p - eta^2 v) - sqrt(p (1 - a) / a)| over (p - a) / sqrt(a).
+
+        The first is what a prediction of the noise counts in the mean; it vanishes for a = p, and
+        the quotient does not, nor is it infinite for a = 0.
+        """
+        a, p = self.grid.alpha_bar_t[:, None, None], self._prev
+        size = 1 + level**2 * a * (1 - p) / (p * (1 - a))
+        return size / (a.sqrt() * self._direction(level) + (p * (1 - a)).sqrt())
+
+    def level_at(self, rate: Tensor) -> Tensor:
+        """Return `rate`: it is eta."""
+        return rate
+
+    @property
+    def _prev(self) -> Tensor:
+        return self.grid.alpha_bar_prev[:, None, None]
+
+    def _direction(self, level: Tensor) -> Tensor:
+        """sqrt(1 - p - eta^2 v), where the radicand is >= 0 for eta <= 1, up to rounding."""
+        return (1 - self._prev - level**2 * self.grid.var[:, None, None]).clamp(min=0).sqrt()
 
 
 def ddim_grid(scheduler: Scheduler, num_steps: int) -> DDIMGrid:
-    """Read T = `num_steps` steps off `scheduler`, which is copied and left as it is.
+    """Read T = `num_steps` steps off `scheduler`, which is copied and not changed.
 
     Raises:
         InvalidSchedule: T outside [1, num_train_timesteps], timesteps beyond the training ones, or

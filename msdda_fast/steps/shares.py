@@ -1,9 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""How much each objective counts in a fused step, and what that comes to for T -> infinity.
+r"""How much each objective counts in a fused step (Eq. 7), and what decides where variances vanish.
 
-With preferences w and DDIM posteriors of variance eta_i^2 v_t, Eq. 7 weighs means by
+With s = min_i sigma_i^2 over the active objectives (w_i != 0) and r_i = s / sigma_i^2,
 
-    share_i = (w_i / eta_i^2) / P,        P = sum_j w_j / eta_j^2,        eta_w = P^(-1/2).
+    share_i = w_i r_i / sum_j w_j r_j,      sigma_w^2 = s / sum_j w_j r_j,
+
+which neither overflows nor divides by zero. It is the limit itself where s = 0: the objectives of
+zero variance share among themselves, by weight, or by w_i / c_i^2 when they vanish at rates c_i.
+Where all deviations have a common factor, as DDIM's eta_i sqrt(v_t) do, eta_i stands for sigma_i.
+
+Every entry point asks here, `fast_fuse_step` included; the C++ and Triton kernels repeat
+`scaled_weights` per element.
 """
 
 from __future__ import annotations
@@ -16,13 +23,21 @@ from torch import Tensor
 
 from msdda_fast.errors import InvalidSchedule, InvalidShape, InvalidWeights, ZeroVariance
 from msdda_fast.objective import check_eta
-from msdda_fast.steps.ddim import DDIMGrid
+from msdda_fast.tracing import values_are_readable
 from msdda_fast.weights import as_host_float64, normalise_weights
 
 if TYPE_CHECKING:
     from msdda_fast.types import ZeroVariancePolicy
 
-__all__ = ["effective_weights", "eps_mixture", "fusion_shares"]
+__all__ = [
+    "check_policy",
+    "effective_weights",
+    "eps_mixture",
+    "fold_rates",
+    "fusion_shares",
+    "has_no_limit",
+    "scaled_weights",
+]
 
 
 def fusion_shares(
@@ -45,7 +60,8 @@ def fusion_shares(
 
     Args:
         weights: (..., M) float64 on the host, sum 1 over M; negative entries extrapolate.
-        etas: (M,) float64 on the host, in [0, 1].
+        etas: Broadcastable to `weights`, float64 on the host, >= 0: DDIM's etas, or any rates
+            proportional to the standard deviations.
         zero_variance: The policy.
         rates: (M,) > 0, with "ratio" and only then.
 
@@ -58,37 +74,108 @@ def fusion_shares(
         InvalidSchedule: An unknown policy, or rates that are missing, not positive or unused.
         InvalidShape: `rates` is not (M,).
     """
-    limit_rates = _limit_rates(zero_variance, rates, etas)
-    active = weights != 0
-    zero = active & (etas == 0)
-    degenerate = zero.any(-1, keepdim=True)
-    if zero_variance == "error" and (mixed := degenerate & (zero != active)).any():
-        row = weights[mixed.any(-1)][0].tolist()
-        raise ZeroVariance(
-            f"etas {etas.tolist()} with weights {row} mix zero and positive variance, which has no "
-            f"unique limit; use etas all 0 or all positive, or zero_variance='dominate' (those "
-            f"with eta = 0 decide) or 'ratio' (likewise, with shares w_i / rates_i^2)"
-        )
-    deciding = torch.where(degenerate, zero, active)
-    spread = torch.where(degenerate, limit_rates, etas)
-    # relative precisions (s_min / s_i)^2 <= 1: no overflow at any eta, and exact in the limit
-    smallest = spread.masked_fill(~deciding, torch.inf).amin(-1, keepdim=True)
-    precision = torch.where(deciding, weights * (smallest / spread) ** 2, 0.0)
-    total = precision.sum(-1, keepdim=True)
+    rates = None if rates is None else as_host_float64(rates, "rates")
+    check_policy(zero_variance, rates, etas.shape[-1])
+    zero, spread = etas == 0, etas.expand_as(weights)
+    if zero_variance == "error":
+        mixed = has_no_limit(zero, weights, axis=-1, common_factor=True)
+        if mixed.any():
+            row = mixed[..., 0].nonzero()[0].tolist()
+            raise ZeroVariance(
+                f"etas {_row(spread, row)} with weights {_row(weights, row)} mix zero and positive "
+                f"variance, which has no unique limit; use etas all 0 or all positive, or "
+                f"zero_variance='dominate' (those with eta = 0 decide) or 'ratio' (likewise, with "
+                f"shares w_i / rates_i^2)"
+            )
+    folded = weights if rates is None else fold_rates(weights, zero, rates, axis=-1)
+    scaled, smallest = scaled_weights(spread, folded, axis=-1, squared=True)
+    total = scaled.sum(-1, keepdim=True)
     if not (total > 0).all():
-        index = (~(total > 0)).any(-1).nonzero()[0].tolist()
+        row = (~(total > 0))[..., 0].nonzero()[0].tolist()
         raise InvalidWeights(
-            f"weights {weights[tuple(index)].tolist()} with etas {etas.tolist()} leave the total "
+            f"weights {_row(weights, row)} with etas {_row(spread, row)} leave the total "
             f"precision sum w_i / eta_i^2 at or below 0; it must be positive"
         )
-    eta_w = torch.where(degenerate, 0.0, smallest / total.sqrt())
-    return precision / total, eta_w.squeeze(-1)
+    return scaled / total, (smallest / total.sqrt()).squeeze(-1)
+
+
+def scaled_weights(
+    spreads: Tensor, weights: Tensor, *, axis: int = 0, squared: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return `w_i r_i`, 0 where inactive, and the smallest active spread `s`, that axis kept.
+
+    Args:
+        spreads: Variances, or with `squared` standard deviations: r_i = s / spread_i is then
+            squared. Zeros are allowed, and their limit returned.
+        weights: Broadcastable to `spreads`, and they to it.
+        axis: Of the objectives.
+        squared: Whether spreads are deviations; squaring them first could underflow.
+    """
+    active = weights != 0
+    least = torch.where(active, spreads, torch.inf).amin(axis, keepdim=True)
+    ratio = torch.where(spreads == least, 1.0, least / spreads)  # 1 where both are zero
+    if squared:
+        ratio = ratio**2
+    return torch.where(active, weights * ratio, 0.0), least
+
+
+def check_policy(policy: ZeroVariancePolicy, rates: Tensor | None, count: int) -> None:
+    """Raise unless `policy` is one, and comes with rates (M,) > 0 if it is "ratio" and only then.
+
+    Values of rates are checked on the host only, and not under a tracer.
+
+    Raises:
+        InvalidSchedule: An unknown policy, or rates that are missing, not positive or unused.
+        InvalidShape: `rates` is not (M,).
+    """
+    if policy not in (policies := ("error", "dominate", "ratio")):
+        raise InvalidSchedule(f"zero_variance is {policy!r}, expected one of {policies}")
+    if (rates is None) == (policy == "ratio"):
+        raise InvalidSchedule(f"rates={rates!r} with zero_variance={policy!r}: 'ratio' takes rates")
+    if rates is None:
+        return
+    if rates.shape != (count,):
+        raise InvalidShape(f"rates have shape {tuple(rates.shape)}, expected (M,) = ({count},)")
+    if values_are_readable(rates) and not bool(((rates > 0) & rates.isfinite()).all()):
+        raise InvalidSchedule(f"rates must be positive and finite, got {rates.tolist()}")
+
+
+def has_no_limit(zero: Tensor, weights: Tensor, *, axis: int, common_factor: bool) -> Tensor:
+    """Where active objectives of zero variance meet others, and "error" raises; that axis kept.
+
+    Args:
+        zero: Whether a variance is 0, broadcastable to `weights`, and they to it.
+        weights: Preferences; an objective is active where its weight is not 0.
+        axis: Of the objectives.
+        common_factor: Whether variances that vanish together are known to do so at the same rate,
+            which leaves the weights as shares. True for etas; for given moments it is unknown.
+    """
+    active = weights != 0
+    vanishing = (active & zero).any(axis, keepdim=True)
+    if common_factor:
+        return vanishing & (active & ~zero).any(axis, keepdim=True)
+    return vanishing & (active.expand_as(active & zero).sum(axis, keepdim=True) > 1)
+
+
+def fold_rates(weights: Tensor, zero: Tensor, rates: Tensor, *, axis: int) -> Tensor:
+    """Return `w_i / c_i^2` where a variance is 0, up to a common factor, and `w_i` elsewhere.
+
+    Args:
+        weights: Preferences, objectives along `axis`.
+        zero: Whether a variance is 0, broadcastable to `weights`, and they to it.
+        rates: c, (M,), > 0, in the dtype of `weights`.
+        axis: Of the objectives.
+    """
+    shape = [1] * weights.ndim
+    shape[axis] = -1
+    c = rates.view(shape)
+    return torch.where(zero, weights / (c / c.amin()) ** 2, weights)
 
 
 def effective_weights(
     weights: Tensor | Sequence[Any], etas: Tensor | Sequence[float], *, extrapolate: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Return the weights and the eta at which DB-MPA comes to the same as MSDDA for T -> infinity.
+    """Return the weights and the eta at which DB-MPA equals MSDDA in the limit T -> infinity.
 
     The kernel of eta discretises `dx = (f x - (1 + eta^2)/2 g^2 score) dt + eta g dW`. Fused ones
     have the noise eta_w g and the drift of the averaged score with
@@ -125,51 +212,33 @@ def effective_weights(
     return share * (1 + eta**2) / (1 + eta_w[..., None] ** 2), eta_w
 
 
-def eps_mixture(grid: DDIMGrid, share: Tensor, etas: Tensor, eta_w: Tensor) -> Tensor:
-    """Return `what_i = share_i B(eta_i) / sum_j share_j B(eta_j)`, (T, B, M) with sum 1 over M.
+def eps_mixture(share: Tensor, scale: Tensor) -> Tensor:
+    """Return `what_i = share_i B_i / sum_j share_j B_j`, the mixture of noise predictions.
 
-    B(eta) = sqrt(1 - p - eta^2 v) - sqrt(p (1 - a) / a) is the coefficient of a noise prediction in
-    the DDIM mean. It tends to 0 for small steps, and `what` to `effective_weights`.
+    It has the mean of the fused step when all objectives are stepped at one level. For DDIM, whose
+    B tends to 0 for small steps, it tends to `effective_weights`.
 
     Args:
-        grid: T steps from alpha_bar a to p.
         share: (T, B, M) from `fusion_shares`.
-        etas: (M,).
-        eta_w: (T, B) from `fusion_shares`.
+        scale: B > 0, what a noise prediction counts in each objective's step, up to a factor per
+            step: `MixingRule.eps_scale` of the objectives' levels.
+
+    Returns:
+        (T, B, M), sum 1 over M.
 
     Raises:
-        InvalidWeights: eta_w > 1, for which there is no DDIM step, or predictions that cancel; both
-            need negative weights.
+        InvalidWeights: Predictions cancel, which needs negative weights.
     """
-    a, p = grid.alpha_bar_t[:, None, None], grid.alpha_bar_prev[:, None, None]
-    direction = (1 - p - etas**2 * grid.var[:, None, None]).clamp(min=0).sqrt()
-    # |B| over (p - a) / sqrt(a): finite for a = 0, and not 0 for p = a
-    size = 1 + etas**2 * a * (1 - p) / (p * (1 - a))
-    mixed = share * size / (a.sqrt() * direction + (p * (1 - a)).sqrt())
+    mixed = share * scale
     total = mixed.sum(-1, keepdim=True)
-    if (eta_w > 1 + 1e-9).any() or not (total > 0).all():
+    if not (total > 0).all():
         raise InvalidWeights(
-            f"fusion='eps' steps at eta_w, here up to {float(eta_w.max()):.6g}, with predictions "
-            f"that add up to at least {float(total.min()):.6g}: these must be at most 1 and "
-            f"positive, which negative weights with etas {etas.tolist()} have changed"
+            f"fusion='eps' mixes predictions that add up to at least {float(total.min()):.6g}: "
+            f"this must be positive, which negative weights have changed"
         )
     return mixed / total
 
 
-def _limit_rates(
-    policy: ZeroVariancePolicy, rates: Sequence[float] | Tensor | None, etas: Tensor
-) -> Tensor:
-    if policy not in (policies := ("error", "dominate", "ratio")):
-        raise InvalidSchedule(f"zero_variance is {policy!r}, expected one of {policies}")
-    if (rates is None) == (policy == "ratio"):
-        raise InvalidSchedule(f"rates={rates!r} with zero_variance={policy!r}: 'ratio' takes rates")
-    if rates is None:
-        return torch.ones_like(etas)
-    values = as_host_float64(rates, "rates")
-    if values.shape != etas.shape:
-        raise InvalidShape(
-            f"rates have shape {tuple(values.shape)}, expected (M,) = {tuple(etas.shape)}"
-        )
-    if not ((values > 0) & values.isfinite()).all():
-        raise InvalidSchedule(f"rates must be positive and finite, got {values.tolist()}")
-    return values
+def _row(values: Tensor, index: list[int]) -> list[float]:
+    row: list[float] = values[tuple(index)].tolist()
+    return row

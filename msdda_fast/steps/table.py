@@ -1,19 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""From scheduler settings, etas and preference weights to the coefficients of one fused step.
+r"""From a sampler's rule, noise levels and preference weights to the coefficients of fused steps.
 
-With `a = alpha_bar_t`, `p = alpha_bar_prev`, the DDIM posterior of objective i is
+A rule gives each objective's Gaussian N(A_i x_t + B_i m_i, tau_i^2), with tau_i = rate_i u; see
+`rules`. With the guided output `m_i = u_i + g_i (c_i - u_i)`, Eq. 7 becomes
 
-    v = (1 - p) / (1 - a) * (1 - a / p),        sigma_i = eta_i sqrt(v),
-    mu_i = sqrt(p) x0hat_i + sqrt(1 - p - sigma_i^2) epshat_i = A_i x_t + B_i m_i,
+    share_i = (w_i / rate_i^2) / sum_j w_j / rate_j^2,     rate_w^2 = 1 / sum_j w_j / rate_j^2,
+    x_prev = (sum_i share_i A_i) x_t + sum_i share_i B_i m_i + rate_w u z,
 
-affine in x_t and the guided output `m_i = u_i + g_i (c_i - u_i)`. All sigma_i share the factor v,
-so the fusion weights of Eq. 7 are time-free shares, defined even where v = 0:
-
-    share_i = (w_i / eta_i^2) / sum_j w_j / eta_j^2,      eta_w^2 = 1 / sum_j w_j / eta_j^2,
-    x_prev = (sum_i share_i A_i) x_t + sum_i share_i B_i m_i + eta_w sqrt(v) z.
-
-With `fusion="eps"` the predictions are mixed instead, and one step is taken at eta_w; see
-`coefficient_table`. Everything is float64 on the host and is cast once.
+which is defined also where u = 0. With `fusion="eps"` the predictions are mixed instead,
+and one step is taken at the level of the fused rate; see `coefficient_table`. Everything is float64
+on the host and is cast once.
 """
 
 from __future__ import annotations
@@ -24,17 +20,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from msdda_fast.errors import InvalidSchedule, InvalidShape
-from msdda_fast.objective import check_eta
-from msdda_fast.steps.coefficients import CoefficientTable
-from msdda_fast.steps.ddim import DDIMGrid, ddim_grid
+from msdda_fast.errors import InvalidSchedule, InvalidShape, InvalidWeights
+from msdda_fast.steps.coefficients import CoefficientTable, Layout
+from msdda_fast.steps.ddim import DDIMRule, ddim_grid
+from msdda_fast.steps.rules import MixingRule, Rule
 from msdda_fast.steps.shares import eps_mixture, fusion_shares
 from msdda_fast.weights import as_host_float64, preference_schedule
 
 if TYPE_CHECKING:
-    from msdda_fast.types import Fusion, Scheduler, ZeroVariancePolicy
+    from msdda_fast.types import Fusion, Scheduler, WeightSchedule, ZeroVariancePolicy
 
-__all__ = ["coefficient_table"]
+__all__ = ["coefficient_table", "rule_table"]
 
 
 def coefficient_table(
@@ -89,73 +85,114 @@ def coefficient_table(
         InvalidShape: `weights`, `etas`, `rates` or `guidance_scale` of another shape.
         ZeroVariance: A sample mixes eta = 0 with eta > 0 under `zero_variance="error"`.
     """
-    eta = _etas(etas)
-    count = eta.numel()
+    return rule_table(
+        DDIMRule(ddim_grid(scheduler, num_steps)),
+        levels=etas,
+        weights=weights,
+        guidance_scale=guidance_scale,
+        zero_variance=zero_variance,
+        rates=rates,
+        extrapolate=extrapolate,
+        fusion=fusion,
+        device=device,
+        dtype=dtype,
+    )
+
+
+def rule_table(
+    rule: Rule,
+    *,
+    levels: Sequence[float] | Tensor,
+    weights: WeightSchedule,
+    guidance_scale: float | Sequence[float] | Tensor = 1.0,
+    batch_size: int | None = None,
+    zero_variance: ZeroVariancePolicy = "error",
+    rates: Sequence[float] | Tensor | None = None,
+    extrapolate: bool = False,
+    fusion: Fusion = "posterior",
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> CoefficientTable:
+    """Build the coefficients of T fused steps of any sampler (Eq. 7).
+
+    Args:
+        rule: The sampler on its T steps.
+        levels: (M,), the noise level of each objective, in the range and meaning of the rule.
+        weights: As in `coefficient_table`; with `batch_size` also a callable from the step index
+            k = 0..T-1 to (M,) or (B, M).
+        batch_size: B; None: that of `weights` and `guidance_scale`.
+        guidance_scale, zero_variance, rates, extrapolate, device, dtype: As in `coefficient_table`.
+        fusion: As there; "eps" needs a `MixingRule`.
+
+    Raises:
+        InvalidSchedule, InvalidWeights, InvalidShape, ZeroVariance: As `coefficient_table`, with
+            the levels of the rule in place of etas.
+    """
+    level = rule.levels.check(levels)
+    count, steps = len(level), len(rule.timesteps)
     guidance = _guidance(guidance_scale, count)
-    grid = ddim_grid(scheduler, num_steps)
-    batch = _batch_size(weights, guidance)
-    weight = preference_schedule(weights, count, batch, num_steps, extrapolate=extrapolate)
-    share, eta_w = fusion_shares(weight, eta, zero_variance=zero_variance, rates=rates)
-    level = eta
-    if _mixes_eps(fusion, grid):
-        share, level = eps_mixture(grid, share, eta, eta_w), eta_w[..., None]
+    batch = _batch_size(weights, guidance, batch_size)
+    weight = preference_schedule(weights, count, batch, steps, extrapolate=extrapolate)
+    mixing = _mixing(fusion, rule)
+    terms = rule.step(level)
+    share, rate = fusion_shares(weight, terms.rate, zero_variance=zero_variance, rates=rates)
+    if mixing is not None:
+        level_w = mixing.level_at(rate[..., None])
+        _check_fused_level(level_w, rule)
+        share, terms = eps_mixture(share, mixing.eps_scale(level)), rule.step(level_w)
+    std = rate * terms.unit[..., 0]
 
-    var = grid.var[:, None, None]
-    x0_x, x0_m, eps_x, eps_m = (term[:, None, None] for term in grid.prediction_terms())
-    prev = grid.alpha_bar_prev[:, None, None]
-    x0_scale = prev.sqrt() * share
-    # 1 - p - sigma^2 >= 0 holds for eta <= 1, up to rounding
-    eps_scale = (1 - prev - level**2 * var).clamp(min=0).sqrt() * share
-
-    x_scale = eps_scale * eps_x
-    output_scale = eps_scale * eps_m
-    if grid.clip_range is None:
-        x_scale = x_scale + x0_scale * x0_x
-        output_scale = output_scale + x0_scale * x0_m
-    std = eta_w * var[..., 0].sqrt()
-    columns = [
-        x_scale.sum(-1, keepdim=True),
-        output_scale * (1 - guidance),
-        output_scale * guidance,
-        std[..., None],
-    ]
-    if grid.clip_range is not None:
-        masked_x0_m = torch.where(share != 0, x0_m, 0.0)
-        columns += [
-            x0_x.expand_as(columns[0]),
-            masked_x0_m * (1 - guidance),
-            masked_x0_m * guidance,
-            x0_scale,
-        ]
+    layout = Layout(count, clips=terms.clean is not None)
+    rows = torch.zeros(steps, batch, layout.width, dtype=torch.float64)
+    output_scale = share * terms.output_scale
+    rows[..., layout.x_scale] = (share * terms.x_scale).sum(-1)
+    rows[..., layout.uncond] = output_scale * (1 - guidance)
+    rows[..., layout.cond] = output_scale * guidance
+    rows[..., layout.noise_scale] = std
+    if (clean := terms.clean) is not None:
+        output = torch.where(share != 0, clean.output, 0.0)
+        rows[..., layout.x0_x] = clean.x[..., 0]
+        rows[..., layout.x0_uncond] = output * (1 - guidance)
+        rows[..., layout.x0_cond] = output * guidance
+        rows[..., layout.x0_scale] = clean.scale * share
+    timesteps = rule.timesteps.to(dtype) if rule.timesteps.is_floating_point() else rule.timesteps
     return CoefficientTable(
-        rows=torch.cat(columns, dim=-1).to(device=device, dtype=dtype),
-        timesteps=grid.timesteps.to(device=device),
+        rows=rows.to(device=device, dtype=dtype),
+        timesteps=timesteps.to(device=device),
         num_objectives=count,
-        clip_range=grid.clip_range,
+        clip_range=rule.clip_range,
         share=share,
         std=std,
         needs_uncond=bool(((share != 0) & (guidance != 1)).any()),
     )
 
 
-def _mixes_eps(fusion: Fusion, grid: DDIMGrid) -> bool:
+def _mixing(fusion: Fusion, rule: Rule) -> MixingRule | None:
+    """The rule, if predictions are to be mixed."""
     if fusion not in (known := ("posterior", "eps")):
         raise InvalidSchedule(f"fusion is {fusion!r}, expected one of {known}")
-    if fusion == "eps" and grid.clip_range is not None:
+    if fusion == "posterior":
+        return None
+    if rule.clip_range is not None:
         raise InvalidSchedule(
             "fusion='eps' mixes predictions, of which a step with x_0 clipping (clip_sample=True) "
             "is no affine function; use fusion='posterior'"
         )
-    return fusion == "eps"
+    if not isinstance(rule, MixingRule):
+        raise InvalidSchedule(
+            f"fusion='eps' mixes noise predictions, and {type(rule).__name__} does not say what "
+            f"they count in a step; use fusion='posterior'"
+        )
+    return rule
 
 
-def _etas(etas: Sequence[float] | Tensor) -> Tensor:
-    values = as_host_float64(etas, "etas")
-    if values.ndim != 1 or not len(values):
-        raise InvalidShape(f"etas have shape {tuple(values.shape)}, expected (M,)")
-    for index, eta in enumerate(values.tolist()):
-        check_eta(eta, f"objective {index}")
-    return values
+def _check_fused_level(level: Tensor, rule: Rule) -> None:
+    highest, limit = float(level.max()), rule.levels.high
+    if highest > limit + 1e-9:
+        raise InvalidWeights(
+            f"fusion='eps' steps at {rule.levels.name}_w, here up to {highest:.6g}: it must be at "
+            f"most {limit:g}, which negative weights have changed"
+        )
 
 
 def _guidance(guidance_scale: float | Sequence[float] | Tensor, count: int) -> Tensor:
@@ -171,11 +208,18 @@ def _guidance(guidance_scale: float | Sequence[float] | Tensor, count: int) -> T
     return values.expand(count) if values.ndim == 0 else values
 
 
-def _batch_size(weights: Sequence[Any] | Tensor | None, guidance: Tensor) -> int:
-    shapes = {"guidance_scale": tuple(guidance.shape)}
-    if weights is not None:
-        shapes["weights"] = tuple(as_host_float64(weights, "weights").shape)
-    sizes = {shape[-2] for shape in shapes.values() if len(shape) > 1} - {1}
-    if len(sizes) > 1:
-        raise InvalidShape(f"weights and guidance_scale disagree on the batch size: {shapes}")
-    return sizes.pop() if sizes else 1
+def _batch_size(weights: WeightSchedule, guidance: Tensor, given: int | None) -> int:
+    """B as `given`, or as the weights and guidance say."""
+    sizes = {"guidance_scale": tuple(guidance.shape)}
+    if given is None and weights is not None:
+        sizes["weights"] = tuple(as_host_float64(weights, "weights").shape)  # type: ignore[arg-type]
+    found = {shape[-2] for shape in sizes.values() if len(shape) > 1} - {1}
+    if given is not None and not found <= {given}:
+        raise InvalidShape(
+            f"guidance_scale has shape {sizes['guidance_scale']}, expected B = {given}"
+        )
+    if len(found) > 1:
+        raise InvalidShape(f"weights and guidance_scale disagree on the batch size: {sizes}")
+    if given is not None:
+        return given
+    return found.pop() if found else 1

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from msdda_fast.pipelines.stable_diffusion.decoding import decode as vae_decode
 from msdda_fast.pipelines.stable_diffusion.pipeline import MSDDAPipeline
 from msdda_fast.training.collect import SampleFn
 from msdda_fast.training.storage import digest
@@ -32,10 +33,7 @@ def decoder(pipe: MSDDAPipeline) -> Callable[[Tensor], Tensor]:
     @torch.no_grad()
     def decode(latents: Tensor) -> Tensor:
         vae = pipe.vae
-        images = [
-            vae.decode(part.to(vae.device, vae.dtype) / vae.config.scaling_factor).sample
-            for part in torch.split(latents, BATCH)
-        ]
+        images = [vae_decode(vae, part.to(vae.device)) for part in torch.split(latents, BATCH)]
         return ((torch.cat(images).float() / 2 + 0.5).clamp(0, 1) * 255).round() / 255
 
     return decode

@@ -121,9 +121,6 @@ def test_wrong_shapes_are_named():
     for bad in (k[None], k.float(), k.to("meta")):
         with pytest.raises(InvalidShape, match="expected 0-d int64"):
             batched(case.x, bad)
-    for flags in ([True], [False] * 3):
-        with pytest.raises(InvalidShape, match="expected 3 flags"):
-            batched.subset(flags)
 
 
 def test_conditions_must_fit_the_network():

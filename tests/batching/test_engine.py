@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import msdda_fast as mf
-from msdda_fast.batching.drawing import BatchPipeline
+from msdda_fast.batching.drawing import BatchDrawer
 from msdda_fast.engine import graph
 from msdda_fast.pipelines.stable_diffusion.captured import CapturedSampler
 from tests.engine.small_world import TracedGraphs
@@ -382,13 +382,13 @@ class TestPreviews:
         pipe = quiet(mf.MSDDAPipeline.from_pipe(own_pipe))
         pipe.set_forward(forward)
         engine, seen, decoded = start(pipe), [], []
-        preview = BatchPipeline.preview
+        preview = BatchDrawer.preview
 
         def noted(self, x_t, output_type):
             decoded.append(len(x_t))
             return preview(self, x_t, output_type)
 
-        monkeypatch.setattr(BatchPipeline, "preview", noted)
+        monkeypatch.setattr(BatchDrawer, "preview", noted)
         plain = [request(**fields) for fields in STRANGERS]
         asking = replace(plain[2], on_step=seen.append, preview_steps=[1, 2])
         before = together(engine, plain)
@@ -416,7 +416,7 @@ class TestPreviews:
         def fail(self, x_t, output_type):
             raise MemoryError("no room")
 
-        monkeypatch.setattr(BatchPipeline, "preview", fail)
+        monkeypatch.setattr(BatchDrawer, "preview", fail)
         seen = []
         asking = request(on_step=seen.append, preview_steps=(2,))
         assert all(result.image is not None for result in together(start(), [asking, request()]))
@@ -473,14 +473,14 @@ class TestFailing:
     def failing(self, monkeypatch):
         """Batches fail with these errors, in turn, and work afterwards."""
         errors = []
-        sample = BatchPipeline.sample
+        sample = BatchDrawer.sample
 
         def fail(self, *arguments, **options):
             if errors:
                 raise errors.pop(0)
             return sample(self, *arguments, **options)
 
-        monkeypatch.setattr(BatchPipeline, "sample", fail)
+        monkeypatch.setattr(BatchDrawer, "sample", fail)
         return errors
 
     def test_a_failed_batch_takes_its_own_requests_with_it_and_no_other(self, start, failing):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from msdda_fast.batching.queue import Line
+from msdda_fast.batching.queue import TicketQueue
 from msdda_fast.batching.ticket import Chore
 from msdda_fast.errors import EngineClosed, QueueFull
 
@@ -26,7 +26,7 @@ def clock():
 
 @pytest.fixture
 def line(clock):
-    return Line(max_batch=3, max_wait_s=2.0, limit=6, clock=clock)
+    return TicketQueue(max_batch=3, max_wait_s=2.0, limit=6, clock=clock)
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from benchmarks import load, serving, serving_output
-from benchmarks.contenders.one_weight import OneWeightLine
+from benchmarks.contenders.one_weight import OneWeightQueue
 from benchmarks.contenders.servers import occupancy
 from msdda_fast.batching.admission import Admission
-from msdda_fast.batching.queue import Line
+from msdda_fast.batching.queue import TicketQueue
 from msdda_fast.batching.request import ImageRequest
 from tests.tiny_model import pipe, tiny  # noqa: F401 - fixtures
 
@@ -100,7 +100,9 @@ def test_occupancy_is_of_the_batches_between():
     assert occupancy(before, after) == 8 and occupancy(before, before) == 0
 
 
-@pytest.mark.parametrize(("kind", "expected"), [(Line, [0, 1, 2, 3]), (OneWeightLine, [0, 2])])
+@pytest.mark.parametrize(
+    ("kind", "expected"), [(TicketQueue, [0, 1, 2, 3]), (OneWeightQueue, [0, 2])]
+)
 def test_one_weight_per_batch_takes_the_oldest_and_its_equals(pipe, kind, expected):  # noqa: F811
     line = kind(max_batch=4, max_wait_s=0, limit=9)
     weights = [[0.3, 0.7], [0.5, 0.5], [0.3, 0.7], [0.2, 0.8]]

@@ -2,6 +2,7 @@
 """Real CUDA graphs keep what `test_graph` and `test_capture_failures` show without a GPU."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from msdda_fast.engine.buffers import ShapeKey, StepBuffers
 from msdda_fast.engine.graph import StepCache
 from msdda_fast.engine.graph_backends import CudaGraphs
 from msdda_fast.engine.side_by_side import SideBySide
+from msdda_fast.engine.step import Predict
 from msdda_fast.errors import CaptureError, InvalidShape
 from msdda_fast.kernels import registry
 from tests.engine.small_world import (
@@ -162,9 +164,18 @@ def test_what_does_not_fit_is_said_before_capture(grow: dict, what: str) -> None
 def test_networks_on_streams_of_their_own() -> None:
     weights = small_weights("cuda")
 
-    def build(key: ShapeKey, buffers: StepBuffers) -> SideBySide:
+    class Both(SmallNetwork):
+        @property
+        def kinds(self) -> Mapping[str, Predict]:
+            return {"exact": self.side_by_side}
+
+    def build(key: ShapeKey, buffers: StepBuffers) -> Both:
         one = replace(key, active=(True,))
-        return SideBySide([SmallNetwork(one, buffers, weight[None]) for weight in weights])
+        both = Both(key, buffers, weights)
+        both.side_by_side = SideBySide(
+            [SmallNetwork(one, buffers, weight[None]) for weight in weights]
+        )
+        return both
 
     request = Request()
     for capture in ("off", "required"):

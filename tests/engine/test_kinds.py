@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from msdda_fast.engine.buffers import StepBuffers
-from msdda_fast.engine.dry_run import rehearse
+from msdda_fast.engine.dry_run import dry_run
 from msdda_fast.engine.graph import StepCache
 from msdda_fast.engine.step import Step
 from msdda_fast.errors import CaptureError
@@ -86,7 +86,7 @@ def test_every_kind_is_captured_once_and_each_plan_is_followed(captured: bool) -
 def test_no_kind_reads_a_value() -> None:
     buffers = StepBuffers.allocate(KEY, "cpu")
     for predicts in Remembering(buffers.timesteps, small_weights()).kinds.values():
-        rehearse(Step(predicts, KEY, device="cpu").advance, buffers)
+        dry_run(Step(predicts, KEY, device="cpu").advance, buffers)
 
 
 @pytest.mark.parametrize("kinds", [None, ["all"], ["all", "all", "fast"]], ids=str)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from triton.compiler import ASTSource
 
-from msdda_fast.kernels.fused_step._triton import LAUNCH, pixels_per_thread
+from msdda_fast.kernels.fused_step._triton import LAUNCH, columns, pixels_per_thread
 from msdda_fast.kernels.fused_step._triton_linear import linear_step
 from msdda_fast.kernels.fused_step._triton_moments import moments_step
 from tests.kernels.ahead_of_time import compiled
@@ -105,6 +105,7 @@ def source_of(build: Build) -> ASTSource:
             "OUTPUTS": build.layout,
             "NEXT": build.layout,
             "RANGE": build.clip_range,
+            "COLUMNS": columns(build.count, clips=build.clip_range is not None),
             "BRANCHES": 2 if stacked else (2,) * build.count,
         }
     else:

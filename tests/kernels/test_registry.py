@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """`auto` may fall back; a backend asked for by name runs or says what is missing."""
 
+import inspect
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from msdda_fast.errors import BackendUnavailable
 from msdda_fast.kernels import native as native_kernels
-from msdda_fast.kernels import registry
+from msdda_fast.kernels import raw, registry
 from msdda_fast.kernels.fused_step import fast_fuse_step
 
 
@@ -92,3 +95,19 @@ def test_without_the_extension_auto_is_eager_and_native_says_why():
 def test_explain_names_every_backend():
     assert set(registry.explain()) == {"eager", "native", "triton"}
     assert registry.explain()["eager"] == "ok"
+
+
+@pytest.mark.parametrize("name", ["eager", "native", "triton"])
+def test_every_backend_has_the_declared_signatures(name: str) -> None:
+    if not registry.available(name):
+        pytest.skip(registry.explain()[name])
+
+    def parameters(function: Callable[..., object]) -> list[tuple[object, ...]]:
+        given = inspect.signature(function).parameters.values()
+        return [(p.name, p.kind, p.default) for p in given if p.name != "self"]
+
+    fused = registry.resolve("fused_step", name, "cpu")
+    assert parameters(fused.run) == parameters(raw.RunLinear.__call__)
+    assert parameters(fused.run_moments) == parameters(raw.RunMoments.__call__)
+    noise = registry.resolve("counter_noise", name, "cpu")
+    assert parameters(noise.run) == parameters(raw.CounterNoiseBackend.run)

@@ -8,14 +8,11 @@ from diffusers import DDIMScheduler
 import msdda_fast as mf
 from msdda_fast.adapters.loaded import LoadedAdapters
 from msdda_fast.adapters.variant import Variant
-from msdda_fast.batched.options import BatchedOptions, Sharing
 from msdda_fast.batched.unet import BatchedUNet
-from msdda_fast.engine.buffers import ShapeKey
-from msdda_fast.errors import InvalidShape, UnsupportedNetwork
-from msdda_fast.pipelines.stable_diffusion.approximations import Merged, Staggered
-from msdda_fast.pipelines.stable_diffusion.merged import MergedUNet
-from msdda_fast.pipelines.stable_diffusion.modes import REFRESH
-from msdda_fast.pipelines.stable_diffusion.split_unet import SplitUNet
+from msdda_fast.engine.buffers import ShapeKey, StepBuffers
+from msdda_fast.errors import InvalidShape
+from msdda_fast.pipelines.stable_diffusion.merged_network import MergedNetwork
+from msdda_fast.pipelines.stable_diffusion.merged_unet import MergedUNet
 from msdda_fast.pipelines.stable_diffusion.step_kl import step_kl
 from tests.batched.cases import (
     ATTENTION,
@@ -38,45 +35,11 @@ def objectives(kind="sd15", targets=ATTENTION, size=0.2):
     return [Variant(unet, "a"), Variant(unet, "b", 0.5), Variant(unet, None)]
 
 
-def split_of(case, options=None):
-    split = SplitUNet(BatchedUNet.of(case.variants, options or BatchedOptions()))
-    split.begin(case.prompts, case.timesteps)
-    return split
-
-
 def merged_of(case, shares, prompts=None):
     merged = MergedUNet(LoadedAdapters(case.variants))
     merged.mix(shares)
     merged.begin(case.prompts[:1] if prompts is None else prompts, case.timesteps)
     return merged
-
-
-class TestTheParts:
-    @pytest.mark.parametrize("kind", ["sd15", "sd21"])
-    @pytest.mark.parametrize("prefix", [True, False], ids=["shared prefix", "no sharing"])
-    @pytest.mark.parametrize("targets", [ATTENTION, EVERYTHING], ids=["attention", "everything"])
-    def test_one_after_another_are_the_forward_to_the_bit(self, kind, targets, prefix):
-        case = inputs(objectives(kind, targets))
-        split = split_of(case, BatchedOptions(sharing=Sharing(prefix=prefix)))
-        head = split.head(case.x, STEP)
-        whole = split.tail(head, split.deep(head, STEP), STEP)
-        assert torch.equal(whole, split.network(case.x, STEP))
-
-    @pytest.mark.parametrize("shared", [True, False], ids=["one prompt", "own prompts"])
-    @pytest.mark.parametrize("targets", [ATTENTION, EVERYTHING], ids=["attention", "everything"])
-    def test_deep_features_of_one_objective_are_its_part_of_all(self, targets, shared):
-        case = inputs(objectives(targets=targets), shared_prompt=shared)
-        split = split_of(case)
-        head = split.head(case.x, STEP)
-        every = split.deep(head, STEP).chunk(3)
-        for m in range(3):
-            assert relative(split.deep(head, STEP, m), every[m]) < EXACT
-
-    def test_a_network_without_two_layers_up_is_refused(self):
-        unet = network()
-        unet.up_blocks[-1].resnets = unet.up_blocks[-1].resnets[:1]
-        with pytest.raises(UnsupportedNetwork, match="1 layers"):
-            SplitUNet(BatchedUNet.of([Variant(unet, None)]))
 
 
 class TestMerged:
@@ -146,96 +109,47 @@ class TestMerged:
             assert relative(out[:, m], case.stock()[m, :, m]) < EXACT
 
 
-def key_of(case):
-    return ShapeKey(shape=tuple(case.x.shape), active=(True,), branches=case.prompts.shape[1])
+def merged_network(case, shares):
+    """Over all objectives of a case, begun with its prompts at step 0; shares (T, B, M)."""
+    count, branches, *_ = case.prompts.shape
+    key = ShapeKey(
+        shape=tuple(case.x.shape), active=(True,) * count, branches=branches, dtype=case.x.dtype
+    )
+    buffers = StepBuffers.allocate(key, "cpu")
+    network = MergedNetwork(BatchedUNet.of(case.variants), key, buffers)
+    buffers.conditioning["share"][: len(shares)] = shares
+    network.begin(dict(enumerate(case.prompts)), case.timesteps, shared=False, k=0)
+    return network
 
 
-def staggered_of(case):
-    batched = BatchedUNet.of(case.variants)
-    guess = Staggered(batched, key_of(case), case.x)
-    guess.begin(case.prompts, case.timesteps, 0)
-    return batched, guess
-
-
-class TestGuesses:
-    def test_staggered_renews_one_objective_and_knows_the_age_of_the_others(self):
+class TestMergedNetwork:
+    def test_errors_are_those_of_the_last_refresh(self):
         case = inputs(objectives())
-        batched, guess = staggered_of(case)
-        x, ages = case.x, None
-        for kind in ("refresh", "refresh", "renew 2", "renew 0", "renew 2", "refresh", "renew 1"):
-            x = x + 0.05 * torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator())
-            right, (outputs, errors) = batched(x, STEP), guess.kinds[kind](x, STEP)
-            if kind == "refresh":
-                assert torch.equal(outputs, right) and errors is None
-                ages, rate = [0, 0, 0], guess._rate.clone()
-                continue
-            ages = [age + 1 for age in ages]
-            ages[int(kind[-1])] = 0
-            fresh = [relative(outputs[m], right[m]) < EXACT for m in range(3)]
-            assert fresh == [age == 0 for age in ages]
-            assert torch.equal(errors, torch.stack([rate[m] * ages[m] for m in range(3)]))
-            assert [bool(error.any()) for error in errors] == [age > 0 for age in ages]
-
-    def test_staggered_errors_are_those_measured_if_nothing_changes_speed(self):
-        """With latents on a line that is short enough for the network to be one, too."""
-        case = inputs(objectives()[:2])
-        batched, guess = staggered_of(case)
-        direction = torch.randn(case.x.shape, dtype=case.x.dtype, generator=torch.Generator())
-        for call in range(REFRESH):
-            x = case.x + 1e-5 * call * direction
-            kind = "refresh" if call < 2 else f"renew {call % 2}"
-            outputs, errors = guess.kinds[kind](x, STEP)
-            right = batched(x, STEP)
-            if call >= 2:
-                stale = 1 - call % 2
-                assert relative((right - outputs)[stale], errors[stale]) < 0.01
-
-    def test_nothing_of_another_generation_is_left_after_two_refreshes(self):
-        case = inputs(objectives()[:2])
-        (_, fresh), (_, used) = staggered_of(case), staggered_of(case)
-        for kind in ("refresh", "renew 0", "renew 1", "renew 0"):
-            used.kinds[kind](7 - case.x, STEP)
-        for call, kind in enumerate(("refresh", "refresh", "renew 0", "renew 1")):
-            x = case.x + 0.1 * call
-            one, other = (guess.kinds[kind](x, STEP) for guess in (fresh, used))
-            assert torch.equal(one.outputs, other.outputs)
-            assert kind == "refresh" or torch.equal(one.errors, other.errors)
-
-    def test_one_staggered_objective_is_exact(self):
-        case = inputs(objectives()[:1])
-        batched, guess = staggered_of(case)
-        for call, kind in enumerate(("refresh", "refresh", "renew 0", "renew 0")):
-            outputs, errors = guess.kinds[kind](case.x + call, STEP)
-            assert torch.equal(outputs, batched(case.x + call, STEP))
-            assert errors is None or not errors.any()
-
-    def test_merged_errors_are_those_of_the_last_refresh(self):
-        case = inputs(objectives())
-        shares = torch.tensor([[0.2, 0.3, 0.5], [0.1, 0.1, 0.8]]).double()[None]
-        batched = BatchedUNet.of(case.variants)
-        guess = Merged(batched, MergedUNet(batched.adapters), key_of(case), case.x, shares)
-        guess.begin(case.prompts, case.timesteps, 0)
-        right = batched(case.x, STEP)
-        first = guess.kinds["refresh"](case.x, STEP)
-        assert torch.equal(first.outputs, right) and first.errors is None
+        shares = torch.tensor([[0.2, 0.3, 0.5], [0.1, 0.1, 0.8]])[None]
+        network = merged_network(case, shares)
+        right = BatchedUNet.of(case.variants)
+        right.begin(case.prompts, case.timesteps)
+        expected = right(case.x, STEP)
+        refreshed = torch.stack(network.kinds["refresh"](case.x[None], STEP))
+        assert torch.equal(refreshed, expected)
+        assert torch.equal(torch.stack(network.kinds["exact"](case.x[None], STEP)), expected)
         for _ in range(3):
-            outputs, errors = guess.kinds["merged"](case.x, STEP)
-            assert relative(outputs + errors, right) < EXACT
-            assert relative(outputs, right) > 1e-3
+            outputs = torch.stack(network.kinds["merged"](case.x[None], STEP))
+            # errors are kept in float32, the dtype of the state
+            assert relative(outputs + network.storages()["errors"], expected) < 1e-6
+            assert relative(outputs, expected) > 1e-3
 
-    def test_merged_follows_the_shares_of_a_step_in_place(self):
+    def test_follows_the_shares_of_a_step_in_place(self):
         case = inputs(objectives())
-        shares = torch.tensor([[[0.2, 0.3, 0.5]] * 2, [[0.6, 0.4, 0.0]] * 2]).double()
-        batched = BatchedUNet.of(case.variants)
-        guess = Merged(batched, MergedUNet(batched.adapters), key_of(case), case.x, shares)
-        guess.begin(case.prompts, case.timesteps, 0)
-        kept = {name: tensor.data_ptr() for name, tensor in guess.storages().items()}
-        guess.mix(1)
-        outputs = guess.kinds["merged"](case.x, STEP).outputs
-        weight = shares[1].T[:, None, :, None, None]
+        shares = torch.tensor([[[0.2, 0.3, 0.5]] * 2, [[0.6, 0.4, 0.0]] * 2])
+        network = merged_network(case, shares)
+        kept = {name: tensor.data_ptr() for name, tensor in network.storages().items()}
+        network.mix(1)
+        outputs = network.kinds["merged"](case.x[None], STEP)
+        weight = shares[1].T[:, None, :, None, None].to(case.prompts)
         prompts = (weight * case.prompts).sum(0, keepdim=True)
         assert torch.equal(outputs[0], merged_of(case, shares[1], prompts)(case.x, STEP)[0])
-        assert kept == {name: tensor.data_ptr() for name, tensor in guess.storages().items()}
+        assert kept == {name: tensor.data_ptr() for name, tensor in network.storages().items()}
 
 
 class TestStepKL:

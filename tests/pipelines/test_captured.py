@@ -13,10 +13,10 @@ from msdda_fast.batched.options import BatchedOptions
 from msdda_fast.batched.unet import BatchedUNet
 from msdda_fast.engine import graph
 from msdda_fast.engine.buffers import ShapeKey, StepBuffers
-from msdda_fast.engine.dry_run import rehearse
+from msdda_fast.engine.dry_run import dry_run
 from msdda_fast.engine.step import Step
 from msdda_fast.errors import CaptureError, InvalidShape, UnsupportedNetwork
-from msdda_fast.pipelines.stable_diffusion.modes import ModeNetwork
+from msdda_fast.pipelines.stable_diffusion.merged_network import MergedNetwork
 from tests.engine.small_world import TracedGraphs
 from tests.tiny_model import quiet, small_unet
 
@@ -113,10 +113,9 @@ def test_no_request_of_a_shape_captures_again(pipe, graphs):
     for request in requests:
         given = {"prompt": PROMPTS, **SHORT, **request}
         captured = pipe(**given).images
-        sampler = pipe.captured_sampler()
-        pipe.set_forward("sequential")
-        assert_close(captured, pipe(**given).images)
-        pipe._forward, pipe._sampler = "batched", sampler
+        apart = quiet(mf.MSDDAPipeline.from_pipe(pipe))
+        apart.set_forward("sequential")
+        assert_close(captured, apart(**given).images)
     assert graphs.captures == 1 and graphs.replays == 3 * 6 + 5
     pipe(PROMPTS[:1], **SHORT)
     assert graphs.captures == 2
@@ -243,16 +242,14 @@ REQUESTS = [
 
 
 class TestModes:
-    @pytest.mark.parametrize(("mode", "kinds"), [("staggered", 4), ("merged", 3)])
     def test_each_kind_of_step_is_captured_once_and_has_the_bits_of_the_eager_one(
-        self, pipe, graphs, mode, kinds
+        self, pipe, graphs
     ):
         eager = quiet(mf.MSDDAPipeline.from_pipe(pipe))
         eager.set_forward(capture="off")
         pipe.set_forward(capture="required")
-        requests = [{"mode": mode, **request} for request in REQUESTS]
-        if mode == "merged":
-            requests.append({"mode": "hybrid"})  # of the same kinds
+        requests = [{"mode": "merged", **request} for request in REQUESTS]
+        requests.append({"mode": "hybrid"})  # of the same kinds
         steps = 0
         for request in requests:
             given = {"prompt": PROMPTS, **SHORT, "num_inference_steps": 6, **request}
@@ -261,13 +258,11 @@ class TestModes:
             assert torch.equal(captured.step_kl_estimate, plain.step_kl_estimate), request
             assert captured.step_kl_estimate.any()
             steps += len(captured.step_kl_estimate)
-        assert (graphs.captures, graphs.replays) == (kinds, steps)
+        assert (graphs.captures, graphs.replays) == (3, steps)
 
     def test_one_objective_alone_takes_the_exact_graph(self, pipe, counted):
         alone = {"weights": {"warm": 0, "cool": 1}}
-        images = [
-            pipe(PROMPTS, **SHORT, **alone, mode=mode).images for mode in ("exact", "staggered")
-        ]
+        images = [pipe(PROMPTS, **SHORT, **alone, mode=mode).images for mode in ("exact", "merged")]
         assert torch.equal(*images) and counted.captures == 1
 
     def test_prepare_captures_all_kinds_ahead(self, pipe, counted):
@@ -276,29 +271,26 @@ class TestModes:
         pipe(PROMPTS, **{**SHORT, "guidance_scale": None}, mode="merged")
         assert counted.captures == 3
 
-    @pytest.mark.parametrize(
-        ("mode", "clip_range"), [("staggered", None), ("merged", 1.0)], ids=str
-    )
-    def test_no_kind_of_step_reads_a_value_and_turns_are_alike(self, pipe, mode, clip_range):
+    @pytest.mark.parametrize("clip_range", [None, 1.0], ids=str)
+    def test_no_kind_of_step_reads_a_value(self, pipe, clip_range):
         """Without data; on a GPU reading a value would be a sync."""
         key = ShapeKey(
-            shape=(2, 4, 8, 8), active=(True, True), branches=2, clip_range=clip_range, mode=mode
+            shape=(2, 4, 8, 8),
+            active=(True, True),
+            branches=2,
+            clip_range=clip_range,
+            mode="merged",
         )
         buffers = StepBuffers.allocate(key, "cpu")
-        network = ModeNetwork(BatchedUNet.of([*pipe.variants.values()]), key, buffers)
+        network = MergedNetwork(BatchedUNet.of([*pipe.variants.values()]), key, buffers)
         embeds = torch.zeros(2, 2, 5, pipe.unet.config.cross_attention_dim)
         network.begin(dict.fromkeys(range(2), embeds), buffers.timesteps, shared=True, k=0)
         counts = {
-            kind: Counter(rehearse(Step(predict, key, device="cpu").advance, buffers).operators)
+            kind: Counter(dry_run(Step(predict, key, device="cpu").advance, buffers).operators)
             for kind, predict in network.kinds.items()
         }
-        if mode == "merged":
-            assert list(counts) == ["exact", "refresh", "merged"]
-            assert {"errors", "step_kl"} <= network.storages().keys()
-        else:
-            assert {"kept", "rate", "ages", "step_kl"} <= network.storages().keys()
-            assert list(counts) == ["exact", "refresh", "renew 0", "renew 1"]
-            assert counts["renew 0"] == counts["renew 1"]
+        assert list(counts) == ["exact", "refresh", "merged"]
+        assert {"errors", "step_kl"} <= network.storages().keys()
         for count in counts.values():  # two more for the estimate
             assert count["msdda_fast.fused_step_.default"] in (1, 3)
 

@@ -12,7 +12,7 @@ from msdda_fast.pipelines.stable_diffusion import modes
 from msdda_fast.steps.table import coefficient_table
 from tests.tiny_model import quiet, small_unet
 
-APPROXIMATE = ["staggered", "merged", "hybrid"]
+APPROXIMATE = ["merged", "hybrid"]
 PROMPTS = ["a red dog", "a blue cat"]
 STEPS = 12
 CALL = dict(num_inference_steps=STEPS, guidance_scale=3.0, seed=0, output_type="latent")
@@ -46,10 +46,9 @@ class TestExactLimits:
         assert distance(out, run(pipe, "exact", weights=schedule)) < 1e-5
         assert not out.step_kl_estimate.any()
 
-    @pytest.mark.parametrize("mode", ["staggered", "merged"])
-    def test_a_refresh_in_every_step_is_exact_to_the_bit(self, pipe, monkeypatch, mode):
+    def test_a_refresh_in_every_step_is_exact_to_the_bit(self, pipe, monkeypatch):
         monkeypatch.setattr(modes, "REFRESH", 1)
-        out = run(pipe, mode)
+        out = run(pipe, "merged")
         assert torch.equal(out.images, run(pipe, "exact").images)
         assert not out.step_kl_estimate.any()
 
@@ -181,18 +180,12 @@ class TestPlans:
         first = ["refresh", "exact"]
         assert self.of("merged") == [*first, *["merged"] * 7, "refresh", "merged", "merged"]
         assert self.of("hybrid") == [*first, *["merged"] * 7, *["exact"] * 3]
-        turns = [f"renew {m}" for m in (0, 1, 0, 1, 0, 1, 0)]
-        assert self.of("staggered") == [*first, "refresh", *turns, "refresh", "renew 0"]
-
-    def test_turn_among_the_objectives_that_run(self):
-        kinds = self.of("staggered", 8, share=(0.5, 0.2, 0.0, 0.3))
-        assert kinds[3:] == [f"renew {m}" for m in (2, 0, 1, 2, 0)]
 
 
 class TestRefusals:
     @pytest.mark.parametrize("mode", ["fast", "Exact", None, ""])
     def test_an_unknown_mode_by_name(self, pipe, calls, mode):
-        with pytest.raises(InvalidMode, match="exact, staggered, merged, hybrid"):
+        with pytest.raises(InvalidMode, match="exact, merged, hybrid"):
             run(pipe, mode)
         assert issubclass(InvalidMode, ValueError) and not calls
 
@@ -218,7 +211,7 @@ class TestRefusals:
 
 def test_the_estimate_equals_the_divergence_where_errors_do_not_change(pipe):
     """Merged, at a fixed state: the error of the refresh is that of every later step."""
-    sampler = pipe.captured_sampler()
+    sampler = pipe.networks().sampler
     weights = torch.tensor([[0.5, 0.5], [0.2, 0.8]])
     table = coefficient_table(pipe.scheduler, 4, etas=[1.0, 0.8], weights=weights)
     table.timesteps.fill_(500)  # the same input in every step
@@ -226,9 +219,10 @@ def test_the_estimate_equals_the_divergence_where_errors_do_not_change(pipe):
     x, noise = torch.randn(2, 4, 8, 8), noise_source((2, 4, 8, 8), 4, "cpu", seeds=[1, 2])
     after = {}
     for mode in ("exact", "merged"):
-        generation = sampler.begin(table, noise, x, embeds, shared=True, mode=mode)
+        generation = sampler.begin(table, noise, x, embeds, shares_text=True, mode=mode)
         after[mode] = []
-        for _ in generation.steps():
+        for k in range(len(table)):
+            generation.step(k)
             after[mode].append(generation.x.double())
             generation.replace_x(x)
     assert torch.equal(after["merged"][0], after["exact"][0])

@@ -10,7 +10,7 @@ import httpx2
 import pytest
 
 import msdda_fast as mf
-from msdda_fast.batching.drawing import BatchPipeline
+from msdda_fast.batching.drawing import BatchDrawer
 from tests.serve.conftest import SOON, until
 
 
@@ -19,13 +19,13 @@ def gate(monkeypatch):
     """Batches wait here while it is closed."""
     opened = threading.Event()
     opened.set()
-    sample = BatchPipeline.sample
+    sample = BatchDrawer.sample
 
     def gated(self, *arguments, **options):
         assert opened.wait(SOON)
         return sample(self, *arguments, **options)
 
-    monkeypatch.setattr(BatchPipeline, "sample", gated)
+    monkeypatch.setattr(BatchDrawer, "sample", gated)
     yield opened
     opened.set()
 
@@ -46,7 +46,7 @@ def test_what_cannot_be_warmed_is_unhealthy(serve, monkeypatch):
     def fail(self, *arguments, **options):
         raise MemoryError("no room")
 
-    monkeypatch.setattr(BatchPipeline, "sample", fail)
+    monkeypatch.setattr(BatchDrawer, "sample", fail)
     running = serve(warm=False)
     until(lambda: running.http.get("/health").status_code == 503)
     assert running.http.get("/ready").status_code == 503
@@ -114,14 +114,14 @@ def test_time_is_up(serve, gate):
 
 def test_a_failed_batch_is_answered_and_the_next_one_drawn(serve, monkeypatch):
     running = serve()
-    sample, failures = BatchPipeline.sample, [OSError("/secret/path"), OSError("/secret/path")]
+    sample, failures = BatchDrawer.sample, [OSError("/secret/path"), OSError("/secret/path")]
 
     def fail(self, *arguments, **options):
         if failures:
             raise failures.pop()
         return sample(self, *arguments, **options)
 
-    monkeypatch.setattr(BatchPipeline, "sample", fail)
+    monkeypatch.setattr(BatchDrawer, "sample", fail)
     plain = running.draw()
     assert plain.status_code == 500 and "secret" not in plain.text
     streamed = running.draw(stream=True)
@@ -136,7 +136,7 @@ def test_a_dead_engine_is_unhealthy_and_refuses(serve, monkeypatch):
         raise SystemExit
 
     running = serve()
-    monkeypatch.setattr(BatchPipeline, "sample", die)
+    monkeypatch.setattr(BatchDrawer, "sample", die)
     assert running.draw().status_code == 500
     assert running.draw().status_code == 503
     assert running.http.get("/health").status_code == 503

@@ -126,7 +126,7 @@ class TestSlowness:
 
 class TestSecrets:
     def test_neither_key_nor_prompt_is_logged_whatever_goes_wrong(self, serve, caplog, monkeypatch):
-        from msdda_fast.batching.drawing import BatchPipeline
+        from msdda_fast.batching.drawing import BatchDrawer
 
         def fail(self, *arguments, **options):
             raise RuntimeError("no")
@@ -145,7 +145,7 @@ class TestSecrets:
             bad = {"Authorization": "Bearer hush-hushh"}
             assert running.http.get("/v1/objectives", headers=bad).status_code == 401
             running.http.get("/" + "long" * 900)
-            monkeypatch.setattr(BatchPipeline, "sample", fail)
+            monkeypatch.setattr(BatchDrawer, "sample", fail)
             answer = running.http.post(
                 "/v1/images/generations", json={"prompt": "sesame"}, headers=key
             )

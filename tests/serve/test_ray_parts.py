@@ -126,7 +126,7 @@ def test_what_is_never_admitted_is_refused_once(news, error):
 
 
 def test_a_replica_whose_engine_has_stopped_is_unhealthy(own_pipe, monkeypatch):
-    from msdda_fast.batching.drawing import BatchPipeline
+    from msdda_fast.batching.drawing import BatchDrawer
 
     drawer = Drawer(lambda: own_pipe, ServeSettings(model="tiny", max_steps=25), {"max_batch": 1})
     drawer.check_health()
@@ -134,7 +134,7 @@ def test_a_replica_whose_engine_has_stopped_is_unhealthy(own_pipe, monkeypatch):
     def die(self, *arguments, **options):
         raise SystemExit
 
-    monkeypatch.setattr(BatchPipeline, "sample", die)
+    monkeypatch.setattr(BatchDrawer, "sample", die)
 
     async def draw():
         return [news async for news in drawer.draw(mf.ImageRequest("a dog"), 1, False)]

@@ -15,7 +15,7 @@ from msdda_fast import (
     denoise,
     fused_ddim_step,
 )
-from msdda_fast.steps.ddim import ddim_grid
+from msdda_fast.steps.ddim import DDIMRule, ddim_grid
 from msdda_fast.steps.shares import effective_weights, eps_mixture, fusion_shares
 from tests.gaussian_world import (
     Chain,
@@ -248,10 +248,11 @@ class TestEffectiveWeights:
         weights = torch.tensor([[[0.2, 0.8]]], dtype=torch.float64)
         eta = torch.tensor(ETAS, dtype=torch.float64)
         what, _ = effective_weights([0.2, 0.8], ETAS)
-        share, eta_w = fusion_shares(weights, eta)
+        share, _ = fusion_shares(weights, eta)
         errors = []
         for num_steps in (50, 500):
-            middle = eps_mixture(ddim_grid(sd15_scheduler(), num_steps), share, eta, eta_w)
+            rule = DDIMRule(ddim_grid(sd15_scheduler(), num_steps))
+            middle = eps_mixture(share, rule.eps_scale(eta))
             errors.append(float((middle[num_steps // 2, 0] - what).abs().max()))
         assert errors[0] / errors[1] == pytest.approx(10, rel=0.15)
 

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several of ComfyUI's guiders at work in one sampling run.
+"""One sampling run of ComfyUI over several guiders.
 
-A stock guider answers with one prediction, but models of different eta can only be fused after each
-has made its step. So `FusedGuider` opens one stock `CFGGuider` per objective inside the other, each
-of which loads its model and encodes its conditioning as ever, and the sampler, called innermost,
-asks all of them.
+A stock guider returns one prediction, but models of different eta can only be fused after each has
+made its step. So `FusedGuider` opens one stock `CFGGuider` per objective, nested; each loads its
+model and encodes its conditioning as usual, and the sampler, called innermost, calls all of them.
 
-Only one of two models that share a network (LoRAs over one checkpoint) can be patched into it at a
-time, and ComfyUI may unload one model to load another. So a model is brought back, which costs
-nothing if it is still there, whenever it was not the last to be asked.
+Of two models that share a network (LoRAs over one checkpoint) only one can be patched into it at a
+time, and ComfyUI may unload one model to load another. So each model is loaded again before a call
+if another was called in between; that is free when it is still loaded.
 """
 
 from __future__ import annotations

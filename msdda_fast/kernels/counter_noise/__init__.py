@@ -1,13 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Noise that is a pure function of (seed, step, position): nothing else in the batch can change it.
 
-Raw function of each backend, which the engine binds once:
-
-    run(out, seeds, step, stream) -> None
-        out     (B, C, ...) contiguous, float16 | bfloat16 | float32 | float64, written
-        seeds   (B,) int64 on out's device, contiguous
-        step    int, or 0-d int64 tensor on out's device (read inside the kernel)
-        stream  int: STREAM_INITIAL for x_T (with step 0), STREAM_STEP for the step noise
+`kernels.raw` declares the raw function of each backend.
 """
 
 from collections.abc import Sequence
@@ -55,7 +49,7 @@ def _int64(seed: int) -> int:
 def as_step(step: int | Tensor) -> int | Tensor:
     """Check a step index k: an int in [0, 2^32), or a 0-d int64 tensor.
 
-    The value of a tensor is looked at where that costs nothing; see `values_are_readable`.
+    The value of a tensor is checked on the host only, and not under a tracer.
     """
     if isinstance(step, Tensor):
         if step.dtype != torch.int64 or step.ndim != 0:

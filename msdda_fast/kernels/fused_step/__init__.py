@@ -2,28 +2,7 @@
 r"""One reverse step of several objectives, from Gaussian moments or from raw network outputs.
 
 `fast_fuse_step` and `fused_ddim_step` check their inputs, then call a raw function of the chosen
-backend. The engine resolves a backend once (`registry.resolve("fused_step", ...)`) and binds these:
-
-    run(out, x, outputs, rows, *, step=0, clip_range=None, noise=None, seeds=None,
-        next_input=None) -> None
-        out         (B, *S), any float dtype, written; may be x itself
-        x           (B, *S), or None where x_scale is 0
-        outputs     M tensors (K, B, *S) of one float dtype, K = 2 (uncond, cond) or 1 (cond); None
-                    for an objective whose coefficients are all 0
-        rows        (B | 1, C), or (T, B | 1, C) of which row `step` is used; float32, or float64 to
-                    compute in float64; C and its meaning: `schedule.StepCoefficients`
-        step        int or 0-d int64 tensor on out's device, read inside the kernel: the row of
-                    `rows` and of `noise`, and the counter of the noise
-        noise       (B, *S), or (T, B, *S) of which entry `step` is used | None
-        seeds       (B,) contiguous int64 | None: at most one of the two; neither: no noise term
-        next_input  (R, B, *S), any float dtype and layout | None: R copies of `out`, converted, for
-                    the R rows per sample that the network takes
-
-    run_moments(out, means, variances, weights, *, step=0, noise=None, seeds=None, mean=None,
-                variance=None) -> None
-        means       M tensors (B, *S) of one float dtype
-        variances, weights  (M, 1 | B, 1 | *S), one dtype, float32 or float64 (the compute dtype)
-        mean        (B, *S) in the compute dtype | None, written;  variance  likewise
+backend. The engine resolves a backend once and binds its raw functions; `kernels.raw` has them.
 """
 
 from collections.abc import Sequence
@@ -41,13 +20,13 @@ from msdda_fast.kernels.fused_step._inputs import (
     pick,
     randomness,
 )
-from msdda_fast.kernels.fused_step._shares import (
+from msdda_fast.kernels.fused_step._posteriors import (
     as_numbers,
     fused_coefficients,
     prepare,
     with_all_axes,
 )
-from msdda_fast.steps.coefficients import StepCoefficients
+from msdda_fast.steps.coefficients import Layout, StepCoefficients
 from msdda_fast.tracing import values_are_readable
 from msdda_fast.types import GeneratorLike, SeedsLike, ZeroVariancePolicy
 
@@ -232,7 +211,7 @@ def fused_ddim_step(
             "(K, B, *S) for x_t (B, *S)"
         )
     row = coefficients.row
-    width = 2 * count + 2 if coefficients.clip_range is None else 5 * count + 3
+    width = coefficients.layout.width
     if row.shape not in ((1, width), (shape[0], width)):
         raise InvalidShape(
             f"coefficients have shape {tuple(row.shape)}, expected ({shape[0]}, {width}) or "
@@ -257,7 +236,7 @@ def fused_ddim_step(
             check_alike(output, f"outputs[{m}]", expected, x_t.device, output_dtype)
             output_dtype = output.dtype
         if output is None or output.shape[0] == 1:
-            _check_unused(row, count, m, whole=output is None)
+            _check_unused(row, coefficients.layout, m, whole=output is None)
     if output_dtype == torch.float64 and x_t.dtype != torch.float64:
         raise InvalidShape(f"outputs are float64, wider than x_t in {x_t.dtype}; make x_t float64")
     z = randomness(x_t, noise, seeds, step, generator)
@@ -267,16 +246,10 @@ def fused_ddim_step(
     return target
 
 
-def _check_unused(row: Tensor, count: int, m: int, *, whole: bool) -> None:
+def _check_unused(row: Tensor, layout: Layout, m: int, *, whole: bool) -> None:
     """Raise unless the coefficients of absent output `m` (all, or its uncond half) are 0."""
     if not values_are_readable(row):
         return
-    # the clipped layout has the same two groups once more, and x0_scale behind them
-    groups = [1, 2 * count + 3] if row.shape[1] == 5 * count + 3 else [1]
-    columns = [start + m for start in groups]
-    if whole:
-        columns += [column + count for column in columns]
-        columns += [column + 2 * count for column in columns[1 : len(groups)]]
-    if bool((row[:, columns] != 0).any()):
+    if bool((row[:, layout.of_output(m, uncond_only=not whole)] != 0).any()):
         part = "is None" if whole else "has no uncond half (K = 1)"
         raise InvalidShape(f"outputs[{m}] {part}, but its coefficients are not 0")

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from msdda_fast.kernels.counter_noise import STREAM_STEP
 from msdda_fast.kernels.counter_noise._eager import run as counter_noise
-from msdda_fast.kernels.fused_step._shares import scaled_weights
+from msdda_fast.steps.coefficients import Layout
+from msdda_fast.steps.shares import scaled_weights
 
 __all__ = ["run", "run_moments"]
 
@@ -31,16 +32,16 @@ def run(
     next_input: Tensor | None = None,
 ) -> None:
     """out = x_scale x + sum_m (uncond_m u_m + cond_m c_m [+ clipped x_0 term]) + noise_scale z."""
-    count = len(outputs)
+    layout = Layout(len(outputs), clip_range is not None)
     if rows.ndim == 3:
         rows = _entry(rows, step)
     if noise is not None and noise.ndim > out.ndim:
         noise = _entry(noise, step)
     columns = rows.t().reshape(rows.shape[1], rows.shape[0], *(1,) * (out.ndim - 1))
-    x_scale, uncond, cond, noise_scale = torch.split(columns[: 2 * count + 2], [1, count, count, 1])
+    uncond, cond = columns[layout.uncond], columns[layout.cond]
     total = torch.zeros_like(out, dtype=rows.dtype)
     if x is not None:
-        total = _add(total, x_scale[0], x)
+        total = _add(total, columns[layout.x_scale], x)
     for m, output in enumerate(outputs):
         if output is None:
             continue
@@ -49,16 +50,14 @@ def run(
         for coefficient, value in branches:
             total = _add(total, coefficient[m], value)
         if clip_range is not None and x is not None:
-            x0_x, x0_uncond, x0_cond, x0_scale = torch.split(
-                columns[2 * count + 2 :], [1, count, count, count]
-            )
-            x_0 = _add(torch.zeros_like(total), x0_x[0], x)
-            x0_coefficients = (x0_uncond, x0_cond)[-len(branches) :]
+            x_0 = _add(torch.zeros_like(total), columns[layout.x0_x], x)
+            x0_coefficients = (columns[layout.x0_uncond], columns[layout.x0_cond])[-len(branches) :]
             for coefficient, (_, value) in zip(x0_coefficients, branches, strict=True):
                 x_0 = _add(x_0, coefficient[m], value)
-            total = _add(total, x0_scale[m], x_0.clamp(-clip_range, clip_range))
+            x_0 = x_0.clamp(-clip_range, clip_range)
+            total = _add(total, columns[layout.x0_scale][m], x_0)
     z = _draw(total, noise, seeds, step)
-    out.copy_(total if z is None else _add(total, noise_scale[0], z))
+    out.copy_(total if z is None else _add(total, columns[layout.noise_scale], z))
     if next_input is not None:
         next_input.copy_(out)
 
@@ -75,7 +74,7 @@ def run_moments(
     mean: Tensor | None = None,
     variance: Tensor | None = None,
 ) -> None:
-    """Eq. 7 elementwise, by ratios to the smallest active variance; see `_shares`."""
+    """Eq. 7 elementwise, by ratios to the smallest active variance; see `steps.shares`."""
     scaled, least = scaled_weights(variances, weights)
     total = torch.zeros_like(out, dtype=weights.dtype)
     precision = torch.zeros_like(scaled[0])
@@ -83,7 +82,7 @@ def run_moments(
         total = _add(total, scaled[m], mu)
         precision = precision + scaled[m]
     total = total / precision
-    fused_variance = least / precision
+    fused_variance = least[0] / precision
     z = _draw(total, noise, seeds, step)
     # through float64: torch.sqrt on float32 is 1 ulp off on some CPU builds
     std = fused_variance.double().sqrt().to(total.dtype)

@@ -2,7 +2,6 @@
 """Checks at the door of the fused step: everything is refused here, by name, before any work."""
 
 from collections.abc import Sequence
-from types import ModuleType
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -12,6 +11,7 @@ from msdda_fast.errors import BackendUnavailable, InvalidShape
 from msdda_fast.kernels import registry
 from msdda_fast.kernels.counter_noise import as_seeds, as_step
 from msdda_fast.kernels.fused_step._ops import Operators
+from msdda_fast.kernels.raw import FusedStepBackend
 from msdda_fast.tracing import is_watched
 from msdda_fast.types import GeneratorLike, SeedsLike
 
@@ -126,8 +126,8 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
-def pick(backend: str, inputs: Sequence[Tensor | None]) -> ModuleType | Operators:
-    """The backend for these inputs: its module, or the operators that a tracer can see.
+def pick(backend: str, inputs: Sequence[Tensor | None]) -> FusedStepBackend:
+    """The backend for these inputs: its module, or operators under a tracer.
 
     Raises:
         BackendUnavailable: The backend cannot run, or an input requires grad and it is not "eager".

@@ -94,7 +94,7 @@ def run_moments(
     mean: Tensor | None = None,
     variance: Tensor | None = None,
 ) -> None:
-    """Eq. 7 elementwise, by ratios to the smallest active variance; see `_shares`."""
+    """Eq. 7 elementwise, by ratios to the smallest active variance; see `steps.shares`."""
     if out.device.type == "cuda":
         return _native_cuda.run_moments(
             out,

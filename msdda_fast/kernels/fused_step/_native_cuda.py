@@ -2,7 +2,7 @@
 """The fused step in CUDA C++: one launch, every input read once, the result written once.
 
 float32, float64, bfloat16 and float16 in and out; arithmetic in the dtype of the coefficients, in
-the order of `_eager.py` and with its bits. NCHW and NHWC tensors go to the kernel as they are, any
+the order of `_eager.py` and with its bits. The kernel reads NCHW and NHWC tensors in place; any
 other layout is copied first. A step tensor is read by the kernel, so that a captured graph replays
 every step; the caller keeps it within the table.
 """
@@ -93,7 +93,7 @@ def run_moments(
     mean: Tensor | None = None,
     variance: Tensor | None = None,
 ) -> None:
-    """Eq. 7 elementwise, by ratios to the smallest active variance; see `_shares`."""
+    """Eq. 7 elementwise, by ratios to the smallest active variance; see `steps.shares`."""
     _check_count(len(means))
     if isinstance(step, Tensor):
         step = step.to(out.device)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The raw functions of the fused step as operators; see `kernels.library`."""
+"""The raw functions of the fused step as operators of torch.library, which tracers can see."""
 
 from collections.abc import Sequence
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from msdda_fast.errors import InvalidShape
 from msdda_fast.kernels.fused_step._triton_linear import linear_step
 from msdda_fast.kernels.fused_step._triton_moments import moments_step
+from msdda_fast.steps.coefficients import Layout
 
 __all__ = ["run", "run_moments"]
 
@@ -54,7 +55,7 @@ def run(
         row_step=rows.stride(0) if rows.ndim == 3 else 0,
         row_sample=rows.stride(-2) if rows.shape[-2] > 1 else 0,
         copies=1 if copies is None else len(copies),
-        M=len(outputs),
+        M=len(outputs), COLUMNS=columns(len(outputs), clips=clip_range is not None),
         BRANCHES=len(read) if stacked else tuple(0 if t is None else len(t) for t in read),
         STACKED=stacked, STEP_POINTER=on_device, RANGE=clip_range,
         NOISE_TABLE=noise is not None and noise.ndim > out.ndim,
@@ -77,7 +78,7 @@ def run_moments(
     mean: Tensor | None = None,
     variance: Tensor | None = None,
 ) -> None:
-    """Eq. 7 elementwise, by ratios to the smallest active variance; see `_shares`."""
+    """Eq. 7 elementwise, by ratios to the smallest active variance; see `steps.shares`."""
     if out.numel() == 0:
         return
     target, out_layout = _writable(out, out.ndim)
@@ -102,6 +103,19 @@ def run_moments(
     _deliver(target, out)
     for result, wanted in zip(moments, (mean, variance), strict=True):
         _deliver(result, wanted)
+
+
+def columns(count: int, *, clips: bool) -> tuple[int, ...]:
+    """Where a row holds `x_scale, uncond, cond, noise_scale, x0_x, x0_uncond, x0_cond, x0_scale`.
+
+    The kernel is compiled for these: they are what M makes of them, or 0 where there are no such.
+    """
+    layout = Layout(count, clips)
+    linear = (layout.x_scale, layout.uncond.start, layout.cond.start, layout.noise_scale)
+    if not clips:
+        return (*linear, 0, 0, 0, 0)
+    x0 = (layout.x0_uncond.start, layout.x0_cond.start, layout.x0_scale.start)
+    return (*linear, layout.x0_x, *x0)
 
 
 def _layout(tensor: Tensor, axes: int) -> int | None:

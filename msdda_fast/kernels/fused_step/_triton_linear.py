@@ -42,20 +42,19 @@ def _add_clipped(totals, coefficient, values, RANGE: tl.constexpr):
 @triton.jit
 def _objective(
     totals, uncond, cond, x, row, m, at, channels, pixels,
-    M: tl.constexpr, GUIDED: tl.constexpr, RANGE: tl.constexpr,
+    COLUMNS: tl.constexpr, GUIDED: tl.constexpr, RANGE: tl.constexpr,
     LAYOUT: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Add what objective m contributes: its two outputs and, when clipped, its x_0 prediction."""
-    x0 = row + 2 * M + 2  # clipped layout: x, uncond[M], cond[M], scale[M]
     x0_scale, x0_u, x0_c, u, u_values = 0.0, 0.0, 0.0, 0.0, totals
-    c = tl.load(row + 1 + M + m)
+    c = tl.load(row + COLUMNS[2] + m)
     if RANGE is not None:
-        x0_scale, x0_c = tl.load(x0 + 1 + 2 * M + m), tl.load(x0 + 1 + M + m)
+        x0_scale, x0_c = tl.load(row + COLUMNS[7] + m), tl.load(row + COLUMNS[6] + m)
     c_active = (c != 0) | ((x0_scale != 0) & (x0_c != 0))
     if GUIDED:
-        u = tl.load(row + 1 + m)
+        u = tl.load(row + COLUMNS[1] + m)
         if RANGE is not None:
-            x0_u = tl.load(x0 + 1 + m)
+            x0_u = tl.load(row + COLUMNS[5] + m)
         u_active = (u != 0) | ((x0_scale != 0) & (x0_u != 0))
         limit = limit_if(u_active, channels)
         u_values = read(uncond, at, limit, channels, pixels, LAYOUT, BLOCK, WIDE)
@@ -65,7 +64,7 @@ def _objective(
     totals = _add(totals, c, c_values)
     if RANGE is not None and x is not None:
         zero = tl.zeros((BLOCK,), WIDE)
-        x_0 = _add((zero, zero, zero, zero), tl.load(x0), x)
+        x_0 = _add((zero, zero, zero, zero), tl.load(row + COLUMNS[4]), x)
         if GUIDED:
             x_0 = _add(x_0, x0_u, u_values)
         x_0 = _add(x_0, x0_c, c_values)
@@ -85,6 +84,7 @@ def linear_step(
     step,  # int, or pointer to one int64 when STEP_POINTER
     batch, channels, pixels, tiles, row_step, row_sample, copies,
     M: tl.constexpr,
+    COLUMNS: tl.constexpr,  # where a row holds which coefficient; see `_triton.columns`
     BRANCHES: tl.constexpr,  # K of each objective
     STACKED: tl.constexpr,
     STEP_POINTER: tl.constexpr, NOISE_TABLE: tl.constexpr,
@@ -104,10 +104,10 @@ def linear_step(
     totals = (zero, zero, zero, zero)
     x_values = None
     if x is not None:
-        scale = tl.load(row)
+        scale = tl.load(row + COLUMNS[0])
         active = scale != 0
         if RANGE is not None:
-            active = active | (tl.load(row + 2 * M + 2) != 0)
+            active = active | (tl.load(row + COLUMNS[4]) != 0)
         x_values = read(x + start, at, limit_if(active, channels), channels, pixels, X, BLOCK, wide)
         totals = _add(totals, scale, x_values)
     if STACKED:
@@ -115,7 +115,7 @@ def linear_step(
             uncond = outputs + m * BRANCHES * all_samples + start
             totals = _objective(
                 totals, uncond, uncond + (BRANCHES - 1) * all_samples, x_values, row, m, at,
-                channels, pixels, M, BRANCHES == 2, RANGE, OUTPUTS, BLOCK, wide,
+                channels, pixels, COLUMNS, BRANCHES == 2, RANGE, OUTPUTS, BLOCK, wide,
             )  # fmt: skip
     else:
         for m in tl.static_range(M):
@@ -123,10 +123,11 @@ def linear_step(
                 uncond = outputs[m] + start
                 totals = _objective(
                     totals, uncond, uncond + (BRANCHES[m] - 1) * all_samples, x_values, row, m, at,
-                    channels, pixels, M, BRANCHES[m] == 2, RANGE, OUTPUTS, BLOCK, wide,
+                    channels, pixels, COLUMNS, BRANCHES[m] == 2, RANGE, OUTPUTS, BLOCK,
+                    wide,
                 )  # fmt: skip
     if noise is not None or seeds is not None:
-        scale = tl.load(row + 2 * M + 1)
+        scale = tl.load(row + COLUMNS[3])
         given = None if noise is None else noise + k * NOISE_TABLE * all_samples + start
         limit = limit_if(scale != 0, channels)
         z = noise_of(given, seeds, sample, k, at, limit, channels, pixels, NOISE, BLOCK, wide)

@@ -17,20 +17,11 @@ zeros beyond it; an adapter that leaves the layer alone has zeros everywhere.
     "fused"     one Triton launch, in the base's own weight.
     "merged"    one batched GEMM over W + B_m A_m, where `merge_error` stays below a limit.
 
-A site holds its tensors at fixed addresses, and `swap` writes another adapter into them: a captured
-graph or a compiled function then runs it, without a new capture or compilation. The base's weight
-and bias are shared, except by "folded" and "merged", which hold rounded copies of the weight: after
-the base changes, make them again. Build a site after the base is on its device and in its dtype.
+A site holds its tensors at fixed addresses. The base's weight and bias are shared, except by
+"folded" and "merged", which hold rounded copies of the weight: after the base changes, make them
+again. Build a site after the base is on its device and in its dtype.
 
-Raw function of each backend (`registry.resolve("grouped_lora", ...)`), which checks nothing:
-
-    run(x, weight, bias, down, up) -> y
-        x           (M, rows, C), dense
-        weight      (N, C), dense
-        bias        (N,) | None
-        down        (M, R, C), dense
-        up          (M, N, R), dense, scale folded in; all of one float dtype and device
-        y           (M, rows, N), new
+`kernels.raw` declares the raw function of each backend.
 """
 
 from typing import Literal

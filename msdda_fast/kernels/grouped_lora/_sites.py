@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers prepared for M adapters: buffers at fixed addresses, `forward`, and `swap` in place."""
+"""Layers prepared for M adapters: buffers at fixed addresses, and `forward`."""
 
 from abc import abstractmethod
-from collections.abc import Callable
 from math import prod
 
 import torch
@@ -26,7 +25,7 @@ class GroupedSite(nn.Module):
 
     Attributes:
         num_objectives: M.
-        rank: R, the largest rank that `swap` accepts.
+        rank: R, the largest rank of the adapters.
 
     Raises:
         InvalidShape: Factors that fit neither the weight nor each other.
@@ -58,25 +57,6 @@ class GroupedSite(nn.Module):
     def _keep(self, name: str, tensor: Tensor) -> None:
         """Hold a tensor of our own, dense, like the weight in dtype and device."""
         self.register_buffer(name, tensor.to(self.weight).contiguous(), persistent=False)
-
-    def _padded(self, m: int, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-        """Check the factors of one adapter; (R, C, *k) and (N, R), zeros beyond its own rank r."""
-        if not 0 <= m < self.num_objectives:
-            raise InvalidShape(f"objective {m} of a site with {self.num_objectives}")
-        rank, shape = len(down), tuple(self.weight.shape)
-        if tuple(down.shape[1:]) != shape[1:] or rank > self.rank:
-            raise InvalidShape(
-                f"down has shape {tuple(down.shape)}, expected (r, "
-                f"{', '.join(map(str, shape[1:]))}) with r <= {self.rank}"
-            )
-        expected = (shape[0], rank, *(1,) * (len(shape) - 2))
-        if tuple(up.shape) != expected:
-            raise InvalidShape(f"up has shape {tuple(up.shape)}, expected {expected}")
-        padded_down = down.new_zeros(self.rank, *shape[1:])
-        padded_down[:rank] = down
-        padded_up = up.new_zeros(shape[0], self.rank)
-        padded_up[:, :rank] = up.reshape(shape[0], rank)
-        return padded_down, padded_up
 
     def _check(self, x: Tensor, channel_axis: int, ndim: tuple[int, int]) -> None:
         """Raise unless `x` has the channels, dtype and whole groups that the layer takes."""
@@ -131,10 +111,11 @@ class _GroupedLinear(GroupedSite):
 
 
 class FactoredLinear(_GroupedLinear):
-    """Designs D and F: the factors as they are, M R (C + N) numbers beside the shared weight.
+    """Designs D and F: separate factors, M R (C + N) numbers in addition to the shared weight.
 
     Args:
-        base, down, up: See `GroupedSite`.
+        base: The layer that all objectives share.
+        down, up: Factors A (M, R, C) and B (M, N, R) of the objectives.
         backend: "eager" (D, differentiates) or "triton" (F).
 
     Raises:
@@ -151,23 +132,12 @@ class FactoredLinear(_GroupedLinear):
             raise InvalidShape("a weight of torch.float64; Triton sums in float32")
         self.differentiates = backend == "eager"
         module = registry.resolve("grouped_lora", backend, self.weight.device.type)
-        self._run: Callable[..., Tensor] = module.run
+        self._run = module.run
         self._keep("down", down.detach())
         self._keep("up", up.detach())
 
     def _grouped(self, x: Tensor) -> Tensor:
         return self._run(x, self.weight, self.bias, self.down, self.up)
-
-    @torch.no_grad()
-    def swap(self, m: int, down: Tensor, up: Tensor) -> None:
-        """Give objective m another adapter, in place: down (r, C), up (N, r), r <= R.
-
-        Raises:
-            InvalidShape: The objective, a shape or the rank does not fit; nothing is changed.
-        """
-        down, up = self._padded(m, down, up)
-        self.down[m].copy_(down)
-        self.up[m].copy_(up)
 
 
 class _Folded(GroupedSite):
@@ -183,17 +153,6 @@ class _Folded(GroupedSite):
         self.register_buffer("folded", folded, persistent=False)
         self.register_buffer("folded_bias", bias, persistent=False)
         self._keep("up", up.detach().flatten(2))
-
-    @torch.no_grad()
-    def swap(self, m: int, down: Tensor, up: Tensor) -> None:
-        """Give objective m another adapter, in place: down (r, C, *k), up (N, r, *1), r <= R.
-
-        Raises:
-            InvalidShape: The objective, a shape or the rank does not fit; nothing is changed.
-        """
-        down, up = self._padded(m, down, up)
-        self.folded.narrow(0, len(self.weight) + m * self.rank, self.rank).copy_(down)
-        self.up[m].copy_(up)
 
 
 class FoldedLinear(_Folded, _GroupedLinear):
@@ -270,20 +229,7 @@ class MergedLinear(_GroupedLinear):
         name: str = "site",
     ) -> None:
         super().__init__(base, down, up)
-        self.limit, self.name = limit, name
         self._keep("merged", check_merge(self.weight, down.detach(), up.detach(), limit, name))
 
     def _grouped(self, x: Tensor) -> Tensor:
         return _eager.run_merged(x, self.merged, self.bias)
-
-    @torch.no_grad()
-    def swap(self, m: int, down: Tensor, up: Tensor) -> None:
-        """Give objective m another adapter, in place: down (r, C), up (N, r), r <= R.
-
-        Raises:
-            InvalidShape: The objective, a shape or the rank does not fit; nothing is changed.
-            UnfaithfulMerge: The new adapter exceeds `limit`; nothing is changed.
-        """
-        down, up = self._padded(m, down, up)
-        site = f"{self.name}, new adapter of objective {m}"
-        self.merged[m].copy_(check_merge(self.weight, down[None], up[None], self.limit, site)[0])

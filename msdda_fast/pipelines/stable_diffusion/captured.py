@@ -8,7 +8,8 @@ graph per kind of step; see `modes`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,44 +22,49 @@ from msdda_fast.engine.buffers import ShapeKey, StepBuffers, padded_steps
 from msdda_fast.engine.graph import Capture, CapturedStep, StepCache
 from msdda_fast.engine.noise import NoiseSource
 from msdda_fast.errors import InvalidShape, UnsupportedNetwork
-from msdda_fast.pipelines.stable_diffusion.active_objectives import ActiveObjectives
-from msdda_fast.pipelines.stable_diffusion.modes import Mode, ModeNetwork, plan
+from msdda_fast.pipelines.stable_diffusion.exact import ExactNetwork
+from msdda_fast.pipelines.stable_diffusion.merged_network import MergedNetwork
+from msdda_fast.pipelines.stable_diffusion.modes import Mode, plan
 from msdda_fast.steps.coefficients import CoefficientTable
 
-__all__ = ["CapturedSampler", "Generation"]
+__all__ = ["CapturedGeneration", "CapturedSampler"]
+
+#: A network that a `CapturedSampler` builds.
+_Network: TypeAlias = ExactNetwork | MergedNetwork
 
 
-class Generation:
-    """One loaded request: run its steps, looking in between."""
+class CapturedGeneration:
+    """One loaded request as an `engine.loop.Generation`; its steps are done in static buffers."""
 
-    def __init__(self, step: CapturedStep, table: CoefficientTable, shared: bool) -> None:
-        network = step.network
-        assert isinstance(network, (ActiveObjectives, ModeNetwork))
-        self._step, self._network, self._shared = step, network, shared
-        self._size = table.share.shape[:2]
+    def __init__(
+        self, step: CapturedStep[_Network], table: CoefficientTable, *, shares_text: bool
+    ) -> None:
+        self._step, self._shares_text = step, shares_text
+        self._num_steps = len(table)
         changes = (table.share[1:] != table.share[:-1]).flatten(1).any(1).tolist()
-        self._reweighted = [False, *changes, False]  # whether shares change before step k
+        self._reweighted = [False, *changes]  # whether shares change before step k
         self._next = 0
 
     @property
     def x(self) -> Tensor:
         """The state, (B, C, h, w) float32; the next step overwrites it."""
-        return self._step.buffers.x
+        return self._step.x
 
     @property
-    def step_kl(self) -> Tensor:
-        """Estimated KL divergence of each step so far from the exact one, (T, B) nats; a copy."""
-        if isinstance(self._network, ModeNetwork):
-            return self._network.step_kl[: self._size[0]].clone()
-        return self.x.new_zeros(self._size)
+    def step_kl(self) -> Tensor | None:
+        """Estimated KL divergence of each step from the exact one, (T, B) nats; a copy.
 
-    def steps(self) -> Iterator[int]:
-        """See `CapturedStep.steps`."""
-        for k in self._step.steps():
-            self._next = k + 1
-            yield k
-            if self._reweighted[k + 1] and isinstance(self._network, ModeNetwork):
-                self._network.mix(k + 1)
+        None for exact networks.
+        """
+        estimates = self._step.network.step_kl
+        return None if estimates is None else estimates[: self._num_steps].clone()
+
+    def step(self, k: int) -> None:
+        """Do step k."""
+        if self._reweighted[k]:
+            self._step.network.mix(k)
+        self._step.step(k)
+        self._next = k + 1
 
     def replace_x(self, x: Tensor) -> None:
         """Go on from another state, between two steps."""
@@ -70,23 +76,20 @@ class Generation:
         Raises:
             InvalidShape: Another shape; or they differ between objectives, and did not before.
         """
-        key = self._step.buffers.key
+        buffers = self._step.buffers
+        key = buffers.key
         if prompt_embeds.shape != key.context:
             raise InvalidShape(
                 f"embeddings have shape {tuple(prompt_embeds.shape)} now, expected {key.context}"
             )
         embeds = {m: prompt_embeds[m] for m, runs in enumerate(key.active) if runs}
         first = next(iter(embeds.values()))
-        if self._shared and not all(bool((rows == first).all()) for rows in embeds.values()):
+        if self._shares_text and not all(bool((rows == first).all()) for rows in embeds.values()):
             raise InvalidShape(
                 "the callback gave each objective embeddings of its own, where all share one text "
                 'encoding; use set_forward("sequential")'
             )
-        timesteps = self._step.buffers.timesteps
-        if isinstance(self._network, ModeNetwork):
-            self._network.begin(embeds, timesteps, shared=self._shared, k=self._next)
-        else:
-            self._network.begin(embeds, timesteps, shared=self._shared)
+        self._step.network.begin(embeds, buffers.timesteps, shared=self._shares_text, k=self._next)
 
 
 class CapturedSampler:
@@ -125,22 +128,21 @@ class CapturedSampler:
                     "have no fixed place"
                 )
             own = [variants[m] for m in members]
-            self._groups.append((LoadedAdapters(own, rank_pad=options.rank_pad), members))
+            self._groups.append((LoadedAdapters(own), members))
             BatchedUNet(self._groups[-1][0], options)  # what cannot be built is refused here
-        self._unet = variants[0].network
+        unet, nhwc = variants[0].network, options.channels_last
+        # asked of the network, these walk all of its modules: milliseconds in each request
+        device, self._dtype = unet.device, unet.dtype
+        self._channels_last = device.type == "cuda" if nhwc is None else nhwc
         self._cache = StepCache(
-            self._build,
-            device=self._unet.device,
-            capacity=capacity,
-            capture=capture,
-            compile=compile,
+            self._build, device=device, capacity=capacity, capture=capture, compile=compile
         )
 
     def __len__(self) -> int:
         return len(self._cache)
 
     def is_current(self, variants: Sequence[Variant]) -> bool:
-        """Whether these variants, as they are now, are what was built; one sync per objective."""
+        """Whether these variants are what was built, and unchanged; one sync per objective."""
         same = list(variants) == self._variants
         return same and all(adapters.is_current() for adapters, _ in self._groups)
 
@@ -151,9 +153,9 @@ class CapturedSampler:
         x_T: Tensor,
         prompt_embeds: Tensor,
         *,
-        shared: bool,
+        shares_text: bool,
         mode: Mode = "exact",
-    ) -> Generation:
+    ) -> CapturedGeneration:
         """Write a request into the step of its shape, which is built and captured the first time.
 
         Args:
@@ -161,7 +163,7 @@ class CapturedSampler:
             noise: Source of z; generators draw all of it here.
             x_T: (B, C, h, w), latent units.
             prompt_embeds: (M, K, B, L, D).
-            shared: Whether they are the same for all objectives.
+            shares_text: Whether they are the same for all objectives.
             mode: See `modes`.
 
         Raises:
@@ -170,57 +172,52 @@ class CapturedSampler:
             UnsupportedNetwork: The mode is approximate, and cannot run these networks.
         """
         kinds = plan(mode, table)
-        exact = all(kind == "exact" for kind in kinds)
-        unet, options = self._unet, self._options
-        every, nhwc = not options.sharing.inactive, options.channels_last
-        ranks = [s.down.shape[1] for adapters, _ in self._groups for s in adapters.stacks.values()]
+        every = not self._options.sharing.inactive
         step = self._cache.prepare(
             ShapeKey(
                 shape=tuple(x_T.shape),
                 active=tuple(every or on for on in table.active),
                 branches=prompt_embeds.shape[1],
                 clip_range=table.clip_range,
-                dtype=unet.dtype,
-                channels_last=unet.device.type == "cuda" if nhwc is None else nhwc,
-                rank=max(ranks, default=0),
+                dtype=self._dtype,
+                channels_last=self._channels_last,
                 max_steps=padded_steps(len(table)),
                 noise_table=noise.seeds is None,
                 context=tuple(prompt_embeds.shape),
-                shared_context=shared,
-                mode="exact" if exact else "staggered" if mode == "staggered" else "merged",
+                shared_context=shares_text,
+                mode="exact" if all(kind == "exact" for kind in kinds) else "merged",
             )
         )
-        z = None if noise.seeds is not None else _drawn(noise, table, x_T, unet.dtype)
-        conditioning = {}
-        if isinstance(step.network, ModeNetwork):
-            conditioning = step.network.conditioning(table)
+        z = None if noise.seeds is not None else _drawn(noise, table, x_T, self._dtype)
+        conditioning = step.network.conditioning(table)
         step.load(table, x_T, seeds=noise.seeds, noise=z, conditioning=conditioning, kinds=kinds)
-        generation = Generation(step, table, shared)
+        generation = CapturedGeneration(step, table, shares_text=shares_text)
         generation.replace_prompt(prompt_embeds)
         return generation
 
-    def _build(self, key: ShapeKey, buffers: StepBuffers) -> ActiveObjectives | ModeNetwork:
+    def _build(self, key: ShapeKey, buffers: StepBuffers) -> _Network:
         members = []
         for adapters, objectives in self._groups:
             chosen = [i for i, m in enumerate(objectives) if key.active[m]]
             if chosen:
                 unet = BatchedUNet(adapters, self._options, chosen)
                 members.append((unet, [objectives[i] for i in chosen]))
-        nothing = torch.zeros(key.context[1:], dtype=key.dtype, device=self._unet.device)
-        embeds = {m: nothing for m, runs in enumerate(key.active) if runs}
+        network: _Network
         if key.mode == "exact":
-            network = ActiveObjectives(members, len(key.active), key.dtype)
-            network.begin(embeds, buffers.timesteps, shared=key.shared_context)
-            return network
-        if len(self._groups) > 1:
+            network = ExactNetwork(members, len(key.active), key.dtype)
+        elif len(self._groups) > 1:
             raise UnsupportedNetwork("modes do not run objectives with networks of their own")
-        approximate = ModeNetwork(members[0][0], key, buffers)
-        approximate.begin(embeds, buffers.timesteps, shared=key.shared_context, k=0)
-        return approximate
+        else:
+            network = MergedNetwork(members[0][0], key, buffers)
+        nothing = torch.zeros(key.context[1:], dtype=key.dtype, device=buffers.x.device)
+        embeds = {m: nothing for m, runs in enumerate(key.active) if runs}
+        network.begin(embeds, buffers.timesteps, shared=key.shared_context, k=0)
+        return network
 
 
 def _drawn(noise: NoiseSource, table: CoefficientTable, x_T: Tensor, dtype: torch.dtype) -> Tensor:
     """z of all steps (T, B, C, h, w), drawn in the order and dtype of stock diffusers."""
+    noise = noise.drawn_for(table)
     if noise.noise is not None:
         return noise.noise
     like = x_T.new_empty(x_T.shape, dtype=dtype)

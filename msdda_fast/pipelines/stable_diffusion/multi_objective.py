@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from diffusers import DiffusionPipeline
@@ -16,19 +15,14 @@ from msdda_fast.adapters.variant import Variant
 from msdda_fast.batched.options import DEFAULTS, BatchedOptions
 from msdda_fast.engine.graph import Capture
 from msdda_fast.engine.parallel import ObjectiveParallel
-from msdda_fast.errors import AdapterMismatch, UnsupportedNetwork
+from msdda_fast.errors import InvalidMode
 from msdda_fast.objective import Objective
 from msdda_fast.pipelines import loading, saving
-from msdda_fast.pipelines.stable_diffusion.captured import CapturedSampler
+from msdda_fast.pipelines.stable_diffusion.forward import Forward, ForwardSettings, Runner
 from msdda_fast.pipelines.stable_diffusion.modes import Mode
+from msdda_fast.pipelines.stable_diffusion.sampling import Networks
 
-__all__ = ["Forward", "MultiObjectivePipeline"]
-
-logger = logging.getLogger(__name__)
-
-#: "batched": one forward for all objectives; "sequential": one after another; "auto": batched where
-#: the objectives share a network that can.
-Forward = Literal["auto", "batched", "sequential"]
+__all__ = ["MultiObjectivePipeline"]
 
 
 class MultiObjectivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers ships no types
@@ -37,10 +31,7 @@ class MultiObjectivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffus
     _objectives: dict[str, Objective]
     _variants: dict[str, Variant]
     _parallel: ObjectiveParallel | None = None
-    _forward: Forward = "auto"
-    _sampler_options: Mapping[str, Any] = {}
-    _sampler: CapturedSampler | None = None
-    _said: str = ""
+    _runner: Runner = Runner(ForwardSettings())
 
     @classmethod
     def from_pretrained(
@@ -150,46 +141,42 @@ class MultiObjectivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffus
         Raises:
             ValueError: Another word than those.
         """
-        for name, value, known in (
-            ("forward", forward, ("auto", "batched", "sequential")),
-            ("capture", capture, ("auto", "required", "off")),
-        ):
-            if value not in known:
-                raise ValueError(f"{name} must be one of {known}, got {value!r}")
-        self._forward, self._sampler = forward, None
-        self._sampler_options = {"capture": capture, "compile": compile, "options": options}
+        self._runner = Runner(
+            ForwardSettings(forward=forward, capture=capture, compile=compile, options=options)
+        )
 
     @property
-    def forward_settings(self) -> dict[str, Any]:
-        """The arguments that `set_forward` was last called with."""
-        return {"forward": self._forward, **self._sampler_options}
+    def forward_settings(self) -> ForwardSettings:
+        """What `set_forward` was last called with."""
+        return self._runner.settings
 
-    def captured_sampler(self, *, required: bool = False) -> CapturedSampler | None:
-        """The batched forward of the objectives as they are now; None: one after another.
+    def networks(self, mode: Mode = "exact", *, runner: Runner | None = None) -> Networks:
+        """What evaluates a request now: the batched forward, or the networks one after another.
 
         Args:
-            required: Never None, whatever `set_forward` says.
+            mode: Of the request; approximate ones have no other than the batched forward.
+            runner: Keeps the batched forward; None: this pipeline's own.
 
         Raises:
-            AdapterMismatch, UnsupportedNetwork: Required, or `set_forward("batched")`, and it
-                cannot be.
+            AdapterMismatch, UnsupportedNetwork: The objectives cannot share a forward, which the
+                mode or `set_forward("batched")` asks for.
+            InvalidMode: The mode is approximate, and the networks are in float64.
             CaptureError: Graphs are required on a device without them.
         """
-        if self._forward == "sequential" and not required:
-            return None
-        variants = list(self._variants.values())
-        if self._sampler is not None and self._sampler.is_current(variants):
-            return self._sampler
-        self._sampler = None  # free the old one before building anew
-        try:
-            self._sampler = CapturedSampler(variants, **self._sampler_options)
-        except (AdapterMismatch, UnsupportedNetwork) as error:
-            if required or self._forward == "batched":
-                raise
-            if str(error) != self._said:
-                logger.info("objectives run one after another: %s", error)
-                self._said = str(error)
-        return self._sampler
+        dtype, sampler = self.unet.dtype, None
+        if dtype == torch.float64 and mode != "exact":
+            raise InvalidMode(f'a float64 network samples with mode="exact" only, got {mode!r}')
+        if self._parallel is None and dtype != torch.float64:
+            variants = list(self._variants.values())
+            sampler = (runner or self._runner).sampler(variants, required=mode != "exact")
+        return Networks(
+            variants=self._variants,
+            text_encoder=self.text_encoder,
+            encode_prompt=self.encode_prompt,
+            dtype=dtype,
+            sampler=sampler,
+            parallel=self._parallel,
+        )
 
     def to(self, *args: Any, **kwargs: Any) -> Self:  # noqa: ANN401 - diffusers' signature
         """Move or cast every component and every objective's own network."""
@@ -220,9 +207,8 @@ class MultiObjectivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffus
             InvalidShape, InvalidSchedule, InvalidMode: As the call.
         """
 
-        def stop(pipe: Any, k: int, t: Tensor, tensors: dict[str, Any]) -> dict[str, Any]:  # noqa: ANN401
+        def stop(pipe: Self, k: int, t: Tensor, tensors: dict[str, Any]) -> None:
             pipe._interrupt = True
-            return {}
 
         shown = getattr(self, "_progress_bar_config", {})
         self.set_progress_bar_config(disable=True)

@@ -1,30 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A pipeline's objectives over several processes: what must agree, and who predicts what."""
+"""A pipeline's objectives over several processes: what must agree, and who evaluates what."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from msdda_fast.adapters.variant import Variant
 from msdda_fast.engine.assignment import Work
 from msdda_fast.engine.noise import NoiseSource
 from msdda_fast.engine.parallel import ObjectiveParallel, tensor_bytes
 from msdda_fast.pipelines.prompts import Prompts
-from msdda_fast.pipelines.stable_diffusion.prediction import Predictor
+from msdda_fast.pipelines.stable_diffusion.sequential import SequentialNetwork
 from msdda_fast.steps.coefficients import CoefficientTable
 
-if TYPE_CHECKING:
-    from msdda_fast.pipelines.stable_diffusion.pipeline import MSDDAPipeline
-
-__all__ = ["ParallelPredictor", "generation"]
+__all__ = ["ParallelNetwork", "together"]
 
 
-class ParallelPredictor:
-    """The predictions of all ranks, each evaluating its share with a predictor of its own.
+class ParallelNetwork:
+    """The outputs of all ranks, each evaluating its share of the objectives.
 
     Args:
         parallel: The ranks, inside a `generation`, from its first step.
@@ -32,47 +29,55 @@ class ParallelPredictor:
         dtype: Of the outputs.
     """
 
-    def __init__(self, parallel: ObjectiveParallel, local: Predictor, dtype: torch.dtype) -> None:
-        self._parallel = parallel
-        self._local = local
-        self._dtype = dtype
-        self._step = 0
+    def __init__(
+        self, parallel: ObjectiveParallel, local: SequentialNetwork, dtype: torch.dtype
+    ) -> None:
+        self._parallel, self._local, self._dtype = parallel, local, dtype
 
-    def predict(
-        self, x_t: Tensor, t: Tensor, prompt_embeds: Tensor, active: Sequence[bool]
-    ) -> Sequence[Tensor | None]:
-        """See `Predictor.predict`.
+    def __call__(self, x: Tensor, k: int) -> list[Tensor | None]:
+        """The raw outputs (K, B, C, h, w) of M objectives; None for those not active at step k.
 
         Raises:
             RankLost, RanksDiffer: See `ObjectiveParallel.evaluate`.
         """
+        local = self._local
 
         def run(work: Work) -> list[Tensor]:
-            mine = [m in work.objectives for m in range(len(active))]
-            embeds = prompt_embeds[:, work.start : work.stop]
-            outputs = self._local.predict(x_t, t, embeds, mine)
+            branches = slice(work.start, work.stop)
+            outputs = local.evaluate(x, k, work.objectives, branches)
             return [output for m in work.objectives if (output := outputs[m]) is not None]
 
-        step, self._step = self._step, self._step + 1
         return self._parallel.evaluate(
-            run, x_t, step, active=active, branches=prompt_embeds.shape[1], dtype=self._dtype
+            run,
+            x,
+            k,
+            active=local.active[k],
+            branches=local.prompt_embeds.shape[1],
+            dtype=self._dtype,
         )
 
 
 @contextmanager
-def generation(
+def together(
     parallel: ObjectiveParallel,
-    pipe: MSDDAPipeline,
+    variants: Mapping[str, Variant],
     prompts: Prompts,
     table: CoefficientTable,
     noise: NoiseSource,
     latents: Tensor | None,
+    dtype: torch.dtype,
 ) -> Iterator[None]:
     """Begin a checked request on all ranks, and end it together.
 
     Seeds need no traffic. Generators, torch's default one among them, take the state that rank 0's
     have, here and once: after the generation they are on every rank where one process leaves them.
     The weights of the networks are not compared.
+
+    Args:
+        parallel: The ranks.
+        variants: By objective.
+        prompts, table, noise, latents: The request.
+        dtype: Of the networks.
 
     Raises:
         RanksDiffer: A rank has another request; says which, and in what.
@@ -82,12 +87,12 @@ def generation(
     texts = (prompts.prompt, prompts.negative_prompt, prompts.images_per_prompt)
     embeds = (prompts.prompt_embeds, prompts.negative_prompt_embeds)
     coefficients = tensor_bytes(table.rows) + tensor_bytes(table.timesteps)
-    variants = [(name, v.adapter, v.scale) for name, v in pipe.variants.items()]
+    objectives = [(name, v.adapter, v.scale) for name, v in variants.items()]
     request = {
         "prompts": repr(texts).encode() + b"".join(tensor_bytes(e) for e in embeds),
-        "objectives": repr(variants).encode(),
+        "objectives": repr(objectives).encode(),
         "weights, etas, guidance or steps": coefficients,
-        "size or dtype": repr((tuple(noise.shape), pipe.unet.dtype, table.clip_range)).encode(),
+        "size or dtype": repr((tuple(noise.shape), dtype, table.clip_range)).encode(),
         "seeds": tensor_bytes(noise.seeds),
         "generators": repr([generator.device.type for generator in generators]).encode(),
         "latents": tensor_bytes(latents),

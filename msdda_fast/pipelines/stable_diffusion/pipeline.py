@@ -29,10 +29,12 @@ from msdda_fast.engine.noise import image_seeds, noise_source
 from msdda_fast.objective import Objective
 from msdda_fast.pipelines import loading, request
 from msdda_fast.pipelines.prompts import Prompts
-from msdda_fast.pipelines.stable_diffusion import sampling
-from msdda_fast.pipelines.stable_diffusion.modes import Mode
+from msdda_fast.pipelines.stable_diffusion.callback import Callback, StepCallback
+from msdda_fast.pipelines.stable_diffusion.decoding import decode
+from msdda_fast.pipelines.stable_diffusion.modes import Mode, check_mode
 from msdda_fast.pipelines.stable_diffusion.multi_objective import MultiObjectivePipeline
 from msdda_fast.pipelines.stable_diffusion.output import MSDDAPipelineOutput
+from msdda_fast.pipelines.stable_diffusion.sampling import PromptedGeneration, Request, sample
 from msdda_fast.steps.table import coefficient_table
 from msdda_fast.types import Fusion, GeneratorLike, WeightSchedule, ZeroVariancePolicy
 
@@ -55,7 +57,8 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
 
     Args:
         vae, text_encoder, tokenizer, unet, scheduler: As in `StableDiffusionPipeline`, as are the
-            optional components. A scheduler that is not DDIM is rebuilt as one from its config.
+            optional components. The scheduler is DDIM; PNDM and DDPM, which folders of Stable
+            Diffusion name, are rebuilt as DDIM from their config, and others are refused.
     """
 
     def __init__(
@@ -111,6 +114,8 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
             requires_safety_checker=pipeline.config.get("requires_safety_checker", True),
             _name_or_path=pipeline.config.get("_name_or_path"),
         )
+        if (settings := getattr(pipeline, "forward_settings", None)) is not None:
+            pipe.set_forward(**vars(settings))
         return loading.attach_loaded(pipe, pipeline, objectives)
 
     @torch.no_grad()
@@ -138,7 +143,7 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
         fusion: Fusion = "posterior",
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: sampling.StepCallback | None = None,
+        callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         **refused: Any,  # noqa: ANN401 - named in the error
     ) -> Any:  # noqa: ANN401 - as in diffusers, an output object or a tuple
@@ -157,9 +162,8 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
                 callable from the step index 0..T-1 to any of these. None: uniform. An objective
                 whose weight is 0 throughout is not evaluated.
             mode: "exact", or for speed an approximation that reports how far its steps may be off:
-                "staggered" renews the deep features of one objective per step, in turn; "merged"
-                runs one network with the adapters merged by precision, the limit of Rewarded Soups;
-                "hybrid" is merged, and exact in the last fifth of the steps.
+                "merged" runs one network with the adapters merged by precision, the limit of
+                Rewarded Soups; "hybrid" is merged, and exact in the last fifth of the steps.
             seed: Counter-based noise: image i gets the seed `seed + i`; a list has one per image.
             etas: eta in [0, 1] by objective, in place of the objectives' own.
             guidance_scale: >= 1, for all objectives, by name, or (M,); 1 is no guidance. None: the
@@ -201,8 +205,8 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
         """
         request.refuse(refused)
         request.check_output_type(output_type)
-        request.check_mode(mode, in_parallel=self.parallel is not None)
-        callback = sampling.Callback.of(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        check_mode(mode, in_parallel=self.parallel is not None)
+        callback = Callback.check(callback_on_step_end, callback_on_step_end_tensor_inputs)
         prompts = Prompts.check(
             prompt,
             negative_prompt,
@@ -212,7 +216,8 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
             embed_width=self.unet.config.cross_attention_dim,
         )
         scheduler = loading.ddim_scheduler(self.scheduler)  # users assign others to a pipeline
-        self.register_modules(scheduler=scheduler)
+        if scheduler is not self.scheduler:
+            self.register_modules(scheduler=scheduler)
         device = self._execution_device
         table = coefficient_table(
             scheduler,
@@ -236,8 +241,19 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
         seeds = None if seed is None else image_seeds(seed, prompts.batch_size)
         noise = noise_source(shape, len(table), device, seeds=seeds, generator=generator)
 
-        x_0, step_kl = sampling.sample(self, prompts, table, noise, latents, callback, mode)
-        images, flagged = self._decode(x_0, output_type)
+        self._interrupt, self._num_timesteps = False, len(table)
+        with self.progress_bar(total=len(table)) as bar:
+
+            def watch(k: int, generation: PromptedGeneration, embeds: Tensor) -> bool:
+                if callback is not None:
+                    callback(self, k, table.timesteps[k], generation, embeds)
+                bar.update()
+                return not self._interrupt
+
+            x_0, step_kl = sample(
+                self.networks(mode), Request(prompts, table, noise, latents, mode), watch
+            )
+        images, flagged = self.to_images(x_0, output_type)
         self.maybe_free_model_hooks()
         if not return_dict:
             return images, flagged
@@ -245,12 +261,18 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
             images=images, nsfw_content_detected=flagged, step_kl_estimate=step_kl
         )
 
-    def _decode(self, x_0: Tensor, output_type: str) -> tuple[Any, list[bool] | None]:
+    def to_images(self, x_0: Tensor, output_type: str = "pil") -> tuple[Any, list[bool] | None]:
+        """Turn latents into images of a type of the call, with the safety checker's flags.
+
+        Args:
+            x_0: (B, C, h, w), as sampled.
+            output_type: As in the call; "latent" returns `x_0` itself.
+
+        Returns: The images, and by image whether it was blackened; None without a safety checker.
+        """
         if output_type == "latent":
             return x_0, None
-        latents = x_0.to(self.vae.dtype) / self.vae.config.scaling_factor
-        image = self.vae.decode(latents, return_dict=False)[0]
-        image, flagged = self.run_safety_checker(image, x_0.device, self.vae.dtype)
+        image, flagged = self.run_safety_checker(decode(self.vae, x_0), x_0.device, self.vae.dtype)
         # a flagged image is black already; it must not be rescaled from [-1, 1]
         normalised = [True] * len(image) if flagged is None else [not flag for flag in flagged]
         images = self.image_processor.postprocess(image, output_type, do_denormalize=normalised)

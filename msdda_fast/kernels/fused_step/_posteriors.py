@@ -1,25 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Eq. 7 before any pixel: from variances and weights to the coefficients of the means.
-
-With s = min_i sigma_i^2 over the active objectives (w_i != 0) and r_i = s / sigma_i^2,
-
-    share_i = w_i r_i / sum_j w_j r_j,      sigma_w^2 = s / sum_j w_j r_j,
-
-which neither overflows nor divides by zero, and is the limit itself where s = 0: the objectives
-with zero variance share among themselves, with r_i = 1 ("dominate") or r_i = 1 / c_i^2 ("ratio").
-"""
+"""Checks and uploads the variances and weights of `fast_fuse_step`."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from msdda_fast.errors import InvalidSchedule, InvalidShape, InvalidWeights, ZeroVariance
+from msdda_fast.errors import InvalidShape, InvalidWeights, ZeroVariance
+from msdda_fast.steps.shares import check_policy, fold_rates, has_no_limit, scaled_weights
 from msdda_fast.tracing import values_are_readable
 from msdda_fast.types import ZeroVariancePolicy
 from msdda_fast.weights import normalise_weights
 
-__all__ = ["as_numbers", "fused_coefficients", "prepare", "scaled_weights", "with_all_axes"]
+__all__ = ["as_numbers", "fused_coefficients", "prepare", "with_all_axes"]
 
 
 def as_numbers(values: Tensor | Sequence[object] | float, name: str) -> Tensor:
@@ -72,7 +65,7 @@ def prepare(
     Args:
         variances: (M, B | 1, ...), latent units squared, >= 0.
         weights: The same number of axes, sum 1 over the first.
-        device: Where both are wanted.
+        device: Where to put both.
         zero_variance: "error", "dominate" or "ratio".
         rates: (M,) > 0, for "ratio" only.
         extrapolate: Accept negative weights while every total precision is positive.
@@ -84,14 +77,8 @@ def prepare(
         InvalidSchedule: An unknown policy, or rates that are missing, not positive or unused.
         InvalidWeights, InvalidShape, ZeroVariance, ValueError: See `fast_fuse_step`.
     """
-    if zero_variance not in ("error", "dominate", "ratio"):
-        raise InvalidSchedule(
-            f'zero_variance must be "error", "dominate" or "ratio", got {zero_variance!r}'
-        )
-    if (zero_variance == "ratio") != (rates is not None):
-        raise InvalidSchedule(
-            f'rates go with zero_variance="ratio", got {zero_variance!r} and rates={rates!r}'
-        )
+    c = None if rates is None else as_numbers(rates, "rates")
+    check_policy(zero_variance, c, len(variances))
     normalised = normalise_weights(weights, axis=0, extrapolate=extrapolate)
     if values_are_readable(variances) and values_are_readable(weights):
         _check_values(variances.detach(), normalised, zero_variance, extrapolate)
@@ -99,14 +86,8 @@ def prepare(
         normalised = weights.double() / weights.double().sum(0, keepdim=True)
     variances = variances.to(device, non_blocking=True)
     weights = normalised.to(device, non_blocking=True)
-    if rates is not None:
-        c = as_numbers(rates, "rates")
-        if c.shape != variances.shape[:1]:
-            raise InvalidShape(f"rates have shape {tuple(c.shape)}, expected ({len(variances)},)")
-        if values_are_readable(c) and not bool(((c > 0) & c.isfinite()).all()):
-            raise InvalidSchedule(f"rates must be positive and finite, got {c.tolist()}")
-        c = c.to(weights).view(-1, *(1,) * (variances.ndim - 1))
-        weights = torch.where(variances == 0, weights / (c / c.amin(0)) ** 2, weights)
+    if c is not None:
+        weights = fold_rates(weights, variances == 0, c.to(weights), axis=0)
     return variances, weights
 
 
@@ -123,9 +104,7 @@ def _check_values(
             value = float(variances.expand_as(wrong)[wrong][0])
             raise ValueError(f"variances must be finite and not negative, got {value!r}")
     if low <= 0 and zero_variance == "error":
-        zero = active & (variances == 0)
-        undefined = zero.any(0) & (active.sum(0) > 1)
-        if bool(undefined.any()):
+        if bool(has_no_limit(variances == 0, weights, axis=0, common_factor=False).any()):
             raise ZeroVariance(
                 "a variance of 0 meets other active objectives, and their product has no unique "
                 'limit; choose zero_variance="dominate" (those of zero variance decide) or "ratio" '
@@ -140,16 +119,8 @@ def _check_values(
             )
 
 
-def scaled_weights(variances: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """`w_i r_i` (M, ...), 0 where inactive, and the smallest active variance `s` (...)."""
-    active = weights != 0
-    least = torch.where(active, variances, torch.inf).amin(0)
-    ratio = torch.where(variances == least, 1.0, least / variances)  # 1 where both are zero
-    return torch.where(active, weights * ratio, 0.0), least
-
-
 def fused_coefficients(variances: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """`share` (M, ...) and `var_w` (...) in float64 for broadcastable variances and weights."""
+    """Eq. 7: `share` (M, ...) and `var_w` (...) in float64; variances and weights broadcast."""
     scaled, least = scaled_weights(variances.double(), weights)
     precision = scaled.sum(0)
-    return scaled / precision, least / precision
+    return scaled / precision, least[0] / precision

@@ -23,6 +23,7 @@ from msdda_fast.batched.sites import SiteBuilder
 from msdda_fast.batched.unet import BatchedUNet
 from msdda_fast.errors import InvalidShape
 from msdda_fast.lora.stack import StackedFactors
+from msdda_fast.torch_private import conv_forward
 
 __all__ = ["MergedUNet"]
 
@@ -76,7 +77,7 @@ class MergedSite(nn.Module):
         """
         conv = self.base if isinstance(self.base, nn.Conv2d) else None
         # the base's stride, padding and dilation
-        hidden = conv._conv_forward(x, self.down, None) if conv else functional.linear(x, self.down)
+        hidden = conv_forward(conv, x, self.down) if conv else functional.linear(x, self.down)
         samples, rank = self.scales.shape
         tail = (rank, 1, 1) if conv else (*(1,) * (x.ndim - 2), rank)
         rows = hidden.view(-1, samples if len(x) > 1 else 1, *hidden.shape[1:])

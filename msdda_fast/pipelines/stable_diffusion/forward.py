@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the objectives' networks run: all in one batched forward, or one after another."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from msdda_fast.adapters.variant import Variant
+from msdda_fast.batched.options import DEFAULTS, BatchedOptions
+from msdda_fast.engine.graph import Capture
+from msdda_fast.errors import AdapterMismatch, UnsupportedNetwork
+from msdda_fast.pipelines.stable_diffusion.captured import CapturedSampler
+
+__all__ = ["Forward", "ForwardSettings", "Runner"]
+
+logger = logging.getLogger(__name__)
+
+#: "batched": one forward for all objectives; "sequential": one after another; "auto": batched where
+#: the objectives share a network that can.
+Forward: TypeAlias = Literal["auto", "batched", "sequential"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardSettings:
+    """How the objectives' networks run; see `MSDDAPipeline.set_forward`.
+
+    Raises:
+        ValueError: Another word than those of `Forward` and `Capture`.
+    """
+
+    forward: Forward = "auto"
+    capture: Capture = "auto"
+    compile: bool = False
+    options: BatchedOptions = DEFAULTS
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("forward", self.forward, ("auto", "batched", "sequential")),
+            ("capture", self.capture, ("auto", "required", "off")),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {known}, got {value!r}")
+
+
+class Runner:
+    """Builds the batched forward of some variants, keeps it, and builds it anew when they change.
+
+    Args:
+        settings: How to build it.
+        capacity: Most shapes of requests kept.
+    """
+
+    def __init__(self, settings: ForwardSettings, *, capacity: int = 8) -> None:
+        self.settings = settings
+        self._capacity = capacity
+        self._sampler: CapturedSampler | None = None
+        self._said = ""
+
+    def sampler(self, variants: Sequence[Variant], *, required: bool) -> CapturedSampler | None:
+        """The batched forward of variants as they are now; None: they run one after another.
+
+        Args:
+            variants: One per objective.
+            required: Never None, whatever the settings say.
+
+        Raises:
+            AdapterMismatch, UnsupportedNetwork: Required, or the settings say "batched", and it
+                cannot be.
+            CaptureError: Graphs are required on a device without them.
+        """
+        settings = self.settings
+        if settings.forward == "sequential" and not required:
+            return None
+        if self._sampler is not None and self._sampler.is_current(variants):
+            return self._sampler
+        self._sampler = None  # free the old one before building anew
+        try:
+            self._sampler = CapturedSampler(
+                variants,
+                options=settings.options,
+                capture=settings.capture,
+                compile=settings.compile,
+                capacity=self._capacity,
+            )
+        except (AdapterMismatch, UnsupportedNetwork) as error:
+            if required or settings.forward == "batched":
+                raise
+            if str(error) != self._said:
+                logger.info("objectives run one after another: %s", error)
+                self._said = str(error)
+        return self._sampler

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One forward of merged adapters for all objectives, and how wrong it may be.
+
+A "refresh" step is exact, and compares there what the merged network would have said with what is
+right. That difference, kept, is the estimated error of the merged steps until the next refresh. All
+that one step leaves to another lies in storage that is written in place, so that each kind of step
+can be captured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from msdda_fast.batched.unet import BatchedUNet
+from msdda_fast.engine.buffers import ShapeKey, StepBuffers
+from msdda_fast.engine.step import Predict
+from msdda_fast.pipelines.stable_diffusion.merged_unet import MergedUNet
+from msdda_fast.pipelines.stable_diffusion.step_kl import step_kl
+from msdda_fast.steps.coefficients import CoefficientTable, StepCoefficients
+
+__all__ = ["MergedNetwork"]
+
+
+class MergedNetwork:
+    """`engine.step.Network` of the modes "merged" and "hybrid", for requests of one shape.
+
+    The kinds of step are "exact", "refresh" (exact, and measures the error) and "merged"; see
+    `modes.plan`. Embeddings that differ between objectives are averaged with the same shares as the
+    adapters.
+
+    Args:
+        exact: Of the objectives that run.
+        key: Shapes.
+        buffers: Get `conditioning` of their own.
+
+    Attributes:
+        step_kl: Estimated KL divergence of each step from the exact one, (T, B) nats; written by
+            merged steps. See `step_kl.step_kl`.
+
+    Raises:
+        UnsupportedNetwork: The adapters cannot be merged per sample.
+    """
+
+    def __init__(self, exact: BatchedUNet, key: ShapeKey, buffers: StepBuffers) -> None:
+        self._exact, self._key, self._buffers = exact, key, buffers
+        self._merged = MergedUNet(exact.adapters)
+        size, x = (key.max_steps, key.shape[0]), buffers.x
+        self.step_kl = x.new_zeros(size)
+        self._std = buffers.conditioning["std"] = x.new_zeros(size)
+        self._share = buffers.conditioning["share"] = x.new_zeros(*size, len(key.active))
+        self._errors = x.new_zeros(len(exact.objectives), key.branches, *x.shape)
+        self._begun: tuple[Tensor, Tensor] | None = None  # embeddings and timesteps
+
+    @property
+    def kinds(self) -> Mapping[str, Predict]:
+        """The kinds of step by name."""
+        return {"exact": self._predict, "refresh": self._refresh, "merged": self._approximate}
+
+    def storages(self) -> Mapping[str, Tensor]:
+        """The tensors of both networks, the kept errors and the estimates."""
+        merged = {f"merged.{name}": tensor for name, tensor in self._merged.storages().items()}
+        kept = {"errors": self._errors, "step_kl": self.step_kl}
+        return {**self._exact.storages(), **merged, **kept}
+
+    def conditioning(self, table: CoefficientTable) -> dict[str, Tensor]:
+        """Forget the estimates of the last request, and return what to load for this one."""
+        self.step_kl.zero_()
+        rows = self._key.max_steps - len(table)
+        return {
+            "share": functional.pad(table.share, (0, 0, 0, 0, 0, rows)),
+            "std": functional.pad(table.std, (0, 0, 0, rows)),
+        }
+
+    def begin(
+        self, embeds: Mapping[int, Tensor], timesteps: Tensor, *, shared: bool, k: int
+    ) -> None:
+        """Take the prompts of step k and later ones; see `ExactNetwork.begin`."""
+        rows = [embeds[m] for m in self._exact.objectives]
+        prompt_embeds = torch.stack(rows[:1] if shared else rows)
+        self._exact.begin(prompt_embeds, timesteps)
+        self._begun = prompt_embeds, timesteps
+        self.mix(k)
+
+    def mix(self, k: int) -> None:
+        """Merge with the shares of step k, in place and without a sync."""
+        assert self._begun is not None  # begin() has been called
+        embeds, timesteps = self._begun
+        shares = self._share[k]
+        self._merged.mix(shares)
+        if len(embeds) > 1:
+            own = torch.stack([shares[:, m] for m in self._exact.objectives])
+            embeds = (own.to(embeds)[:, None, :, None, None] * embeds).sum(0, keepdim=True)
+        self._merged.begin(embeds, timesteps)
+
+    def _predict(self, next_input: Tensor, k: Tensor) -> list[Tensor | None]:
+        return self._spread(self._exact(next_input[0], k))
+
+    def _refresh(self, next_input: Tensor, k: Tensor) -> list[Tensor | None]:
+        outputs = self._exact(next_input[0], k)
+        merged = self._merged(next_input[0], k)
+        self._errors.copy_(outputs.to(self._errors) - merged.to(self._errors))
+        return self._spread(outputs)
+
+    def _approximate(self, next_input: Tensor, k: Tensor) -> list[Tensor | None]:
+        count = len(self._exact.objectives)
+        outputs = self._merged(next_input[0], k).expand(count, -1, -1, -1, -1, -1)
+        self._estimate(outputs, k)
+        return self._spread(outputs)
+
+    def _estimate(self, outputs: Tensor, k: Tensor) -> None:
+        x, at = self._buffers.x, k[None]
+        row = self._buffers.rows.index_select(0, at)[0]
+        wide = outputs.to(x)
+        kl = step_kl(
+            x,
+            self._spread(wide),
+            self._spread(wide + self._errors),
+            StepCoefficients(row, len(self._key.active), self._key.clip_range),
+            self._std.index_select(0, at)[0],
+        )
+        self.step_kl.index_copy_(0, at, kl[None])
+
+    def _spread(self, outputs: Tensor) -> list[Tensor | None]:
+        """The outputs of the active objectives, at their places among all."""
+        found = dict(zip(self._exact.objectives, outputs, strict=True))
+        return [found.get(m) for m in range(len(self._key.active))]

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The objectives' networks one after another, for what no batched forward runs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from msdda_fast.adapters.switching import AdapterSwitch
+from msdda_fast.adapters.variant import Variant
+from msdda_fast.steps.coefficients import CoefficientTable
+
+__all__ = ["SequentialNetwork"]
+
+
+class SequentialNetwork:
+    """Evaluates active objectives in turn, switching adapters in between.
+
+    Args:
+        variants: M networks, one per objective; they may be the same module.
+        switch: Has the adapters of every network, and has been entered.
+        table: Says which objectives are active at a step, and its timestep.
+        dtype: Of the outputs.
+
+    Attributes:
+        prompt_embeds: (M, K, B, L, D), to be set before the first step; K = 2 holds (uncond, cond),
+            K = 1 cond alone.
+        active: [T][M], whether an objective has influence on some sample at a step.
+    """
+
+    prompt_embeds: Tensor
+
+    def __init__(
+        self,
+        variants: Sequence[Variant],
+        switch: AdapterSwitch,
+        table: CoefficientTable,
+        dtype: torch.dtype,
+    ) -> None:
+        self._variants, self._switch, self._dtype = variants, switch, dtype
+        self._timesteps = table.timesteps
+        self.active: list[list[bool]] = (table.share != 0).any(1).tolist()
+
+    def __call__(self, x: Tensor, k: int) -> list[Tensor | None]:
+        """The raw outputs (K, B, C, h, w) of M objectives; None for those not active at step k."""
+        return self.evaluate(x, k, [m for m, runs in enumerate(self.active[k]) if runs])
+
+    def evaluate(
+        self, x: Tensor, k: int, objectives: Collection[int], branches: slice = slice(None)
+    ) -> list[Tensor | None]:
+        """The outputs of some objectives, of some branches of guidance; None for the others."""
+        t = self._timesteps[k]
+        return [
+            self._switch.predict(variant, x, t, embeds[branches]).to(self._dtype)
+            if m in objectives
+            else None
+            for m, (variant, embeds) in enumerate(
+                zip(self._variants, self.prompt_embeds, strict=True)
+            )
+        ]

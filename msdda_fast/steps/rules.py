@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""What a sampler is to a fused step: a Gaussian per noise level, affine in state and output.
+
+Every first-order sampler goes from x_t to x_prev by
+
+    p_i(x_prev | x_t) = N(A x_t + B m_i, tau^2),
+
+with m_i the guided output of objective i, and A, B, tau numbers that depend on the step and on the
+objective's noise level (DDIM's eta, say). A `Rule` is those numbers. Eq. 7 weighs objectives by
+w_i / tau_i^2, of which only ratios count; a rule therefore gives tau_i = c_i u, with rates c_i that
+are still defined where u = 0 and no noise is added, as in DDIM's last step.
+
+A sampler is one file here, with one class. `table.rule_table` makes coefficients of any rule.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from msdda_fast.errors import InvalidSchedule, InvalidShape
+from msdda_fast.weights import as_host_float64
+
+__all__ = [
+    "CleanTerms",
+    "LevelRange",
+    "MixingRule",
+    "PredictionTerms",
+    "Rule",
+    "StepTerms",
+    "canonical_step",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LevelRange:
+    """What the noise levels of a rule mean, and which there are.
+
+    Attributes:
+        name: What a level is called, such as "eta".
+        meaning: Whose quantity that is, for the message of an error.
+        low, high: The closed range, no unit; high may be infinite, a level may not.
+    """
+
+    name: str
+    meaning: str
+    low: float
+    high: float
+
+    def check(self, levels: Sequence[float] | Tensor) -> Tensor:
+        """Return the levels of M objectives as float64 on the host, (M,) with M >= 1.
+
+        Raises:
+            InvalidShape: Not (M,).
+            InvalidSchedule: A level outside the range, probably one of another kind of sampler.
+        """
+        values = as_host_float64(levels, f"{self.name}s")
+        if values.ndim != 1 or not len(values):
+            raise InvalidShape(
+                f"{self.name}s have shape {tuple(values.shape)}, expected (M,) with M >= 1"
+            )
+        end = "inf)" if self.high == math.inf else f"{self.high:g}]"
+        for index, value in enumerate(values.tolist()):
+            if not (self.low <= value <= self.high and value < math.inf):  # NaN fails too
+                raise InvalidSchedule(
+                    f"objective {index}: {self.name} must lie in [{self.low:g}, {end}, got "
+                    f"{value!r}; {self.name} is {self.meaning}, and a level of another kind of "
+                    f"sampler is another quantity"
+                )
+        return values
+
+
+class PredictionTerms(NamedTuple):
+    """What a network's output m says of the clean sample and of the noise in x_t.
+
+        x0hat = x0_x x_t + x0_output m,    epshat = eps_x x_t + eps_output m.
+
+    Attributes:
+        x0_x, x0_output, eps_x, eps_output: One number per step, (T,) or (T, 1, 1) float64.
+    """
+
+    x0_x: Tensor
+    x0_output: Tensor
+    eps_x: Tensor
+    eps_output: Tensor
+
+
+class CleanTerms(NamedTuple):
+    """The part of a mean that goes through x0hat, taken out of it so that x0hat can be clipped.
+
+        mean = A x_t + B m + scale clamp(x x_t + output m, -clip_range, clip_range).
+
+    Attributes:
+        x, output: x0hat of the state and the output, broadcastable to (T, B, M).
+        scale: Of the clipped x0hat in the mean, broadcastable to (T, B, M).
+    """
+
+    x: Tensor
+    output: Tensor
+    scale: Tensor
+
+
+class StepTerms(NamedTuple):
+    """The Gaussians of T steps at some levels; float64 on the host, broadcastable to (T, B, M).
+
+    Attributes:
+        x_scale: A, no unit.
+        output_scale: B, latent units per unit of the output.
+        rate: c >= 0, no unit: how the levels' tau compare within a step, also in a step where all
+            are 0. It is 0 only at a level without noise, and may depend on the step.
+        unit: u >= 0, latent units, the same for all levels, (T, 1, 1). A rule whose tau has no
+            common factor takes c = tau and u = 1, and where all tau vanish the limit of their
+            ratios and u = 0.
+        clean: What A and B leave out when x0hat is clipped; None: it is not.
+    """
+
+    x_scale: Tensor
+    output_scale: Tensor
+    rate: Tensor
+    unit: Tensor
+    clean: CleanTerms | None = None
+
+    @property
+    def std(self) -> Tensor:
+        """tau = c u, latent units."""
+        return self.rate * self.unit
+
+
+class Rule(Protocol):
+    """A sampler on T steps, in sampling order."""
+
+    @property
+    def timesteps(self) -> Tensor:
+        """What the networks take beside x_t, (T,): int64, or floating (a sigma, a flow time)."""
+
+    @property
+    def clip_range(self) -> float | None:
+        """x0hat is clamped to [-clip_range, clip_range], latent units; None: it is not."""
+
+    @property
+    def levels(self) -> LevelRange:
+        """What a noise level means."""
+
+    def step(self, level: Tensor) -> StepTerms:
+        """Return the Gaussians of all steps.
+
+        Args:
+            level: Levels inside `levels`, float64, broadcastable to (T, B, M): (M,) for those of M
+                objectives, (T, B, 1) for one level per step and sample.
+        """
+
+
+@runtime_checkable
+class MixingRule(Rule, Protocol):
+    """A rule whose step can be taken on a mixture of noise predictions: `fusion="eps"`."""
+
+    def eps_scale(self, level: Tensor) -> Tensor:
+        """|dmean / depshat|, broadcastable to (T, B, M), up to a positive factor per step.
+
+        The factor is chosen so that the result is finite, and not 0 for a step of no length.
+        """
+
+    def level_at(self, rate: Tensor) -> Tensor:
+        """The level whose `StepTerms.rate` this is, broadcastable to (T, B, 1)."""
+
+
+def canonical_step(
+    terms: PredictionTerms,
+    *,
+    signal: Tensor,
+    direction: Tensor,
+    rate: Tensor,
+    unit: Tensor,
+    clips: bool,
+) -> StepTerms:
+    """The Gaussian of mean `alpha_s x0hat + sqrt(sigma_s^2 - tau^2) epshat` (DDIM and its kin).
+
+    Args:
+        terms: What the outputs mean, (T, 1, 1).
+        signal: alpha_s where the step goes, broadcastable to (T, B, M), as all that follow.
+        direction: sqrt(sigma_s^2 - tau^2).
+        rate, unit: See `StepTerms`.
+        clips: Leave x0hat to `StepTerms.clean`.
+    """
+    x_scale, output_scale = direction * terms.eps_x, direction * terms.eps_output
+    if clips:
+        clean = CleanTerms(terms.x0_x, terms.x0_output, signal)
+        return StepTerms(x_scale, output_scale, rate, unit, clean)
+    x_scale = x_scale + signal * terms.x0_x
+    output_scale = output_scale + signal * terms.x0_output
+    return StepTerms(x_scale, output_scale, rate, unit)

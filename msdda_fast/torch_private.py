@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every private part of torch that this package uses, in one place.
+
+A new torch may change any of these without notice. Each comment says what the thing is, which torch
+it is known to work with (this package supports 2.9 and newer), and what to look at when it breaks.
+`tests/test_torch_private.py` finds uses elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+# FakeTensor: a tensor with a shape, dtype and device but no data. Behind `torch.compile` and
+# `torch.export` since 2.0, documented but never moved out of `torch._subclasses`. `import torch`
+# loads the module itself. Watch `FakeTensorMode.from_tensor` and the behaviour of `copy_` between
+# devices; tests/engine/test_step.py fails first.
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+# TorchDispatchMode: sees every operator that is called inside it; since 1.13. The public notes on
+# extending torch describe it, yet its module is private. Watch how `__torch_dispatch__` is called.
+# _get_current_dispatch_mode: the innermost of them, or None; since 2.0. If it goes, the same is in
+# `_get_current_dispatch_mode_stack()`.
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
+
+# tree_map, tree_leaves: nested lists, tuples and dicts as flat lists; since 1.8 and 2.1. There
+# is no public twin in 2.13; `optree` would be one more dependency.
+from torch.utils._pytree import tree_leaves, tree_map
+
+__all__ = [
+    "FakeTensor",
+    "FakeTensorMode",
+    "TorchDispatchMode",
+    "conv_forward",
+    "held_by",
+    "in_dispatch_mode",
+    "inductor_options",
+    "recompile_limit",
+    "replace_parameters",
+    "tree_leaves",
+    "tree_map",
+    "version_of",
+]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def in_dispatch_mode() -> bool:
+    """Whether a `TorchDispatchMode` sees the operators that are called now."""
+    return _get_current_dispatch_mode() is not None
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often `tensor` was changed in place; 0 for inference tensors, which do not count."""
+    # Tensor._version: autograd's counter, since 0.4; `torch.autograd.graph` has no public reading
+    # of it. Reading it from an inference tensor raises.
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def conv_forward(conv: nn.Conv2d, x: Tensor, weight: Tensor) -> Tensor:
+    """`conv(x)` with another weight and no bias, with its stride, padding mode and dilation."""
+    # Conv2d._conv_forward: the (input, weight, bias) behind `forward`, since 1.5. Without it, call
+    # `functional.conv2d` and handle `padding_mode` by hand.
+    y: Tensor = conv._conv_forward(x, weight, None)
+    return y
+
+
+def held_by(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """The dictionaries in which a module keeps its children, parameters and buffers."""
+    # Module._modules, ._parameters, ._buffers: since 0.1. The public iterators build all names each
+    # time: milliseconds for a UNet, where looking an entry up takes nanoseconds.
+    return module._modules, module._parameters, module._buffers
+
+
+def replace_parameters(module: nn.Module, **parameters: nn.Parameter) -> None:
+    """Give `module` other parameters, and leave alone the module it is a shallow copy of."""
+    # Module._parameters: the dict of a module's own parameters, since 0.1. A shallow copy shares
+    # the dict with its original, and assigning an attribute would write into both.
+    module._parameters = {**module._parameters, **parameters}
+
+
+def inductor_options(mode: str) -> dict[str, Any]:
+    """The options of inductor that a mode of `torch.compile` stands for.
+
+    Args:
+        mode: A mode of `torch.compile`, such as "max-autotune-no-cudagraphs".
+    """
+    # _inductor.list_mode_options: since 2.0 and also `torch._inductor.list_mode_options`; needed
+    # because `torch.compile` takes a mode or options, not both. Imported here: it takes seconds.
+    from torch import _inductor
+
+    options: dict[str, Any] = _inductor.list_mode_options(mode)
+    return options
+
+
+def recompile_limit(function: Function, limit: int) -> Function:
+    """Return compiled `function` with another limit on how often its code may be compiled."""
+    # _dynamo.config: `recompile_limit` and `accumulated_recompile_limit` have these names since
+    # 2.7 (before: cache_size_limit); `torch.compiler.config` has no counterpart in 2.13.
+    from torch import _dynamo
+
+    patch = _dynamo.config.patch(recompile_limit=limit, accumulated_recompile_limit=limit)
+    patched: Function = patch(function)
+    return patched
