@@ -56,9 +56,10 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
     `from_pretrained` or `from_pipe` to have more.
 
     Args:
-        vae, text_encoder, tokenizer, unet, scheduler: As in `StableDiffusionPipeline`, as are the
-            optional components. The scheduler is DDIM; PNDM and DDPM, which folders of Stable
-            Diffusion name, are rebuilt as DDIM from their config, and others are refused.
+        vae, text_encoder, tokenizer, unet: As in `StableDiffusionPipeline`, as are those below.
+        scheduler: DDIM; PNDM and DDPM, which folders of Stable Diffusion name, are rebuilt as DDIM
+            from their config, and others are refused.
+        safety_checker, feature_extractor, image_encoder, requires_safety_checker: Optional.
     """
 
     def __init__(
