@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/* csrc/include/msdda/*)
 OUT ?= out/demo
 
-.PHONY: demo test lint bench gpu sanitize sanitize-gpu clean
+.PHONY: demo test lint docs wheel bench gpu sanitize sanitize-gpu clean
 
 demo: $(STAMP)
 	$(BIN)/msdda-fast sweep --seeds 1,2 --out $(OUT)
@@ -18,6 +18,14 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The pages of docs/ with the API reference, into build/docs, without a network; warnings are errors.
+docs: $(STAMP)
+	$(BIN)/python -m sphinx -W --keep-going -q -E -d build/doctrees -b html docs build/docs
+
+# A wheel, used where it will be: in an environment of its own, away from the checkout.
+wheel: $(STAMP)
+	.ci/wheel $(BIN)/python
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest benchmarks/bench_fused_step.py benchmarks/bench_grouped_lora.py --benchmark-only

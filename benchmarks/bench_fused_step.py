@@ -6,9 +6,9 @@
 Every contender starts from the same raw network outputs (M, 2, B, *S) and is checked against
 `reference.py` in float64 before it is timed. `copy` moves as many bytes as the fused step must read
 and write. Without a GPU the contenders run on the CPU; with one, the backends are also timed as
-captured graphs. The pytest-benchmark table shows one backend; all times, rates and counts are
-appended to results/fused_step.jsonl with machine and commit (`python benchmarks/report.py` makes
-the README table).
+captured graphs. The pytest-benchmark table shows one backend; all times, rates and counts go to
+results/fused_step.jsonl with machine and commit (`python benchmarks/report.py` makes the
+table of docs/results.md).
 """
 
 from collections.abc import Callable

@@ -13,7 +13,7 @@ nothing is printed or kept. Then all take turns, step by step, so that ratios al
 machine; absolute times need an idle one. Weights are random and not zero, or from a checkpoint.
 
 Appends to latency.jsonl in `--results` and draws latency.png there; `benchmarks/report.py` makes
-the README table.
+the table of docs/results.md.
 """
 
 import argparse

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turn committed results into the tables of the README.
+"""Turn committed results into the tables of docs/results.md, and the small one of the README.
 
     python benchmarks/report.py
 
-Prints the tables of the latest run of each case, and rewrites the README blocks between
-`<!-- bench:fused_step:begin -->` and `<!-- bench:fused_step:end -->` (and likewise `grouped_lora`,
-`latency`, `modes`, `compare` and `serving`), if they exist.
+Prints the tables of the latest run of each case, and rewrites the blocks of the two pages between
+`<!-- bench:fused_step:begin -->` and `<!-- bench:fused_step:end -->`, and likewise for the other
+names of `TABLES`.
 """
 
 import csv
@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # when run as a
 from benchmarks import serving_output
 
 RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
 
 
 def latest(bench: str) -> dict[tuple, dict[str, dict]]:
@@ -318,15 +319,45 @@ def spread(interval: list[float], sign: str = "-") -> str:
     return f"{mean} ({low}, {high})"
 
 
+def headline_table() -> str:
+    """A step of the paper's loop and of ours, one row per number of objectives and device."""
+    rows, notes = [], []
+    for (device, *_), run in latency_runs().items():
+        by_name = {record["contender"]: record for record in run}
+        for count in (2, 3, 4):
+            paper, ours = by_name.get(f"E3-M{count}", {}), by_name.get(f"M{count}", {})
+            if "median_us" in paper and "median_us" in ours:
+                ratio = paper["median_us"] / ours["median_us"]
+                rows.append(
+                    f"| {device.upper()} | {count} | {duration(paper['median_us'])} "
+                    f"| {duration(ours['median_us'])} | {ratio:.1f}x |"
+                )
+        first = run[0]
+        notes.append(
+            f"{first['model']} model, batch {first['batch']}, {first['dtype']}, "
+            f"{first.get('gpu', first['machine'])}, {first['threads']} threads, torch "
+            f"{first['torch']}, commit {first['commit']}, {first['when'][:10]}"
+        )
+    if not any(device == "cuda" for device, *_ in latency_runs()):
+        rows.append("| CUDA | | not measured yet | not measured yet | |")
+    head = (
+        "| device | objectives M | the paper's loop: `set_adapter` and a forward each | msdda_fast "
+        "| |\n|---|---|---|---|---|"
+    )
+    return "\n".join([head, *rows, "", f"One denoising step, median: {'; '.join(notes)}."])
+
+
 def rewrite(name: str, table: str) -> None:
     begin, end = f"<!-- bench:{name}:begin -->", f"<!-- bench:{name}:end -->"
-    text = README.read_text() if README.exists() else ""
     block = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
-    if block.search(text):
-        README.write_text(block.sub(lambda _: f"{begin}\n{table}\n{end}", text))
+    for page in PAGES:
+        text = page.read_text() if page.exists() else ""
+        if block.search(text):
+            page.write_text(block.sub(lambda _: f"{begin}\n{table}\n{end}", text))
 
 
 TABLES = {
+    "headline": headline_table,
     "fused_step": fused_step_table,
     "grouped_lora": grouped_lora_table,
     "latency": latency_table,

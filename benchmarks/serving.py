@@ -16,7 +16,7 @@ at four times its capacity, for throughput, and at fixed fractions of the capaci
 `mixed`, for latency. Arrivals are Poisson; times count from when a request was due.
 
 Appends to results/serving.jsonl and draws results/serving.png; `benchmarks/report.py` makes the
-README table.
+table of docs/results.md.
 """
 
 import argparse
@@ -73,7 +73,7 @@ def requests(count: int, names: list[str], vectors: int, seed: int) -> list[dict
 def curve(pipe, sizes: list[int], steps: int, seconds: float) -> list[dict]:
     """Measure the time per image of a whole batch, text to pixels, without a server."""
     drawing = BatchDrawer(pipe)
-    admission = Admission(drawing)
+    admission = Admission(drawing.pipe)
 
     def batch(size):
         tickets = [

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Show the records of one run of serving.py as a table for the README and as a figure."""
+"""The records of one run of serving.py as a table for docs/results.md and as a picture."""
 
 import json
 from pathlib import Path
@@ -46,7 +46,7 @@ def table(records: list[dict]) -> str:
         f"{counts[0]} to {counts[-1]} requests in {rounds} rounds; images/s under four "
         f"times what batching off can do. {first['model']}, T = {first['steps']}, preferences "
         f"out of {first['weights']}, up to {first['max_batch']} images per batch, "
-        f"{first['queue_limit']} in line; {first['machine']}, {first['cores']} cores shared by "
+        f"a queue of {first['queue_limit']}; {first['machine']}, {first['cores']} cores shared by "
         f"server, {first['threads']} threads of torch, and client, "
         f"{max(r['client_cores'] for r in cells.values()):.2f} cores; torch {first['torch']}, "
         f"commit {first['commit']}, {first['when'][:10]}. Without a server an image takes "

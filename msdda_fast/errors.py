@@ -7,6 +7,7 @@ working; `except MSDDAError` catches them all. Messages give the offending value
 
 __all__ = [
     "AdapterMismatch",
+    "AssetsMissing",
     "BackendUnavailable",
     "CaptureError",
     "EngineClosed",
@@ -81,6 +82,10 @@ class UnknownObjective(MSDDAError, KeyError, ValueError):
 
 class BackendUnavailable(MSDDAError, RuntimeError):
     """A backend requested by name cannot run here; the message says what is missing."""
+
+
+class AssetsMissing(MSDDAError, FileNotFoundError):
+    """Files that only a checkout of the repository has, such as the sprites, are not here."""
 
 
 class RewardUnavailable(MSDDAError, RuntimeError):

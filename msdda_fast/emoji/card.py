@@ -145,17 +145,19 @@ def main(
     three: Annotated[Path, typer.Option(help="Result file of emoji.evaluate --three.")] = Path(
         "benchmarks/results/emoji_three.json"
     ),
-    readme: Annotated[Path, typer.Option(help="README with the marked block.")] = Path("README.md"),
+    page: Annotated[Path, typer.Option(help="Page with the marked block.")] = Path(
+        "docs/results.md"
+    ),
 ) -> None:
-    """Write the card, its plot, and the marked block of the README."""
+    """Write the card, its plot, and the marked block of the results page."""
     figures = json.loads(results.read_text())
     plot_training(EMOJI / "training", EMOJI / "training.png")
     text = card(figures, json.loads(three.read_text()))
     write_atomically(EMOJI / "README.md", lambda partial: partial.write_text(text))
     block = re.compile(r"(<!-- report:emoji:begin -->\n).*?(<!-- report:emoji:end -->)", re.S)
     table = results_table(figures)
-    page = block.sub(lambda m: f"{m[1]}{table}\n{m[2]}", readme.read_text())
-    write_atomically(readme, lambda partial: partial.write_text(page))
+    rewritten = block.sub(lambda m: f"{m[1]}{table}\n{m[2]}", page.read_text())
+    write_atomically(page, lambda partial: partial.write_text(rewritten))
 
 
 if __name__ == "__main__":

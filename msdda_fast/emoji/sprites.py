@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from msdda_fast.assets import ASSETS
+from msdda_fast.errors import AssetsMissing
 from msdda_fast.rewards.grammar import COLORS, OBJECTS
 
 FloatArray = NDArray[np.float64]
@@ -145,9 +146,20 @@ def sprite_path(style: str, name: str) -> Path:
 
 @cache
 def painted_sprites(style: str) -> dict[tuple[str, str], FloatArray]:
-    """Return {(object, color): (SIZE, SIZE, 4) RGBA in [0, 1]} for the objects that a set has."""
+    """Return {(object, color): (SIZE, SIZE, 4) RGBA in [0, 1]} for the objects that a set has.
+
+    Raises:
+        ValueError: There is no such set.
+        AssetsMissing: The sprites are not here; wheels leave them out.
+    """
     if style not in SETS:
         raise ValueError(f"unknown sprite set {style!r}; known: {', '.join(SETS)}")
+    folder = sprite_path(style, "").parent
+    if not folder.is_dir():
+        raise AssetsMissing(
+            f"no sprites in {folder}: a wheel ships the models, not what they were made from; "
+            f"install from a checkout (pip install -e .) to render or to train them"
+        )
     painted = {}
     for name in OBJECTS:
         path = sprite_path(style, name)

@@ -21,7 +21,7 @@ from msdda_fast.evaluation.runs import (
     run_comparison,
     strip_of,
 )
-from msdda_fast.evaluation.scores import merge_scores, read_scores
+from msdda_fast.evaluation.scores import merge_scores, read_scores, scores_file
 from msdda_fast.evaluation.settings import write_json
 from msdda_fast.evaluation.tables import OURS
 from msdda_fast.files import write_atomically
@@ -46,14 +46,14 @@ def compare(
     elsewhere: Elsewhere | None = None,
     progress: Callable[[int, int], None] = lambda finished, total: None,
 ) -> Path | None:
-    """Draw what is missing, then write scores.csv, the grids and the report.
+    """Draw what is missing, then write the scores, the grids and the report.
 
     Args:
         pipe: Its objectives are the aligned models.
         comparison: What all systems have in common.
         plan: Systems, preferences and seeds.
         work: Folder of the finished shards; see `run_comparison`.
-        out: Folder of the results. Rows of `scores.csv` from earlier calls are kept.
+        out: Folder of the results. Scores from earlier calls are kept.
         title: Title of the page.
         reference: Reference point of the hypervolume, by objective; None: -1 for each.
         part: (i, n): draw only part i of n. Only a call with (0, 1) writes results.
@@ -70,7 +70,7 @@ def compare(
     )
     if part != (0, 1):
         return None
-    merge_scores(out / "scores.csv", collect_scores(comparison, entries, work))
+    merge_scores(scores_file(out), collect_scores(comparison, entries, work))
     _write_grids(comparison, plan, entries, work, out)
     protocol = {
         "title": title,
@@ -84,7 +84,7 @@ def compare(
 
 
 def report_scores(out: Path) -> Path:
-    """Remake every table and figure from `out/scores.csv` and `out/protocol.json`.
+    """Remake every table and figure from the scores in `out` and `out/protocol.json`.
 
     Raises:
         FileNotFoundError: One of the two is missing.
@@ -93,7 +93,7 @@ def report_scores(out: Path) -> Path:
     if not (out / "protocol.json").is_file():
         raise FileNotFoundError(f"no results of a comparison in {out}: it has no protocol.json")
     protocol = json.loads((out / "protocol.json").read_text("utf-8"))
-    return write_report(read_scores(out / "scores.csv"), out, **protocol)
+    return write_report(read_scores(scores_file(out)), out, **protocol)
 
 
 def _setting(pipe: MSDDAPipeline, comparison: Comparison) -> str:
@@ -139,4 +139,5 @@ def _write_grids(
 
 
 def _save(image: Image.Image, file: Path) -> None:
-    write_atomically(file, lambda partial: image.save(partial, format="PNG"))
+    palette = image.quantize(256)  # a quarter of the size, and looks the same
+    write_atomically(file, lambda partial: palette.save(partial, format="PNG", optimize=True))

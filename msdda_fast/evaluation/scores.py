@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scores of a comparison: one row per image, in one CSV file that only grows."""
+"""The scores of a comparison: one row per image, in one CSV file that only ever grows.
+
+A file whose name ends in .gz is compressed, as committed results are.
+"""
 
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +15,7 @@ from pathlib import Path
 
 from msdda_fast.files import write_atomically
 
-__all__ = ["COSTS", "Score", "merge_scores", "read_scores"]
+__all__ = ["COSTS", "Score", "merge_scores", "read_scores", "scores_file"]
 
 _KEY = ("method", "variant", "w", "weights", "steps", "prompt", "seed")
 COSTS = ("unet_forwards", "unet_backwards", "decodes", "reward_calls")
@@ -49,6 +53,12 @@ class Score:
         return tuple(getattr(self, name) for name in _KEY)
 
 
+def scores_file(folder: Path) -> Path:
+    """Return where the scores of a comparison are: scores.csv.gz if it exists, else scores.csv."""
+    compressed = folder / "scores.csv.gz"
+    return compressed if compressed.exists() else folder / "scores.csv"
+
+
 def read_scores(file: Path) -> list[Score]:
     """Read all rows.
 
@@ -56,7 +66,8 @@ def read_scores(file: Path) -> list[Score]:
         FileNotFoundError: The file does not exist.
         ValueError: A column is missing, or a value is not a number; the message names the line.
     """
-    with file.open(encoding="utf-8", newline="") as lines:
+    opened = gzip.open if file.suffix == ".gz" else open
+    with opened(file, "rt", encoding="utf-8", newline="") as lines:
         reader = csv.DictReader(lines)
         columns = reader.fieldnames or []
         needed = (*_KEY, "seconds", *COSTS)
@@ -80,8 +91,10 @@ def merge_scores(file: Path, new: Iterable[Score]) -> list[Score]:
     merged = {row.key: row for row in (read_scores(file) if file.exists() else [])}
     merged |= {row.key: row for row in new}
     rows = sorted(merged.values(), key=_order)
-    text = _to_csv(rows)
-    write_atomically(file, lambda partial: partial.write_text(text, "utf-8"))
+    data = _to_csv(rows).encode()
+    if file.suffix == ".gz":
+        data = gzip.compress(data, mtime=0)  # the same rows make the same file
+    write_atomically(file, lambda partial: partial.write_bytes(data))
     return rows
 
 

@@ -4,10 +4,12 @@
 import pytest
 import torch
 
+from msdda_fast.emoji import sprites
 from msdda_fast.emoji.captions import CaptionSampler
 from msdda_fast.emoji.prompts import TEST_PROMPTS, TRAIN_PROMPTS, caption, held_out
 from msdda_fast.emoji.render import Renderer
 from msdda_fast.emoji.sprites import PALETTE, SETS, lab_to_rgb, painted_sprites, rgb_to_lab
+from msdda_fast.errors import AssetsMissing
 from msdda_fast.rewards.grammar import COLORS, OBJECTS, Painted, parse
 
 
@@ -74,3 +76,11 @@ def test_an_unknown_thing_names_the_known():
 def test_every_object_has_a_sprite_in_both_training_styles():
     for style in ("noto", "fluentflat"):
         assert {name for name, _ in painted_sprites(style)} == set(OBJECTS)
+
+
+def test_an_installation_without_sprites_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(sprites, "ASSETS", tmp_path)
+    painted_sprites.cache_clear()
+    with pytest.raises(AssetsMissing, match="install from a checkout"):
+        Renderer(("noto",))
+    painted_sprites.cache_clear()

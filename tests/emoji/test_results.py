@@ -88,9 +88,9 @@ def test_the_shared_arms_are_the_first_seeds_of_the_larger_run():
             assert few["low"] < many["high"] and many["low"] < few["high"]
 
 
-def test_card_and_readme_are_what_the_command_writes():
+def test_card_and_results_page_are_what_the_command_writes():
     assert (EMOJI / "README.md").read_text() == card(RESULTS, THREE)
-    assert results_table(RESULTS) in (ROOT / "README.md").read_text()
+    assert results_table(RESULTS) in (ROOT / "docs" / "results.md").read_text()
 
 
 def test_the_weights_are_small_and_the_manifest_is_theirs():

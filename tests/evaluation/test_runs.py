@@ -150,8 +150,9 @@ def test_a_part_is_one_of_its_number(pipe, tmp_path, part):
         run_comparison(pipe, COMPARISON, ENTRIES, tmp_path, part=part)
 
 
-def test_scores_survive_the_file_and_only_grow(pipe, tmp_path):
-    file = tmp_path / "scores.csv"
+@pytest.mark.parametrize("name", ["scores.csv", "scores.csv.gz"])
+def test_scores_survive_the_file_and_only_grow(pipe, tmp_path, name):
+    file = tmp_path / name
     run_comparison(pipe, COMPARISON, ENTRIES, tmp_path)
     rows = list(collect_scores(COMPARISON, ENTRIES, tmp_path))
     merge_scores(file, rows[:3])

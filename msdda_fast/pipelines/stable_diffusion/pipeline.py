@@ -52,14 +52,14 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
     follow `diffusers.StableDiffusionPipeline`; latents stay float32 between steps whatever the
     dtype of the networks (float64 when that is float64).
 
-    Args:
-        vae, text_encoder, tokenizer, unet, scheduler, safety_checker, feature_extractor,
-            image_encoder, requires_safety_checker: As in `StableDiffusionPipeline`. The scheduler
-            is DDIM; PNDM and DDPM, which folders of Stable Diffusion name, are rebuilt as DDIM from
-            their config, and others are refused.
-
     Without objectives (a pipeline made by this constructor) the base model is the only one. Use
     `from_pretrained` or `from_pipe` to have more.
+
+    Args:
+        vae, text_encoder, tokenizer, unet: As in `StableDiffusionPipeline`, as are those below.
+        scheduler: DDIM; PNDM and DDPM, which folders of Stable Diffusion name, are rebuilt as DDIM
+            from their config, and others are refused.
+        safety_checker, feature_extractor, image_encoder, requires_safety_checker: Optional.
     """
 
     def __init__(

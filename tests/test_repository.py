@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The checkout stays small, and the same facts are not written down twice."""
+
+import importlib.metadata
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import msdda_fast
+from benchmarks import report
+
+ROOT = Path(__file__).parent.parent
+
+
+def tracked(*folders):
+    listed = subprocess.run(
+        ["git", "-C", ROOT, "ls-files", "-z", "--", *folders], capture_output=True, text=True
+    )
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    return [path for name in listed.stdout.split("\0") if name and (path := ROOT / name).is_file()]
+
+
+def test_results_and_pages_are_small():
+    files = tracked("benchmarks/results", "docs", "examples")
+    assert files
+    large = {str(path.relative_to(ROOT)): path.stat().st_size for path in files}
+    assert {name: size for name, size in large.items() if size > 500_000} == {}
+
+
+def test_the_version_is_written_down_once():
+    version = msdda_fast.__version__
+    assert importlib.metadata.version("msdda-fast") == version
+    for name in ("pyproject.toml", "setup.py", "CITATION.cff", "docs/conf.py"):
+        assert version not in (ROOT / name).read_text(), name
+    assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_pages_show_what_the_committed_results_say():
+    pages = [page.read_text() for page in report.PAGES]
+    for name, table in report.TABLES.items():
+        block = f"<!-- bench:{name}:begin -->\n{table()}\n<!-- bench:{name}:end -->"
+        assert sum(block in page for page in pages) == 1, f"run benchmarks/report.py: {name}"
