@@ -53,7 +53,7 @@ class Admission:
         """Check a request for `count` images, with seeds that count up.
 
         Args:
-            zero_variance: See `msdda_fast.steps.table.fusion_shares`.
+            zero_variance: See `msdda_fast.steps.shares.fusion_shares`.
 
         Raises:
             UnknownObjective, InvalidWeights, InvalidSchedule, InvalidShape, ZeroVariance,

@@ -144,7 +144,7 @@ def denoise(
         generator: Instead: one `torch.Generator`, or one per sample, drawn once a step in the dtype
             of the predictions, as diffusers does. With none of the three: torch's default one.
         zero_variance: What to do when a sample mixes eta = 0 with eta > 0: "error", "dominate" or
-            "ratio"; see `schedule.fusion_shares`.
+            "ratio"; see `steps.shares.fusion_shares`.
         rates: (M,) > 0, the rates of "ratio".
         extrapolate: Accept negative weights while the total precision stays positive.
         fusion: "posterior", or "eps": one step at eta_w of mixed predictions, which keeps the noise

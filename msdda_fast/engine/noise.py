@@ -7,7 +7,7 @@ depend on nothing else in the batch), or generators, drawn in the order of stock
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypedDict
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from msdda_fast.errors import InvalidShape
 from msdda_fast.kernels.counter_noise import STREAM_INITIAL, as_seeds, counter_noise
+from msdda_fast.kernels.randomness import check_one_source, draw
 
 if TYPE_CHECKING:
     from msdda_fast.steps.coefficients import CoefficientTable
@@ -40,13 +41,15 @@ class NoiseSource:
         shape: (B, *S).
         noise: (T, B, *S), or None.
         seeds: (B,) int64, or None.
-        generator: None with neither of the above: torch's default generator.
+        generator: None with none of the others: torch's default generator.
+        noise_sampler: z of step k, (B, *S), or None.
     """
 
     shape: torch.Size
     noise: Tensor | None
     seeds: Tensor | None
     generator: GeneratorLike | None
+    noise_sampler: Callable[[int], Tensor] | None = None
 
     def initial(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Tensor:
         """Draw x_T, (B, *S) standard normal: stream 0, step 0 of the seeds, or the generator."""
@@ -54,7 +57,7 @@ class NoiseSource:
             return counter_noise(
                 self.seeds, self.shape, stream=STREAM_INITIAL, device=device, dtype=dtype
             )
-        return self._draw(torch.device(device), dtype)
+        return draw(self.shape, self.generator, torch.device(device), dtype)
 
     def step(self, k: int, like: Tensor) -> StepNoise:
         """Return the noise arguments of step k = 0, 1, ... in sampling order.
@@ -65,7 +68,9 @@ class NoiseSource:
             return {"noise": self.noise[k]}
         if self.seeds is not None:
             return {"seeds": self.seeds, "step": k}
-        return {"noise": self._draw(like.device, like.dtype)}
+        if self.noise_sampler is not None:
+            return {"noise": self.noise_sampler(k)}
+        return {"noise": draw(self.shape, self.generator, like.device, like.dtype)}
 
     def drawn_for(self, table: CoefficientTable) -> NoiseSource:
         """The source that a generation over `table` draws from: none where no step adds noise.
@@ -77,12 +82,6 @@ class NoiseSource:
         zero = torch.zeros((), device=table.rows.device)
         return replace(self, noise=zero.expand(len(table), *self.shape))
 
-    def _draw(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        if isinstance(self.generator, Sequence):
-            rows = [_randn((1, *self.shape[1:]), one, device, dtype) for one in self.generator]
-            return torch.cat(rows).to(device)
-        return _randn(self.shape, self.generator, device, dtype).to(device)
-
 
 def noise_source(
     shape: Sequence[int],
@@ -92,6 +91,7 @@ def noise_source(
     noise: Tensor | None = None,
     seeds: SeedsLike | None = None,
     generator: GeneratorLike | None = None,
+    noise_sampler: Callable[[int], Tensor] | None = None,
 ) -> NoiseSource:
     """Check the one given source of noise for `num_steps` steps of samples `shape`.
 
@@ -102,17 +102,13 @@ def noise_source(
         noise: z of every step, (T, B, *S).
         seeds: One 64-bit seed per sample, (B,).
         generator: One for the batch, or one per sample.
+        noise_sampler: z of step k, (B, *S), from k = 0, 1, ... in sampling order.
 
     Raises:
         ValueError: More than one source, or a seed that is not an integer of 64 bits.
         InvalidShape: A source that does not fit T and B, or noise on another device.
     """
-    sources = {"noise": noise, "seeds": seeds, "generator": generator}
-    given = [name for name, source in sources.items() if source is not None]
-    if len(given) > 1:
-        raise ValueError(
-            f"give at most one of noise, seeds and generator, got {' and '.join(given)}"
-        )
+    check_one_source(noise=noise, seeds=seeds, generator=generator, noise_sampler=noise_sampler)
     size, device = torch.Size(shape), torch.device(device)
     if noise is not None:
         if noise.shape != (num_steps, *size):
@@ -129,7 +125,7 @@ def noise_source(
         if len(size) < 2:
             raise InvalidShape(f"seeds need samples (B, C, ...) with a channel axis, got {shape}")
         seeds = as_seeds(seeds, size[0], device)
-    return NoiseSource(size, noise, seeds, generator)
+    return NoiseSource(size, noise, seeds, generator, noise_sampler)
 
 
 def image_seeds(seed: int | Sequence[int], batch_size: int) -> list[int]:
@@ -143,13 +139,3 @@ def image_seeds(seed: int | Sequence[int], batch_size: int) -> list[int]:
             raise InvalidShape(f"got {len(seed)} seeds for {batch_size} images")
         return list(seed)
     return [(seed + index) % 2**64 for index in range(batch_size)]
-
-
-def _randn(
-    shape: Sequence[int],
-    generator: torch.Generator | None,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Tensor:
-    where = device if generator is None else generator.device
-    return torch.randn(tuple(shape), generator=generator, device=where, dtype=dtype)

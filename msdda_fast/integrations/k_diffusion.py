@@ -25,9 +25,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
-from tqdm.auto import trange  # type: ignore[import-untyped]
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-from msdda_fast.engine.noise import StepNoise, noise_source
+from msdda_fast.engine.loop import EagerGeneration, run
+from msdda_fast.engine.noise import noise_source
 from msdda_fast.errors import InvalidShape
 from msdda_fast.kernels import registry
 from msdda_fast.kernels.fused_step import fused_ddim_step
@@ -112,8 +113,6 @@ def sample_msdda(
         )
     if (shape := as_host_float64(etas, "etas").shape) != (count,):
         raise InvalidShape(f"etas have shape {tuple(shape)}, expected (M,) = ({count},)")
-    if noise_sampler is not None and seeds is not None:
-        raise ValueError("give at most one of noise_sampler and seeds")
     table = rule_table(
         ancestral_rule(sigmas, s_noise),
         levels=etas,
@@ -125,13 +124,24 @@ def sample_msdda(
         device=x.device,
         dtype=torch.float64 if x.dtype == torch.float64 else torch.float32,
     )
-    source = noise_source(x.shape, len(table), x.device, seeds=seeds)
+    ends_at_zero = (sigmas[1:] == 0).tolist()
+
+    def sampled(k: int) -> Tensor:
+        if ends_at_zero[k]:
+            return torch.zeros_like(x)  # and neither sampler nor generator is asked
+        z = noise_sampler and noise_sampler(sigmas[k], sigmas[k + 1])
+        return torch.randn_like(x) if z is None else z
+
+    own = seeds is None or noise_sampler is not None
+    source = noise_source(
+        x.shape, len(table), x.device, seeds=seeds, noise_sampler=sampled if own else None
+    )
     registry.resolve("fused_step", backend, x.device.type)  # a missing backend fails before work
     extra_args = {} if extra_args is None else extra_args
     is_active = (table.share != 0).any(1).tolist()  # [T][M]
-    ends_at_zero = (sigmas[1:] == 0).tolist()
     s_in = x.new_ones([len(x)])
-    for k in trange(len(table), disable=disable):
+
+    def predict(x: Tensor, k: int) -> list[Tensor | None]:
         sigma = sigmas[k]
         outputs: list[Tensor | None] = [None] * count
         # to and fro: denoisers that swap weights to take turns swap M - 1 times a step, not M
@@ -142,15 +152,11 @@ def sample_msdda(
             # a coefficient of 0 masks its input, here the noise
             preview = fused_ddim_step(x, outputs, table.mixture(k), noise=x, backend=backend)
             callback({"x": x, "i": k, "sigma": sigma, "sigma_hat": sigma, "denoised": preview})
-        noise: StepNoise
-        if ends_at_zero[k]:
-            noise = {"noise": x}  # masked likewise
-        elif noise_sampler is not None:
-            noise = {"noise": noise_sampler(sigma, sigmas[k + 1])}
-        else:
-            noise = source.step(k, like=x)
-        x = fused_ddim_step(x, outputs, table[k], backend=backend, **noise)
-    return x
+        return outputs
+
+    generation = EagerGeneration(predict, x, table, source, backend)
+    with tqdm(total=len(table), disable=disable) as bar:
+        return run(generation, len(table), lambda k: bar.update() is not False)
 
 
 def _denoised(

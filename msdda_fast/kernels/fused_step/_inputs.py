@@ -11,6 +11,7 @@ from msdda_fast.errors import BackendUnavailable, InvalidShape
 from msdda_fast.kernels import registry
 from msdda_fast.kernels.counter_noise import as_seeds, as_step
 from msdda_fast.kernels.fused_step._ops import Operators
+from msdda_fast.kernels.randomness import check_one_source, draw
 from msdda_fast.kernels.raw import FusedStepBackend
 from msdda_fast.tracing import is_watched
 from msdda_fast.types import GeneratorLike, SeedsLike
@@ -50,12 +51,7 @@ def randomness(
         ValueError: more than one is given.
         InvalidShape: `noise`, or the number of seeds or generators, does not fit `like` (B, *S).
     """
-    given = {"noise": noise, "seeds": seeds, "generator": generator}
-    names = [name for name, value in given.items() if value is not None]
-    if len(names) > 1:
-        raise ValueError(
-            f"give at most one of noise, seeds and generator, got {' and '.join(names)}"
-        )
+    check_one_source(noise=noise, seeds=seeds, generator=generator)
     step = as_step(step)
     if noise is not None:
         check_alike(noise, "noise", like.shape, like.device)
@@ -64,20 +60,7 @@ def randomness(
         if like.ndim < 2:
             raise InvalidShape(f"seeds need samples with a channel axis, got {tuple(like.shape)}")
         return Randomness(None, as_seeds(seeds, len(like), like.device), step)
-    return Randomness(_generated(like, generator), None, step)
-
-
-def _generated(like: Tensor, generator: GeneratorLike | None) -> Tensor:
-    """Standard normal noise in the order, shape and dtype of diffusers' `randn_tensor`."""
-    if generator is None or isinstance(generator, torch.Generator):
-        device = like.device if generator is None else generator.device
-        noise = torch.randn(like.shape, generator=generator, device=device, dtype=like.dtype)
-        return noise.to(like.device)
-    if len(generator) != len(like):
-        raise InvalidShape(f"got {len(generator)} generators for {len(like)} samples")
-    one = (1, *like.shape[1:])
-    rows = [torch.randn(one, generator=g, device=g.device, dtype=like.dtype) for g in generator]
-    return torch.cat(rows).to(like.device)
+    return Randomness(draw(like.shape, generator, like.device, like.dtype), None, step)
 
 
 def by_objective(tensors: Tensor | Sequence[T], name: str) -> list[Tensor | T]:

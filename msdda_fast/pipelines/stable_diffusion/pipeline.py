@@ -176,7 +176,7 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
             latents: x_T in place of the drawn one, (B, C, H, W), no unit.
             prompt_embeds, negative_prompt_embeds: (P, L, D) text embeddings in place of the texts.
             zero_variance, rates: What to do where a prompt mixes eta = 0 with eta > 0; see
-                `msdda_fast.steps.table.fusion_shares`.
+                `msdda_fast.steps.shares.fusion_shares`.
             extrapolate: Accept negative weights while the fused precision stays positive.
             fusion: "posterior" (Eq. 7), or "eps": one step at eta_w of mixed predictions, which
                 keeps the noise level where etas differ; see `msdda_fast.coefficient_table`.
