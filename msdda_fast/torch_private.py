@@ -8,7 +8,7 @@ it is known to work with (this package supports 2.9 and newer), and what to look
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ __all__ = [
     "replace_parameters",
     "tree_leaves",
     "tree_map",
-    "version_of",
+    "versions_of",
 ]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -52,11 +52,11 @@ def in_dispatch_mode() -> bool:
     return _get_current_dispatch_mode() is not None
 
 
-def version_of(tensor: Tensor) -> int:
-    """How often `tensor` was changed in place; 0 for inference tensors, which do not count."""
+def versions_of(tensors: Sequence[Tensor]) -> list[int]:
+    """How often each tensor was changed in place; 0 for inference tensors, which do not count."""
     # Tensor._version: autograd's counter, since 0.4; `torch.autograd.graph` has no public reading
     # of it. Reading it from an inference tensor raises.
-    return 0 if tensor.is_inference() else tensor._version
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 def conv_forward(conv: nn.Conv2d, x: Tensor, weight: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from msdda_fast.adapters.variant import Variant
-from msdda_fast.torch_private import held_by, version_of
+from msdda_fast.torch_private import held_by, versions_of
 
 __all__ = ["NetworkState", "scaling"]
 
@@ -25,21 +25,11 @@ class _Place(NamedTuple):
     item: object
 
 
-class _Weight(NamedTuple):
-    """A weight of the base; in-place changes count its version up."""
-
-    tensor: Tensor
-    address: int
-    version: int
-
-
 class _Adapter(NamedTuple):
-    """The adapter of one variant: its layers in order, and all of its numbers."""
+    """The adapter of one variant: its layers in order, and how each scales it."""
 
     variant: Variant
     layers: list[LoraLayer]
-    factors: list[Tensor]
-    numbers: Tensor
     scales: list[float]
 
 
@@ -64,15 +54,19 @@ class NetworkState:
             for holder in _holders(modules)
             for name, item in holder.items()
         ]
-        self._places += [
-            _Place(held_by(layer)[0], "base_layer", layer.base_layer)
-            for layer in modules
-            if isinstance(layer, BaseTunerLayer)
-        ]
-        tensors = (place.item for place in self._places if isinstance(place.item, Tensor))
-        self._weights = [_Weight(t, t.data_ptr(), version_of(t)) for t in tensors]
+        self._weights = [place.item for place in self._places if isinstance(place.item, Tensor)]
+        self._addresses = [weight.data_ptr() for weight in self._weights]
+        self._versions = versions_of(self._weights)
         self._tuners = [layer for layer in modules if isinstance(layer, BaseTunerLayer)]
-        self._adapters = [self._adapter(variant) for variant in variants]
+        for layer in self._tuners:
+            self._places.append(_Place(held_by(layer)[0], "base_layer", layer.base_layer))
+        self._adapters: list[_Adapter] = []
+        self._factors: list[Tensor] = []
+        for variant in variants:
+            if variant.adapter is not None:
+                self._watch_adapter(variant, variant.adapter)
+        self._memory = [factor.detach() for factor in self._factors]
+        self._numbers = _together(self._memory)
 
     def is_current(self) -> bool:
         """Whether everything is as it was when this was made."""
@@ -82,28 +76,35 @@ class NetworkState:
         for holder, name, item in self._places:
             if holder.get(name) is not item:
                 return False
-        for tensor, address, version in self._weights:
-            if tensor.data_ptr() != address or version_of(tensor) != version:
-                return False
+        if [weight.data_ptr() for weight in self._weights] != self._addresses:
+            return False
+        if versions_of(self._weights) != self._versions:
+            return False
         if any(layer.merged_adapters for layer in self._tuners):
             return False
-        return all(self._is_same(adapter) for adapter in self._adapters)
+        for variant, layers, scales in self._adapters:
+            if [scaling(layer, variant) for layer in layers] != scales:
+                return False
+        for factor, memory in zip(self._factors, self._memory, strict=True):
+            if factor.data_ptr() != memory.data_ptr():  # `.data` was replaced
+                return False
+        return torch.equal(_together(self._memory), self._numbers)
 
-    def _adapter(self, variant: Variant) -> _Adapter:
-        name = variant.adapter
-        layers = [layer for layer in self._tuners if name in getattr(layer, "lora_A", {})]
-        factors = _factors(layers, name)
-        return _Adapter(variant, layers, factors, _flat(factors), _scales(layers, variant))
-
-    def _is_same(self, adapter: _Adapter) -> bool:
-        name = adapter.variant.adapter
-        if name is None:
-            return True
-        now = [layer for layer in self._tuners if name in getattr(layer, "lora_A", {})]
-        if now != adapter.layers or _scales(now, adapter.variant) != adapter.scales:
-            return False
-        factors = _factors(now, name)
-        return len(factors) == len(adapter.factors) and torch.equal(_flat(factors), adapter.numbers)
+    def _watch_adapter(self, variant: Variant, name: str) -> None:
+        layers = []
+        for layer in self._tuners:
+            for side in ("lora_A", "lora_B"):
+                parts = held_by(getattr(layer, side))[0] if hasattr(layer, side) else {}
+                part = parts.get(name)
+                self._places.append(_Place(parts, name, part))  # None: no such adapter there
+                if part is not None:
+                    parameters = held_by(part)[1]
+                    self._places.append(_Place(parameters, "weight", part.weight))
+                    self._factors.append(part.weight)
+            if name in getattr(layer, "lora_A", {}):
+                layers.append(layer)
+        scales = [scaling(layer, variant) for layer in layers]
+        self._adapters.append(_Adapter(variant, layers, scales))
 
 
 def _own_modules(module: nn.Module) -> Iterator[nn.Module]:
@@ -128,18 +129,8 @@ def _holders(modules: Iterable[nn.Module]) -> Iterator[MutableMapping[str, Any]]
         yield buffers
 
 
-def _factors(layers: Iterable[LoraLayer], name: str | None) -> list[Tensor]:
-    return [
-        factor[name].weight.detach() for layer in layers for factor in (layer.lora_A, layer.lora_B)
-    ]
-
-
-def _flat(factors: list[Tensor]) -> Tensor:
+def _together(factors: list[Tensor]) -> Tensor:
     return torch.cat([factor.flatten() for factor in factors]) if factors else torch.empty(0)
-
-
-def _scales(layers: Iterable[LoraLayer], variant: Variant) -> list[float]:
-    return [scaling(layer, variant) for layer in layers]
 
 
 def scaling(layer: LoraLayer, variant: Variant) -> float:

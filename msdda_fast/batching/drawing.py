@@ -68,7 +68,9 @@ class BatchDrawer:
         """
         rows = [*batch, *[batch[-1]] * (size - len(batch))]
         pipe = self.pipe
-        table = _side_by_side([ticket.table for ticket in rows]).to(self.device)
+        networks = pipe.networks(runner=self._runner)
+        device = networks.device
+        table = _side_by_side([ticket.table for ticket in rows]).to(device)
         prompts = Prompts.check(
             [ticket.prompt for ticket in rows],
             [ticket.negative_prompt for ticket in rows],
@@ -80,13 +82,12 @@ class BatchDrawer:
         height, width, _ = batch[0].shape
         shape = latent_shape(size, pipe.unet.config, pipe.vae_scale_factor, height, width)
         seeds = [ticket.seed for ticket in rows]
-        noise = noise_source(shape, len(table), self.device, seeds=seeds)
+        noise = noise_source(shape, len(table), device, seeds=seeds)
         looks = any(ticket.preview_steps for ticket in batch)
 
         def watched(k: int, generation: PromptedGeneration, embeds: Tensor) -> bool:
             return watch(k + 1, generation.x.clone() if looks else None)
 
-        networks = pipe.networks(runner=self._runner)
         x, _ = sample(networks, Request(prompts, table, noise), watched)
         return x[: len(batch)]
 

@@ -104,6 +104,9 @@ class CapturedSampler:
         compile: Pass steps through `torch.compile` before capture.
         capacity: Most shapes of requests kept.
 
+    Attributes:
+        device, dtype: Of the networks.
+
     Raises:
         AdapterMismatch, UnsupportedNetwork: A network that has no batched forward.
         CaptureError: Capture is required on a device without graphs.
@@ -132,10 +135,12 @@ class CapturedSampler:
             BatchedUNet(self._groups[-1][0], options)  # what cannot be built is refused here
         unet, nhwc = variants[0].network, options.channels_last
         # asked of the network, these walk all of its modules: milliseconds in each request
-        device, self._dtype = unet.device, unet.dtype
-        self._channels_last = device.type == "cuda" if nhwc is None else nhwc
+        self.device, self.dtype = unet.device, unet.dtype
+        if self.dtype == torch.float64:
+            raise UnsupportedNetwork("networks in float64 have no batched forward")
+        self._channels_last = self.device.type == "cuda" if nhwc is None else nhwc
         self._cache = StepCache(
-            self._build, device=device, capacity=capacity, capture=capture, compile=compile
+            self._build, device=self.device, capacity=capacity, capture=capture, compile=compile
         )
 
     def __len__(self) -> int:
@@ -179,7 +184,7 @@ class CapturedSampler:
                 active=tuple(every or on for on in table.active),
                 branches=prompt_embeds.shape[1],
                 clip_range=table.clip_range,
-                dtype=self._dtype,
+                dtype=self.dtype,
                 channels_last=self._channels_last,
                 max_steps=padded_steps(len(table)),
                 noise_table=noise.seeds is None,
@@ -188,7 +193,7 @@ class CapturedSampler:
                 mode="exact" if all(kind == "exact" for kind in kinds) else "merged",
             )
         )
-        z = None if noise.seeds is not None else _drawn(noise, table, x_T, self._dtype)
+        z = None if noise.seeds is not None else _drawn(noise, table, x_T, self.dtype)
         conditioning = step.network.conditioning(table)
         step.load(table, x_T, seeds=noise.seeds, noise=z, conditioning=conditioning, kinds=kinds)
         generation = CapturedGeneration(step, table, shares_text=shares_text)

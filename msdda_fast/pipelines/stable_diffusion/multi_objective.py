@@ -163,17 +163,18 @@ class MultiObjectivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffus
             InvalidMode: The mode is approximate, and the networks are in float64.
             CaptureError: Graphs are required on a device without them.
         """
-        dtype, sampler = self.unet.dtype, None
-        if dtype == torch.float64 and mode != "exact":
+        sampler = None
+        if mode != "exact" and self.unet.dtype == torch.float64:
             raise InvalidMode(f'a float64 network samples with mode="exact" only, got {mode!r}')
-        if self._parallel is None and dtype != torch.float64:
+        if self._parallel is None:
             variants = list(self._variants.values())
             sampler = (runner or self._runner).sampler(variants, required=mode != "exact")
         return Networks(
             variants=self._variants,
             text_encoder=self.text_encoder,
             encode_prompt=self.encode_prompt,
-            dtype=dtype,
+            device=self._execution_device if sampler is None else sampler.device,
+            dtype=self.unet.dtype if sampler is None else sampler.dtype,
             sampler=sampler,
             parallel=self._parallel,
         )

@@ -219,7 +219,6 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
         scheduler = loading.ddim_scheduler(self.scheduler)  # users assign others to a pipeline
         if scheduler is not self.scheduler:
             self.register_modules(scheduler=scheduler)
-        device = self._execution_device
         table = coefficient_table(
             scheduler,
             num_inference_steps,
@@ -232,15 +231,17 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
             rates=rates,
             extrapolate=extrapolate,
             fusion=fusion,
-            device=device,
-            dtype=torch.float64 if self.unet.dtype == torch.float64 else torch.float32,
+            dtype=torch.float64,
         )
         shape = request.latent_shape(
             prompts.batch_size, self.unet.config, self.vae_scale_factor, height, width
         )
         request.check_latents(latents, shape)
         seeds = None if seed is None else image_seeds(seed, prompts.batch_size)
+        networks = self.networks(mode)
+        device = networks.device
         noise = noise_source(shape, len(table), device, seeds=seeds, generator=generator)
+        table = table.to(device, torch.promote_types(networks.dtype, torch.float32))
 
         self._interrupt, self._num_timesteps = False, len(table)
         with self.progress_bar(total=len(table)) as bar:
@@ -251,9 +252,8 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
                 bar.update()
                 return not self._interrupt
 
-            x_0, step_kl = sample(
-                self.networks(mode), Request(prompts, table, noise, latents, mode), watch
-            )
+            asked = Request(prompts, table, noise, latents, mode)
+            x_0, step_kl = sample(networks, asked, watch)
         images, flagged = self.to_images(x_0, output_type)
         self.maybe_free_model_hooks()
         if not return_dict:

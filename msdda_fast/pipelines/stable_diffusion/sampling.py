@@ -57,7 +57,7 @@ class Networks:
         variants: By objective, its network and adapter.
         text_encoder: May hold adapters of the objectives; None: prompts come as embeddings.
         encode_prompt: That of diffusers' pipeline.
-        dtype: Of the networks.
+        device, dtype: Of the networks.
         sampler: Runs all objectives in one forward; None: one after another.
         parallel: The processes that share the objectives; None: this one alone.
     """
@@ -65,6 +65,7 @@ class Networks:
     variants: Mapping[str, Variant]
     text_encoder: nn.Module | None
     encode_prompt: Callable[..., tuple[Tensor, Tensor]]
+    device: torch.device
     dtype: torch.dtype
     sampler: CapturedSampler | None
     parallel: ObjectiveParallel | None = None
