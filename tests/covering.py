@@ -6,10 +6,11 @@ that needs three of them at once is rare; what takes two is met by any rows in w
 values of different parameters stand side by side. `make test` runs such rows, `make test-all` all.
 
     @pytest.mark.sweep          # rows that cover all pairs
-    @pytest.mark.sweep(seed=8)  # likewise, with the first 8 values of `seed`: for random cases
+    @pytest.mark.sweep(1)       # rows that cover all values, where each row takes seconds
+    @pytest.mark.sweep(seed=8)  # all pairs of the first 8 values of `seed`: for random cases
 """
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from itertools import combinations, groupby
 from typing import Any
 
@@ -18,13 +19,17 @@ import pytest
 __all__ = ["covering", "mark_rest"]
 
 
-def covering(rows: Sequence[Mapping[str, Hashable]]) -> list[int]:
+def covering(rows: Sequence[Mapping[str, Hashable]], strength: int = 2) -> list[int]:
     """Indices of rows in which every pair of values that stands in some row stands, too.
 
     Greedy and deterministic: always the row with the most new pairs, the first of several. Rows of
     one parameter are all needed.
+
+    Args:
+        rows: Values by parameter.
+        strength: 2 for pairs, 1 for single values.
     """
-    pairs = [set(_pairs(row)) for row in rows]
+    pairs = [set(combinations(row.items(), min(strength, len(row)))) for row in rows]
     missing = set().union(*pairs)
     chosen = []
     while missing:
@@ -34,28 +39,27 @@ def covering(rows: Sequence[Mapping[str, Hashable]]) -> list[int]:
     return sorted(chosen)
 
 
-def _pairs(row: Mapping[str, Hashable]) -> Iterator[Hashable]:
-    return combinations(row.items(), min(2, len(row)))
-
-
 def mark_rest(items: Sequence[pytest.Item]) -> None:
     """Mark as `full` the rows of each test with the marker `sweep` that no pair needs.
 
-    Rows that are skipped cover nothing.
+    Rows that are skipped cover nothing. A marker of a class may name what not all its tests have.
     """
     for _, group in groupby(items, key=lambda item: item.nodeid.partition("[")[0]):
         rows = list(group)
         sweep = rows[0].get_closest_marker("sweep")
-        if sweep is None:
+        if sweep is None or not hasattr(rows[0], "callspec"):
             continue
-        first = {name: _first(rows, name, count) for name, count in sweep.kwargs.items()}
+        counts = {name: n for name, n in sweep.kwargs.items() if name in _values(rows[0])}
+        first = {name: _first(rows, name, count) for name, count in counts.items()}
         runs = [
             item
             for item in rows
             if item.get_closest_marker("skip") is None
             and all(_values(item)[name] in known for name, known in first.items())
         ]
-        chosen = {id(runs[index]) for index in covering([_values(item) for item in runs])}
+        chosen = {
+            id(runs[index]) for index in covering([_values(item) for item in runs], *sweep.args)
+        }
         for item in rows:
             if id(item) not in chosen:
                 item.add_marker(pytest.mark.full)

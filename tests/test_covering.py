@@ -34,6 +34,15 @@ def test_the_rows_are_always_the_same_and_in_order():
     assert covering(rows) == covering(rows) == sorted(covering(rows))
 
 
+def test_single_values_take_as_many_rows_as_the_longest_axis():
+    rows = all_rows(SWEEP)
+    chosen = [rows[index] for index in covering(rows, 1)]
+    assert {value for row in chosen for value in row.items()} == {
+        value for row in rows for value in row.items()
+    }
+    assert len(chosen) == 7
+
+
 def test_rows_of_one_parameter_are_all_needed():
     assert covering([{"only": n} for n in range(3)]) == [0, 1, 2]
     assert covering([]) == []

@@ -108,6 +108,7 @@ def all_noise(source: str, dtype: torch.dtype) -> list[Tensor]:
     return [torch.randn(SHAPE, generator=generator, dtype=dtype) for _ in steps]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("source", ["noise", "seeds", "generator"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(("count", "batch"), [(2, ()), (3, (3,))], ids=["M=2", "M=3 per sample"])

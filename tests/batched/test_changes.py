@@ -29,6 +29,7 @@ def variants(targets=ATTENTION, kind="sd15", dtype=torch.float64):
     return [Variant(unet, "a"), Variant(unet, "b"), Variant(unet, None)]
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize(
     "options",
     [

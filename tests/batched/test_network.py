@@ -115,6 +115,7 @@ def test_memory_at_four_objectives_of_stable_diffusion_15():
         assert total <= 1.1 * size
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("options", BUILDS.values(), ids=BUILDS)
 def test_two_objectives_take_hardly_more_operators_than_one(kind, options):
@@ -166,6 +167,7 @@ def test_rows_are_parted_only_where_they_differ(targets, shared_prompt, rows):
     assert seen == rows  # M = K = B = 2
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("targets", [ATTENTION, EVERYTHING, UP_BLOCKS], ids=["few", "all", "up"])
 def test_every_convolution_reads_and_writes_channels_last(kind, targets):
@@ -189,6 +191,7 @@ def test_every_convolution_reads_and_writes_channels_last(kind, targets):
     assert len(hooks) > 10 and outside == []
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "unshared"])
 def test_no_sync_and_no_branch_on_data(kind, shared):

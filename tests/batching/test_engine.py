@@ -167,6 +167,7 @@ class CountedGraphs(TracedGraphs):
 
 
 class TestGraphs:
+    @pytest.mark.full  # every shape; one is captured in tests/pipelines/test_captured.py
     def test_prepare_captures_all_and_no_occupancy_weight_or_guidance_again(
         self, start, monkeypatch
     ):

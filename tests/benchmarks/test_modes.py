@@ -3,6 +3,7 @@
 
 import json
 
+import pytest
 import torch
 
 from benchmarks import modes, report
@@ -10,6 +11,7 @@ from msdda_fast.pipelines.stable_diffusion.modes import MODES
 from tests.tiny_model import quiet
 
 
+@pytest.mark.full  # the whole benchmark, small
 def test_quality_and_its_table(monkeypatch, tmp_path):
     kept = []
     monkeypatch.setattr(modes, "TEST_PROMPTS", modes.TEST_PROMPTS[:2])

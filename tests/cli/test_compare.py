@@ -59,6 +59,7 @@ def test_compare_writes_scores_tables_and_a_page(loaded, tmp_path):
     assert again.exit_code == 0 and "MSDDA - it" in again.output
 
 
+@pytest.mark.full  # three systems above, each of all in tests/methods
 def test_quick_draws_every_system_on_few_prompts(loaded, tmp_path, monkeypatch):
     monkeypatch.setattr(cli_compare, "QUICK_STEPS", 2)
     monkeypatch.setattr(cli_compare, "QUICK_PROMPTS", 1)

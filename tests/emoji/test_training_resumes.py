@@ -40,9 +40,14 @@ def train_networks(work):
     return [*vae.state_dict().values(), *scorer.state_dict().values()]
 
 
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    return train_networks(tmp_path_factory.mktemp("straight"))
+
+
+@pytest.mark.full  # a minute of training; the denoiser below resumes by the same checkpoints
 @pytest.mark.parametrize("module", [train_vae, train_scorer], ids=["vae", "scorer"])
-def test_vae_and_scorer(tmp_path, monkeypatch, module):
-    straight = train_networks(tmp_path / "straight")
+def test_vae_and_scorer(straight, tmp_path, monkeypatch, module):
     with monkeypatch.context() as patch:
         kill_at(patch, module, "random_scenes", 4)
         with pytest.raises(Killed):

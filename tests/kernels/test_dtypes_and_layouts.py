@@ -47,6 +47,7 @@ def test_floats_are_rounded_to_halves_as_torch_does(dtype, native):
     torch.testing.assert_close(narrow, x.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_out_takes_any_float_dtype(dtype, out_dtype, backend):
@@ -74,6 +75,7 @@ def transposed(x: Tensor) -> Tensor:
     return x.transpose(-1, -2).contiguous().transpose(-1, -2)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("seeded", [False, True], ids=["noise", "seeds"])
 @pytest.mark.parametrize("layout", [channels_last, sliced, transposed], ids=lambda f: f.__name__)
 def test_layouts_do_not_change_a_bit(layout, seeded, backend):
@@ -157,6 +159,7 @@ def test_the_raw_function_takes_noise_of_every_step(step, backend):
     assert torch.equal(whole, entry)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("channels", [4, 5])

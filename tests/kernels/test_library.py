@@ -31,6 +31,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 SEEDS, STEP = torch.tensor([1, 2]), torch.tensor(3)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("clip_range", [None, 1.0])
 @pytest.mark.parametrize("drawn", [True, False], ids=["seeds", "noise"])
 def test_the_step_is_a_sound_operator(drawn, clip_range, fast_backend):

@@ -105,6 +105,7 @@ def agree(method: DAS, model: Vectors, scheduler=None) -> dict[str, bool]:
 ALL = {"mean": True, "var": True, "log_z": True}
 
 
+@pytest.mark.sweep(changes=3)
 @pytest.mark.parametrize(
     "changes",
     [

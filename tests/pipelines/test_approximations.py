@@ -52,6 +52,7 @@ def merged_of(case, shares, prompts=None):
 
 
 class TestTheParts:
+    @pytest.mark.sweep(1)
     @pytest.mark.parametrize("kind", ["sd15", "sd21"])
     @pytest.mark.parametrize("prefix", [True, False], ids=["shared prefix", "no sharing"])
     @pytest.mark.parametrize("targets", [ATTENTION, EVERYTHING], ids=["attention", "everything"])
@@ -62,6 +63,7 @@ class TestTheParts:
         whole = split.tail(head, split.deep(head, STEP), STEP)
         assert torch.equal(whole, split.network(case.x, STEP))
 
+    @pytest.mark.sweep(1)
     @pytest.mark.parametrize("shared", [True, False], ids=["one prompt", "own prompts"])
     @pytest.mark.parametrize("targets", [ATTENTION, EVERYTHING], ids=["attention", "everything"])
     def test_deep_features_of_one_objective_are_its_part_of_all(self, targets, shared):
@@ -80,6 +82,7 @@ class TestTheParts:
 
 
 class TestMerged:
+    @pytest.mark.sweep(1)
     @pytest.mark.parametrize("targets", [ATTENTION, EVERYTHING], ids=["attention", "everything"])
     @pytest.mark.parametrize("kind", ["sd15", "sd21"])
     def test_one_hot_samples_are_their_own_objectives(self, kind, targets):
@@ -90,6 +93,7 @@ class TestMerged:
         for m in range(3):
             assert relative(merged[:, m], expected[m, :, m]) < EXACT
 
+    @pytest.mark.sweep(shares=1)
     @pytest.mark.parametrize("shares", [(0.5, 0.5), (0.1, 0.9), (1.5, -0.5)])
     def test_equal_adapters_are_the_adapter_at_any_share(self, shares):
         unet = add_adapter(network(), "a", EVERYTHING, seed=1)

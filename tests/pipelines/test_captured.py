@@ -151,6 +151,7 @@ def test_an_image_does_not_depend_on_what_shares_its_batch(pipe):
     assert_close(alone[0], batch[1])
 
 
+@pytest.mark.sweep(weights=1)
 @pytest.mark.parametrize("weights", [(0.2, 0.5, 0.3), (0.4, 0, 0.6), (0, 0, 1)], ids=str)
 def test_networks_of_their_own_run_in_the_same_step(tiny, graphs, weights):
     objectives = {

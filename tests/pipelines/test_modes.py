@@ -26,6 +26,7 @@ def distance(actual, expected) -> float:
     return float((actual.images - expected.images).norm() / expected.images.norm())
 
 
+@pytest.mark.sweep(mode=1)  # what all modes share
 class TestExactLimits:
     def test_exact_is_the_default_and_estimates_nothing(self, pipe):
         default, named = pipe(PROMPTS, **CALL), run(pipe, "exact")
@@ -72,6 +73,7 @@ class TestExactLimits:
         assert out.step_kl_estimate.max() < 1e-5
 
 
+@pytest.mark.sweep(mode=1)  # likewise
 class TestApproximations:
     @pytest.mark.parametrize("mode", APPROXIMATE)
     def test_are_close_but_not_exact_and_say_so(self, pipe, mode):
