@@ -159,7 +159,7 @@ def test_latents_that_do_not_halve_evenly():
     assert relative(case.batched(BatchedOptions()), case.stock()) < EXACT
 
 
-@pytest.mark.sweep(k=2)
+@pytest.mark.sweep(k=1)
 @pytest.mark.parametrize("k", [0, 1, 2])
 def test_every_step_of_the_table(k):
     case = inputs(mixed("sdxl"))
@@ -182,6 +182,7 @@ def test_a_new_prompt_and_schedule_leave_nothing_of_the_old():
     assert relative(narrow.run(batched), narrow.stock()) < EXACT
 
 
+@pytest.mark.sweep(active=1)
 @pytest.mark.parametrize("active", [(True, True, False), (False, True, True), (False, False, True)])
 def test_a_subset_is_those_objectives(active):
     case = inputs(mixed(targets=EVERYTHING))
@@ -191,6 +192,7 @@ def test_a_subset_is_those_objectives(active):
     assert relative(case.run(subset), expected) < EXACT
 
 
+@pytest.mark.sweep(dtype=1)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_the_shipped_model(dtype):
     pipe = quiet(mf.MSDDAPipeline.from_pretrained("msdda-fast/emoji", dtype=torch.float64))
@@ -202,6 +204,7 @@ def test_the_shipped_model(dtype):
     assert relative(case.batched(BatchedOptions()), exact) <= error
 
 
+@pytest.mark.sweep(mine=1)
 @pytest.mark.parametrize("mine", ["warm", "cool"])
 def test_files_as_the_pipeline_loads_them(tiny, mine):
     pipe = tiny.load(dtype=torch.float64)

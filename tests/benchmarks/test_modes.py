@@ -42,6 +42,7 @@ def test_quality_and_its_table(monkeypatch, tmp_path):
     assert rows[3].endswith("| 0.50 |")  # merged
 
 
+@pytest.mark.full  # of a benchmark
 def test_an_exact_step_diverges_by_nothing_and_another_by_its_square(monkeypatch):
     monkeypatch.setattr(modes, "STEPS", 6)
     pipe = quiet(modes.load(torch.float32))

@@ -8,6 +8,7 @@ import torch
 
 from msdda_fast.emoji import architectures, checkpoint, train_base, train_scorer, train_vae
 from msdda_fast.emoji.render import Renderer
+from tests.tiny_model import WIDTH, small_unet
 
 
 class Killed(Exception):
@@ -61,7 +62,7 @@ def test_denoiser_and_text_encoder(tmp_path, monkeypatch):
 
     def train(work):
         torch.manual_seed(0)
-        unet, text = architectures.small_unet(), architectures.small_text_encoder(tokenizer)
+        unet, text = small_unet(16), architectures.small_text_encoder(tokenizer, WIDTH)
         latents = torch.randn(6, 4, 16, 16, generator=torch.Generator().manual_seed(0)).half()
         ids = train_base.tokenize(tokenizer, ["a red car"] * 6)
         empty = train_base.tokenize(tokenizer, [""])[0]

@@ -137,6 +137,7 @@ class TestMerged:
         with pytest.raises(InvalidShape, match=r"\(2, 2\).*\(B, 3\)"):
             MergedUNet(LoadedAdapters(objectives())).mix(torch.ones(2, 2))
 
+    @pytest.mark.full  # conditions are told apart in tests/batched
     def test_xl_conditions(self):
         assert "sdxl" in KINDS
         case = inputs(objectives("sdxl", EVERYTHING), b=3, shared_prompt=True)
