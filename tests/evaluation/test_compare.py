@@ -38,6 +38,7 @@ SMALL = {
 }  # fmt: skip
 
 
+@pytest.mark.full  # each system is drawn in tests/methods, three are reported below
 def test_every_system_is_drawn_scored_and_reported(pipe, tiny, tmp_path):
     plan = Plan(**SMALL, oracles={0.5: tiny.warm}, tuned={("RGG", "tuned"): RGG(alpha=1.0)})
     page = compare(pipe, COMPARISON, plan, tmp_path / "work", tmp_path / "out", title="Tiny")

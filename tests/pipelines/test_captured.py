@@ -244,6 +244,7 @@ REQUESTS = [
 
 
 class TestModes:
+    @pytest.mark.full  # twelve generations; see tests/engine/test_kinds.py
     @pytest.mark.parametrize(("mode", "kinds"), [("staggered", 4), ("merged", 3)])
     def test_each_kind_of_step_is_captured_once_and_has_the_bits_of_the_eager_one(
         self, pipe, graphs, mode, kinds
@@ -271,12 +272,14 @@ class TestModes:
         ]
         assert torch.equal(*images) and counted.captures == 1
 
+    @pytest.mark.full  # likewise
     def test_prepare_captures_all_kinds_ahead(self, pipe, counted):
         pipe.prepare(batch_size=2, num_inference_steps=3, mode="merged")
         assert counted.captures == 3
         pipe(PROMPTS, **{**SHORT, "guidance_scale": None}, mode="merged")
         assert counted.captures == 3
 
+    @pytest.mark.full  # likewise
     @pytest.mark.parametrize(
         ("mode", "clip_range"), [("staggered", None), ("merged", 1.0)], ids=str
     )
@@ -310,6 +313,7 @@ class TestModes:
         assert not calls  # of the stock network
 
 
+@pytest.mark.full  # latents of a smaller model are compared above
 def test_images_of_the_shipped_model_are_the_same_pictures():
     pipe = quiet(mf.MSDDAPipeline.from_pretrained("msdda-fast/emoji"))
     request = dict(num_inference_steps=4, seed=3, output_type="np")
