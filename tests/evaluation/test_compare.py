@@ -55,6 +55,7 @@ def test_every_system_is_drawn_scored_and_reported(pipe, tiny, tmp_path):
             assert image.width > 300
 
 
+@pytest.mark.full  # three runs; kept shards are in test_runs.py
 def test_rerunning_keeps_earlier_rows_and_systems_can_be_chosen(pipe, tmp_path, calls):
     out = tmp_path / "out"
     for systems in (["SD", "MSDDA", "RS"], ["SD", "MSDDA", "DB-MPA"]):

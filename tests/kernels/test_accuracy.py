@@ -153,7 +153,7 @@ def test_float64_moments_agree_with_eq_7(axes, quick_backend):
     assert (fast - literal_fusion(case, torch.float64)).abs().max() < bound
 
 
-@pytest.mark.sweep
+@pytest.mark.sweep(fast_backend=1)  # Triton's are in test_triton_cases.py
 @pytest.mark.parametrize("count", [3, 16, 17], ids="M{}".format)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("clip_range", [None, 1.0])
@@ -167,7 +167,7 @@ def test_every_backend_is_bitwise_equal_to_eager(dtype, clip_range, count, fast_
     assert torch.equal(eager, fast)
 
 
-@pytest.mark.sweep
+@pytest.mark.sweep(fast_backend=1)  # likewise
 @pytest.mark.parametrize("axes", [(1, 1), (2, 5), (5, 2), (5, 5)], ids=str)
 @pytest.mark.parametrize("count", [3, 17], ids="M{}".format)
 def test_moments_are_bitwise_equal_to_eager(count, axes, fast_backend):

@@ -125,6 +125,7 @@ class TestApproximations:
         assert distance(out, run(pipe, "exact", weights=schedule)) < 1e-4
         assert distance(out, run(pipe, "exact", weights=places[0])) > 1e-2
 
+    @pytest.mark.full  # of all modes; exact is in test_captured.py
     def test_embeddings_that_a_callback_replaces_are_taken_up(self, pipe):
         def turn(pipe, k, t, tensors):
             return {"prompt_embeds": -tensors["prompt_embeds"]} if k == 0 else {}
