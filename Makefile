@@ -6,13 +6,20 @@ STAMP := $(VENV)/.installed
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/* csrc/include/msdda/*)
 OUT ?= out/demo
 
-.PHONY: demo test lint docs wheel bench gpu sanitize sanitize-gpu clean
+.PHONY: demo test test-all lint docs wheel bench gpu sanitize sanitize-gpu clean
 
 demo: $(STAMP)
 	$(BIN)/msdda-fast sweep --seeds 1,2 --out $(OUT)
 
+# `test` leaves out what is marked `full`: rows of sweeps that no pair of values needs, and expensive
+# second looks. tests/faults/ shows that it notices what `test-all` notices.
+PARALLEL := -n logical --maxprocesses 8 --dist worksteal -p no:benchmark
+ALL := -m "not slow and not gpu"
 test: $(STAMP)
-	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal -p no:benchmark
+	$(BIN)/python -m pytest $(PARALLEL)
+
+test-all: $(STAMP)
+	$(BIN)/python -m pytest $(PARALLEL) $(ALL)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -48,7 +55,7 @@ sanitize: $(STAMP)
 		--build-base $(SANITIZED) --build-lib $(SANITIZED)/lib >$(SANITIZED).log 2>&1 \
 		|| { cat $(SANITIZED).log; exit 1; }
 	$(SANITIZED_PYTHON) -c "from msdda_fast import _C; assert '/$(SANITIZED)/' in _C.__file__, _C"
-	$(SANITIZED_PYTHON) -m pytest --capture=no --import-mode=append -p no:cacheprovider \
+	$(SANITIZED_PYTHON) -m pytest $(ALL) --capture=no --import-mode=append -p no:cacheprovider \
 		-k "(native or threads) and not moments_and_tails and not uncorrelated" \
 		tests/kernels/test_cuda_threads.py tests/kernels/test_dtypes_and_layouts.py \
 		tests/kernels/test_masks_and_limits.py tests/kernels/test_counter_noise.py

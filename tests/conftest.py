@@ -21,8 +21,15 @@ import pytest
 import torch
 from filelock import FileLock
 
+from tests.covering import mark_rest
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    mark_rest(items)
 
 
 @pytest.fixture(scope="session")

@@ -108,6 +108,7 @@ def all_noise(source: str, dtype: torch.dtype) -> list[Tensor]:
     return [torch.randn(SHAPE, generator=generator, dtype=dtype) for _ in steps]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("source", ["noise", "seeds", "generator"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(("count", "batch"), [(2, ()), (3, (3,))], ids=["M=2", "M=3 per sample"])
@@ -133,6 +134,7 @@ def test_an_ancestral_sampler_draws_from_eq_7(count, batch, dtype, source, quick
     assert_equal_up_to_rounding(fast, sample_euler_ancestral(x_start(), count, by_hand))
 
 
+@pytest.mark.sweep(backend=2)
 def test_one_hot_weights_give_that_objective_s_own_sampler(backend):
     z = torch.zeros(SHAPE, dtype=torch.float64)
 
@@ -174,6 +176,7 @@ def test_the_step_to_sigma_zero_is_undefined_until_a_policy_says_how_variances_v
     torch.testing.assert_close(by_rate, share * first + (1 - share) * second, rtol=0, atol=1e-14)
 
 
+@pytest.mark.sweep(backend=2)
 def test_a_deterministic_objective_is_refused_among_others_or_decides(backend):
     options = {"noise": torch.ones(SHAPE, dtype=torch.float64), "backend": backend}
 
@@ -279,6 +282,7 @@ ROUNDINGS = 13 * 8
 two_adapters = pytest.mark.filterwarnings("ignore:Already found a `peft_config`")  # stock loading
 
 
+@pytest.mark.sweep(backend=2)
 @two_adapters
 @pytest.mark.parametrize("to_one", [False, True], ids=["last variance > 0", "last variance 0"])
 def test_a_stock_diffusers_loop_draws_from_eq_7(stock, to_one, backend):

@@ -4,6 +4,8 @@
 import subprocess
 import sys
 
+import pytest
+
 import msdda_fast
 
 HEAVY = (
@@ -48,6 +50,7 @@ def test_public_names_exist() -> None:
         assert getattr(msdda_fast, name) is not None
 
 
+@pytest.mark.full  # a program that imports diffusers
 def test_the_pipeline_is_loaded_on_first_use() -> None:
     result = run(
         "import sys, msdda_fast\n"

@@ -9,6 +9,7 @@ from msdda_fast.reference import algorithm_1, ddim_posterior, fuse_posteriors, g
 from tests.gaussian_world import grid, sd15_scheduler
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("eta", [0.0, 0.8, 1.0])
 @pytest.mark.parametrize("clip_range", [None, 0.7])

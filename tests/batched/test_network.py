@@ -66,6 +66,7 @@ def storages(*modules):
     return {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
 
 
+@pytest.mark.sweep(options=1)
 @pytest.mark.parametrize("options", BUILDS.values(), ids=BUILDS)
 def test_the_stock_network_is_left_as_it_was(options):
     case = inputs(pair(targets=EVERYTHING))
@@ -97,6 +98,7 @@ def test_no_weight_is_copied():
     assert sum(own.values()) == factors
 
 
+@pytest.mark.full  # likewise, of a larger network
 def test_memory_at_four_objectives_of_stable_diffusion_15():
     """Its proportions at a quarter of the width; attention is 11 % of the weights."""
     with torch.device("meta"):
@@ -115,6 +117,7 @@ def test_memory_at_four_objectives_of_stable_diffusion_15():
         assert total <= 1.1 * size
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("options", BUILDS.values(), ids=BUILDS)
 def test_two_objectives_take_hardly_more_operators_than_one(kind, options):
@@ -166,6 +169,7 @@ def test_rows_are_parted_only_where_they_differ(targets, shared_prompt, rows):
     assert seen == rows  # M = K = B = 2
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("targets", [ATTENTION, EVERYTHING, UP_BLOCKS], ids=["few", "all", "up"])
 def test_every_convolution_reads_and_writes_channels_last(kind, targets):
@@ -189,6 +193,7 @@ def test_every_convolution_reads_and_writes_channels_last(kind, targets):
     assert len(hooks) > 10 and outside == []
 
 
+@pytest.mark.sweep(kind=1)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "unshared"])
 def test_no_sync_and_no_branch_on_data(kind, shared):

@@ -136,6 +136,7 @@ def test_conditions_must_fit_the_network():
         BatchedUNet.of(plain.variants).begin(plain.prompts, plain.timesteps, xl.added)
 
 
+@pytest.mark.sweep(kind=1)
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_set_of_conditions_for_all_objectives(kind):
     case = inputs(variants(kind=kind))

@@ -37,6 +37,7 @@ def mixed(kind="sd15", targets=ATTENTION, dtype=torch.float64):
     return [Variant(unet, "a"), Variant(unet, "b", 0.5), Variant(unet, None)]
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "targets",
@@ -51,6 +52,7 @@ def test_equals_stock_for_every_target_of_an_adapter(kind, targets):
     assert relative(case.batched(BatchedOptions()), expected) < EXACT
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("m", [1, 2, 3, 4])
 @pytest.mark.parametrize(("k", "b"), [(1, 1), (1, 2), (2, 1), (2, 2)])
 def test_equals_stock_for_any_number_of_rows(m, k, b):
@@ -68,6 +70,7 @@ def everything_adapted(kind):
     return case, case.stock()
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "options",
@@ -88,6 +91,7 @@ def test_equals_stock_however_it_is_built(kind, options):
     assert relative(case.batched(options), expected) < EXACT
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shared_prompt", [False, True], ids=["own prompts", "one prompt"])
 @pytest.mark.parametrize("targets", [ATTENTION, UP_BLOCKS], ids=["attention", "up blocks"])
@@ -103,6 +107,7 @@ def test_every_sharing_changes_nothing(kind, shared_prompt, targets):
         assert relative(case.batched(BatchedOptions(sharing=sharing)), expected) < EXACT, flags
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "options",
@@ -154,6 +159,7 @@ def test_latents_that_do_not_halve_evenly():
     assert relative(case.batched(BatchedOptions()), case.stock()) < EXACT
 
 
+@pytest.mark.sweep(k=1)
 @pytest.mark.parametrize("k", [0, 1, 2])
 def test_every_step_of_the_table(k):
     case = inputs(mixed("sdxl"))
@@ -176,6 +182,7 @@ def test_a_new_prompt_and_schedule_leave_nothing_of_the_old():
     assert relative(narrow.run(batched), narrow.stock()) < EXACT
 
 
+@pytest.mark.sweep(dtype=1)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_the_shipped_model(dtype):
     pipe = quiet(mf.MSDDAPipeline.from_pretrained("msdda-fast/emoji", dtype=torch.float64))
@@ -187,6 +194,7 @@ def test_the_shipped_model(dtype):
     assert relative(case.batched(BatchedOptions()), exact) <= error
 
 
+@pytest.mark.sweep(mine=1)
 @pytest.mark.parametrize("mine", ["warm", "cool"])
 def test_files_as_the_pipeline_loads_them(tiny, mine):
     pipe = tiny.load(dtype=torch.float64)

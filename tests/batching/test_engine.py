@@ -122,6 +122,7 @@ class TestSameImage:
             alone = mf.counter_noise([fields["seed"]], (1, *x_T.shape[1:]), stream=0)
             assert torch.equal(x_T[i], alone[0])
 
+    @pytest.mark.full  # strangers share a batch above, on a smaller model
     def test_pictures_of_the_shipped_model_are_within_one_level(self, start):
         pipe = quiet(mf.MSDDAPipeline.from_pretrained("msdda-fast/emoji"))
         engine = start(pipe, output_type="pil")
@@ -167,6 +168,7 @@ class CountedGraphs(TracedGraphs):
 
 
 class TestGraphs:
+    @pytest.mark.full  # every shape; one is captured in tests/pipelines/test_captured.py
     def test_prepare_captures_all_and_no_occupancy_weight_or_guidance_again(
         self, start, monkeypatch
     ):
@@ -374,6 +376,7 @@ class TestWatching:
 
 
 class TestPreviews:
+    @pytest.mark.sweep(forward=1)
     @pytest.mark.parametrize("forward", ["batched", "sequential"])
     def test_are_the_state_then_decoded_and_change_no_bit_of_any_image(
         self, start, own_pipe, monkeypatch, forward

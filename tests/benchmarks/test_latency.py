@@ -20,6 +20,9 @@ from benchmarks.contenders.request import Request
 SOME = "E1,E2,E3-M2,E4-M2,E5-M2,S,S again,M2,M2/separate,M2-no-graph,C5-M2"
 TINY = ["--device", "cpu", "--dtype", "fp32", "--model", "tiny", "--steps", "3", "--rounds", "7"]
 
+#: One run of all contenders takes a minute of two cores.
+MEASURED = pytest.mark.full
+
 
 def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
@@ -56,6 +59,7 @@ def request_of_two():
     return Request(model, batch=1, num_steps=3)
 
 
+@MEASURED
 def test_every_contender_is_timed_or_has_a_reason(measured):
     _, records = measured
     names = [entry.name for entry in catalogue([1, 2], "merged", "cpu")]
@@ -67,6 +71,7 @@ def test_every_contender_is_timed_or_has_a_reason(measured):
     assert skipped["C1"] == "not asked for"
 
 
+@MEASURED
 def test_a_record_says_what_was_measured_and_where(measured):
     _, records = measured
     ours = next(record for record in records if record["contender"] == "M2")
@@ -78,6 +83,7 @@ def test_a_record_says_what_was_measured_and_where(measured):
     assert ours["num_objectives"] == 2 and ours["branches"] == 2 and ours["guidance"] == 7.5
 
 
+@MEASURED
 def test_two_objectives_take_few_more_operators_than_one(measured):
     _, records = measured
     count = {record["contender"]: record.get("operators") for record in records}
@@ -85,6 +91,7 @@ def test_two_objectives_take_few_more_operators_than_one(measured):
     assert count["M2"] < count["E1"] < count["E4-M2"] < count["E3-M2"]
 
 
+@MEASURED
 def test_copies_hold_each_weight_again_and_one_forward_does_not(measured):
     _, records = measured
     held = {record["contender"]: record.get("parameters_mb") for record in records}
@@ -94,6 +101,7 @@ def test_copies_hold_each_weight_again_and_one_forward_does_not(measured):
     assert peak["S"] < peak["M2"]
 
 
+@MEASURED
 def test_the_tables_have_what_was_timed_and_what_was_not(measured, monkeypatch):
     folder, records = measured
     monkeypatch.setattr(report, "RESULTS", folder)
@@ -106,6 +114,7 @@ def test_the_tables_have_what_was_timed_and_what_was_not(measured, monkeypatch):
     assert (folder / "latency.png").read_bytes().startswith(b"\x89PNG")
 
 
+@MEASURED
 def test_ratios_are_of_one_run_and_the_last_run_is_reported(measured, tmp_path, monkeypatch):
     _, records = measured
     later = [record | {"when": "2099-01-01T00:00:00+00:00"} for record in records]
@@ -129,6 +138,7 @@ def test_a_wrong_contender_is_refused_by_name(request_of_two):
         verify({"right": right, "wrong": wrong}, request_of_two)
 
 
+@MEASURED
 def test_adapters_change_more_than_half_precision_loses(measured):
     _, records = measured
     effects = {record["contender"]: record.get("effect") for record in records}

@@ -3,6 +3,7 @@
 
 import json
 
+import pytest
 import torch
 
 from benchmarks import modes, report
@@ -10,6 +11,7 @@ from msdda_fast.pipelines.stable_diffusion.modes import MODES
 from tests.tiny_model import quiet
 
 
+@pytest.mark.full  # the whole benchmark, small
 def test_quality_and_its_table(monkeypatch, tmp_path):
     kept = []
     monkeypatch.setattr(modes, "TEST_PROMPTS", modes.TEST_PROMPTS[:2])
@@ -40,6 +42,7 @@ def test_quality_and_its_table(monkeypatch, tmp_path):
     assert rows[3].endswith("| 0.50 |")  # merged
 
 
+@pytest.mark.full  # of a benchmark
 def test_an_exact_step_diverges_by_nothing_and_another_by_its_square(monkeypatch):
     monkeypatch.setattr(modes, "STEPS", 6)
     pipe = quiet(modes.load(torch.float32))

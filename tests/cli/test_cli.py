@@ -137,9 +137,10 @@ class TestSweep:
             "SettingsConflict" in done.stderr and "num_inference_steps was 2, is 3" in done.stderr
         )
 
+    @pytest.mark.full  # the exit is tested below, resuming in tests/evaluation
     def test_ctrl_c_keeps_finished_cells_and_says_how_to_resume(self, tiny, loaded, tmp_path):
         arguments = [str(a) for a in sweep_of(tiny.folder, tmp_path, "--batch-size", 1)]
-        arguments[arguments.index("--steps") + 1] = "100"  # long enough to be caught in the act
+        arguments[arguments.index("--steps") + 1] = "40"  # long enough to be caught in the act
         # a test run in the background hands down an ignored SIGINT, which Python then leaves alone
         start = (
             "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "

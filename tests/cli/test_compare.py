@@ -59,6 +59,7 @@ def test_compare_writes_scores_tables_and_a_page(loaded, tmp_path):
     assert again.exit_code == 0 and "MSDDA - system" in again.output
 
 
+@pytest.mark.full  # three systems above, each of all in tests/methods
 def test_quick_draws_every_system_on_few_prompts(loaded, tmp_path, monkeypatch):
     monkeypatch.setattr(cli_compare, "QUICK_STEPS", 2)
     monkeypatch.setattr(cli_compare, "QUICK_PROMPTS", 1)
@@ -70,6 +71,7 @@ def test_quick_draws_every_system_on_few_prompts(loaded, tmp_path, monkeypatch):
     assert len({row.prompt for row in rows}) == 1 and {row.steps for row in rows} == {2}
 
 
+@pytest.mark.full  # a second comparison
 def test_tune_writes_what_compare_reads(loaded, tmp_path, monkeypatch):
     methods = [RGG(alpha=a, norm="none") for a in (1.0, 0.1)]
     monkeypatch.setattr(tuning, "candidates", lambda: methods)

@@ -36,6 +36,7 @@ def dpok(tiny, prompts, folder, *more):
     ]  # fmt: skip
 
 
+@pytest.mark.full  # a training; its parts are in tests/training
 def test_dpok_writes_an_adapter_that_diffusers_and_the_command_line_load(tiny, prompts, tmp_path):
     folder = tmp_path / "run"
     done = run(*dpok(tiny, prompts, folder))
@@ -79,6 +80,7 @@ def test_step_dpo_from_a_folder_of_pairs(tiny, tmp_path):
     assert done.exit_code == 2 and "InvalidPairs" in done.stderr and "line 1" in done.stderr
 
 
+@pytest.mark.full  # the folder of pairs is above
 def test_step_dpo_on_the_models_own_samples(tiny, prompts, tmp_path):
     done = run(
         "step-dpo", "-m", tiny.folder, "--reward", "aesthetic", "--prompts", prompts, "-o",

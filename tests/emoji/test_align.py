@@ -40,6 +40,7 @@ def same(one, other):
     return all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.full  # four trainings; what pairs are made of is in tests/training
 def test_a_weighted_sum_prefers_what_its_sum_does(train):
     aesthetic, consistency = train("a", aesthetic=1.0), train("c", consistency=1.0)
     assert not same(aesthetic, consistency)

@@ -47,6 +47,7 @@ def test_lab_round_trip():
     torch.testing.assert_close(there_and_back, rgb, atol=1e-5, rtol=0)
 
 
+@pytest.mark.sweep(style=1)
 @pytest.mark.parametrize("style", SETS)
 def test_a_painted_sprite_is_mostly_its_colour(style):
     """Nearest palette colour of the visible pixels, by vote."""

@@ -38,6 +38,7 @@ def test_at_a_weight_of_zero_the_third_changes_nothing(three):
     torch.testing.assert_close(found, wanted)
 
 
+@pytest.mark.full  # pictures; adapters of each objective are in tests/batched
 def test_each_of_the_three_has_its_own_picture(three):
     corners = [
         three(PROMPTS, weights={n: float(n == own) for n in three.objectives}, **OPTIONS).images

@@ -8,6 +8,7 @@ import torch
 
 from msdda_fast.emoji import architectures, checkpoint, train_base, train_scorer, train_vae
 from msdda_fast.emoji.render import Renderer
+from tests.tiny_model import WIDTH, small_unet
 
 
 class Killed(Exception):
@@ -40,9 +41,14 @@ def train_networks(work):
     return [*vae.state_dict().values(), *scorer.state_dict().values()]
 
 
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    return train_networks(tmp_path_factory.mktemp("straight"))
+
+
+@pytest.mark.full  # a minute of training; the denoiser below resumes by the same checkpoints
 @pytest.mark.parametrize("module", [train_vae, train_scorer], ids=["vae", "scorer"])
-def test_vae_and_scorer(tmp_path, monkeypatch, module):
-    straight = train_networks(tmp_path / "straight")
+def test_vae_and_scorer(straight, tmp_path, monkeypatch, module):
     with monkeypatch.context() as patch:
         kill_at(patch, module, "random_scenes", 4)
         with pytest.raises(Killed):
@@ -56,7 +62,7 @@ def test_denoiser_and_text_encoder(tmp_path, monkeypatch):
 
     def train(work):
         torch.manual_seed(0)
-        unet, text = architectures.small_unet(), architectures.small_text_encoder(tokenizer)
+        unet, text = small_unet(16), architectures.small_text_encoder(tokenizer, WIDTH)
         latents = torch.randn(6, 4, 16, 16, generator=torch.Generator().manual_seed(0)).half()
         ids = train_base.tokenize(tokenizer, ["a red car"] * 6)
         empty = train_base.tokenize(tokenizer, [""])[0]

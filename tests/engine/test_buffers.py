@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """A request is written as a whole or not at all, and what does not fit is named."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
 
-from msdda_fast.engine.buffers import StepBuffers, padded_steps
+from msdda_fast.engine.buffers import ShapeKey, StepBuffers, padded_steps
 from msdda_fast.errors import InvalidSchedule, InvalidShape
 from tests.engine.small_world import CHANNELS, KEY, SHAPE, Request, drawn
 
@@ -109,3 +109,27 @@ def test_a_loaded_request_lies_where_it_belongs(buffers: StepBuffers) -> None:
     assert buffers.conditioning["prompt"].equal(PROMPT)
     now = [t.data_ptr() for t in (buffers.x, buffers.rows, buffers.seeds, buffers.next_input)]
     assert now == addresses
+
+
+OTHER = {
+    "shape": (9, 9),
+    "active": (True, True, True),
+    "branches": 2,
+    "clip_range": 1.0,
+    "dtype": torch.bfloat16,
+    "input_rows": 2,
+    "channels_last": True,
+    "rank": 4,
+    "max_steps": 128,
+    "noise_table": True,
+    "context": (1, 2),
+    "shared_context": True,
+    "mode": "another",
+}
+
+
+def test_every_field_tells_one_captured_step_from_another() -> None:
+    key = ShapeKey(shape=(1, 4), active=(True,))
+    assert OTHER.keys() == {field.name for field in fields(ShapeKey)}
+    for name, value in OTHER.items():
+        assert replace(key, **{name: value}) != key, name

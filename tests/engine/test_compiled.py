@@ -83,6 +83,7 @@ def test_requests_of_one_shape_share_one_compilation(traced_only, capture: str) 
     assert graphs.captures == (0 if capture == "off" else 1)
 
 
+@pytest.mark.full  # compiles a dozen times
 def test_many_shapes_are_no_recompilations_too_many(traced_only) -> None:
     weights = small_weights()
     steps, _ = cache(weights, compile=True, capture="off", capacity=12)

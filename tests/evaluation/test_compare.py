@@ -38,6 +38,7 @@ SMALL = {
 }  # fmt: skip
 
 
+@pytest.mark.full  # each system is drawn in tests/methods, three are reported below
 def test_every_system_is_drawn_scored_and_reported(pipe, tiny, tmp_path):
     plan = Plan(**SMALL, oracles={0.5: tiny.warm}, tuned={("RGG", "tuned"): RGG(alpha=1.0)})
     page = compare(pipe, COMPARISON, plan, tmp_path / "work", tmp_path / "out", title="Tiny")
@@ -54,6 +55,7 @@ def test_every_system_is_drawn_scored_and_reported(pipe, tiny, tmp_path):
             assert image.width > 300
 
 
+@pytest.mark.full  # three runs; kept shards are in test_runs.py
 def test_rerunning_keeps_earlier_rows_and_systems_can_be_chosen(pipe, tmp_path, calls):
     out = tmp_path / "out"
     for systems in (["SD", "MSDDA", "RS"], ["SD", "MSDDA", "DB-MPA"]):

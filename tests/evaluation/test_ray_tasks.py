@@ -22,6 +22,7 @@ def contents(folder, pattern):
     return {file.relative_to(folder): file.read_bytes() for file in folder.rglob(pattern)}
 
 
+@pytest.mark.full  # a cluster takes half a minute to start
 def test_a_sweep_is_that_of_one_machine_and_continues(nodes, tiny, tmp_path):  # noqa: F811
     common = ["--model", tiny.folder, "--device", "cpu", "--steps", 2, "--toward", "cool"]
     sweep = ["sweep", *common, "--weights", "0,0.5", "-p", "a yellow dog", "--reward", "aesthetic"]
@@ -37,6 +38,7 @@ def test_a_sweep_is_that_of_one_machine_and_continues(nodes, tiny, tmp_path):  #
     assert {f: f.stat().st_mtime_ns for f in kept} == kept
 
 
+@pytest.mark.full  # likewise
 def test_a_comparison_is_that_of_one_machine(nodes, tiny, tmp_path):  # noqa: F811
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a yellow dog\na red car\n")

@@ -125,6 +125,7 @@ def test_the_page_stands_alone(tmp_path):
     assert {file.name for file in tmp_path.iterdir()} == names
 
 
+@pytest.mark.full  # a figure
 def test_three_objectives_have_a_figure_of_their_own(tmp_path):
     triple = [
         row

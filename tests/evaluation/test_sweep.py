@@ -112,6 +112,7 @@ def test_more_prompts_weights_and_seeds_add_cells(pipe, tmp_path, calls):
     assert len(list(tmp_path.glob("cells/*.png"))) == 4
 
 
+@pytest.mark.sweep(change=1)
 @pytest.mark.parametrize(
     "change", [{"num_inference_steps": 3}, {"guidance_scale": 3.0}, {"toward": "warm"}]
 )

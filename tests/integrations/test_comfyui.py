@@ -227,6 +227,7 @@ def test_without_comfyui_a_node_says_so_when_it_runs() -> None:
         guider_node(made)
 
 
+@pytest.mark.full  # a program; the nodes themselves are tested above
 def test_importing_the_nodes_is_silent_and_needs_no_comfyui() -> None:
     code = "import sys, msdda_fast.integrations.comfyui; assert 'comfy' not in sys.modules"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

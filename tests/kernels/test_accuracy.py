@@ -56,6 +56,7 @@ def coefficients(
     return table[0]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
@@ -68,6 +69,7 @@ def test_a_ddim_step_is_as_accurate_as_the_paper_s_chain(shape, dtype, count, qu
     assert_accurate(fast, literal_step(case, torch.float32), literal_step(case, torch.float64))
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
 def test_a_clipped_ddim_step_is_too(dtype, count, quick_backend):
@@ -112,6 +114,7 @@ def test_a_float64_step_agrees_with_the_paper_s_chain(clip_range, quick_backend)
     assert (fast - literal_step(case, torch.float64, clip_range)).abs().max() < bound
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("axes", [(1, 1), (2, 1), (1, 2), (5, 1), (2, 5), (5, 5)], ids=str)
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
@@ -126,6 +129,7 @@ def test_fused_moments_are_as_accurate_as_eq_7(dtype, count, axes, quick_backend
     assert_accurate(fast, literal_fusion(case, torch.float32), literal_fusion(exact, torch.float64))
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
 @pytest.mark.parametrize("axes", ["table", "pixelwise"])
 def test_fused_moments_of_every_shape(shape, axes, quick_backend):
@@ -149,6 +153,7 @@ def test_float64_moments_agree_with_eq_7(axes, quick_backend):
     assert (fast - literal_fusion(case, torch.float64)).abs().max() < bound
 
 
+@pytest.mark.sweep(fast_backend=1)  # Triton's are in test_triton_cases.py
 @pytest.mark.parametrize("count", [3, 16, 17], ids="M{}".format)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("clip_range", [None, 1.0])
@@ -162,6 +167,7 @@ def test_every_backend_is_bitwise_equal_to_eager(dtype, clip_range, count, fast_
     assert torch.equal(eager, fast)
 
 
+@pytest.mark.sweep(fast_backend=1)  # likewise
 @pytest.mark.parametrize("axes", [(1, 1), (2, 5), (5, 2), (5, 5)], ids=str)
 @pytest.mark.parametrize("count", [3, 17], ids="M{}".format)
 def test_moments_are_bitwise_equal_to_eager(count, axes, fast_backend):

@@ -91,6 +91,7 @@ class TestNoise:
             assert not call(noise=z, backend=native).requires_grad
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("variances", "weights", "expected"),
     [

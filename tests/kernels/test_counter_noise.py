@@ -69,6 +69,7 @@ def test_golden_vectors(case, backend):
     assert noise.view(torch.int32).flatten().tolist() == case["bits"]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "shape",

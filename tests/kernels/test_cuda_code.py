@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import pytest
 
+pytestmark = pytest.mark.full  # nvcc takes half a minute; test_cuda_threads.py runs the code
 ROOT = Path(__file__).resolve().parents[2]
 HOME = os.environ.get("CUDA_HOME")
 FOUND = shutil.which("nvcc", path=f"{HOME}/bin" if HOME else None)

@@ -47,6 +47,7 @@ def test_floats_are_rounded_to_halves_as_torch_does(dtype, native):
     torch.testing.assert_close(narrow, x.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.sweep(backend=2)  # Triton's are in test_triton_cases.py
 @pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_out_takes_any_float_dtype(dtype, out_dtype, backend):
@@ -74,6 +75,7 @@ def transposed(x: Tensor) -> Tensor:
     return x.transpose(-1, -2).contiguous().transpose(-1, -2)
 
 
+@pytest.mark.sweep(backend=2)  # Triton's are in test_triton_cases.py
 @pytest.mark.parametrize("seeded", [False, True], ids=["noise", "seeds"])
 @pytest.mark.parametrize("layout", [channels_last, sliced, transposed], ids=lambda f: f.__name__)
 def test_layouts_do_not_change_a_bit(layout, seeded, backend):
@@ -116,6 +118,7 @@ def test_a_step_in_place(backend):
     assert torch.equal(x, expected)
 
 
+@pytest.mark.sweep(backend=2)  # Triton's are in test_triton_cases.py
 def test_outputs_as_a_sequence_and_rows_for_the_whole_batch(backend):
     case = ddim_case(2, SHAPE, torch.float32)
     step = step_of(2, batch=1)
@@ -125,6 +128,7 @@ def test_outputs_as_a_sequence_and_rows_for_the_whole_batch(backend):
     assert torch.equal(together, apart)
 
 
+@pytest.mark.sweep(backend=2)  # Triton's are in test_triton_cases.py
 def test_the_raw_function_picks_row_and_noise_of_its_step(backend):
     case = ddim_case(2, SHAPE, torch.float32)
     rows = torch.randn(4, 3, 6, generator=torch.Generator().manual_seed(9))
@@ -145,6 +149,7 @@ def test_the_raw_function_picks_row_and_noise_of_its_step(backend):
             assert torch.equal(out, expected)
 
 
+@pytest.mark.sweep(backend=2)  # Triton's are in test_triton_cases.py
 @pytest.mark.parametrize("step", [2, torch.tensor(2)], ids=["int", "tensor"])
 def test_the_raw_function_takes_noise_of_every_step(step, backend):
     case = ddim_case(2, SHAPE, torch.float32)
@@ -157,6 +162,7 @@ def test_the_raw_function_takes_noise_of_every_step(step, backend):
     assert torch.equal(whole, entry)
 
 
+@pytest.mark.sweep(backend=2)  # Triton's are in test_triton_cases.py
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("channels", [4, 5])

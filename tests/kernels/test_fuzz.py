@@ -7,6 +7,7 @@ of `out` change nothing. `test_fuzz_bad_input.py` is the counterpart for input t
 """
 
 import hypothesis.strategies as st
+import pytest
 import torch
 from torch import Tensor
 
@@ -50,6 +51,7 @@ def any_over(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
     return mask
 
 
+@pytest.mark.sweep(backend=2)  # Triton's random cases are in test_triton_cases.py
 def test_random_moments_fuse_to_the_bits_of_eager(backend):
     def check(data: st.DataObject) -> None:
         draw = Draw(data)
@@ -118,6 +120,7 @@ def test_random_moments_fuse_to_the_bits_of_eager(backend):
     fuzz(backend, st.data(), check)
 
 
+@pytest.mark.sweep(backend=2)  # likewise
 def test_random_coefficients_step_to_the_bits_of_eager(backend):
     def check(data: st.DataObject) -> None:
         draw = Draw(data)
@@ -203,6 +206,7 @@ def test_random_coefficients_step_to_the_bits_of_eager(backend):
     fuzz(backend, st.data(), check)
 
 
+@pytest.mark.sweep(backend=2)  # likewise
 def test_random_seeds_and_counters_draw_the_bits_of_eager(backend):
     def check(data: st.DataObject) -> None:
         draw = Draw(data)

@@ -92,6 +92,7 @@ def assert_refused(call, request, error):
     assert torch.equal(out, before) if not out.is_floating_point() else same_bits(out, before)
 
 
+@pytest.mark.sweep(backend=1)  # refused before a backend is chosen
 def test_a_broken_fusion_is_refused_by_name_and_writes_nothing(backend):
     def check(data):
         draw = Draw(data)
@@ -134,6 +135,7 @@ def test_a_broken_fusion_is_refused_by_name_and_writes_nothing(backend):
     fuzz(backend, st.data(), check)
 
 
+@pytest.mark.sweep(backend=1)  # likewise
 def test_a_broken_step_is_refused_by_name_and_writes_nothing(backend):
     def check(data):
         draw = Draw(data)
@@ -185,6 +187,7 @@ def test_a_broken_step_is_refused_by_name_and_writes_nothing(backend):
     fuzz(backend, st.data(), check)
 
 
+@pytest.mark.sweep(backend=1)  # likewise
 def test_a_broken_request_for_noise_is_refused_by_name(backend):
     def check(data):
         draw = Draw(data)

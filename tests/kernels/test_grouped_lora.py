@@ -15,6 +15,7 @@ from msdda_fast.kernels.grouped_lora import (
     grouped_site,
     merge_error,
 )
+from msdda_fast.kernels.grouped_lora._merge import merge
 from tests.kernels.cases import assert_accurate
 from tests.kernels.lora_cases import lora_case, one_by_one, rows
 
@@ -26,6 +27,7 @@ SIZES = [(32, 48), (40, 24), (37, 29), (7, 1), (1, 16)]
 KIND = {"separate": FactoredLinear, "folded": FoldedLinear, "merged": MergedLinear}
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("design", DESIGNS)
 @pytest.mark.parametrize("ranks", RANKS, ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -40,6 +42,7 @@ def test_float64_agrees_with_each_objective_s_lora(design, ranks, size, bias):
     assert (site(x) - want).abs().max() <= 1e-12 * want.abs().max()
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("design", DESIGNS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("ranks", [(4,), (4, 4), (16, 0, 64, 3)], ids=str)
@@ -163,6 +166,14 @@ class TestMerging:
         assert merge_error(case.base.weight, case.down, case.up).tolist() == pytest.approx(
             seen, rel=0.1
         )
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+    def test_factors_are_wide_until_the_sum_is_rounded(self, dtype):
+        case = lora_case(nn.Linear(96, 128), (4, 4), torch.float32)
+        weight = case.base.weight.detach().to(dtype)
+        expected = weight.double() + torch.bmm(case.up.double(), case.down.double())
+        same = merge(weight, case.down, case.up) == expected.to(dtype)
+        assert same.double().mean() > 0.99  # float32 may round a tie the other way
 
     def test_it_is_relative_to_the_adapter(self):
         def error(scale: float) -> float:

@@ -77,6 +77,7 @@ CONVOLUTIONS = {
 FORMATS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("kind", CONVOLUTIONS)
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("ranks", [(4,), (4, 4), (3, 0, 8)], ids=str)

@@ -31,6 +31,7 @@ def fused(case: LoraCase) -> nn.Module:
     return grouped_site(case.base.to(DEVICE), case.down, case.up, design="fused")
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "ranks", [(4,), (4, 4), (4, 1, 8), (16, 0, 64, 3), (2, 3, 4, 5, 6), (33,)], ids=str
@@ -128,6 +129,7 @@ def compiled(made_once) -> dict:
     return report("tests.kernels.compiled_grouped_lora", made_once)
 
 
+@pytest.mark.full  # compiles for 20 s; the interpreter runs the same kernel above
 class TestAheadOfTime:
     def test_every_build_is_looked_at(self, compiled):
         assert sorted(compiled["builds"]) == sorted(BUILDS)

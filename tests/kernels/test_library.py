@@ -31,6 +31,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 SEEDS, STEP = torch.tensor([1, 2]), torch.tensor(3)
 
 
+@pytest.mark.sweep(fast_backend=1)  # one schema for all
 @pytest.mark.parametrize("clip_range", [None, 1.0])
 @pytest.mark.parametrize("drawn", [True, False], ids=["seeds", "noise"])
 def test_the_step_is_a_sound_operator(drawn, clip_range, fast_backend):
@@ -43,6 +44,7 @@ def test_the_step_is_a_sound_operator(drawn, clip_range, fast_backend):
     opcheck(OPS.fused_step_.default, arguments)
 
 
+@pytest.mark.sweep(fast_backend=1)  # one schema for all
 def test_the_fusion_of_moments_is_a_sound_operator(fast_backend):
     means = [normal(*SHAPE, seed=m) for m in range(2)]
     variances, weights = normal(2, *SHAPE).exp(), normal(2, 1, 1, 1, 1).softmax(0)
@@ -53,6 +55,7 @@ def test_the_fusion_of_moments_is_a_sound_operator(fast_backend):
     )
 
 
+@pytest.mark.sweep(fast_backend=1)  # likewise
 def test_counter_noise_is_a_sound_operator(fast_backend):
     opcheck(OPS.counter_noise_.default, (torch.empty(SHAPE), SEEDS, STEP, 1, fast_backend))
 
@@ -70,6 +73,7 @@ def ancestral(means: Tensor, variances: Tensor, weights: Tensor, seeds: Tensor) 
     return x
 
 
+@pytest.mark.sweep(axes=1)
 @pytest.mark.parametrize("axes", [1, 2, 5])
 def test_a_sampler_is_one_graph_for_any_weights_and_seeds(axes):
     counter = CompileCounterWithBackend("aot_eager")

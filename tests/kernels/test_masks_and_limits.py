@@ -28,6 +28,7 @@ def fused_value(values: tuple[float, ...], backend: str, **options: object) -> f
     return float(result.flatten()[0])
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 @pytest.mark.parametrize("axes", [1, 2, 5])
 def test_a_zero_weight_masks_its_objective_for_that_sample(axes, poison, backend):
@@ -45,6 +46,7 @@ def test_a_zero_weight_masks_its_objective_for_that_sample(axes, poison, backend
     assert clean.isfinite().all()
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("clip_range", [None, 1.0])
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 def test_a_zero_coefficient_masks_its_input(poison, clip_range, backend):
@@ -114,6 +116,7 @@ def test_steps_without_guidance_need_no_unconditional_half(backend):
     assert torch.equal(both, cond)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("pixelwise", [False, True], ids=["table", "pixelwise"])
 @pytest.mark.parametrize("scale", [1e-200, 1e-30, 1e30, 1e70])
 def test_shares_do_not_overflow(scale, pixelwise, backend):
@@ -128,6 +131,7 @@ def test_shares_do_not_overflow(scale, pixelwise, backend):
 ALL_ZERO, ONE_ZERO = [0.0, 0.0, 0.0], [0.0, 0.0, 1.0]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("pixelwise", [False, True], ids=["table", "pixelwise"])
 @pytest.mark.parametrize("variances", [ALL_ZERO, ONE_ZERO], ids=["all", "some"])
 def test_zero_variances_need_a_policy(variances, pixelwise, backend):

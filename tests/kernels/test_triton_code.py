@@ -6,6 +6,8 @@ import pytest
 from msdda_fast.kernels import registry
 from tests.kernels.ahead_of_time import report
 
+pytestmark = pytest.mark.full  # compiles for a minute; test_triton_cases.py interprets the kernels
+
 
 @pytest.fixture(scope="module")
 def compiled(made_once) -> dict[str, dict]:

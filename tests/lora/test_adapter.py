@@ -117,6 +117,7 @@ class TestFiles:
             read_adapter_file(file)
 
 
+@pytest.mark.full  # a program; tests/test_layering.py reads the imports
 def test_needs_torch_and_no_model_zoo():
     code = (
         "import sys, msdda_fast.lora.adapter;"

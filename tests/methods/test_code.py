@@ -238,6 +238,7 @@ def test_equal_latents_are_evaluated_once_for_the_same_images(pipe, method):
     assert drawn.cost.unet_forwards < published.cost.unet_forwards
 
 
+@pytest.mark.sweep(method=1)
 @BY_VARIANT
 def test_an_image_depends_on_its_own_prompt_and_seed(pipe, method):
     options = OPTIONS | {"rewards": REWARDS}

@@ -33,6 +33,7 @@ MODELS = {
 }
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 @pytest.mark.parametrize("method", MODELS, ids=lambda method: repr(method))
 def test_cost_is_the_formula(pipe, method, guidance_scale):

@@ -105,6 +105,7 @@ def agree(method: DAS, model: Vectors, scheduler=None) -> dict[str, bool]:
 ALL = {"mean": True, "var": True, "log_z": True}
 
 
+@pytest.mark.sweep(changes=3)
 @pytest.mark.parametrize(
     "changes",
     [
@@ -130,6 +131,7 @@ def test_a_last_step_without_noise():
     assert agree(METHOD, model, scheduler) == ALL
 
 
+@pytest.mark.full  # of other code
 def test_the_published_code_misses_its_target():
     """Survivors carry on with the twist and the gradient of others."""
     published = replace(METHOD, reindex="published", gamma=0.024)
@@ -232,6 +234,7 @@ def test_costs(pipe):
     assert model.cost == Cost(20 * 5 * 50, 20 * 5 * 50, 20 * 5 * 51, 20 * 5 * 51)
 
 
+@pytest.mark.sweep(method=1)
 @pytest.mark.parametrize("method", [SMALL, replace(SMALL, reindex="published")])
 def test_an_image_depends_on_its_own_prompt_and_seed(pipe, method):
     together = drawn(method, pipe).images

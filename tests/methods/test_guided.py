@@ -30,6 +30,7 @@ def draw(method, pipe, prompts=PROMPTS, seeds=SEEDS, weights=WEIGHTS, rewards=TO
     return method(pipe, prompts, weights, seeds, rewards=rewards, **settings)
 
 
+@pytest.mark.sweep(method=1)
 @each_method
 def test_an_image_depends_on_its_own_prompt_and_seed(method, pipe):
     drawn = draw(method, pipe).images

@@ -21,6 +21,7 @@ def per_slope(eta: float = 1.0, num_steps: int = 50) -> float:
     )
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("eta", [1.0, 0.8, 0.0])
 @pytest.mark.parametrize("dependency", ["independent", "dependent"])
 @pytest.mark.parametrize(

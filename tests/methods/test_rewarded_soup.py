@@ -178,6 +178,7 @@ def everything(*networks):
     return state
 
 
+@pytest.mark.sweep(fails=1)
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_pipeline_stays_as_it_was(tiny, fails):
     pipe = tiny.load()
@@ -196,6 +197,7 @@ def test_the_pipeline_stays_as_it_was(tiny, fails):
     assert list(pipe.objectives) == list(pipe.variants) == ["warm", "cool"]
 
 
+@pytest.mark.full  # memory of a long comparison
 def test_nothing_keeps_a_soup_alive(tiny):
     pipe = tiny.load()
     with torch.no_grad(), model_of(pipe) as model:

@@ -66,6 +66,7 @@ def steps_of_all_cases(parallel, device="cpu"):
     return steps, sum(rows)
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("split", [True, False], ids=["split", "whole"])
 def test_a_step_has_the_bits_of_one_process(size, split):
@@ -89,6 +90,7 @@ def test_gpus_over_nccl():
 
 
 class TestAssignment:
+    @pytest.mark.sweep
     @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 8])
     @pytest.mark.parametrize("branches", [1, 2])
     @pytest.mark.parametrize("split", [True, False])

@@ -50,6 +50,7 @@ def stray(x):
 
 
 class TestDeath:
+    @pytest.mark.sweep(size=1)
     @pytest.mark.parametrize("size", [2, 4])
     def test_a_rank_that_dies_ends_the_others_at_once(self, size):
         found = run_ranks(size, sample, die, timeout=50.0)
@@ -59,6 +60,7 @@ class TestDeath:
             assert "lost another rank at step 2" in str(outcome.error)
             assert f"of {size}" in str(outcome.error) and "timeout 50 s" in str(outcome.error)
 
+    @pytest.mark.full  # waits; a rank that never comes is below
     def test_a_rank_that_hangs_ends_the_others_after_the_timeout(self):
         found = run_ranks(4, sample_beside_a_hanging_rank, timeout=4.0)
         for rank in {0, 2, 3}:
@@ -96,6 +98,7 @@ def parallel_trouble(parallel, trouble):
 
 
 class TestFailure:
+    @pytest.mark.sweep(size=1)
     @pytest.mark.parametrize("size", [2, 4])
     def test_an_exception_reaches_every_rank_and_all_can_go_on(self, size):
         found = values(run_ranks(size, sample_again, fail, timeout=50.0))

@@ -87,6 +87,7 @@ def draw_all(parallel, tiny):
     return found
 
 
+@pytest.mark.full  # two requests of it are below
 @pytest.mark.parametrize("size", [3, pytest.param(2, marks=pytest.mark.slow)])
 def test_whole_objectives_have_the_bits_of_one_process(tiny, pipe, size):
     found = values(run_ranks(size, draw_all, tiny))
@@ -112,6 +113,7 @@ def test_whole_objectives_have_the_bits_of_one_process(tiny, pipe, size):
     assert torch.equal(found[1]["torch's generator"][1], found[0]["torch's generator"][1])
 
 
+@pytest.mark.full  # four processes; steps of four ranks are in test_engine.py
 def test_four_ranks_split_guidance(tiny, pipe):
     found = values(run_ranks(4, draw_all, tiny))
     for name in REQUESTS:

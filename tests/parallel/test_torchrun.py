@@ -44,6 +44,7 @@ def assert_same_picture(*files):
     assert abs(one - other).max() <= 1
 
 
+@pytest.mark.full  # two programs; their engine is in test_engine.py
 def test_two_ranks_write_the_images_of_one_process(tiny, tmp_path):
     alone(*generate(tiny.folder, tmp_path / "one.png", "--seed", 5))
     done = torchrun(2, *generate(tiny.folder, tmp_path / "two.png", "--seed", 5))

@@ -43,6 +43,7 @@ def merged_of(case, shares, prompts=None):
 
 
 class TestMerged:
+    @pytest.mark.sweep(1)
     @pytest.mark.parametrize("targets", [ATTENTION, EVERYTHING], ids=["attention", "everything"])
     @pytest.mark.parametrize("kind", ["sd15", "sd21"])
     def test_one_hot_samples_are_their_own_objectives(self, kind, targets):
@@ -53,6 +54,7 @@ class TestMerged:
         for m in range(3):
             assert relative(merged[:, m], expected[m, :, m]) < EXACT
 
+    @pytest.mark.sweep(shares=1)
     @pytest.mark.parametrize("shares", [(0.5, 0.5), (0.1, 0.9), (1.5, -0.5)])
     def test_equal_adapters_are_the_adapter_at_any_share(self, shares):
         unet = add_adapter(network(), "a", EVERYTHING, seed=1)
@@ -96,6 +98,7 @@ class TestMerged:
         with pytest.raises(InvalidShape, match=r"\(2, 2\).*\(B, 3\)"):
             MergedUNet(LoadedAdapters(objectives())).mix(torch.ones(2, 2))
 
+    @pytest.mark.full  # conditions are told apart in tests/batched
     def test_xl_conditions(self):
         assert "sdxl" in KINDS
         case = inputs(objectives("sdxl", EVERYTHING), b=3, shared_prompt=True)

@@ -187,6 +187,7 @@ class TestWhatComesOut:
         first, second = (pipe("a red dog", **options).images for _ in range(2))
         assert not torch.equal(first, second)
 
+    @pytest.mark.sweep(dtype=1)
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
     def test_latents_stay_float32_whatever_the_networks_compute_in(self, tiny, dtype):
         expected = tiny.shared()(PROMPTS, **SHORT).images

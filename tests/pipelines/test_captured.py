@@ -150,6 +150,7 @@ def test_an_image_does_not_depend_on_what_shares_its_batch(pipe):
     assert_close(alone[0], batch[1])
 
 
+@pytest.mark.sweep(weights=1)
 @pytest.mark.parametrize("weights", [(0.2, 0.5, 0.3), (0.4, 0, 0.6), (0, 0, 1)], ids=str)
 def test_networks_of_their_own_run_in_the_same_step(tiny, graphs, weights):
     objectives = {
@@ -242,6 +243,7 @@ REQUESTS = [
 
 
 class TestModes:
+    @pytest.mark.full  # twelve generations; see tests/engine/test_kinds.py
     def test_each_kind_of_step_is_captured_once_and_has_the_bits_of_the_eager_one(
         self, pipe, graphs
     ):
@@ -265,12 +267,14 @@ class TestModes:
         images = [pipe(PROMPTS, **SHORT, **alone, mode=mode).images for mode in ("exact", "merged")]
         assert torch.equal(*images) and counted.captures == 1
 
+    @pytest.mark.full  # likewise
     def test_prepare_captures_all_kinds_ahead(self, pipe, counted):
         pipe.prepare(batch_size=2, num_inference_steps=3, mode="merged")
         assert counted.captures == 3
         pipe(PROMPTS, **{**SHORT, "guidance_scale": None}, mode="merged")
         assert counted.captures == 3
 
+    @pytest.mark.full  # likewise
     @pytest.mark.parametrize("clip_range", [None, 1.0], ids=str)
     def test_no_kind_of_step_reads_a_value(self, pipe, clip_range):
         """Without data; on a GPU reading a value would be a sync."""
@@ -301,6 +305,7 @@ class TestModes:
         assert not calls  # of the stock network
 
 
+@pytest.mark.full  # latents of a smaller model are compared above
 def test_images_of_the_shipped_model_are_the_same_pictures():
     pipe = quiet(mf.MSDDAPipeline.from_pretrained("msdda-fast/emoji"))
     request = dict(num_inference_steps=4, seed=3, output_type="np")

@@ -38,6 +38,7 @@ def relative_error(actual, expected) -> float:
 ROUNDINGS = 13 * 8
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 @pytest.mark.parametrize("adapter", ["warm", None])

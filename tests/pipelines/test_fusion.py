@@ -38,6 +38,7 @@ def test_it_is_one_ddim_step_of_the_mixture(pipe):
     assert (found - pipe(**REQUEST).images).abs().max() > 1e-2
 
 
+@pytest.mark.sweep(mode=1)
 @pytest.mark.parametrize("mode", ["exact", "merged", "hybrid"])
 def test_modes_run_with_it(pipe, mode):
     """The same as Eq. 7 where etas are equal, and not where they differ."""

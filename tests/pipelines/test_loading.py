@@ -428,6 +428,7 @@ class TestSavePretrained:
             )  # fmt: skip
         assert sorted(p.name for p in tmp_path.iterdir()) == ["moved"]
 
+    @pytest.mark.full  # the round trip is above
     def test_text_encoder_adapters_are_saved(self, tiny, tmp_path):
         text_encoder = copy.deepcopy(tiny.stock().text_encoder)
         with torch.random.fork_rng():

@@ -26,6 +26,7 @@ def distance(actual, expected) -> float:
     return float((actual.images - expected.images).norm() / expected.images.norm())
 
 
+@pytest.mark.sweep(mode=1)  # what all modes share
 class TestExactLimits:
     def test_exact_is_the_default_and_estimates_nothing(self, pipe):
         default, named = pipe(PROMPTS, **CALL), run(pipe, "exact")
@@ -71,6 +72,7 @@ class TestExactLimits:
         assert out.step_kl_estimate.max() < 1e-5
 
 
+@pytest.mark.sweep(mode=1)  # likewise
 class TestApproximations:
     @pytest.mark.parametrize("mode", APPROXIMATE)
     def test_are_close_but_not_exact_and_say_so(self, pipe, mode):
@@ -122,6 +124,7 @@ class TestApproximations:
         assert distance(out, run(pipe, "exact", weights=schedule)) < 1e-4
         assert distance(out, run(pipe, "exact", weights=places[0])) > 1e-2
 
+    @pytest.mark.full  # of all modes; exact is in test_captured.py
     def test_embeddings_that_a_callback_replaces_are_taken_up(self, pipe):
         def turn(pipe, k, t, tensors):
             return {"prompt_embeds": -tensors["prompt_embeds"]} if k == 0 else {}

@@ -75,6 +75,7 @@ def test_the_rewards_conflict_where_the_prompt_asks_for_no_colour(color, consist
     assert after[0] < before[0] - 0.1
 
 
+@pytest.mark.full  # of the shipped rewards together
 def test_what_consistency_wants_there_is_what_aesthetic_dislikes():
     aesthetic = load_reward("aesthetic")
     score = {}

@@ -211,6 +211,7 @@ def test_every_known_reward_says_its_name_and_whether_it_has_a_gradient():
         assert isinstance(reward.differentiable, bool)
 
 
+@pytest.mark.full  # a program
 def test_no_package_is_imported_before_its_reward_is_asked_for():
     heavy = {"transformers", "PIL", "tensorflow", "open_clip", "ImageReward", "huggingface_hub"}
     code = (

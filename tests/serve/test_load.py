@@ -113,6 +113,7 @@ def sequence(command, count):
 OVERLOADED = ("--max-batch", "4", "--queue-limit", "16")
 
 
+@pytest.mark.full  # load for many seconds
 def test_overload_and_a_sequence_in_short(command):
     running = command(*OVERLOADED)
     overload(running, 5)
@@ -131,6 +132,7 @@ def test_a_thousand_requests_leave_nothing(command):
     assert memory < 10 and files <= 0
 
 
+@pytest.mark.full  # likewise
 def test_clients_that_hang_up_under_load_harm_nobody(command):
     """Half of the clients leave at some time, in line, while drawn or while streamed to."""
     running = command(*OVERLOADED[:2])
@@ -183,6 +185,7 @@ class Asking:
             thread.join(60)
 
 
+@pytest.mark.full  # likewise
 def test_sigterm_ends_well_and_in_time(command):
     """With more in line than the grace is enough for: images, or 503, and code 0."""
     running = command("--max-batch", "1", "--grace", "1")

@@ -128,6 +128,7 @@ def three(tiny):
     one.stop()
 
 
+@pytest.mark.full  # a browser
 def test_with_the_keyboard_alone(served, visit):
     visit = visit(served.url)
     page = visit.page
@@ -165,6 +166,7 @@ def test_with_the_keyboard_alone(served, visit):
     assert visit.console == []
 
 
+@pytest.mark.full  # a browser
 def test_the_image_follows_the_slider(served, visit):
     visit = visit(served.url)
     visit.page.fill("#prompt", "a blue cat")
@@ -177,6 +179,7 @@ def test_the_image_follows_the_slider(served, visit):
     assert visit.console == []
 
 
+@pytest.mark.full  # a browser
 def test_three_objectives_on_a_phone(three, visit):
     visit = visit(three.url, viewport=PHONE, color_scheme="dark", reduced_motion="reduce")
     page = visit.page
@@ -203,6 +206,7 @@ def test_three_objectives_on_a_phone(three, visit):
     assert visit.console == []
 
 
+@pytest.mark.full  # a browser
 @pytest.mark.parametrize(
     ("field", "text", "error"),
     [
@@ -232,6 +236,7 @@ def test_what_is_wrong_is_said_at_its_field(served, visit, field, text, error):
     assert page.locator("[aria-invalid]").count() == 0
 
 
+@pytest.mark.full  # a browser
 def test_a_full_line_says_when_to_come_back(serve, visit):
     running = serve(queue_limit=1, max_batch=1, max_wait_ms=0)
     visit = visit(running.url)
@@ -249,6 +254,7 @@ def test_a_full_line_says_when_to_come_back(serve, visit):
     assert visit.page.get_attribute("#error", "role") == "alert"
 
 
+@pytest.mark.full  # a browser
 def test_a_key_is_asked_for(serve, visit):
     running = serve(settings={"api_key": "sésame"})
     visit = visit(running.url)
@@ -265,6 +271,7 @@ def test_a_key_is_asked_for(serve, visit):
     assert page.evaluate("localStorage.length + document.cookie.length") == 0
 
 
+@pytest.mark.full  # a browser
 def test_everything_has_a_name_and_one_id(served, visit):
     page = visit(served.url).page
     page.click("summary")

@@ -18,6 +18,7 @@ from msdda_fast.serve.ray import RayArgs, build
 from tests.ray_cluster import cluster, free_port, nodes  # noqa: F401 - fixtures
 from tests.serve.test_api import events
 
+pytestmark = pytest.mark.full  # a cluster takes half a minute; test_ray_parts.py needs none
 SOON = 120  # seconds; a replica is a process that imports and loads
 STEPS = 12
 

@@ -119,6 +119,7 @@ def db_mpa(denoisers, weights, eta, x_T, noise, scheduler) -> Tensor:
 # T1: with equal etas the method is DB-MPA, and SD itself when all models are equal.
 
 
+@pytest.mark.sweep
 @entry_points("T1")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("weights", [(0.2, 0.3, 0.5), (0.0, 0.9, 0.1)], ids=str)

@@ -55,6 +55,7 @@ def diffusers_step(scheduler: DDIMScheduler, t: int, x, uncond, cond, z) -> Tens
     return torch.einsum("bm,mbd->bd", precision / total, means) + (var / total).sqrt() * z
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("clip_range", [None, 0.7], ids=["unclipped", "clipped"])
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])

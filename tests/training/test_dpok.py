@@ -243,3 +243,9 @@ def test_bad_input_is_named():
         DDIMPolicy(
             nn.Identity(), scheduler(), embeds, num_steps=2, eta=1.0, guidance_scale=2.0
         )  # fmt: skip
+
+
+def test_leaving_the_base_is_paid_for():
+    zero, kl = torch.zeros(2), torch.tensor([1.0, 3.0])
+    result = dpok_loss(zero, zero, zero, kl, reward_weight=1.0, kl_weight=0.5, clip=0.1)
+    assert result.kl == 2 and result.loss == 1

@@ -196,6 +196,7 @@ def test_trained_steps_are_the_first_of_a_trajectory(tmp_path):
     assert stored["step"].tolist() == [0, 1] * 8
 
 
+@pytest.mark.full  # a training with a picture
 def test_checkpoints_are_lora_folders_and_the_curves_a_picture(tmp_path):
     train(tmp_path, loops=3, curves=True)
     assert {path.name for path in tmp_path.iterdir()} == {

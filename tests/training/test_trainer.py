@@ -61,6 +61,7 @@ def kill_at(monkeypatch, step):
     monkeypatch.setattr(NoisedPairs, "loss", loss)
 
 
+@pytest.mark.full  # a training; one of two layers is above
 def test_a_tiny_preference_is_learnt_by_a_unet(tmp_path):
     bright = torch.ones(1, *SHAPE)
     pairs = PreferencePairs(bright, -bright, torch.tensor([0]))
