@@ -85,7 +85,8 @@ class WayOfWeights:
         if self._is_over or (file := file_of(frame)) is None:
             return
         code = frame.f_code
-        self._is_over = code.co_qualname == "BatchedUNet.forward"
+        # the coefficients are where the kernel reads them
+        self._is_over = code.co_qualname == "StepBuffers.load" and event == "return"
         if event == "call" and not code.co_name.startswith("<"):
             names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
             given = [frame.f_locals.get(name) for name in names]

@@ -9,6 +9,7 @@ renormalised in float64.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -80,6 +81,7 @@ def preference_weights(
     objectives: int | Sequence[str],
     batch_size: int,
     *,
+    images_per_prompt: int = 1,
     extrapolate: bool = False,
 ) -> Tensor:
     """Return preference weights as rows `w_b` on the simplex, sum_m w_{b,m} = 1.
@@ -92,6 +94,8 @@ def preference_weights(
             per sample, or numbers of shape (M,) or (B, M) in the order of `objectives`; no unit.
         objectives: Their names in order, or their number M.
         batch_size: B, the number of samples.
+        images_per_prompt: How many neighbouring samples a prompt has; one mapping per prompt serves
+            them all.
         extrapolate: Accept negative entries; whether the fused precision stays positive is checked
             where the etas are known.
 
@@ -111,6 +115,8 @@ def preference_weights(
         values = _mapping_row(weights, names)
     elif _holds_mappings(weights):
         values = torch.stack([_mapping_row(row, names) for row in weights])
+        if len(values) * images_per_prompt == batch_size:
+            values = values.repeat_interleave(images_per_prompt, 0)
     else:
         values = as_host_float64(weights, "weights")
     if values.shape not in ((count,), (1, count), (batch_size, count)):
@@ -127,6 +133,7 @@ def preference_schedule(
     batch_size: int,
     num_steps: int,
     *,
+    images_per_prompt: int = 1,
     extrapolate: bool = False,
 ) -> Tensor:
     """Return the preference weights of every step, `w_t`, in sampling order.
@@ -137,6 +144,7 @@ def preference_schedule(
         objectives: Their names in order, or their number M.
         batch_size: B, the number of samples.
         num_steps: T, the number of sampling steps.
+        images_per_prompt: As in `preference_weights`.
         extrapolate: Accept negative entries.
 
     Returns:
@@ -145,12 +153,15 @@ def preference_schedule(
     Raises:
         UnknownObjective, InvalidWeights, InvalidShape: As `preference_weights`.
     """
+    row = partial(
+        preference_weights,
+        objectives=objectives,
+        batch_size=batch_size,
+        images_per_prompt=images_per_prompt,
+        extrapolate=extrapolate,
+    )
     if callable(weights):
-        rows = [
-            preference_weights(weights(k), objectives, batch_size, extrapolate=extrapolate)
-            for k in range(num_steps)
-        ]
-        return torch.stack(rows)
+        return torch.stack([row(weights(k)) for k in range(num_steps)])
     count = objectives if isinstance(objectives, int) else len(objectives)
     if not (weights is None or isinstance(weights, Mapping) or _holds_mappings(weights)):
         weights = as_host_float64(weights, "weights")
@@ -161,7 +172,7 @@ def preference_schedule(
                 f"weights have shape {tuple(weights.shape)}, expected (T, B, M) = {expected}"
             )
         return normalise_weights(weights.expand(expected), axis=-1, extrapolate=extrapolate)
-    constant = preference_weights(weights, objectives, batch_size, extrapolate=extrapolate)
+    constant = row(weights)
     return constant.expand(num_steps, *constant.shape)
 
 

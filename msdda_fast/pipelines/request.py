@@ -11,14 +11,12 @@ from torch import Tensor
 
 from msdda_fast.errors import InvalidSchedule, InvalidShape, UnknownObjective
 from msdda_fast.objective import Objective, check_eta
-from msdda_fast.pipelines.prompts import Prompts
-from msdda_fast.types import WeightSchedule, WeightsLike
-from msdda_fast.weights import as_host_float64, preference_schedule
+from msdda_fast.weights import as_host_float64
 
 __all__ = [
-    "batch_weights",
     "check_latents",
     "check_output_type",
+    "check_steps",
     "latent_shape",
     "objective_etas",
     "objective_guidance",
@@ -99,46 +97,10 @@ def check_output_type(output_type: str) -> None:
         raise ValueError(f"output_type {output_type!r} is not one of {', '.join(OUTPUT_TYPES)}")
 
 
-def batch_weights(
-    weights: WeightSchedule,
-    names: Sequence[str],
-    prompts: Prompts,
-    num_steps: int,
-    extrapolate: bool,
-) -> Tensor:
-    """Return preference weights (T, B, M) float64, rows on the simplex.
-
-    Args:
-        weights: As in `preference_schedule`; a list of P mappings holds one per prompt.
-        names: M objective names, in order.
-        prompts: P prompts for N images each; B = P N.
-        num_steps: T >= 1.
-        extrapolate: Accept negative entries.
-
-    Raises:
-        InvalidSchedule: `num_steps` is not a positive integer.
-        UnknownObjective, InvalidWeights, InvalidShape: As `preference_schedule`.
-    """
+def check_steps(num_steps: int) -> None:
+    """Raise `InvalidSchedule` unless `num_steps` is a positive integer."""
     if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
         raise InvalidSchedule(f"num_inference_steps must be a positive integer, got {num_steps!r}")
-
-    def per_image(form: WeightsLike) -> WeightsLike:
-        if isinstance(form, Sequence) and len(form) == prompts.count and _holds_mappings(form):
-            return [row for row in form for _ in range(prompts.images_per_prompt)]
-        return form
-
-    if callable(weights):
-        at_step = weights
-        schedule: WeightSchedule = lambda k: per_image(at_step(k))  # noqa: E731
-    else:
-        schedule = per_image(weights)
-    return preference_schedule(
-        schedule, names, prompts.batch_size, num_steps, extrapolate=extrapolate
-    )
-
-
-def _holds_mappings(form: Sequence[Any]) -> bool:
-    return any(isinstance(row, Mapping) for row in form)
 
 
 def objective_etas(

@@ -176,7 +176,8 @@ class CapturedSampler:
             CaptureError: It cannot be captured, and that is required.
             UnsupportedNetwork: The mode is approximate, and cannot run these networks.
         """
-        kinds = plan(mode, table)
+        kinds = None if mode == "exact" else plan(mode, table)
+        is_exact = kinds is None or set(kinds) == {"exact"}
         every = not self._options.sharing.inactive
         step = self._cache.prepare(
             ShapeKey(
@@ -190,11 +191,13 @@ class CapturedSampler:
                 noise_table=noise.seeds is None,
                 context=tuple(prompt_embeds.shape),
                 shared_context=shares_text,
-                mode="exact" if all(kind == "exact" for kind in kinds) else "merged",
+                mode="exact" if is_exact else "merged",
             )
         )
         z = None if noise.seeds is not None else _drawn(noise, table, x_T, self.dtype)
-        conditioning = step.network.conditioning(table)
+        conditioning = None
+        if isinstance(step.network, MergedNetwork):
+            conditioning = step.network.conditioning(table)
         step.load(table, x_T, seeds=noise.seeds, noise=z, conditioning=conditioning, kinds=kinds)
         generation = CapturedGeneration(step, table, shares_text=shares_text)
         generation.replace_prompt(prompt_embeds)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from msdda_fast.batched.unet import BatchedUNet
 from msdda_fast.engine.side_by_side import SideBySide
-from msdda_fast.steps.coefficients import CoefficientTable
 
 __all__ = ["ExactNetwork"]
 
@@ -45,10 +44,6 @@ class ExactNetwork:
             for i, (unet, _) in enumerate(self._members)
             for name, tensor in unet.storages().items()
         }
-
-    def conditioning(self, table: CoefficientTable) -> dict[str, Tensor]:
-        """Nothing has to be loaded into the buffers for a request."""
-        return {}
 
     def begin(
         self, embeds: Mapping[int, Tensor], timesteps: Tensor, *, shared: bool, k: int

@@ -37,6 +37,7 @@ from msdda_fast.pipelines.stable_diffusion.output import MSDDAPipelineOutput
 from msdda_fast.pipelines.stable_diffusion.sampling import PromptedGeneration, Request, sample
 from msdda_fast.steps.table import coefficient_table
 from msdda_fast.types import Fusion, GeneratorLike, WeightSchedule, ZeroVariancePolicy
+from msdda_fast.weights import preference_schedule
 
 __all__ = ["MSDDAPipeline"]
 
@@ -206,6 +207,7 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
         """
         request.refuse(refused)
         request.check_output_type(output_type)
+        request.check_steps(num_inference_steps)
         check_mode(mode, in_parallel=self.parallel is not None)
         callback = Callback.check(callback_on_step_end, callback_on_step_end_tensor_inputs)
         prompts = Prompts.check(
@@ -223,8 +225,13 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
             scheduler,
             num_inference_steps,
             etas=request.objective_etas(self._objectives, etas),
-            weights=request.batch_weights(
-                weights, list(self._objectives), prompts, num_inference_steps, extrapolate
+            weights=preference_schedule(
+                weights,
+                list(self._objectives),
+                prompts.batch_size,
+                num_inference_steps,
+                images_per_prompt=num_images_per_prompt,
+                extrapolate=extrapolate,
             ),
             guidance_scale=request.objective_guidance(self._objectives, guidance_scale),
             zero_variance=zero_variance,
