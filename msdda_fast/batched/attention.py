@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from msdda_fast.batched.rows import Rows, add, apply, hold, objectives_of
+from msdda_fast.batched.rows import Rows, add, apply, apply_all, hold_all, objectives_of
 from msdda_fast.batched.sites import SiteBuilder
 from msdda_fast.errors import BackendUnavailable
 
@@ -97,7 +98,7 @@ class CrossAttention(nn.Module):
         #: Whether the rows that come here differ between objectives.
         self.diverged = build.diverged
         self.to_out = build.linear(f"{path}.to_out.0")
-        self._kept: tuple[Rows, Rows] | None = None
+        self._kept: Sequence[Rows] | None = None
 
     def keep(self, prompts: Rows, objectives: int) -> None:
         """Store the keys and values of prompts (m K B, L, D), in place if the shapes are the same.
@@ -105,9 +106,7 @@ class CrossAttention(nn.Module):
         They get `objectives` rows per image where queries will have as many.
         """
         count = objectives if self.diverged else 1
-        key, value = self._project(prompts, count)
-        old_key, old_value = self._kept or (None, None)
-        self._kept = hold(old_key, key), hold(old_value, value)
+        self._kept = hold_all(self._kept, self._project(prompts, count))
 
     def forward(self, rows: Rows, prompts: Rows) -> Rows:
         """(rows, L, C) -> (rows, L, C), with a branch axis."""
@@ -118,10 +117,9 @@ class CrossAttention(nn.Module):
         out = _attend(query.x, key.x, value.x, self.heads)
         return apply(self.to_out, query.holding(out))
 
-    def _project(self, prompts: Rows, objectives: int) -> tuple[Rows, Rows]:
-        prompts = prompts.expand(objectives_of(self.to_k, self.to_v))
-        key, value = prompts.holding(self.to_k(prompts.x)), prompts.holding(self.to_v(prompts.x))
-        return key.expand(objectives), value.expand(objectives)
+    def _project(self, prompts: Rows, objectives: int) -> list[Rows]:
+        layers = self.to_k, self.to_v
+        return apply_all(layers, prompts, together=True, objectives=objectives)
 
 
 class TransformerBlock(nn.Module):

@@ -9,6 +9,7 @@ where they were.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,17 @@ from torch import Tensor, nn
 
 from msdda_fast.kernels.grouped_lora import Site
 
-__all__ = ["Layer", "Rows", "add", "apply", "concatenate", "hold", "objectives_of"]
+__all__ = [
+    "Layer",
+    "Rows",
+    "add",
+    "apply",
+    "apply_all",
+    "concatenate",
+    "hold",
+    "hold_all",
+    "objectives_of",
+]
 
 Layer = nn.Linear | nn.Conv2d | Site
 
@@ -58,6 +69,24 @@ def apply(layer: nn.Module, rows: Rows) -> Rows:
     return rows.holding(layer(rows.x))
 
 
+def apply_all(
+    layers: Sequence[nn.Module], rows: Rows, *, together: bool = False, objectives: int = 1
+) -> list[Rows]:
+    """Run several layers on the same rows; their outputs get the same objectives.
+
+    Args:
+        layers: One or more.
+        rows: What each of them takes.
+        together: Give all of them the rows that the most demanding one needs.
+        objectives: The least number that the outputs get.
+    """
+    if together:
+        rows = rows.expand(objectives_of(*layers))
+    outputs = [apply(layer, rows) for layer in layers]
+    count = max(objectives, *(output.objectives for output in outputs))
+    return [output.expand(count) for output in outputs]
+
+
 def add(a: Rows, b: Rows) -> Rows:
     """a + b on the rows of the wider, in the memory layout of `a`."""
     m, k = max(a.objectives, b.objectives), max(a.branches, b.branches)
@@ -76,6 +105,11 @@ def concatenate(a: Rows, b: Rows) -> Rows:
     wide = [grid.expand(m, k, *grid.shape[2:]) for grid in grids]
     x = torch.cat(wide, dim=-1 if inner else 3).flatten(0, 2)
     return Rows(x.movedim(-1, 1) if inner else x, m, k)
+
+
+def hold_all(old: Sequence[Rows] | None, new: Sequence[Rows]) -> tuple[Rows, ...]:
+    """`hold` of several."""
+    return tuple(hold(a, b) for a, b in zip(old or [None] * len(new), new, strict=True))
 
 
 def hold(old: Rows | None, new: Rows) -> Rows:

@@ -11,7 +11,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn import functional
 
-from msdda_fast.batched.rows import Layer, Rows, add, apply
+from msdda_fast.batched.rows import Layer, Rows, add, apply, apply_all
 from msdda_fast.batched.sites import SiteBuilder
 from msdda_fast.errors import InvalidShape
 
@@ -102,9 +102,7 @@ class TimeEmbedding(nn.Module):
             both = torch.cat([pooled.x, sizes.to(pooled.x.device)], dim=-1).to(dtype)
             emb = add(emb, self.added(pooled.holding(both[:, None])))
         emb = emb.holding(functional.silu(emb.x))
-        parts = [apply(layer, emb) for layer in projections]
-        m = max(part.objectives for part in parts)
-        parts = [part.expand(m) for part in parts]
+        parts = apply_all(projections, emb)
         count = max(len(part.x) for part in parts)  # a layer may also part the samples
         wide = [part.x.expand(count, -1, -1) for part in parts]
         return parts[0].holding(torch.cat(wide, dim=-1))
