@@ -534,7 +534,7 @@ class TestFailing:
 
         thread = threading.Thread(target=prepare)
         thread.start()
-        while not engine._line._chores:
+        while not engine._queue._chores:
             time.sleep(0.001)
         closing = threading.Thread(target=engine.close, kwargs={"drain": False})
         closing.start()
