@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapter files of any format diffusers knows: read, checked against the base, put into it.
+"""Adapter files in any format diffusers supports: read, checked against the base, added to it.
 
-Every adapter is read and checked before the first one is put in, so a bad one changes nothing.
+Every adapter is read and checked before the first one is added, so a bad one changes nothing.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ class AdapterFile:
     def read(cls, name: str, file: Path) -> AdapterFile:
         """Read the adapter called `name` from a safetensors file.
 
-        diffusers' formats, kohya's, and the folders of peft's `save_pretrained` are understood.
+        Supported are the formats of diffusers and kohya, and folders of peft's `save_pretrained`.
 
         Raises:
-            AdapterMismatch: the adapter is for another kind of pipeline.
-            ValueError: the file is damaged or holds something other than LoRA.
+            AdapterMismatch: The adapter is for another kind of pipeline.
+            ValueError: The file is damaged or holds something other than LoRA.
         """
         state_dict: Mapping[str, Tensor] = read_adapter_file(file)
         metadata = _header_metadata(file)
@@ -81,10 +81,10 @@ class AdapterFile:
         return cls(name, state_dict, alphas, metadata)
 
     def check(self, unet: nn.Module, text_encoder: nn.Module | None) -> None:
-        """Compare the adapter with the networks it would change.
+        """Check the adapter against the networks it would change.
 
         Raises:
-            AdapterMismatch: names the first module that is absent or has another shape.
+            AdapterMismatch: A module is absent or has another shape; names the first.
         """
         factors = convert_unet_state_dict_to_peft(self._part("unet."))
         LoraAdapter.from_state_dict(self.name, factors).check(unet)
@@ -93,7 +93,7 @@ class AdapterFile:
             return
         if text_encoder is None:
             raise AdapterMismatch(
-                f"adapter {self.name!r} changes the text encoder ({next(iter(part))!r}), and this "
+                f"adapter {self.name!r} changes the text encoder ({next(iter(part))!r}), but this "
                 "pipeline has none"
             )
         factors = convert_state_dict_to_peft(convert_state_dict_to_diffusers(part))
@@ -102,7 +102,7 @@ class AdapterFile:
         LoraAdapter.from_state_dict(self.name, factors).check(text_encoder)
 
     def put_into(self, unet: nn.Module, text_encoder: nn.Module | None) -> None:
-        """Add the adapter under its name. Other adapters of the networks stay as they are."""
+        """Add the adapter under its name. Other adapters of the networks do not change."""
         for prefix, network, load in (
             ("unet.", unet, StableDiffusionPipeline.load_lora_into_unet),
             ("text_encoder.", text_encoder, StableDiffusionPipeline.load_lora_into_text_encoder),

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The adapters that peft has put into a UNet, as stacked factors of M objectives.
 
-They are read from peft's layers, not from files: whatever format they came in, and whoever loaded
-them, they are what a forward of the network would use.
+They are read from peft's layers, not from files: whatever their format and whoever loaded them,
+these are the factors that a forward of the network would use.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["LoadedAdapters", "bare"]
 
 
 def bare(module: nn.Module) -> nn.Module:
-    """The layer inside a peft layer, or the module itself."""
+    """Return the layer inside a peft layer, or the module itself."""
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
@@ -41,12 +41,12 @@ class LoadedAdapters:
     Attributes:
         unet: The network.
         variants: As given.
-        stacks: Factors by module path; a module without an entry is the base's for every objective.
+        stacks: Factors by module path; a module without an entry is not adapted by any objective.
         divergent: Paths where two objectives differ.
 
     Raises:
-        AdapterMismatch: Adapters are merged into the weights, or are no plain LoRA.
-        InvalidShape: No variant.
+        AdapterMismatch: Adapters are merged into the weights, or are not plain LoRA.
+        InvalidShape: There are no variants.
         UnsupportedNetwork: The variants have different networks.
     """
 
@@ -59,7 +59,7 @@ class LoadedAdapters:
         self.variants = list(variants)
         self.unet: UNet2DConditionModel = variants[0].network
         if any(variant.network is not self.unet for variant in variants):
-            raise UnsupportedNetwork("objectives with networks of their own share no forward")
+            raise UnsupportedNetwork("objectives with different networks cannot share a forward")
         dtype = torch.promote_types(self.unet.dtype, torch.float32)
         read = [self._read(variant) for variant in variants]
         self.stacks = stack_adapters(
@@ -71,13 +71,13 @@ class LoadedAdapters:
         self._state = NetworkState(self.unet, variants)
 
     def is_current(self) -> bool:
-        """Whether weights and adapters are still those that were read; see `NetworkState`."""
+        """Return whether weights and adapters are still those that were read."""
         return self._state.is_current()
 
     def _read(self, variant: Variant) -> tuple[LoraAdapter | None, dict[str, float]]:
-        """The factors of one adapter, and alpha = s r where peft multiplies B A by s.
+        """Return the factors of one adapter, and alpha = s r where peft multiplies B A by s.
 
-        Modules it leaves alone (s = 0 or B = 0) have no entry, so that rows before them are shared.
+        Modules it does not change (s = 0 or B = 0) have no entry, so rows before them are shared.
         """
         factors, alphas = {}, {}
         for path, layer in self._layers(variant.adapter):
@@ -92,7 +92,7 @@ class LoadedAdapters:
         return LoraAdapter(str(variant.adapter), factors), alphas
 
     def _layers(self, adapter: str | None) -> Iterator[tuple[str, LoraLayer]]:
-        """Paths and layers that hold the adapter, each checked to be a plain LoRA."""
+        """Yield paths and layers that hold the adapter; check that each is a plain LoRA."""
         for path, layer in self.unet.named_modules():
             if isinstance(layer, AuxiliaryTrainingWrapper):
                 raise AdapterMismatch(f"{path!r} is a trained copy of the layer, not a LoRA")
@@ -107,6 +107,6 @@ class LoadedAdapters:
                 continue
             if adapter in layer.lora_variant or layer.lora_bias.get(adapter, False):
                 raise AdapterMismatch(
-                    f"adapter {adapter!r} is no plain LoRA in {path!r} (DoRA, or with a bias)"
+                    f"adapter {adapter!r} is not a plain LoRA in {path!r} (DoRA, or with a bias)"
                 )
             yield path, layer

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a network is still what was read from it: cheap enough to ask before every request."""
+"""Detects changes to a network since it was read; cheap enough to run before every request."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class _Adapter(NamedTuple):
 
 
 class NetworkState:
-    """What a network and the adapters of some variants are, to be compared with what they become.
+    """A snapshot of a network and the adapters of some variants, to compare with later.
 
-    The tree is walked once. Asking later compares every module, parameter and buffer by identity,
+    The tree is walked once. `is_current` compares every module, parameter and buffer by identity,
     base weights by address and version (which a write through `.data` does not raise), and adapters
     by their numbers, because peft's hotswap writes that way: one sync per objective. Adapters that
-    no variant uses may come and go.
+    no variant uses may be added and removed.
 
     Args:
         network: Holds the adapters of all variants.
@@ -69,7 +69,7 @@ class NetworkState:
         self._numbers = _together(self._memory)
 
     def is_current(self) -> bool:
-        """Whether everything is as it was when this was made."""
+        """Return whether nothing has changed since this was made."""
         for holder, size in self._sizes:
             if len(holder) != size:
                 return False
@@ -108,7 +108,7 @@ class NetworkState:
 
 
 def _own_modules(module: nn.Module) -> Iterator[nn.Module]:
-    """The module and all below it, without the parts that peft adds to a layer."""
+    """Yield the module and all its descendants, without the parts that peft adds to a layer."""
     yield module
     children: Iterable[nn.Module | None] = held_by(module)[0].values()
     if isinstance(module, BaseTunerLayer):
@@ -120,7 +120,7 @@ def _own_modules(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _holders(modules: Iterable[nn.Module]) -> Iterator[MutableMapping[str, Any]]:
-    """The dictionaries in which modules keep what they are made of."""
+    """Yield the dictionaries in which modules hold children, parameters and buffers."""
     for module in modules:
         children, parameters, buffers = held_by(module)
         if not isinstance(module, BaseTunerLayer):
@@ -134,7 +134,7 @@ def _together(factors: list[Tensor]) -> Tensor:
 
 
 def scaling(layer: LoraLayer, variant: Variant) -> float:
-    """The factor s of B A as `AdapterSwitch.select` would set it, whatever is set now."""
+    """Return the factor s of B A that `AdapterSwitch.select` would set, whatever is set now."""
     now = layer.scaling[variant.adapter]
     layer.set_scale(variant.adapter, variant.scale)
     scale = float(layer.scaling[variant.adapter])

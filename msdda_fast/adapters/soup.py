@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rewarded Soups of a pipeline's objectives, and adapters that it holds only for a while."""
+"""Rewarded Soups of a pipeline's objectives, and temporary adapters."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ def make_soup(
     merge: Merge,
     text_encoder: nn.Module | None,
 ) -> AdapterFile | UNet2DConditionModel:
-    """Average the weights of objectives: their adapters, or networks of their own.
+    """Average the weights of objectives: either their adapters or their full networks.
 
     Args:
-        name: Of the merged adapter.
-        variants: By objective. Of one network: without an adapter it is the base.
+        name: Name of the merged adapter.
+        variants: Variants by objective; one without an adapter is the base.
         weights: One per objective, sum 1.
-        merge: Of adapters, whose scales and alphas are folded in; see `merge_adapters`.
+        merge: How to merge adapters, with scales and alphas folded in; see `merge_adapters`.
         text_encoder: Its adapters are merged too.
 
     Raises:
-        AdapterMismatch: Adapters and networks of their own, networks of different architectures;
-            and see `merge_adapters` and `LoadedAdapters`.
+        AdapterMismatch: Some objectives are adapters and some full networks, or networks differ in
+            architecture; see also `merge_adapters` and `LoadedAdapters`.
     """
     networks = {objective: variant.network for objective, variant in variants.items()}
     if len({id(network) for network in networks.values()}) > 1:
         if any(variant.adapter is not None for variant in variants.values()):
             raise AdapterMismatch(
-                f"no soup of {', '.join(variants)}: some are adapters, some networks of their own"
+                f"cannot average {', '.join(variants)}: some are adapters, some are full networks"
             )
         return average_networks(networks, weights)
     unet = next(iter(networks.values()))
@@ -68,10 +68,10 @@ def make_soup(
 def average_networks(
     networks: Mapping[str, UNet2DConditionModel], weights: Sequence[float]
 ) -> UNet2DConditionModel:
-    """A network of averaged parameters `theta = sum_i w_i theta_i`, added up in float32 or wider.
+    """Return a network with parameters `theta = sum_i w_i theta_i`, summed in float32 or wider.
 
     Args:
-        networks: By objective, of one architecture.
+        networks: Networks by objective, all of one architecture.
         weights: One per network, sum 1.
 
     Raises:
@@ -85,7 +85,7 @@ def average_networks(
             here, there = (shape.get(path, "no such parameter") for shape in shapes)
             if here != there:
                 raise AdapterMismatch(
-                    f"no soup of {first!r} and {other!r}: {path!r} is {here} and {there}"
+                    f"cannot average {first!r} and {other!r}: {path!r} is {here} and {there}"
                 )
     average = copy.deepcopy(networks[first])
     for path, parameter in average.named_parameters():
@@ -100,10 +100,10 @@ def average_networks(
 def temporarily(
     adapter: AdapterFile, unet: nn.Module, text_encoder: nn.Module | None
 ) -> Iterator[None]:
-    """Within the context the networks hold one adapter more; after it they are as they were.
+    """Add an adapter to the networks within the context; on exit they are restored.
 
     Raises:
-        AdapterMismatch: It does not fit.
+        AdapterMismatch: The adapter does not fit.
     """
     adapter.check(unet, text_encoder)
     networks = [network for network in (unet, text_encoder) if network is not None]
@@ -123,7 +123,7 @@ def temporarily(
 
 
 def _remove(name: str, network: nn.Module, wrapped: set[int]) -> None:
-    """Remove an adapter, and the layers that were wrapped for it alone."""
+    """Remove an adapter, and the wrappers of layers that were wrapped only for it."""
     for parent in list(network.modules()):
         for child_name, child in list(parent.named_children()):
             if not isinstance(child, BaseTunerLayer):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a name points: a shipped model, a local path, or a repository on the hub."""
+"""Resolves a name: a shipped model, a local path, or a repository on the hub."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def locate(source: str | Path) -> Path | str:
     """Return the local path that `source` stands for, or `source` itself when it is a hub id.
 
     Raises:
-        FileNotFoundError: nothing is there, and it does not read as a hub id `owner/name`.
+        FileNotFoundError: The path does not exist, and is not a hub id such as `owner/name`.
     """
     if assets.is_shipped(str(source)):
         return assets.resolve(str(source))
@@ -48,10 +48,10 @@ def fetch(
 ) -> Path | None:
     """Return the local copy of one file of a hub repository; None if the repository lacks it.
 
-    With `required=False` a file that is not in the cache while the hub is out of reach is None too.
+    With `required=False`, also None if the hub cannot be reached and the file is not in the cache.
 
     Raises:
-        FileNotFoundError: the repository does not exist, or the file is required and out of reach.
+        FileNotFoundError: The repository does not exist, or a required file cannot be reached.
     """
     try:
         return Path(hf_hub_download(repo, file, **options))
@@ -64,11 +64,11 @@ def fetch(
 
 
 def adapter_file(objective: Objective, options: Mapping[str, Any]) -> Path:
-    """Return the local safetensors file of an objective's adapter, downloading it if need be.
+    """Return the local safetensors file of an objective's adapter, downloading it if needed.
 
     Raises:
-        FileNotFoundError: there is no such file, folder or repository.
-        ValueError: the file is not safetensors, or the choice between several is open.
+        FileNotFoundError: There is no such file, folder or repository.
+        ValueError: The file is not safetensors, or several files match.
     """
     assert objective.source is not None
     place = locate(objective.source)
@@ -98,7 +98,7 @@ def _choose(repo: str, folder: PurePosixPath) -> str:
     if len(names) != 1:
         found = ", ".join(names) or "none"
         raise ValueError(
-            f"hub repository {repo!r}: choose one .safetensors file by weight_name=; found {found}"
+            f"hub repository {repo!r}: choose a .safetensors file with weight_name=; found {found}"
         )
     return names[0]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run one network as any of its objectives: switch its adapters, and leave them as they were."""
+"""Run one network as any of its objectives: switch its adapters, and restore them afterwards."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def adapter_names(*networks: nn.Module | None) -> list[str]:
 
 
 class AdapterSwitch:
-    """Activate one adapter of some networks at a time, or none; a context manager.
+    """Context manager that activates one adapter of some networks at a time, or none.
 
-    On exit every layer is again as it was: active adapters, scales, gradients, dropout.
+    On exit every layer's state is restored: active adapters, scales, gradients, dropout.
 
     Args:
-        networks: Networks with peft layers, or without.
+        networks: Networks with or without peft layers.
     """
 
     def __init__(self, networks: Sequence[nn.Module | None]) -> None:
@@ -58,7 +58,7 @@ class AdapterSwitch:
             module.training = True
 
     def select(self, name: str | None, scale: float = 1.0) -> None:
-        """Let the networks run as the adapter `name`, or as the base model (None).
+        """Make the networks run with the adapter `name`, or as the base model (None).
 
         `scale` multiplies the adapter's update as it was trained, no unit.
         """
@@ -72,13 +72,13 @@ class AdapterSwitch:
                 layer.set_scale(name, scale)
 
     def predict(self, variant: Variant, x: Tensor, t: Tensor, embeds: Tensor) -> Tensor:
-        """The raw output of a variant, before guidance.
+        """Return the raw output of a variant, before guidance.
 
         Args:
-            variant: Of one of the networks.
+            variant: A variant of one of the networks.
             x: (B, C, h, w) latents, any float dtype.
             t: Timestep, 0-d, on the device of `x`.
-            embeds: (K, B, L, D), the rows of guidance first.
+            embeds: (K, B, L, D), the branches of guidance on the first axis.
 
         Returns: (K, B, C, h, w) in the dtype of the network.
         """

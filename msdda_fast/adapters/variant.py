@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A network that is in memory, seen as one objective."""
+"""A loaded network as one objective."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["Variant"]
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """A network as one objective: with `adapter` active at `scale`; None is the network bare."""
+    """A network as one objective: with `adapter` active at `scale`; None: without an adapter."""
 
     network: UNet2DConditionModel
     adapter: str | None

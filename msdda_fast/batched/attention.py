@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Transformers of the batched forward: attention on grouped sites, prompt keys and values kept."""
+"""Transformers of the batched forward: attention on grouped sites, cached prompt keys/values."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def choose_backend(name: str, head_dims: set[int], dtype: torch.dtype, device: t
     """Return the backend called `name`, or for "auto" the first of flash, efficient and math.
 
     Raises:
-        BackendUnavailable: It cannot run with these head sizes, this dtype and device.
-        ValueError: No such backend.
+        BackendUnavailable: It cannot run with these head sizes, this dtype or this device.
+        ValueError: The name is unknown.
     """
     if name not in (*ATTENTION_BACKENDS, "auto"):
         known = ", ".join(ATTENTION_BACKENDS)
@@ -68,7 +68,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
 
 
 class SelfAttention(nn.Module):
-    """q, k and v of the same tokens, in three launches or, with `fuse`, in one."""
+    """Self-attention: q, k and v of the same tokens, in three launches or, with `fuse`, one."""
 
     def __init__(self, build: SiteBuilder, path: str, stock: Attention, *, fuse: bool) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention to the prompt, whose keys and values are those of `keep` or of each call."""
+    """Attention to the prompt, whose keys and values come from `keep` or from each call."""
 
     def __init__(self, build: SiteBuilder, path: str, stock: Attention) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class CrossAttention(nn.Module):
     def keep(self, prompts: Rows, objectives: int) -> None:
         """Store the keys and values of prompts (m K B, L, D), in place if the shapes are the same.
 
-        They get `objectives` rows per image where queries will have as many.
+        They get `objectives` rows per image if the queries will have as many.
         """
         count = objectives if self.diverged else 1
         self._kept = hold_all(self._kept, self._project(prompts, count))
@@ -123,7 +123,7 @@ class CrossAttention(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention, gated feed-forward; each on layer norms and added."""
+    """Self-attention, cross-attention, gated feed-forward, each after a norm and residual."""
 
     def __init__(
         self, build: SiteBuilder, path: str, stock: BasicTransformerBlock, *, fuse: bool

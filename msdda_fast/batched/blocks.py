@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Resnets and blocks of the batched forward, of stock diffusers blocks and on their weights."""
+"""Resnets and blocks of the batched forward, built from diffusers' blocks on their weights."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ __all__ = ["Body", "DownBlock", "Step", "UpBlock", "norm_silu"]
 
 
 class Step(NamedTuple):
-    """What all layers of one forward see.
+    """The inputs that all layers of one forward share.
 
-    `times` holds what each resnet adds to its channels, (rows, C, 1, 1), in order; `prompts` the
-    text embeddings (rows, L, D).
+    `times` holds what each resnet adds to its channels, (rows, C, 1, 1), in order; `prompts` holds
+    the text embeddings (rows, L, D).
     """
 
     times: list[Rows]
@@ -36,7 +36,7 @@ class Step(NamedTuple):
 
 
 def norm_silu(norm: nn.Module, rows: Rows) -> Rows:
-    """A group norm, then SiLU, in the memory layout of the input, which CUDA's norm may change."""
+    """Group norm, then SiLU, in the input's memory layout, which CUDA's norm may change."""
     y: Tensor = norm(rows.x)
     if rows.x.is_contiguous(memory_format=torch.channels_last):
         y = y.contiguous(memory_format=torch.channels_last)
@@ -89,13 +89,13 @@ class _Block(nn.Module):
                 self.attentions.append(Transformer(build, name, attentions[i], fuse=fuse))
 
     def pair(self, i: int, rows: Rows, step: Step) -> Rows:
-        """Resnet i and its transformer."""
+        """Run resnet i and its transformer."""
         rows = self.resnets[i](rows, step)
         return self.attentions[i](rows, step.prompts) if i < len(self.attentions) else rows
 
 
 class DownBlock(_Block):
-    """`DownBlock2D` and `CrossAttnDownBlock2D`."""
+    """The batched `DownBlock2D` or `CrossAttnDownBlock2D`."""
 
     def __init__(
         self, build: SiteBuilder, path: str, stock: CrossAttnDownBlock2D, first: int, *, fuse: bool
@@ -106,7 +106,7 @@ class DownBlock(_Block):
             self.downsample = build.conv(f"{path}.downsamplers.0.conv")
 
     def forward(self, rows: Rows, step: Step) -> list[Rows]:
-        """(rows, C, h, w) -> the outputs of all layers, for the way up; the last is the block's."""
+        """(rows, C, h, w) -> outputs of all layers, for the up blocks; the last is the block's."""
         outputs = []
         for i in range(len(self.resnets)):
             rows = self.pair(i, rows, step)
@@ -117,7 +117,7 @@ class DownBlock(_Block):
 
 
 class MidBlock(_Block):
-    """`UNetMidBlock2DCrossAttn`."""
+    """The batched `UNetMidBlock2DCrossAttn`."""
 
     def forward(self, rows: Rows, step: Step) -> Rows:
         """(rows, C, h, w) -> the same shape."""
@@ -127,7 +127,7 @@ class MidBlock(_Block):
 
 
 class UpBlock(_Block):
-    """`UpBlock2D` and `CrossAttnUpBlock2D`."""
+    """The batched `UpBlock2D` or `CrossAttnUpBlock2D`."""
 
     def __init__(
         self, build: SiteBuilder, path: str, stock: CrossAttnUpBlock2D, first: int, *, fuse: bool
@@ -138,7 +138,7 @@ class UpBlock(_Block):
             self.upsample = build.conv(f"{path}.upsamplers.0.conv")
 
     def forward(self, rows: Rows, skips: list[Rows], step: Step) -> Rows:
-        """(rows, C, h, w) -> (rows, C', h', w'), taking its inputs off the end of `skips`."""
+        """(rows, C, h, w) -> (rows, C', h', w'), popping its inputs off the end of `skips`."""
         for i in range(len(self.resnets)):
             rows = self.join(i, rows, skips, step)
         if self.upsample is None:
@@ -149,7 +149,7 @@ class UpBlock(_Block):
         return apply(self.upsample, rows.holding(larger))
 
     def join(self, i: int, rows: Rows, skips: list[Rows], step: Step) -> Rows:
-        """Resnet i and its transformer, on `rows` and the end of `skips`."""
+        """Run resnet i and its transformer on `rows` and the end of `skips`."""
         return self.pair(i, concatenate(rows, skips.pop()), step)
 
 
@@ -157,7 +157,7 @@ _B = TypeVar("_B", DownBlock, MidBlock, UpBlock)
 
 
 class Body(nn.Module):
-    """From a latent to the raw output: way down, middle, and way up."""
+    """From a latent to the raw output: down blocks, middle block, up blocks."""
 
     def __init__(self, build: SiteBuilder, unet: UNet2DConditionModel, *, fuse: bool) -> None:
         super().__init__()

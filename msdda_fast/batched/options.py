@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a batched forward is built, and what it does once."""
+"""How a batched forward is built, and which work it shares."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["DEFAULTS", "BatchedOptions", "Sharing"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sharing:
-    """Work that is done once because it is the same; each can be switched off, for an ablation.
+    """Work that is done once where it is the same; each kind can be switched off for an ablation.
 
     Attributes:
         prompt_cache: Keys and values of the prompt, once per generation.
@@ -32,15 +32,15 @@ class BatchedOptions:
     """How a batched forward is built.
 
     Attributes:
-        design: Of adapted linear layers, see `kernels.grouped_lora`. "separate" copies no weight;
+        design: Adapted linear layers; see `kernels.grouped_lora`. "separate" copies no weight;
             "folded" and "merged" hold copies of the adapted layers: for Stable Diffusion 1.5 and
             adapters on attention, 9 % of its weights. Convolutions beyond 1x1 are folded.
         fuse_qkv: One GEMM for q, k and v of self-attention, on a concatenated copy (5 %).
-        channels_last: Convolution weights in that layout, copied unless the network has it already;
-            None: on CUDA.
-        attention: "flash", "efficient", "cudnn" or "math", the only one that will run; "auto"
-            takes the first of flash, efficient and math that can.
-        sharing: What is done once.
+        channels_last: Convolution weights in channels_last layout, copied unless the network has it
+            already; None: only on CUDA.
+        attention: "flash", "efficient", "cudnn" or "math" runs that backend only; "auto" takes the
+            first of flash, efficient and math that can run.
+        sharing: Which work is done once.
     """
 
     design: Design = "separate"

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows (M, K, B) that are kept apart only as far as they differ.
 
-Until the first layer that treats objectives differently, and the first cross-attention, all rows of
-an image are the same numbers. A tensor therefore carries only the axes its rows have so far, and is
-widened where it meets a wider one or a layer that needs more. Channels stay innermost in memory
-where they were.
+Until the first layer that treats objectives differently, or the first cross-attention, all rows of
+an image are equal. A tensor therefore carries only the axes on which its rows differ so far, and is
+widened when combined with a wider one or passed to a layer that needs more. Channels that are
+innermost in memory stay so.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ class Rows(NamedTuple):
     branches: int = 1
 
     def holding(self, x: Tensor) -> Rows:
-        """The same rows with another content."""
+        """The same rows with content `x`."""
         return self._replace(x=x)
 
     def grid(self) -> Tensor:
-        """(m, k, b, ...), a view."""
+        """View `x` as (m, k, b, ...)."""
         return self.x.view(self.objectives, self.branches, -1, *self.x.shape[1:])
 
     def expand(self, objectives: int = 1, branches: int = 1) -> Rows:
-        """Repeat the rows where they have fewer objectives or branches than asked for."""
+        """Repeat the rows if they have fewer objectives or branches than requested."""
         m, k = max(self.objectives, objectives), max(self.branches, branches)
         if (m, k) == (self.objectives, self.branches):
             return self
@@ -59,7 +59,7 @@ class Rows(NamedTuple):
 
 
 def objectives_of(*layers: nn.Module) -> int:
-    """The number of objectives that the input of some layers must tell apart."""
+    """Return how many objectives the input of the layers must keep apart."""
     return max(layer.num_objectives if isinstance(layer, Site) else 1 for layer in layers)
 
 
@@ -88,7 +88,7 @@ def apply_all(
 
 
 def add(a: Rows, b: Rows) -> Rows:
-    """a + b on the rows of the wider, in the memory layout of `a`."""
+    """Return a + b on the rows of the wider, in the memory layout of `a`."""
     m, k = max(a.objectives, b.objectives), max(a.branches, b.branches)
     if a[1:] == (m, k) and (len(b.x) == 1 or (b[1:] == (m, k) and len(a.x) == len(b.x))):
         return a.holding(a.x + b.x)
@@ -96,7 +96,7 @@ def add(a: Rows, b: Rows) -> Rows:
 
 
 def concatenate(a: Rows, b: Rows) -> Rows:
-    """The channels of `a`, then those of `b`, on the rows of the wider."""
+    """Concatenate the channels of `a` and `b`, on the rows of the wider."""
     m, k = max(a.objectives, b.objectives), max(a.branches, b.branches)
     if a[1:] == b[1:]:
         return a.holding(torch.cat([a.x, b.x], dim=1))
@@ -109,11 +109,12 @@ def concatenate(a: Rows, b: Rows) -> Rows:
 
 def hold_all(old: Sequence[Rows] | None, new: Sequence[Rows]) -> tuple[Rows, ...]:
     """`hold` of several."""
-    return tuple(hold(a, b) for a, b in zip(old or [None] * len(new), new, strict=True))
+    kept: Sequence[Rows | None] = old or [None] * len(new)
+    return tuple(hold(a, b) for a, b in zip(kept, new, strict=True))
 
 
 def hold(old: Rows | None, new: Rows) -> Rows:
-    """A dense copy of `new`, at the address of `old` if that has its shape."""
+    """Return a dense copy of `new`, at the address of `old` if the shapes are equal."""
     if old is None or old.x.shape != new.x.shape:
         return new.holding(new.x.clone(memory_format=torch.contiguous_format))
     old.x.copy_(new.x)

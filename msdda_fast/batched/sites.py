@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The layers of the batched forward: the stock network's own, or a grouped site in their place.
 
-A layer that no adapter touches is shared as it is. Where all objectives have the same factors the
-site has one group, and keeps their rows together; elsewhere it has one group per objective.
+A layer that no adapter touches is the stock layer. Where all objectives have the same factors, the
+site has one group, which keeps their rows together; elsewhere it has one group per objective.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ __all__ = ["SiteBuilder"]
 
 
 class SiteBuilder:
-    """Hands out the layers of one batched forward, by their paths, in the order they run in.
+    """Returns the layers of one batched forward by path, in the order in which they run.
 
     Args:
-        adapters: Of all objectives of the network.
-        objectives: Indices of those that run.
-        design: Of the linear sites; convolutions with a kernel above 1x1 are folded.
-        channels_last: Give the convolutions weights in that layout; a copy where they have another.
+        adapters: Adapters of all objectives of the network.
+        objectives: Indices of the objectives that run.
+        design: Design of the linear sites; convolutions with a kernel above 1x1 are folded.
+        channels_last: Give convolutions channels_last weights, copied where the layout differs.
 
     Attributes:
         frontier: Path of the first module that treats objectives differently, or None so far.
-        diverged: Whether the rows of the objectives differ after what has been placed so far.
+        diverged: Whether the rows of the objectives differ after the layers placed so far.
     """
 
     def __init__(
@@ -58,9 +58,9 @@ class SiteBuilder:
         )
 
     def linear(self, path: str, *, once: bool = False) -> Layer:
-        """The linear layer at `path`, or a 1x1 convolution as one: the same weight, not copied.
+        """Return the linear layer (or 1x1 convolution) at `path`; its weight is not copied.
 
-        One that runs `once` per generation is "separate", whose copies are the smallest.
+        A layer that runs `once` per generation is "separate", the design with the least memory.
         """
         base, stacked = self._base(path), self._stacked(path)
         if isinstance(base, nn.Conv2d):
@@ -69,7 +69,7 @@ class SiteBuilder:
         return base if stacked is None else self._place(base, stacked, (path,), once=once)
 
     def fused(self, paths: Sequence[str]) -> Layer:
-        """Several linear layers of one input as one, with a concatenated copy of their weights."""
+        """Fuse linear layers with the same input; their weights are copied into one."""
         bases = [self._base(path) for path in paths]
         biases = [base.bias for base in bases]
         weight = torch.cat([base.weight.detach() for base in bases])
@@ -93,22 +93,22 @@ class SiteBuilder:
         return self._place(base, _join(parts), tuple(paths))
 
     def conv(self, path: str) -> Layer:
-        """The convolution at `path`."""
+        """Return the convolution at `path`."""
         base, stacked = self._base(path), self._stacked(path)
         if self.channels_last:
             base = _channels_last(base)
         return base if stacked is None else self._place(base, stacked, (path,))
 
     def norm(self, path: str) -> nn.Module:
-        """A layer that no adapter can touch."""
+        """Return the layer at `path`, of a kind that no adapter can change."""
         return bare(self._adapters.unet.get_submodule(path))
 
     def check_complete(self) -> None:
-        """Raise `AdapterMismatch` if an adapter acts where no layer was asked for."""
+        """Raise `AdapterMismatch` if an adapter changes a layer that was not requested."""
         for path in self._adapters.stacks:
             if path not in self._placed:
                 raise AdapterMismatch(
-                    f"an adapter changes {path!r}, which is not a part of the batched forward"
+                    f"an adapter changes {path!r}, which is not part of the batched forward"
                 )
 
     def _base(self, path: str) -> Any:  # noqa: ANN401 - linear layer or convolution
@@ -144,7 +144,7 @@ class SiteBuilder:
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """A linear layer that holds these very tensors."""
+    """A linear layer that holds these tensors, not copies."""
     layer = nn.Linear(weight.shape[1], len(weight), bias=bias is not None, device="meta")
     layer.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:
@@ -164,7 +164,7 @@ def _flatten(stacked: StackedFactors) -> StackedFactors:
 
 
 def _join(parts: Sequence[StackedFactors]) -> StackedFactors:
-    """Factors of concatenated layers: down below one another, up as diagonal blocks."""
+    """Return factors of concatenated layers: `down` stacked, `up` block-diagonal."""
     if len(parts) == 1:
         return parts[0]
     down = torch.cat([part.down for part in parts], dim=1)

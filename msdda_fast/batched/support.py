@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which UNets the batched forward knows: those of Stable Diffusion 1.x, 2.x and XL, of any size."""
+"""Which UNets the batched forward supports: Stable Diffusion 1.x, 2.x and XL, of any size."""
 
 from __future__ import annotations
 
@@ -54,14 +54,14 @@ _PROCESSORS = (
 
 
 def check_supported(unet: UNet2DConditionModel) -> None:
-    """Compare a network with what the batched forward computes.
+    """Check that the batched forward computes the same as this network.
 
     Raises:
-        UnsupportedNetwork: names the class, setting, block or layer that it does not know, and the
-            settings that it does.
+        UnsupportedNetwork: The class, a setting, a block or a layer is not supported; the message
+            names it, and the accepted settings.
     """
     if type(unet) is not UNet2DConditionModel:
-        raise UnsupportedNetwork(f"{type(unet).__name__} is no UNet2DConditionModel")
+        raise UnsupportedNetwork(f"{type(unet).__name__} is not a UNet2DConditionModel")
     for name, accepted in _CONFIG.items():
         if (value := unet.config.get(name, accepted[0])) not in accepted:
             raise UnsupportedNetwork(

@@ -20,7 +20,7 @@ __all__ = ["AddedConditions", "TimeEmbedding"]
 
 @dataclass(frozen=True, slots=True)
 class AddedConditions:
-    """What Stable Diffusion XL adds to the time embedding.
+    """Conditions that Stable Diffusion XL adds to the time embedding.
 
     Attributes:
         text_embeds: Pooled prompts, (M or 1, K, B, P).
@@ -31,7 +31,7 @@ class AddedConditions:
     time_ids: Tensor
 
     def rows(self) -> tuple[Rows, Tensor]:
-        """`text_embeds` as rows (m K B, P), and `time_ids` (m K B, 6) beside them."""
+        """Return `text_embeds` as rows (m K B, P), and `time_ids` as (m K B, 6)."""
         m, k = self.text_embeds.shape[:2]
         return Rows(self.text_embeds.flatten(0, 2), m, k), self.time_ids.flatten(0, 2)
 
@@ -51,7 +51,7 @@ class _Embedding(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    """From timesteps, and SDXL's conditions, to what each resnet adds to its channels."""
+    """Computes from timesteps and SDXL's conditions what each resnet adds to its channels."""
 
     def __init__(self, build: SiteBuilder, unet: UNet2DConditionModel) -> None:
         super().__init__()
@@ -63,14 +63,14 @@ class TimeEmbedding(nn.Module):
             self.added = _Embedding(build, "add_embedding")
 
     def check(self, added: AddedConditions | None, shape: Sequence[int]) -> None:
-        """Compare conditions with the network and `shape`, (M, K, B).
+        """Check the conditions against the network and `shape`, (M, K, B).
 
         Raises:
-            InvalidShape: They are missing, not asked for, or of another shape.
+            InvalidShape: They are missing, not accepted by the network, or of the wrong shape.
         """
         if (added is None) != (self.added is None):
             expected = "no added conditions" if self.added is None else "AddedConditions"
-            raise InvalidShape(f"got added={added!r:.40}, this network takes {expected}")
+            raise InvalidShape(f"got added={added!r:.40}, but this network takes {expected}")
         if added is None:
             return
         m, k, b = shape
@@ -84,12 +84,12 @@ class TimeEmbedding(nn.Module):
     def forward(
         self, timesteps: Tensor, added: AddedConditions | None, projections: Sequence[Layer]
     ) -> Rows:
-        """What all resnets add at some timesteps.
+        """Return what all resnets add at the given timesteps.
 
         Args:
             timesteps: (T,) int64.
-            added: For a network that takes them.
-            projections: The resnets' layers, of C_i channels.
+            added: Conditions, for a network that takes them.
+            projections: The resnets' time layers, with C_i output channels.
 
         Returns:
             (m k b, T, sum of C_i), with the axes on which conditions or adapters depend.

@@ -26,23 +26,23 @@ __all__ = ["BatchedUNet"]
 
 
 class BatchedUNet(nn.Module):
-    """The network of M objectives as one module, which only runs forward.
+    """The network of M objectives as one module, for inference only.
 
-    The stock network stays as it is and usable; its weights are shared. Adapters are copied: ask
-    `adapters.is_current()` before each generation, and build again when it says no.
-    Moving or casting is done to the stock network, before building.
+    The stock network is not changed and stays usable; its weights are shared. Adapters are copied:
+    call `adapters.is_current()` before each generation, and build again when it returns False. To
+    move or cast, do so with the stock network before building.
 
         network = BatchedUNet.of(variants)
         network.begin(prompt_embeds, timesteps)
         eps = network(x_t, k)                       # (M, K, B, C, h, w), once per step
 
-    `begin` writes in place where shapes are the same, so that a captured graph of `forward` keeps
-    running on what it wrote. `forward` itself has no sync and no branch on data.
+    `begin` writes in place if the shapes are the same as before, so that a captured graph of
+    `forward` reads the new values. `forward` itself does not sync or branch on data.
 
     Args:
         adapters: The objectives' variants of one network.
-        options: How to build.
-        objectives: Indices of those that run; None: all.
+        options: How to build the forward.
+        objectives: Indices of the objectives that run; None: all.
 
     Attributes:
         adapters, options, objectives: As given.
@@ -52,7 +52,7 @@ class BatchedUNet(nn.Module):
     Raises:
         AdapterMismatch: An adapter acts outside the layers of the forward.
         BackendUnavailable: `options` names a backend that cannot run here.
-        UnsupportedNetwork: The network has a part that the forward does not know.
+        UnsupportedNetwork: The network has a part that the forward does not support.
     """
 
     builder = SiteBuilder
@@ -97,7 +97,7 @@ class BatchedUNet(nn.Module):
         self._holders: list[tuple[str, Mapping[str, Any], str]] = []
 
     def storages(self) -> dict[str, Tensor]:
-        """Every tensor that `forward` reads at its place: weights, factors, prompt, times."""
+        """Return every tensor that `forward` reads at a fixed address, by name."""
         if not self._holders:
             self._holders = list(_holders(self))
         named: dict[str, Tensor] = {}
@@ -113,25 +113,25 @@ class BatchedUNet(nn.Module):
 
     @classmethod
     def of(cls, variants: Sequence[Variant], options: BatchedOptions = DEFAULTS) -> BatchedUNet:
-        """Build from M variants of one network; see `LoadedAdapters` for what is refused."""
+        """Build from M variants of one network; for what is refused, see `LoadedAdapters`."""
         return cls(LoadedAdapters(variants), options)
 
     @torch.no_grad()
     def begin(
         self, prompt_embeds: Tensor, timesteps: Tensor, added: AddedConditions | None = None
     ) -> None:
-        """Start a generation: keys and values of its prompts, time embeddings of its steps.
+        """Start a generation: compute its prompts' keys and values and its steps' time embeddings.
 
-        Everything is recomputed, so nothing of an earlier prompt, adapter or schedule remains. Of
-        the same shapes as before it is written in place.
+        Everything is recomputed, so nothing of an earlier prompt, adapter or schedule remains, and
+        is written in place if the shapes are the same as before.
 
         Args:
             prompt_embeds: (M, K, B, L, D), or (1, K, B, L, D) when all objectives share them.
             timesteps: (T,) int64, in the order of k.
-            added: Stable Diffusion XL's conditions.
+            added: Stable Diffusion XL's conditions; None for other networks.
 
         Raises:
-            InvalidShape: Another shape or dtype, or conditions that do not fit the network.
+            InvalidShape: A wrong shape or dtype, or conditions that do not fit the network.
         """
         unet, count = self.adapters.unet, len(self.objectives)
         width = unet.config.cross_attention_dim
@@ -168,17 +168,17 @@ class BatchedUNet(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor, k: Tensor) -> Tensor:
-        """The raw outputs of all objectives at step k.
+        """Return the raw outputs of all objectives at step k.
 
         Args:
             x: (B, C, h, w) latents, any float dtype.
             k: Index into the timesteps of `begin`, 0-d int64 on the device of the network.
 
         Returns:
-            (M, K, B, C, h, w) in the dtype of the network, new.
+            (M, K, B, C, h, w) in the dtype of the network, a new tensor.
 
         Raises:
-            InvalidShape: Another shape, dtype or device, or no `begin` yet.
+            InvalidShape: A wrong shape, dtype or device, or `begin` was not called.
         """
         unet = self.adapters.unet
         if not self._begun:
@@ -217,7 +217,7 @@ class BatchedUNet(nn.Module):
 
 
 def _holders(network: nn.Module) -> Iterator[tuple[str, Mapping[str, Any], str]]:
-    """Path, dictionary and key of all that may hold a tensor or `Rows` of tensors."""
+    """Yield path, dictionary and key of everything that may hold a tensor or `Rows`."""
     for path, module in network.named_modules():
         for held in held_by(module)[1:]:
             yield from ((path, held, name) for name in held)

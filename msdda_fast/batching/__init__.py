@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests of many callers, drawn by one pipeline in shared batches."""
+"""Requests from many callers, drawn by one pipeline in shared batches."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests checked against a model on the caller's thread, before they stand in line."""
+"""Checks requests against a model on the caller's thread, before they are queued."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ __all__ = ["Admission"]
 
 
 class Admission:
-    """Makes tickets of requests; any thread may ask.
+    """Turns requests into tickets; thread-safe.
 
     Args:
-        pipe: Whose objectives, scheduler and tokenizer requests are checked against.
+        pipe: The pipeline whose objectives, scheduler and tokenizer requests are checked against.
     """
 
     def __init__(self, pipe: MSDDAPipeline) -> None:
@@ -50,14 +50,17 @@ class Admission:
         *,
         zero_variance: ZeroVariancePolicy = "error",
     ) -> list[Ticket]:
-        """Check a request for `count` images, with seeds that count up.
+        """Check a request for `count` images, with consecutive seeds, and return their tickets.
 
         Args:
-            zero_variance: See `msdda_fast.steps.shares.fusion_shares`.
+            request: What to draw.
+            count: How many images.
+            zero_variance: What to do where eta = 0 is mixed with eta > 0; see
+                `msdda_fast.steps.shares.fusion_shares`.
 
         Raises:
             UnknownObjective, InvalidWeights, InvalidSchedule, InvalidShape, ZeroVariance,
-            InvalidRequest: As the pipeline's call; `field` of the error names what is wrong.
+            InvalidRequest: As in the pipeline's call; `field` of the error names the wrong field.
         """
         now = time.monotonic()
         for name in ("prompt", "negative_prompt"):
@@ -128,13 +131,13 @@ class Admission:
             count = len(self._tokenizer(text, truncation=False, verbose=False).input_ids)
         if count > most:
             raise InvalidRequest(
-                f"the text has {count} tokens, and the text encoder reads at most {most}"
+                f"the text has {count} tokens, but the text encoder reads at most {most}"
             )
 
 
 @contextmanager
 def _field(name: str) -> Iterator[None]:
-    """Note the field on errors that are raised inside."""
+    """Set `field` on errors raised in the context."""
     try:
         yield
     except MSDDAError as error:
@@ -155,7 +158,7 @@ def _seeds(seed: int | None, count: int) -> list[int]:
 def _previews(steps: Iterable[int], count: int) -> frozenset[int]:
     chosen = frozenset(steps)
     if unknown := chosen.difference(range(1, count + 1)):
-        raise InvalidRequest(f"there is no step {min(unknown)}: steps are 1 to {count}")
+        raise InvalidRequest(f"preview_steps must be from 1 to {count}, got {min(unknown)}")
     return chosen
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches of strangers drawn by a pipeline: rows put together, padded, sampled, decoded."""
+"""Batches of several callers' images: put together, padded, sampled and decoded."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class BatchDrawer:
     """Draws batches of tickets with the modules of a pipeline.
 
     Every objective runs in every batch, whatever its weights: an output of weight 0 is masked,
-    which is exact, and no request's weights change what has to be captured.
+    which is exact, so weights never require a new capture.
 
     Args:
-        pipe: Stays as it is; one of the two may run at a time.
+        pipe: Not changed; must not run at the same time as the drawer.
 
     Attributes:
         pipe: A pipeline over the same modules, with a scheduler of its own.
@@ -51,20 +51,20 @@ class BatchDrawer:
 
     @property
     def device(self) -> torch.device:
-        """Where batches are drawn."""
+        """The device that batches are drawn on."""
         device: torch.device = self.pipe._execution_device
         return device
 
     @torch.no_grad()
     def sample(self, batch: Sequence[Ticket], *, size: int, watch: Watcher) -> Tensor:
-        """Draw latents for a batch of one shape.
+        """Draw latents for a batch of tickets of one shape.
 
         Args:
-            batch: B tickets; rows of the last one fill it up to `size`.
-            size: >= B.
-            watch: See `Watcher`; False ends the batch there.
+            batch: B tickets; copies of the last one pad the batch to `size`.
+            size: Batch size to compute, >= B.
+            watch: Called after each step, see `Watcher`; returning False ends the batch.
 
-        Returns: x_0 (B, C, h, w), or the state after the last step that was done.
+        Returns: x_0 (B, C, h, w), or the state after the last step done.
         """
         rows = [*batch, *[batch[-1]] * (size - len(batch))]
         pipe = self.pipe
@@ -93,20 +93,20 @@ class BatchDrawer:
 
     @torch.no_grad()
     def decode(self, x_0: Tensor, output_type: str) -> tuple[Sequence[Any], Sequence[bool]]:
-        """Return B images, and whether the safety checker blackened each."""
+        """Return B images, and for each whether the safety checker blackened it."""
         images, flagged = self.pipe.to_images(x_0, output_type)
         self.pipe.maybe_free_model_hooks()
         return images, [False] * len(x_0) if flagged is None else flagged
 
     @torch.no_grad()
     def preview(self, x_t: Tensor, output_type: str) -> Sequence[Any]:
-        """Return B images of states (B, C, h, w); the safety checker sees them, too."""
+        """Return B images of states (B, C, h, w), also passed through the safety checker."""
         images, _ = self.pipe.to_images(x_t, output_type)  # frees no hooks: the networks go on
         return list(images)
 
 
 def _side_by_side(tables: Sequence[CoefficientTable]) -> CoefficientTable:
-    """One table (T, B, C) of B tables (T, 1, C) of the same steps."""
+    """Join B tables (T, 1, C) of the same steps into one (T, B, C)."""
     return replace(
         tables[0],
         rows=torch.cat([table.rows for table in tables], dim=1),

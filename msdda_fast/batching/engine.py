@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine: requests of many callers in, shared batches on one thread, futures out."""
+"""The engine: takes requests from many callers, draws shared batches on one thread."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = ["Engine"]
 
 
 class Engine:
-    """Draws the requests of many callers in shared batches, on a thread of its own.
+    """Draws requests from many callers in shared batches, on its own thread.
 
         with msdda_fast.Engine(pipe, max_batch=8) as engine:
             engine.prepare(num_inference_steps=25)
@@ -34,27 +34,27 @@ class Engine:
             image = engine.submit(request).result().image
             image = (await asyncio.wrap_future(engine.submit(request))).image   # in a coroutine
 
-    Requests of the same height, width and number of steps share a batch, whatever their prompts,
-    weights, seeds and guidance; first come, first served. An image has the noise bits that it would
-    have alone. It is within rounding of the image drawn alone, since other batch sizes sum in
-    another order: 1 level of 255. In batches of one size, on the CPU, it is the same to the bit
-    whoever shares them.
+    Requests with the same height, width and number of steps share a batch, whatever their prompts,
+    weights, seeds and guidance; first come, first served. An image gets the same noise bits as when
+    drawn alone. It differs from that image by rounding only (1 level of 255), since other batch
+    sizes sum in another order. On the CPU, in batches of one size, it is the same to the bit
+    whichever requests share the batch.
 
-    Batches are padded to few sizes, so that a GPU captures each once, in `prepare`.
+    Batches are padded to a few sizes, so that a GPU captures each once, in `prepare`.
 
     Args:
-        pipe: A pipeline with its objectives, on its device. Its modules are the engine's until that
-            is closed: do not call, move or change the pipeline meanwhile.
+        pipe: A pipeline with its objectives, on its device. Until the engine is closed it owns the
+            modules: do not call, move or change the pipeline.
         max_batch: Most images drawn together.
-        max_wait_ms: Longest that a request waits for company, milliseconds; it waits longer only
-            for batches before its own.
-        queue_limit: Most images that wait.
-        batch_sizes: What batches are padded to, increasing up to `max_batch`. None: powers of two,
-            and `max_batch`.
-        output_type: Of the images, as in the pipeline's call.
+        max_wait_ms: Longest time that a request waits for others to share its batch, milliseconds;
+            it waits longer only for earlier batches.
+        queue_limit: Most images in the queue.
+        batch_sizes: Sizes that batches are padded to, increasing up to `max_batch`. None: powers of
+            two, and `max_batch`.
+        output_type: Type of the images, as in the pipeline's call.
 
     Raises:
-        ValueError: A number outside its range, or a pipeline shared by several processes.
+        ValueError: A number is out of range, or several processes share the pipeline.
     """
 
     def __init__(
@@ -90,39 +90,39 @@ class Engine:
 
     @property
     def pipe(self) -> MSDDAPipeline:
-        """The pipeline that draws: read its objectives, sizes and settings, and change nothing."""
+        """The pipeline that draws; for reading its objectives, sizes and settings only."""
         return self._pipe
 
     @property
     def queue_limit(self) -> int:
-        """Most images that wait."""
+        """Most images in the queue."""
         return self._queue.limit
 
     @property
     def native_size(self) -> tuple[int, int]:
-        """Width and height that the model draws by itself, in pixels."""
+        """Default width and height of the model's images, in pixels."""
         config, factor = self._pipe.unet.config, self._pipe.vae_scale_factor
         *_, rows, columns = latent_shape(1, config, factor, None, None)
         return columns * factor, rows * factor
 
     def submit(self, request: ImageRequest) -> Future[GeneratedImage]:
-        """Submit a request for one image; see `submit_images`."""
+        """Submit a request for one image; arguments and errors as in `submit_images`."""
         return self.submit_images(request, 1)[0]
 
     def submit_images(self, request: ImageRequest, count: int) -> list[Future[GeneratedImage]]:
-        """Submit a request for `count` images, with seeds that count up.
+        """Submit a request for `count` images, with consecutive seeds.
 
-        All are admitted, or none. A future may be cancelled until its image is there: it leaves the
-        queue at once, and a batch that nobody waits for any more ends at its next step.
+        All are admitted, or none. A future can be cancelled until its image is done: it leaves the
+        queue at once, and a batch with no open request left ends at its next step.
 
-        Returns: One future per image. Besides the image its outcome may be `RequestTimeout`,
-            `EngineClosed` or `EngineFailed`, or what its `on_step` raised.
+        Returns: One future per image. Instead of an image it may hold `RequestTimeout`,
+            `EngineClosed`, `EngineFailed`, or the exception that `on_step` raised.
 
         Raises:
             UnknownObjective, InvalidWeights, InvalidSchedule, InvalidShape, ZeroVariance,
-            InvalidRequest: What the request asks for cannot be; `field` of the error says where.
-            ValueError: `count` is below 1, or more than may ever wait.
-            QueueFull: Too many wait already.
+            InvalidRequest: The request is invalid; `field` of the error names the wrong field.
+            ValueError: `count` is below 1 or above `queue_limit`.
+            QueueFull: The queue has no room for `count` more images.
             EngineClosed: The engine was closed, or has failed.
         """
         if not 1 <= count <= self.queue_limit:
@@ -130,7 +130,7 @@ class Engine:
         try:
             self._queue.check_room(count)  # first, so that a refusal costs next to nothing
             tickets = self._admission.tickets(request, count)
-            self._queue.join(tickets)
+            self._queue.put(tickets)
         except QueueFull:
             self._tally.count("refused", count)
             raise
@@ -144,17 +144,17 @@ class Engine:
         width: int | None = None,
         num_inference_steps: int = 50,
     ) -> None:
-        """Build, and capture where the device can, all that requests of a shape will need.
+        """Build, and capture where the device can, everything that requests of a shape need.
 
-        That is a batch of every size, with guidance and without. Requests are admitted meanwhile.
+        That is a batch of every size, with and without guidance. Requests are admitted meanwhile.
 
         Args:
             height, width: In pixels; None: the model's own.
-            num_inference_steps: T; another T needs nothing new while both are at most 64.
+            num_inference_steps: T; one call with T <= 64 serves every T <= 64.
 
         Raises:
-            InvalidShape, InvalidSchedule: As the pipeline's call.
-            CaptureError: Capture is required, and fails.
+            InvalidShape, InvalidSchedule: As in the pipeline's call.
+            CaptureError: Capture is required and fails.
             EngineClosed: The engine was closed, or has failed.
         """
         asked = ImageRequest(
@@ -184,10 +184,10 @@ class Engine:
         """Refuse new requests and end the thread. Closing twice is allowed.
 
         Args:
-            drain: Draw what was admitted before; else it is refused with `EngineClosed`, and the
+            drain: Draw the requests already admitted; else they fail with `EngineClosed`, and the
                 batch being drawn ends at its next step.
-            timeout_s: Longest time for draining; what is not drawn then is refused. None: as long
-                as it takes.
+            timeout_s: Longest time for draining, seconds; requests not drawn by then fail. None: no
+                limit.
         """
         self._worker.stop(drain=drain)
         if self._worker is not threading.current_thread():
@@ -199,7 +199,7 @@ class Engine:
         if future.cancelled():
             ticket.claim()  # tells those who wait for it
             self._tally.count("cancelled")
-            self._queue.leave(ticket)
+            self._queue.remove(ticket)
 
     def __enter__(self) -> Self:
         return self

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where tickets wait: bounded, first come first served, handed out in batches of one shape."""
+"""The queue of tickets: bounded, first in first out, handed out in batches of one shape."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["Taken", "TicketQueue"]
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """What the engine is to do next: draw a batch, do a chore, give up tickets that are late."""
+    """What the engine does next: draw a batch, do a chore, or expire late tickets."""
 
     batch: list[Ticket] = field(default_factory=list)
     late: list[Ticket] = field(default_factory=list)
@@ -26,17 +26,17 @@ class Taken:
 
 
 class TicketQueue:
-    """A thread-safe queue of tickets, with a batch in place of an item.
+    """A thread-safe queue of tickets, taken out in batches.
 
-    The first batch always has the oldest ticket in it, and then the next oldest of the same shape.
-    It is handed out when it is full, when its oldest ticket has waited `max_wait_s` for company,
-    or when somebody else waits for it: idling would help nobody.
+    A batch has the oldest ticket and the next oldest of the same shape. It is handed out when it is
+    full, when its oldest ticket has waited `max_wait_s` for others to join, or when tickets of
+    another shape are waiting: then there is no point in idling.
 
     Args:
         max_batch: Most tickets in a batch.
-        max_wait_s: Longest wait for company, seconds.
-        limit: Most tickets that wait; an attribute, too.
-        clock: Seconds, monotonic.
+        max_wait_s: Longest time a ticket waits for others to join its batch, seconds.
+        limit: Most tickets in the queue; also an attribute.
+        clock: Returns monotonic time in seconds.
     """
 
     def __init__(
@@ -59,11 +59,11 @@ class TicketQueue:
 
     @property
     def is_closed(self) -> bool:
-        """Whether it takes no more tickets."""
+        """Whether the queue is closed to new tickets."""
         return self._is_closed
 
     def check_room(self, count: int) -> None:
-        """Check that `count` more tickets fit now.
+        """Check that `count` more tickets fit.
 
         Raises:
             QueueFull: They do not fit.
@@ -74,14 +74,15 @@ class TicketQueue:
             if len(self._tickets) + count > self.limit:
                 raise QueueFull(
                     f"{len(self._tickets)} of at most {self.limit} images are waiting, "
-                    f"{count} more were asked for"
+                    f"{count} more were requested"
                 )
 
-    def join(self, tickets: Sequence[Ticket]) -> None:
-        """Add tickets: all of them, or none.
+    def put(self, tickets: Sequence[Ticket]) -> None:
+        """Add all tickets, or none.
 
         Raises:
-            QueueFull, EngineClosed: See `check_room`.
+            QueueFull: They do not fit.
+            EngineClosed: The queue is closed.
         """
         with self._changed:
             self.check_room(len(tickets))
@@ -89,7 +90,7 @@ class TicketQueue:
             self._changed.notify_all()
 
     def add(self, chore: Chore) -> None:
-        """Have a chore done before the next batch.
+        """Add a chore, to be done before the next batch.
 
         Raises:
             EngineClosed: The queue is closed.
@@ -99,15 +100,15 @@ class TicketQueue:
             self._chores.append(chore)
             self._changed.notify_all()
 
-    def leave(self, ticket: Ticket) -> None:
-        """Take a ticket out, if it is still there."""
+    def remove(self, ticket: Ticket) -> None:
+        """Remove a ticket, if it is still in the queue."""
         with self._changed:
             if ticket in self._tickets:
                 self._tickets.remove(ticket)
                 self._changed.notify_all()
 
     def late(self) -> list[Ticket]:
-        """Take out the tickets that have expired."""
+        """Remove and return the tickets that have expired."""
         with self._changed:
             now = self._clock()
             late = [ticket for ticket in self._tickets if ticket.expires <= now]
@@ -116,7 +117,7 @@ class TicketQueue:
             return late
 
     def close(self, *, drain: bool) -> list[Ticket | Chore]:
-        """Take no more tickets; remove and return chores, and without `drain` tickets, too."""
+        """Close the queue; remove and return its chores and, without `drain`, its tickets."""
         with self._changed:
             self._is_closed = True
             rest: list[Ticket | Chore] = [*self._chores]
@@ -128,7 +129,7 @@ class TicketQueue:
             return rest
 
     def take(self) -> Taken | None:
-        """Wait for something to do; None when the queue is closed and empty."""
+        """Wait for the next thing to do; return None when the queue is closed and empty."""
         with self._changed:
             while True:
                 if late := self.late():
@@ -159,4 +160,4 @@ class TicketQueue:
 
     def _check_open(self) -> None:
         if self._is_closed:
-            raise EngineClosed("the engine is closed and takes no more requests")
+            raise EngineClosed("the engine is closed and accepts no more requests")

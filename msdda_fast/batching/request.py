@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What callers hand to an engine, and what they get."""
+"""What callers submit to an engine, and what they get back."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ __all__ = ["GeneratedImage", "ImageRequest", "Progress"]
 class Progress(NamedTuple):
     """Step `step` = 1..`steps` of image `image` = 0.. of a request is done.
 
-    `preview` is the image as it is then, of the kind of the final one, after the steps that the
-    request names: the noisy state x_t, decoded. None after others.
+    `preview` is the noisy state x_t, decoded to the same type as the final image, after the steps
+    in the request's `preview_steps`; None after other steps.
     """
 
     image: int
@@ -33,16 +33,16 @@ class ImageRequest:
         prompt: What to draw; not longer than the text encoder reads.
         weights: Preferences w on the simplex, no unit: a mapping from every objective's name to a
             number, (M,) numbers, or a callable from the step index to either. None: uniform.
-        seed: Of the first image, in [-2^63, 2^64); the next ones count up. None: a random one.
+        seed: Seed of the first image, in [-2^63, 2^64); further images count up. None: random.
         num_inference_steps: T.
         guidance_scale: >= 1, for all objectives, by name, or (M,). None: the objective's own.
-        negative_prompt: What guidance leads away from.
+        negative_prompt: What guidance steers away from.
         height, width: In pixels; None: the model's own.
-        timeout_s: > 0, seconds from submission until the request is given up; None: never.
-        on_step: Called on the engine's thread after each step; it must be quick. What it raises
-            becomes the outcome of this request, and of no other.
-        preview_steps: After which of the steps 1..T `on_step` gets a preview. They change no bit of
-            any image, and cost time of all who share the batch.
+        timeout_s: > 0, seconds from submission until the request expires; None: never.
+        on_step: Called on the engine's thread after each step; it must be quick. An exception it
+            raises becomes the outcome of this request only.
+        preview_steps: Steps in 1..T after which `on_step` gets a preview. Previews change no bit of
+            any image, but slow down the whole batch.
     """
 
     prompt: str
@@ -61,16 +61,16 @@ class ImageRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GeneratedImage:
-    """An image and how it came about.
+    """An image and how it was made.
 
     Attributes:
-        image: A PIL image; with another `output_type` of the engine its array or tensor, without a
+        image: A PIL image, or an array or tensor if the engine has another `output_type`; without a
             batch axis.
-        seed: Draws the same image again.
+        seed: The seed that reproduces the image.
         is_flagged: Whether the safety checker blackened it.
-        batch_size: How many images, of all callers, were drawn together.
-        waited_s: From submission until the batch began.
-        drawn_s: From then until the image was there.
+        batch_size: How many images, over all callers, were drawn together.
+        waited_s: Seconds from submission until the batch began.
+        drawn_s: Seconds from then until the image was done.
     """
 
     image: Any

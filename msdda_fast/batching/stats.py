@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an engine has done so far."""
+"""Counts of what an engine has done so far."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ __all__ = ["EngineStats", "Tally"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
-    """A snapshot. Every admitted image is waiting, drawing, or has one of four outcomes.
+    """A snapshot. Every admitted image is waiting, being drawn, or has one of four outcomes.
 
     Attributes:
-        waiting: Images in line.
+        waiting: Images in the queue.
         drawing: Images in the batch that is being drawn.
         completed, cancelled, timed_out, failed: Images, by outcome; an image that was not drawn
             because the engine was closed or failed counts as failed.
-        refused: Images not admitted because the line was full.
-        batches: How many were drawn to the end.
-        batch_sizes: How many of them had 1, 2, ... images of callers.
-        rows: Rows computed in them, padding included.
+        refused: Images not admitted because the queue was full.
+        batches: Batches drawn to the end.
+        batch_sizes: How many of those batches had 1, 2, ... images, without padding.
+        rows: Images computed in them, padding included.
         drawing_s: Time spent in them, seconds.
-        failure: Why the engine stopped by itself; None: it did not.
-        is_closed: Whether it takes requests no more.
+        failure: Why the engine failed; None: it has not.
+        is_closed: Whether the engine accepts no more requests.
     """
 
     waiting: int
@@ -55,12 +55,12 @@ class Tally:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def count(self, outcome: str, images: int = 1) -> None:
-        """Add images with an outcome: the name of a field of `EngineStats`."""
+        """Count images with an outcome, the name of a field of `EngineStats`."""
         with self._lock:
             self.outcomes[outcome] += images
 
     def count_batch(self, images: int, rows: int, seconds: float) -> None:
-        """Add a batch that was drawn."""
+        """Count a batch that was drawn to the end."""
         with self._lock:
             self.batch_sizes[images] += 1
             self.rows += rows
@@ -69,7 +69,7 @@ class Tally:
     def snapshot(
         self, *, waiting: int, drawing: int, failure: str | None, is_closed: bool
     ) -> EngineStats:
-        """Return the counts, with what only the engine knows."""
+        """Return the counts together with the engine's current state."""
         with self._lock:
             return EngineStats(
                 waiting=waiting,

@@ -16,7 +16,7 @@ __all__ = ["Chore", "Shape", "Ticket"]
 
 
 class Shape(NamedTuple):
-    """What images of one batch agree in: sides in pixels, and T."""
+    """What all images of a batch have in common: height and width in pixels, and T."""
 
     height: int
     width: int
@@ -27,16 +27,16 @@ class Shape(NamedTuple):
 class Ticket:
     """A checked request for one image, with the future that its caller holds.
 
-    The future stays cancellable until it gets its outcome, which happens once: whoever `claim`s.
+    The future can be cancelled until it gets its outcome, set once by the caller that `claim`s it.
 
     Attributes:
-        prompt, negative_prompt, seed: Of this image.
+        prompt, negative_prompt, seed: Those of this image.
         table: Coefficients of its T steps, B = 1, on the host.
-        shape: What must agree within a batch.
-        index: Which image of its request this is.
-        arrived: When it was submitted, seconds of `time.monotonic`.
-        expires: When it is given up, likewise; infinite for never.
-        on_step, preview_steps: See `ImageRequest`.
+        shape: What must be the same within a batch.
+        index: Position of this image in its request, from 0.
+        arrived: When it was submitted, in seconds of `time.monotonic`.
+        expires: When it expires, likewise; infinity: never.
+        on_step, preview_steps: As in `ImageRequest`.
     """
 
     prompt: str
@@ -54,7 +54,7 @@ class Ticket:
     _is_claimed: bool = False
 
     def claim(self) -> bool:
-        """Whether the caller is to give the future its outcome: the first one, unless cancelled."""
+        """Return True to the first caller, who must set the outcome; False if cancelled."""
         with self._lock:
             if self._is_claimed:
                 return False
@@ -68,10 +68,10 @@ class Ticket:
 
 
 class Chore:
-    """Something else for the engine's thread to do, between two batches.
+    """Other work for the engine's thread, done between two batches.
 
     Attributes:
-        future: Gets its outcome.
+        future: Gets the outcome of the work.
     """
 
     def __init__(self, work: Callable[[], None]) -> None:
@@ -79,7 +79,7 @@ class Chore:
         self._work = work
 
     def run(self) -> None:
-        """Do it."""
+        """Do the work and set the future."""
         try:
             self._work()
         except BaseException as error:

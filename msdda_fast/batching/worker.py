@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine's thread: takes batches from the queue, draws them, settles their futures."""
+"""The engine's thread: takes batches from the queue, draws them, resolves their futures."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ MOST_FAILURES = 3
 
 
 class Worker(threading.Thread):
-    """Draws until the queue is closed and empty; whatever happens, every future gets an outcome.
+    """Draws until the queue is closed and empty; every future gets an outcome in any case.
 
-    A batch that fails takes its own tickets with it. `MOST_FAILURES` in a row, or an error outside
-    a batch, stop the thread, fail all who wait, and close the queue.
+    A batch that fails fails only its own tickets. `MOST_FAILURES` in a row, or an error outside a
+    batch, stop the thread, fail all waiting tickets, and close the queue.
 
     Args:
         drawer: Runs on this thread only.
         queue, tally: Shared with the engine.
-        sizes: What batches are padded to, increasing.
-        output_type: Of the images.
+        sizes: Sizes that batches are padded to, increasing.
+        output_type: Type of the images, as in the pipeline's call.
 
     Attributes:
-        failure: Why the thread stopped by itself; None: it did not.
+        failure: Why the thread failed; None: it has not.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Worker(threading.Thread):
         return len(self._batch)
 
     def run(self) -> None:
-        """See `threading.Thread`."""
+        """Take and draw batches until the queue is closed and empty, or the engine fails."""
         device = self._drawer.device
         try:
             with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
@@ -80,20 +80,20 @@ class Worker(threading.Thread):
                         self._draw(taken.batch)
                         self._batch = []
         except BaseException as error:
-            logger.exception("the engine stops")
+            logger.exception("the engine failed and stops")
             self.failure = f"{type(error).__name__}: {error}"
             for item in [*self._batch, *self._queue.close(drain=False)]:
-                self._fail(item, _failed("the engine failed, and has stopped", error))
+                self._fail(item, _failed("the engine failed and has stopped", error))
             self._batch = []
 
     def stop(self, *, drain: bool) -> None:
-        """Admit nobody any more; without `drain`, refuse all who wait or are being drawn."""
+        """Close the queue; without `drain`, fail all tickets that wait or are being drawn."""
         self._is_aborted = self._is_aborted or not drain
         for item in self._queue.close(drain=drain):
             self._fail(item, _closed())
 
     def warm(self, ticket: Ticket, size: int) -> None:
-        """Do one step of a batch of copies of a ticket, and decode it."""
+        """Do one step of a batch of `size` copies of a ticket, and decode the result."""
         x = self._drawer.sample([ticket] * size, size=size, watch=lambda step, x: False)
         self._drawer.decode(x, self._output_type)
 
@@ -109,7 +109,7 @@ class Worker(threading.Thread):
             self._failures += 1
             if self._failures == MOST_FAILURES:
                 raise
-            logger.exception("a batch of %d failed", len(batch))
+            logger.exception("a batch of %d images failed", len(batch))
             for ticket in batch:
                 self._fail(ticket, _failed("the batch could not be drawn", error))
             return
@@ -131,7 +131,7 @@ class Worker(threading.Thread):
                 )
 
     def _watch(self, step: int, x: Tensor | None) -> bool:
-        """Look after all tickets between two steps; whether anybody still waits for the batch."""
+        """Expire tickets and call `on_step`; return whether any ticket of the batch is open."""
         previews = {} if x is None else self._previews(step, x)
         now = time.monotonic()
         self._expire([*self._queue.late(), *(t for t in self._batch if t.expires <= now)])
@@ -147,7 +147,7 @@ class Worker(threading.Thread):
         return any(ticket.is_open for ticket in self._batch)
 
     def _previews(self, step: int, x: Tensor) -> dict[int, Any]:
-        """Images of the rows that want them after this step; a failure costs nobody the image."""
+        """Return previews by row for the tickets that want one; a failure is only logged."""
         rows = [
             row
             for row, ticket in enumerate(self._batch)

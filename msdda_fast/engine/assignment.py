@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which rank evaluates what in a step of several objectives: pure arithmetic, the same on all."""
+"""Which rank evaluates which objectives in a step: pure arithmetic, the same on every rank."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["Work", "assign"]
 
 
 class Work(NamedTuple):
-    """Guidance branches [start, stop) of some objectives: what one forward may evaluate."""
+    """Guidance branches [start, stop) of some objectives, to be evaluated in one forward."""
 
     objectives: tuple[int, ...]
     start: int
@@ -18,21 +18,21 @@ class Work(NamedTuple):
 
     @property
     def rows(self) -> list[tuple[int, int]]:
-        """(objective, branch), in the order in which outputs travel."""
+        """Pairs (objective, branch), in the order in which their outputs are gathered."""
         return [(m, k) for m in self.objectives for k in range(self.start, self.stop)]
 
 
 def assign(
     active: Sequence[bool], branches: int, size: int, *, split_guidance: bool
 ) -> list[list[Work]]:
-    """Share the active objectives of one step out over the ranks, evenly and in their order.
+    """Distribute the active objectives of one step over the ranks, evenly and in order.
 
     Args:
         active: M flags, at least one set.
         branches: K, 2 with guidance and 1 without.
         size: W, the number of ranks.
-        split_guidance: Put the branches of an objective on different ranks where the busiest rank
-            has less to do then.
+        split_guidance: Put the branches of an objective on different ranks where that leaves the
+            busiest rank less to do.
 
     Returns: W lists; those of the last ranks are empty when there are more ranks than work.
     """

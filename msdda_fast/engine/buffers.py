@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Static tensors of one captured step: allocated once per shape, overwritten by each request.
 
-A captured graph replays the addresses it was captured with. All that distinguishes one request from
-another of the same shape (latents, coefficients, seeds, prompt) is therefore copied into these.
+A captured graph replays the addresses it was captured with. So everything that distinguishes one
+request from another of the same shape (latents, coefficients, seeds, prompt) is copied into these.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ __all__ = ["ShapeKey", "StepBuffers", "padded_steps"]
 
 
 def padded_steps(num_steps: int) -> int:
-    """Length of the tables that hold `num_steps` steps: a power of two, 64 at least."""
+    """Length of the tables that hold `num_steps` steps: a power of two, at least 64."""
     return max(64, 1 << (num_steps - 1).bit_length())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShapeKey:
-    """All that a captured step has fixed; requests that agree in it share one graph.
+    """Everything that a captured step fixes; requests with equal keys share one graph.
 
     Attributes:
         shape: (B, *S) of the latents.
-        active: (M,) flags; the outputs of the others are not computed.
+        active: (M,) flags; outputs of inactive objectives are not computed.
         branches: K, 2 (uncond, cond) or 1 (cond).
-        clip_range: That of the `CoefficientTable`, latent units; None: x_0 is not clipped.
-        dtype: Of the network's input.
-        input_rows: R, the copies of each latent that the network takes: 1 when it makes its own
-            rows, else one per active objective and branch.
+        clip_range: As in the `CoefficientTable`, latent units; None: x_0 is not clipped.
+        dtype: Dtype of the network's input.
+        input_rows: R, the number of copies of each latent that the network takes: 1 when it makes
+            its own rows, else one per active objective and branch.
         channels_last: Memory format of the network's input; S is then (C, H, W).
-        max_steps: Length of the tables; requests have as many steps or fewer.
-        noise_table: Whether z comes from a table (T, B, *S), or from one seed per sample.
-        context: Shape of what the network itself keeps of a request, such as embeddings.
-        shared_context: Whether that is the same for all objectives.
-        mode: Which of the networks that its builder knows.
+        max_steps: Length of the tables, the most steps of a request.
+        noise_table: Whether z comes from a table (T, B, *S) rather than from one seed per sample.
+        context: Shape of the data that the network itself keeps for a request, such as embeddings.
+        shared_context: Whether that data is the same for all objectives.
+        mode: Name of the network to build, for the builder to interpret.
     """
 
     shape: tuple[int, ...]
@@ -77,19 +77,19 @@ class _Write(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepBuffers:
-    """What a step reads and writes, apart from the network's own storage; `allocate` makes them.
+    """The tensors that a step reads and writes, apart from the network's own; see `allocate`.
 
     Attributes:
-        key: The shapes.
+        key: The shapes and dtype.
         x: The state x_t, (B, *S) float32, latent units; the step overwrites it with x_{t-1}.
-        next_input: (R, B, *S) in the dtype and memory format of the network: `x`, R times.
+        next_input: `x` repeated R times, (R, B, *S), in the network's dtype and memory format.
         rows: (max_steps, B, C) float32 coefficients; see `coefficients.Layout`.
         timesteps: (max_steps,) int64.
         seeds: (B,) int64.
-        noise: (max_steps, B, *S) float32, or None: noise comes from the seeds.
+        noise: (max_steps, B, *S) float32; None: noise comes from the seeds.
         counter: 0-d int64, the index k of the next step; the step adds 1.
-        conditioning: Static tensors that the network reads and each request overwrites; whoever
-            builds the network adds them.
+        conditioning: Static tensors that the network reads and each request overwrites, added by
+            the network's builder.
     """
 
     key: ShapeKey
@@ -123,7 +123,7 @@ class StepBuffers:
 
     @classmethod
     def nbytes(cls, key: ShapeKey) -> int:
-        """Memory that `allocate` takes, without taking it."""
+        """Return the bytes that `allocate` would take, without allocating them."""
         made = cls.allocate(key, "meta")
         tensors = (getattr(made, entry.name) for entry in fields(made))
         return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
@@ -137,25 +137,26 @@ class StepBuffers:
         noise: Tensor | None = None,
         conditioning: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Write a request in place; nothing is written when something does not fit.
+        """Write a request in place; if any part does not fit, nothing is written.
 
         Args:
             table: T <= max_steps steps, rows (T, B | 1, C) float32.
             x_T: (B, *S), latent units.
-            seeds: (B,), for keys without a noise table, and only those.
-            noise: z of every step (T, B, *S), for keys with one, and only those.
+            seeds: (B,), only for keys without a noise table.
+            noise: z of every step (T, B, *S), only for keys with a noise table.
             conditioning: A value for each of `self.conditioning`.
 
         Raises:
-            InvalidShape: Something has another shape, or needs objectives or branches that the key
-                leaves out.
-            InvalidSchedule: More steps than `max_steps`, or another `clip_range`.
-            ValueError: Not the noise that the key wants, or other names than `self.conditioning`.
+            InvalidShape: An argument has the wrong shape, or needs objectives or branches that the
+                key leaves out.
+            InvalidSchedule: More than `max_steps` steps, or a different `clip_range`.
+            ValueError: The wrong kind of noise for the key, or conditioning names that differ from
+                `self.conditioning`.
         """
         self._check_table(table)
         if (noise is None) == self.key.noise_table or (seeds is None) != self.key.noise_table:
             wanted = "a noise table" if self.key.noise_table else "seeds"
-            raise ValueError(f"these buffers are for {wanted}; give that and nothing else")
+            raise ValueError(f"these buffers are for {wanted}; give that and no other noise")
         given, count = conditioning or {}, len(table)
         if given.keys() != self.conditioning.keys():
             raise ValueError(
@@ -177,10 +178,10 @@ class StepBuffers:
         self.counter.zero_()
 
     def replace_x(self, x: Tensor) -> None:
-        """Go on from another state (B, *S), between two steps.
+        """Continue from another state (B, *S), between two steps.
 
         Raises:
-            InvalidShape: `x` has another shape or device.
+            InvalidShape: `x` has the wrong shape or device.
         """
         _write([_Write("x", self.x, x)])
         self.next_input.copy_(self.x)
@@ -189,7 +190,7 @@ class StepBuffers:
         """Overwrite some of the conditioning, between two steps.
 
         Raises:
-            InvalidShape: A value has another shape or device.
+            InvalidShape: A value has the wrong shape or device.
             ValueError: A name is not one of `self.conditioning`.
         """
         if unknown := values.keys() - self.conditioning.keys():
@@ -200,7 +201,7 @@ class StepBuffers:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Put back afterwards what steps change inside."""
+        """Restore on exit the tensors that steps change."""
         changed = (self.x, self.next_input, self.counter)
         copies = [tensor.clone() for tensor in changed]
         try:

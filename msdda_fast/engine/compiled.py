@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A step through `torch.compile`, as one graph, to be captured by hand afterwards.
+"""A step compiled with `torch.compile` as one graph, which `engine.graph` can then capture.
 
-Inductor's own CUDA graphs are left out: they record again per shape and copy every input. What it
-compiles is kept on disk, so that a restart reads instead of compiling: in the folder that the
+Inductor's own CUDA graphs are not used: they record again per shape and copy every input. Compiled
+code is cached on disk, so that a restart does not compile again: in the folder that the environment
 variable TORCHINDUCTOR_CACHE_DIR names, else in the temporary directory, which a container loses.
 """
 
@@ -22,7 +22,7 @@ RECOMPILE_LIMIT = 4096
 def compiled(advance: Advance, device_type: str) -> Advance:
     """Return `advance` compiled; the first call compiles, or reads the cache on disk.
 
-    On CUDA kernels are tuned as in the mode "max-autotune-no-cudagraphs", which takes minutes.
+    On CUDA, kernels are tuned as in the mode "max-autotune-no-cudagraphs", which takes minutes.
     """
     mode = "max-autotune-no-cudagraphs" if device_type == "cuda" else "default"
     options = {**inductor_options(mode), "fx_graph_cache": True}

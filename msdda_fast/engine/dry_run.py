@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A step on tensors without data: what it would run, what memory it needs, whether it would wait.
+"""A step on tensors without data: its operators, its peak memory, and whether it would sync.
 
-This takes host time only, allocates nothing, and finds on any machine what would break a capture.
+This takes host time only, allocates nothing, and finds what would break a capture on any machine.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ __all__ = ["DryRun", "dry_run"]
 
 @dataclass(frozen=True, slots=True)
 class DryRun:
-    """What one step dispatches.
+    """The operators and peak memory of one step.
 
     Attributes:
-        operators: Their names in order, views included.
-        peak_bytes: Most memory that the results of operators hold at one time, uncompiled.
+        operators: Names of the operators in order, views included.
+        peak_bytes: Most memory that results of operators hold at one time, without compilation.
     """
 
     operators: tuple[str, ...]
@@ -41,10 +41,10 @@ class DryRun:
 
 
 def dry_run(advance: Callable[[StepBuffers], None], buffers: StepBuffers) -> DryRun:
-    """Run `advance` once without data; the buffers stay as they are.
+    """Run `advance` once without data; the buffers do not change.
 
     Raises:
-        CaptureError: It would read a value on the host, make a shape from values or copy between
+        CaptureError: It would read a value on the host, derive a shape from values or copy between
             devices; the message names the operator.
     """
     with FakeTensorMode() as fake, _Watch(fake) as watch, torch.no_grad():
@@ -62,7 +62,7 @@ def dry_run(advance: Callable[[StepBuffers], None], buffers: StepBuffers) -> Dry
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Turns the tensors it meets into fake ones, and counts what operators make of them."""
+    """Replaces the tensors it meets with fake ones, and counts the memory of results."""
 
     def __init__(self, fake: FakeTensorMode) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """One captured step, replayed T times; a bounded cache of such steps, one per shape.
 
-Which step a replay does is read from a counter on the device, and all that distinguishes requests
-lies in static buffers: weights, prompts, seeds, guidance, etas and the number of steps change
-without a new capture. A network of several kinds of step has a graph of each, all captured at once,
-and a request says which to replay when. Without graphs (on the CPU) the same steps run eagerly or
-compiled.
+A replay reads its step from a counter on the device, and all that distinguishes requests lies in
+static buffers: weights, prompts, seeds, guidance, etas and the number of steps change without a new
+capture. A network with several kinds of step has one graph per kind, all captured at once; a
+request gives the kind of each step. Without graphs (on the CPU) steps run eagerly or compiled.
 """
 
 from __future__ import annotations
@@ -61,9 +60,9 @@ class _Move:
 
 
 class CapturedStep(Generic[N]):
-    """A step with its buffers: `load` a request, then do its steps. `StepCache.prepare` makes it.
+    """A step with its buffers, made by `StepCache.prepare`: `load` a request, then do its steps.
 
-    It is an `engine.loop.Generation` of the request that was loaded last.
+    It is an `engine.loop.Generation` of the request loaded last.
     """
 
     def __init__(self, network: N, buffers: StepBuffers, moves: Mapping[str, _Move]) -> None:
@@ -76,7 +75,7 @@ class CapturedStep(Generic[N]):
 
     @property
     def is_captured(self) -> bool:
-        """Whether steps of every kind are replays of a graph."""
+        """Whether steps of every kind replay a graph."""
         return len(self._graphs()) == len(self._moves)
 
     @property
@@ -97,17 +96,17 @@ class CapturedStep(Generic[N]):
         """Write a request for one run into the buffers; see `StepBuffers.load`.
 
         Args:
-            kinds: The kind of each of its T steps, where the network has several.
+            kinds: The kind of each of its T steps; needed if the network has several.
 
         Raises:
-            ValueError: Not one known kind per step.
+            ValueError: `kinds` does not give one known kind per step.
         """
         if kinds is None and len(self._moves) == 1:
             kinds = list(self._moves) * len(table)
         if kinds is None or len(kinds) != len(table) or not self._moves.keys() >= set(kinds):
+            known = sorted(self._moves)
             raise ValueError(
-                f"kinds is {kinds}, expected one of {sorted(self._moves)} for each of the "
-                f"{len(table)} steps"
+                f"kinds is {kinds}, expected one of {known} for each of the {len(table)} steps"
             )
         self.buffers.load(table, x_T, seeds=seeds, noise=noise, conditioning=conditioning)
         self._plan, self._next = [self._moves[kind] for kind in kinds], 0
@@ -121,20 +120,19 @@ class CapturedStep(Generic[N]):
         return run(self, max(len(self._plan), 1)).clone()
 
     def step(self, k: int) -> None:
-        """Do step k of the loaded request; each step once, in turn.
+        """Do step k of the loaded request; do each step once, in order.
 
-        Before the next one `buffers.x` may be read, and `buffers.replace_x` or
-        `replace_conditioning` called. The steps that are left need not be done.
+        Between steps `buffers.x` may be read, and `buffers.replace_x` or `replace_conditioning`
+        called. Later steps may be left out.
 
         Raises:
-            ValueError: It is not the turn of step k: load a request before each run.
-            CaptureError: A tensor of the network, or of the conditioning, lies elsewhere than at
-                capture.
+            ValueError: Step k is not the next one, or no request is loaded.
+            CaptureError: A tensor of the network or of the conditioning has moved since capture.
         """
         if k != self._next or k >= len(self._plan):
             raise ValueError(
-                f"step {k} of {len(self._plan)} after {self._next}: load() a request before each "
-                "run, and do its steps in order"
+                f"cannot do step {k}, {self._next} of {len(self._plan)} steps are done: load() a "
+                "request before each run, and do its steps in order"
             )
         if k == 0:
             self._check_places()
@@ -166,19 +164,18 @@ class CapturedStep(Generic[N]):
 
 
 class StepCache(Generic[N]):
-    """Captured steps by shape, least recently used out first; their graphs share one memory pool.
+    """Captured steps by shape, evicted by least recent use; their graphs share one memory pool.
 
     Steps of one cache run one at a time, on one thread.
 
     Args:
-        build: Makes the network for a shape; it may read the buffers and add its own `conditioning`
-            to them.
-        device: Where everything lies.
+        build: Makes the network for a shape; may read the buffers and add to their `conditioning`.
+        device: Device of the buffers and of the network.
         capacity: Most shapes kept, at least 1.
-        capture: See `Capture`.
+        capture: "auto" captures where it can, "required" raises where it cannot; or "off".
         compile: Pass steps through `torch.compile` first; see `engine.compiled`.
-        backend: Of the fused step: "auto", or one by name.
-        graphs: Records steps; by default what the device has.
+        backend: Backend of the fused step: "auto", or one by name.
+        graphs: Recorder of steps; None: the device's own.
 
     Raises:
         CaptureError: `capture="required"` on a device without graphs.
@@ -222,10 +219,10 @@ class StepCache(Generic[N]):
         """Return the step for `key`; the first time, build, compile and capture it.
 
         Raises:
-            InvalidShape: The step needs more memory than there is (nothing was captured yet), or
-                the network returned other shapes than the key says.
+            InvalidShape: The step needs more memory than is free (nothing was captured yet), or the
+                network's outputs do not fit the key.
             CaptureError: It cannot be compiled or captured, and `capture` is "required"; otherwise
-                that is a warning, and the step runs eagerly.
+                a warning is logged, and the step runs eagerly.
         """
         if key in self._steps:
             self._steps.move_to_end(key)
@@ -253,12 +250,12 @@ class StepCache(Generic[N]):
             except CaptureError as error:
                 if self._capture == "required":
                     raise
-                logger.warning("%s; it runs eagerly", error)
+                logger.warning("%s; it runs eagerly instead", error)
                 moves[kind] = _Move(step.advance, None)
         return CapturedStep(network, buffers, moves)
 
     def _accelerate(self, step: Step, buffers: StepBuffers) -> _Move:
-        """Compile and capture, as far as wanted."""
+        """Compile and capture the step, each if enabled."""
         advance: Advance = step.advance
         if self._graphs is not None:
             needed = dry_run(advance, buffers).peak_bytes
@@ -294,7 +291,7 @@ def _places(network: Network, buffers: StepBuffers) -> dict[str, _Place]:
 
 
 def _cause(error: BaseException) -> str:
-    """The first error of a chain and the line that raised it: ending a capture raises others."""
+    """Return the first error of a chain and its line; ending a capture raises further errors."""
     while error.__context__ is not None:
         error = error.__context__
     text = f"{type(error).__name__}: {error}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can record a step and repeat it: CUDA graphs. Tests put another recorder in their place."""
+"""Recorders of steps: CUDA graphs. Tests substitute a recorder that needs no GPU."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ class Graph(Protocol):
     """A recorded step."""
 
     def replay(self) -> None:
-        """Do the step again, on the storage that was recorded."""
+        """Repeat the step on the storage that was recorded."""
 
     def release(self) -> None:
-        """Give its memory back; it cannot be replayed any more."""
+        """Free its memory; it can no longer be replayed."""
 
 
 class GraphBackend(Protocol):
     """Records steps one at a time; recorded steps never run at the same time."""
 
     def capture(self, advance: Advance, buffers: StepBuffers) -> Graph:
-        """Warm `advance` up on `buffers` and record it; may change what steps change in them.
+        """Warm up `advance` on `buffers` and record it; may change `x`, the input and the counter.
 
         Raises:
             RuntimeError: Some operation cannot be recorded.
         """
 
     def free_bytes(self) -> int:
-        """Device memory that a new graph could use."""
+        """Return the bytes of device memory that a new graph could use."""
 
 
 class CudaGraphs:
@@ -56,7 +56,7 @@ class CudaGraphs:
         self._pool = torch.cuda.graph_pool_handle()
 
     def capture(self, advance: Advance, buffers: StepBuffers) -> Graph:
-        """See `GraphBackend.capture`."""
+        """Warm `advance` up on the side stream, then record it; see `GraphBackend.capture`."""
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         graph = torch.cuda.CUDAGraph()
         # a capture that fails does not restore the current stream; the outer context does
@@ -77,17 +77,17 @@ class CudaGraphs:
         return _CudaGraph(graph, self._device)
 
     def _recover(self, buffers: StepBuffers) -> None:
-        """Bring PyTorch back after a capture that was cut off.
+        """Restore PyTorch's state after a capture that failed.
 
-        Its default generator goes on as if it were captured ("Offset increment outside graph
-        capture") until a capture ends well, and its allocator may still serve the old pool.
+        Until a capture succeeds, its default generator behaves as if captured ("Offset increment
+        outside graph capture"), and its allocator may still use the old pool.
         """
         self._pool = torch.cuda.graph_pool_handle()
         with torch.cuda.graph(torch.cuda.CUDAGraph(), pool=self._pool, stream=self._stream):
             buffers.counter.add_(1)
 
     def free_bytes(self) -> int:
-        """What the driver has left, and what the allocator holds without using it."""
+        """Return what the driver has free plus what the allocator has reserved and not in use."""
         free, _ = torch.cuda.mem_get_info(self._device)
         reserved = torch.cuda.memory_reserved(self._device)
         return free + reserved - torch.cuda.memory_allocated(self._device)
@@ -107,5 +107,5 @@ class _CudaGraph:
 
 
 def graphs_for(device: torch.device | str) -> GraphBackend | None:
-    """The recorder of this device; None: it has no graphs."""
+    """Return the recorder for this device, or None if it has no graphs."""
     return CudaGraphs(device) if torch.device(device).type == "cuda" else None

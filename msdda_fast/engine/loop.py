@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The denoising loop, and Algorithm 1 over any denoisers that share a latent space.
 
-Whatever samples, `run` walks through the steps of a `Generation`: an `EagerGeneration` calls its
-networks and the fused step one after another, captured generations replay a graph.
+Every sampler uses `run`, which does the steps of a `Generation`: an `EagerGeneration` calls its
+networks and then the fused step, a captured generation replays a graph.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ __all__ = ["EagerGeneration", "Generation", "Watch", "denoise", "run"]
 
 
 class Generation(Protocol):
-    """One request while it is being sampled."""
+    """One request during sampling."""
 
     @property
     def x(self) -> Tensor:
         """The state, (B, *S) in latent units: x_t before a step and x_{t-1} after it."""
 
     def step(self, k: int) -> None:
-        """Do step k = 0, 1, ... in sampling order; each step once, in turn."""
+        """Do step k = 0, 1, ... in sampling order; do each step once."""
 
 
 #: Called after step k; whether to go on.
@@ -53,7 +53,7 @@ Watch: TypeAlias = Callable[[int], bool]
 
 
 def run(generation: Generation, num_steps: int, watch: Watch | None = None) -> Tensor:
-    """Do the steps of a generation in order, until `watch` says no; return the state then."""
+    """Do the steps of a generation in order until `watch` returns False; return the last state."""
     for k in range(num_steps):
         generation.step(k)
         if watch is not None and not watch(k):
@@ -62,7 +62,7 @@ def run(generation: Generation, num_steps: int, watch: Watch | None = None) -> T
 
 
 class EagerGeneration:
-    """Steps of Algorithm 1, each a call of the networks and a fused step on what they predict.
+    """Steps of Algorithm 1: each calls the networks and does a fused step on their predictions.
 
     Args:
         predict: Evaluates the active objectives: `f(x, k)` with x (B, *S) gives M outputs
@@ -70,7 +70,7 @@ class EagerGeneration:
         x_T: (B, *S), latent units, in the state dtype.
         table: Coefficients of T steps, on the device and in the dtype of the state.
         noise: Source of z.
-        backend: Of the fused step: "auto", or one by name.
+        backend: Backend of the fused step: "auto", or one by name.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class EagerGeneration:
         return self._x
 
     def replace_x(self, x: Tensor) -> None:
-        """Go on from another state (B, *S), between two steps."""
+        """Continue from another state (B, *S), between two steps."""
         self._x = x
 
     def step(self, k: int) -> None:
@@ -140,9 +140,10 @@ def denoise(
             callable from the step index k = 0..T-1 to any of the first three.
         etas: (M,), DDIM stochasticity of each denoiser, in [0, 1].
         noise: z of every step, (T, B, *S).
-        seeds: Instead: one 64-bit seed per sample, for counter-based noise.
-        generator: Instead: one `torch.Generator`, or one per sample, drawn once a step in the dtype
-            of the predictions, as diffusers does. With none of the three: torch's default one.
+        seeds: Instead of `noise`: one 64-bit seed per sample, for counter-based noise.
+        generator: Instead of either: one `torch.Generator`, or one per sample, drawn once per step
+            in the dtype of the predictions, as diffusers does. With none of the three: torch's
+            default generator.
         zero_variance: What to do when a sample mixes eta = 0 with eta > 0: "error", "dominate" or
             "ratio"; see `steps.shares.fusion_shares`.
         rates: (M,) > 0, the rates of "ratio".
@@ -155,8 +156,8 @@ def denoise(
         x_0, (B, *S), latent units, in the state dtype.
 
     Raises:
-        InvalidShape: `x_T`, `weights`, `etas`, `noise`, `seeds`, `generator` or a prediction of the
-            wrong shape; or no denoiser.
+        InvalidShape: `x_T`, `weights`, `etas`, `noise`, `seeds`, `generator` or a prediction has a
+            wrong shape; or there is no denoiser.
         InvalidWeights, InvalidSchedule, ZeroVariance: See `coefficient_table`.
         ValueError: More than one of `noise`, `seeds` and `generator`.
         BackendUnavailable: The named backend cannot run here, or `x_T` requires grad and the
@@ -173,7 +174,7 @@ def denoise(
     differentiates = torch.is_grad_enabled() and backend == "eager"
     if x_T.requires_grad and torch.is_grad_enabled() and not differentiates:
         raise BackendUnavailable(
-            f"x_T requires grad, which backend={backend!r} cannot give; use backend='eager', or "
+            f"x_T requires grad, and backend={backend!r} has no gradients; use backend='eager', or "
             f"x_T.detach()"
         )
     state_dtype = torch.float64 if x_T.dtype == torch.float64 else torch.float32

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where x_T and the noise z of each step come from: decided and checked once, before any work.
+"""The source of x_T and of the noise z of each step, chosen and checked once, before any work.
 
 At most one of three sources: given tensors, counter-based noise from one seed per sample (values
 depend on nothing else in the batch), or generators, drawn in the order of stock diffusers.
@@ -41,7 +41,7 @@ class NoiseSource:
         shape: (B, *S).
         noise: (T, B, *S), or None.
         seeds: (B,) int64, or None.
-        generator: None with none of the others: torch's default generator.
+        generator: One, or one per sample; None without another source: torch's default generator.
         noise_sampler: z of step k, (B, *S), or None.
     """
 
@@ -73,9 +73,9 @@ class NoiseSource:
         return {"noise": draw(self.shape, self.generator, like.device, like.dtype)}
 
     def drawn_for(self, table: CoefficientTable) -> NoiseSource:
-        """The source that a generation over `table` draws from: none where no step adds noise.
+        """Return the source for a generation over `table`: zeros if no step adds noise.
 
-        With eta = 0 throughout the generators are left alone, as diffusers does.
+        With eta = 0 throughout, generators do not advance, as in diffusers.
         """
         if table.std.any():
             return self
@@ -93,7 +93,7 @@ def noise_source(
     generator: GeneratorLike | None = None,
     noise_sampler: Callable[[int], Tensor] | None = None,
 ) -> NoiseSource:
-    """Check the one given source of noise for `num_steps` steps of samples `shape`.
+    """Check the one source of noise given for `num_steps` steps of samples of shape `shape`.
 
     Args:
         shape: (B, *S).
@@ -101,7 +101,7 @@ def noise_source(
         device: Where sampling runs.
         noise: z of every step, (T, B, *S).
         seeds: One 64-bit seed per sample, (B,).
-        generator: One for the batch, or one per sample.
+        generator: One generator for the batch, or one per sample.
         noise_sampler: z of step k, (B, *S), from k = 0, 1, ... in sampling order.
 
     Raises:
@@ -129,10 +129,10 @@ def noise_source(
 
 
 def image_seeds(seed: int | Sequence[int], batch_size: int) -> list[int]:
-    """Return one seed per image: a list as it is, an integer s as s, s + 1, ... (modulo 2^64).
+    """Return one seed per image: a list unchanged, an integer s as s, s + 1, ... (modulo 2^64).
 
     Raises:
-        InvalidShape: A list of another length than `batch_size`.
+        InvalidShape: The list does not have `batch_size` seeds.
     """
     if isinstance(seed, Sequence):
         if len(seed) != batch_size:

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Objectives and guidance halves over several processes, with the bits of one.
+"""Objectives and guidance halves over several processes, bit for bit as in one process.
 
 Every rank holds the same x_t and evaluates its share of the networks. The raw outputs are
 all-gathered in the order of the objectives, and every rank runs the same fused step on them with
 the same coefficients and noise: no sum depends on the number of ranks, and the ranks stay in step.
 
-Outputs travel over the caller's group: NCCL between GPUs. Words between hosts, and outputs on the
-CPU, travel over a gloo group of our own, whose timeout bounds every wait; a process that dies
-closes its sockets, which ends the wait at once. The hosts meet before every exchange of outputs, so
-a step that cannot be finished is never started on a GPU. That costs a copy of x_t to the host.
+Outputs are exchanged over the caller's group: NCCL between GPUs. Status messages between hosts, and
+outputs on the CPU, use a gloo group of our own, whose timeout bounds every wait; a process that
+dies closes its sockets, which ends the wait at once. The hosts synchronise before every exchange of
+outputs, so a step that cannot be finished is never started on a GPU. That costs a copy of x_t to
+the host.
 """
 
 from __future__ import annotations
@@ -37,30 +38,31 @@ DIGEST = 16  # bytes
 
 
 class ObjectiveParallel:
-    """The ranks that sample together. Make one on every rank, and use all of them alike.
+    """The ranks that sample together. Create it on every rank, and use it the same way on all.
 
         torch.distributed.init_process_group()  # under torchrun
         pipe.enable_parallel(ObjectiveParallel())
         images = pipe(prompt, weights=..., seed=0).images  # the same call and result on every rank
 
-    Rank i of M evaluates objective i; fewer ranks have several each, and more ranks also split the
-    unconditional half of guidance from the conditional one. Inactive objectives are no work.
+    With M ranks, rank i evaluates objective i. With fewer, a rank evaluates several; with more, the
+    unconditional and conditional halves of guidance are split too. Inactive ones cost nothing.
 
-    Without `split_guidance` the networks see the batches they see in one process, so all bits are
-    those of one process. A split changes the batch of a forward, whose sums may then round in
-    another order; the fused step has the same bits either way, given the same outputs.
+    Without `split_guidance` the networks see the same batches as in one process, so all bits are
+    the same. A split changes the batch of a forward, whose sums may then round in another order;
+    given the same outputs, the fused step has the same bits either way.
 
     Args:
         group: A `torch.distributed` group; None: the default one.
-        split_guidance: See `assign`.
-        timeout: Seconds that a rank waits for the slowest other one, in any step; bounds the wait
-            for one that hangs. On GPUs the outputs wait as long as `group` says, in NCCL, whose
-            watchdog (`TORCH_NCCL_ASYNC_ERROR_HANDLING`, on by default) then ends the process.
+        split_guidance: Put the branches of an objective on different ranks where that leaves the
+            busiest rank less to do.
+        timeout: Seconds that a rank waits for the slowest other rank in any step, even for one that
+            hangs. Outputs on GPUs wait for the timeout of `group` instead, in NCCL, whose watchdog
+            (`TORCH_NCCL_ASYNC_ERROR_HANDLING`, on by default) then ends the process.
 
     Raises:
         BackendUnavailable: `torch.distributed` was not initialised.
         ValueError: The timeout is not positive, or this process is not in `group`.
-        RankLost: The other ranks did not do the same in time.
+        RankLost: The other ranks did not create theirs in time.
     """
 
     def __init__(
@@ -84,7 +86,7 @@ class ObjectiveParallel:
             raise ValueError("this process is not in the group")
         self.split_guidance = split_guidance
         self._timeout = timeout
-        self._place = "the first meeting"
+        self._place = "the first exchange"
         self._told_idle = False
         self._hosts: dist.ProcessGroup | None = None
         try:
@@ -96,11 +98,11 @@ class ObjectiveParallel:
             )
         except RuntimeError as error:
             raise RankLost(
-                f"rank {self.rank} of {self.size} did not meet all others within {timeout:g} s"
+                f"rank {self.rank} of {self.size} did not reach all others within {timeout:g} s"
             ) from error
 
     def close(self) -> None:
-        """Leave the others: their next meeting, or the one they wait in, raises `RankLost`."""
+        """Leave the group: the current or next exchange of the other ranks raises `RankLost`."""
         if self._hosts is not None:
             hosts, self._hosts = self._hosts, None
             if dist.is_initialized():
@@ -108,16 +110,16 @@ class ObjectiveParallel:
 
     @contextmanager
     def generation(self, request: Mapping[str, bytes]) -> Iterator[None]:
-        """Begin and end a generation together; inside, call `evaluate` once a step.
+        """Begin and end a generation together; inside, call `evaluate` once per step.
 
-        An exception on one rank reaches the others at their next meeting, and all can go on with
-        another generation. An interrupt (no `Exception`) closes this rank instead.
+        An exception on one rank is raised on the others at their next exchange, and all ranks can
+        then start another generation. An interrupt (not an `Exception`) closes this rank instead.
 
         Args:
-            request: By name, everything that must be the same on every rank.
+            request: Everything that must be the same on every rank, as bytes by name.
 
         Raises:
-            RanksDiffer: A rank has another request, or is at another point of its own.
+            RanksDiffer: A rank has a different request, or is at a different point of it.
             RankLost: A rank failed, died, or was silent for longer than the timeout.
         """
         self._meet("the start of a generation")
@@ -145,21 +147,21 @@ class ObjectiveParallel:
         branches: int,
         dtype: torch.dtype,
     ) -> list[Tensor | None]:
-        """Return the outputs of all active objectives, each evaluated by one rank or two.
+        """Return the outputs of all active objectives, each evaluated on one or two ranks.
 
         Args:
-            run: Evaluates its argument at x_t: one output (branches of it, B, *S) per objective.
+            run: Evaluates a `Work` at x_t: one output (its branches, B, *S) per objective.
             x_t: (B, *S), the same on every rank.
             step: Index k.
             active: M flags, at least one set.
             branches: K.
-            dtype: Of the outputs.
+            dtype: Dtype of the outputs.
 
         Returns: M outputs (K, B, *S); None for inactive objectives.
 
         Raises:
-            InvalidShape: `run` gave outputs of another shape or dtype.
-            RanksDiffer: Another rank is at another step, or has another x_t.
+            InvalidShape: `run` returned outputs of the wrong shape or dtype.
+            RanksDiffer: Another rank is at a different step, or has a different x_t.
             RankLost: See `generation`.
         """
         shares = assign(active, branches, self.size, split_guidance=self.split_guidance)
@@ -172,7 +174,7 @@ class ObjectiveParallel:
             outputs = torch.cat(list(run(work)))
             if outputs.shape != (len(work.rows), *x_t.shape) or outputs.dtype != dtype:
                 raise InvalidShape(
-                    f"{work} gave {outputs.dtype} {tuple(outputs.shape)}, expected {dtype} "
+                    f"{work} returned {outputs.dtype} {tuple(outputs.shape)}, expected {dtype} "
                     f"{(len(work.rows), *x_t.shape)}"
                 )
             mine[begin : begin + len(work.rows)] = outputs
@@ -191,7 +193,7 @@ class ObjectiveParallel:
         ]
 
     def from_first(self, values: Tensor) -> Tensor:
-        """Return the values that rank 0 has; shape and dtype are the same everywhere.
+        """Return rank 0's values; shape and dtype must be the same on every rank.
 
         Raises:
             RankLost: See `generation`.
@@ -214,11 +216,12 @@ class ObjectiveParallel:
                 differing.append(f"rank {rank} in {', '.join(names)}")
         if differing:
             raise RanksDiffer(
-                f"every rank must make the same request; from rank 0 differ {'; '.join(differing)}"
+                f"every rank must make the same request; these differ from rank 0: "
+                f"{'; '.join(differing)}"
             )
 
     def _meet(self, words: str, *, failed: bool = False) -> None:
-        """Exchange where each rank is; one that `failed` says why instead, and does not raise."""
+        """Exchange the position of every rank; one that `failed` sends why, and does not raise."""
         message = (bytes([failed]) + words.encode())[:WORDS].ljust(WORDS, b"\0")
         mine = torch.frombuffer(bytearray(message), dtype=torch.uint8)
         everyone = mine.new_empty((self.size, WORDS))
@@ -232,16 +235,16 @@ class ObjectiveParallel:
             f"rank {rank} failed {text}" for rank, text in enumerate(texts) if everyone[rank, 0]
         ]
         if failures:
-            raise RankLost(f"rank {self.rank} stops at {words}: {'; '.join(failures)}")
+            raise RankLost(f"rank {self.rank} stopped at {words}: {'; '.join(failures)}")
         if len(set(texts)) > 1:
             places = "; ".join(f"rank {rank} is at {text}" for rank, text in enumerate(texts))
-            raise RanksDiffer(f"the ranks have come apart: {places}")
+            raise RanksDiffer(f"the ranks are out of step: {places}")
 
     def _gather(self, everyone: Tensor, mine: Tensor) -> None:
         """All-gather `mine` (...) into `everyone` (W, ...)."""
         group = self._group if mine.is_cuda else self._hosts
         if self._hosts is None:
-            raise RankLost(f"rank {self.rank} has left the others; start all processes again")
+            raise RankLost(f"rank {self.rank} has left the group; restart all processes")
         start = time.monotonic()
         reason = None
         try:
@@ -266,7 +269,7 @@ class ObjectiveParallel:
 
 
 def tensor_bytes(tensor: Tensor | None) -> bytes:
-    """Return what two tensors must share to be the same: shape, dtype and values, as bytes."""
+    """Return shape, dtype and values as bytes, which are equal exactly for equal tensors."""
     if tensor is None:
         return b"none"
     values: bytes = tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes()

@@ -17,11 +17,11 @@ __all__ = ["SideBySide"]
 class SideBySide:
     """Networks on parallel CUDA streams, one after another elsewhere and under a tracer.
 
-    Every network takes the whole input. Their outputs follow one another in the order of the
-    networks, so that each network answers for one or more neighbouring objectives.
+    Every network takes the whole input. Outputs are concatenated in the order of the networks, so
+    each network evaluates one or more consecutive objectives.
 
     Args:
-        networks: One or more functions as in `Network.kinds`, sharing no storage that they write.
+        networks: One or more functions as in `Network.kinds` that share no storage they write to.
     """
 
     def __init__(self, networks: Sequence[Predict]) -> None:
@@ -29,7 +29,7 @@ class SideBySide:
         self._streams: list[torch.cuda.Stream] = []
 
     def __call__(self, next_input: Tensor, k: Tensor) -> list[Tensor | None]:
-        """Evaluate all networks at step k and list their objectives' outputs (K, B, *S)."""
+        """Evaluate all networks at step k; return the outputs (K, B, *S) of their objectives."""
         if next_input.device.type == "cuda" and not is_watched(next_input):
             return self._forked(next_input, k)
         return [

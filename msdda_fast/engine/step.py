@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One reverse step over static buffers: the unit that is traced, compiled or captured.
 
-Nothing here allocates between steps, waits for the device or branches on the value of a tensor.
+Nothing here allocates between steps, waits for the device or branches on a tensor's value.
 """
 
 from __future__ import annotations
@@ -30,27 +30,28 @@ Predict: TypeAlias = Callable[[Tensor, Tensor], Outputs]
 class Network(Protocol):
     """The networks of all objectives over static storage, as one function of the step.
 
-    There may be several kinds of step, such as an exact and an approximate one, and each step of a
-    request is of one kind. What one kind leaves in the storage another may read.
+    There may be several kinds of step, such as exact and approximate, and each step of a request is
+    of one kind. One kind may read what another has written to the storage.
     """
 
     @property
     def kinds(self) -> Mapping[str, Predict]:
-        """By name, functions `f(next_input, k)` that evaluate every active objective.
+        """Functions `f(next_input, k)` by name, each evaluating every active objective.
 
         `next_input` is `StepBuffers.next_input`, (R, B, *S) latents in the network's dtype, and k
-        the step index, 0-d int64 on the device, which selects a row of tables such as
+        the step index, 0-d int64 on the device, which selects an entry of tables such as
         `StepBuffers.timesteps`. The result is of type `Outputs`, in the unit of the scheduler's
-        prediction type: one dtype, at most float32, rows in the order (uncond, cond).
+        prediction type: one dtype, at most float32, branches in the order (uncond, cond).
 
-        To be captured a function must not read a value on the host nor branch on one, and its own
-        kernels must be operators of `torch.library` under a tracer (`tracing.is_watched`).
+        A function that is captured must not read a value on the host or branch on one, and under a
+        tracer (`tracing.is_watched`) its own kernels must be operators of `torch.library`.
         """
 
     def storages(self) -> Mapping[str, Tensor]:
-        """Name every tensor that a graph would read at a fixed address, as it is now.
+        """Return the current tensors that a graph reads at fixed addresses, by name.
 
-        Weights, adapter factors, keys and values. Their contents may change in place (`copy_`).
+        These are weights, adapter factors, keys and values. Their contents may change in place
+        (`copy_`).
         """
 
 
@@ -59,9 +60,9 @@ class Step:
 
     Args:
         predict: Evaluates the active objectives.
-        key: Of the buffers that this step runs on.
-        device: Their device.
-        backend: Of the fused step: "auto", or one by name.
+        key: Key of the buffers that this step runs on.
+        device: Device of the buffers.
+        backend: Backend of the fused step: "auto", or one by name.
 
     Raises:
         BackendUnavailable: The named backend cannot run on the device.
@@ -82,10 +83,10 @@ class Step:
         self._operators = Operators(backend)
 
     def advance(self, buffers: StepBuffers) -> None:
-        """Do step `buffers.counter` on `buffers.x`, and count.
+        """Do step `buffers.counter` on `buffers.x`, and increment the counter.
 
         Raises:
-            InvalidShape: The network returned something else than `Network` says.
+            InvalidShape: The network's outputs differ from what `Network` specifies.
         """
         outputs = by_objective(self._predict(buffers.next_input, buffers.counter))
         self._check(outputs)
@@ -122,11 +123,11 @@ class Step:
         dtypes = {output.dtype for output in outputs if output is not None}
         if len(dtypes) != 1 or not dtypes <= {torch.float32, torch.float16, torch.bfloat16}:
             raise InvalidShape(
-                f"the outputs of the network are {sorted(map(str, dtypes))}, expected one dtype, "
+                f"the network returned outputs of {sorted(map(str, dtypes))}, expected one dtype, "
                 "float32 or narrower"
             )
 
 
 def by_objective(outputs: Outputs) -> list[Tensor | None]:
-    """The outputs of M objectives, (K, B, *S) each."""
+    """Return the outputs as a list of M, (K, B, *S) each, or None."""
     return list(outputs.unbind()) if isinstance(outputs, Tensor) else list(outputs)

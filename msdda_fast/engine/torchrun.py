@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Be one of the processes that `torchrun` started: its rank, its device, the others."""
+"""A process started by `torchrun`: its rank, its device, and joining the others."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ TIMEOUT = 600.0
 
 
 def rank() -> int:
-    """Return the rank of this process, 0 when it is alone; rank 0 writes and speaks for all."""
+    """Return the rank of this process, 0 when alone; rank 0 writes files and reports for all."""
     return int(os.environ["RANK"]) if _size() > 1 else 0
 
 
 def default_device() -> str:
-    """Return the GPU of this rank on its machine, or the CPU where there is none."""
+    """Return this rank's GPU on its machine, or the CPU if there is no GPU."""
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
 
 
 def join(device: torch.device) -> ObjectiveParallel | None:
-    """Meet the other processes: over NCCL if `device` is a GPU, else over gloo.
+    """Join the other processes: over NCCL if `device` is a GPU, else over gloo.
 
     Returns: None when this process is alone.
 
     Raises:
-        RankLost: Another process did not come in time.
+        RankLost: Another process did not join in time.
     """
     if _size() == 1:
         return None
@@ -52,22 +52,22 @@ def join(device: torch.device) -> ObjectiveParallel | None:
 
 
 def leave() -> None:
-    """Undo `join`, if it was called."""
+    """Undo `join` if it was called."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
 
 def shared_seed(parallel: ObjectiveParallel | None) -> int:
-    """Draw a seed, the same on every rank."""
+    """Draw a random seed, the same on every rank."""
     seed = random.randrange(2**32)
     return seed if parallel is None else int(parallel.from_first(torch.tensor(seed)))
 
 
 @contextmanager
 def own_folder(folder: Path, parallel: ObjectiveParallel | None) -> Iterator[Path]:
-    """Give rank 0 the folder itself, and each other rank a copy that goes afterwards.
+    """Yield the folder itself on rank 0, and a temporary copy on every other rank.
 
-    All ranks continue from the same files then, and one writes them.
+    So all ranks continue from the same files, and only rank 0 changes them.
     """
     if rank() == 0:
         if parallel is not None:

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fused sampling inside the samplers of others: k-diffusion and ComfyUI."""
+"""Fused sampling inside other projects' samplers: k-diffusion and ComfyUI."""

@@ -15,7 +15,7 @@ and needs no k-diffusion to be installed:
         models, x, sigmas, {"cond": cond}, weights=[0.3, 0.7], etas=[1.0, 0.8], seeds=[1, 2]
     )
 
-With one weight at 1 it is that sampler with that denoiser. `steps.ancestral` has the equations.
+With one weight at 1 it equals that sampler with that denoiser. `steps.ancestral` has the equations.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def sample_msdda(
     `p_w(x_prev | x) ~ prod_i N(x + (down_i - sigma) d_i, up_i^2)^{w_i}`, with `d_i`, `down_i` and
     `up_i` those of k-diffusion's `sample_euler_ancestral(models[i], eta=etas[i])`. A denoiser is
     called as `models[i](x, sigma, **extra_args)`, x (B, *S) and sigma (B,) in the dtype and on the
-    device of `x`, and not at steps where no sample gives it weight. One z serves all of them.
+    device of `x`. It is not called at steps where no sample gives it weight. All share one z.
 
     Args:
         models: M callables that return the denoised x_0, (B, *S), guided if they want guidance.
@@ -86,8 +86,8 @@ def sample_msdda(
         s_noise: Factor on the noise, no unit.
         noise_sampler: z of a step, (B, *S), from (sigma, sigma_next), as in k-diffusion; not called
             for a step to sigma 0.
-        seeds: Instead: one 64-bit seed per sample, for counter-based noise. With neither:
-            `torch.randn_like(x)`, as k-diffusion.
+        seeds: Instead of `noise_sampler`: one 64-bit seed per sample, for counter-based noise. With
+            neither: `torch.randn_like(x)`, as in k-diffusion.
         zero_variance: What to do when a sample mixes eta = 0 with eta > 0: "error", "dominate" or
             "ratio"; see `steps.shares.fusion_shares`.
         rates: (M,) > 0, the rates of "ratio".
@@ -98,8 +98,8 @@ def sample_msdda(
         x_0, (B, *S), latent units, in the dtype of `x`.
 
     Raises:
-        InvalidShape: `x`, `sigmas`, `weights`, `etas`, `seeds`, a denoised x_0 or a z of the wrong
-            shape; or no denoiser.
+        InvalidShape: `x`, `sigmas`, `weights`, `etas`, `seeds`, a denoised x_0 or a z has the wrong
+            shape; or there is no denoiser.
         InvalidSchedule: Sigmas that increase, an eta below 0; see `steps.ancestral`.
         InvalidWeights, ZeroVariance: See `steps.shares.fusion_shares`.
         ValueError: Both `noise_sampler` and `seeds`.

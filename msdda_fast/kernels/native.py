@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """How tensors are handed to `msdda_fast._C`: addresses, dtype codes and sizes.
 
-The extension links no libtorch, so nothing in it counts references: a caller keeps every tensor
-alive until the call returns. On a GPU that is before the kernel has run; memory that is freed then
-goes to later work on the same stream only.
+The extension does not link libtorch and holds no references: the caller keeps every tensor alive
+until the call returns. On a GPU that is before the kernel has run; memory freed then is reused only
+by later work on the same stream.
 """
 
 from collections.abc import Sequence
@@ -31,9 +31,9 @@ ABSENT = (0, 0)
 
 @cache
 def missing(device_type: str) -> str:
-    """What keeps the compiled kernels from running on "cpu" or "cuda"; empty if nothing does.
+    """Return why the compiled kernels cannot run on "cpu" or "cuda"; empty if they can.
 
-    Says nothing about the device itself: a tensor on it is proof enough.
+    Whether the device exists is not checked: a tensor on it is proof enough.
     """
     if device_type not in ("cpu", "cuda"):
         return f"there are no compiled kernels for {device_type!r}"
@@ -41,12 +41,12 @@ def missing(device_type: str) -> str:
         extension = import_module("msdda_fast._C")
     except ImportError as error:
         return (
-            f"the compiled module msdda_fast._C is not there ({error}); install a C++17 compiler "
+            f"the compiled module msdda_fast._C is missing ({error}); install a C++17 compiler "
             "and run `pip install .` again"
         )
     if device_type == "cuda" and not extension.cuda_built:
         return (
-            "msdda_fast._C was compiled without CUDA kernels, no working nvcc was found then; put "
+            "msdda_fast._C was compiled without CUDA kernels as no working nvcc was found; put "
             "one on PATH or set CUDA_HOME and run `MSDDA_BUILD_CUDA=1 pip install .` again"
         )
     return ""

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which implementation of an operator runs: looked up once, outside of any loop.
+"""Chooses the implementation of an operator: looked up once, outside of any loop.
 
 Every operator is a folder `kernels/<op>/` with one module `_<backend>.py` per backend, which
 provides the raw functions that `kernels.raw` declares. `auto` takes the first backend of the
-device's list that can run; a backend asked for by name runs or raises `BackendUnavailable`. The
+device's list that can run; a backend requested by name runs or raises `BackendUnavailable`. The
 variable MSDDA_BACKEND replaces `auto`; this is the only module that reads it.
 """
 
@@ -31,7 +31,7 @@ _ORDER = {"cpu": ("native",), "cuda": ("triton", "native")}
 
 @cache
 def _missing(backend: str, device_type: str) -> str:
-    """What keeps `backend` from running on such a device; empty if nothing does."""
+    """Return why `backend` cannot run on such a device; empty if it can."""
     if backend == "native":
         return native.missing(device_type)
     if backend == "triton":
@@ -45,7 +45,7 @@ def _triton_missing(device_type: str) -> str:
     except ImportError as error:
         return f"triton is not installed ({error}); pip install 'msdda-fast[triton]'"
     if device_type != "cuda" and not _interpreted():
-        return "triton compiles for GPUs; on the CPU its interpreter runs, with TRITON_INTERPRET=1"
+        return "triton needs a GPU; to run its interpreter on the CPU, set TRITON_INTERPRET=1"
     return ""
 
 
@@ -54,17 +54,17 @@ def _interpreted() -> bool:
 
 
 def has(op: str, backend: str) -> bool:
-    """Whether operator `op` is implemented for `backend` at all."""
+    """Return whether operator `op` is implemented for `backend`."""
     return find_spec(f"msdda_fast.kernels.{op}._{backend}") is not None
 
 
 def available(backend: str, device_type: str = "cpu") -> bool:
-    """Whether `backend` can run on such a device (`tensor.device.type`) of this machine."""
+    """Return whether `backend` can run on this machine's `device_type` (`tensor.device.type`)."""
     return backend in NAMES and not _missing(backend, device_type)
 
 
 def explain(device_type: str = "cpu") -> dict[str, str]:
-    """Each backend with "ok", or the reason why it cannot run on such a device here."""
+    """Return for each backend "ok", or why it cannot run on such a device here."""
     return {name: _missing(name, device_type) or "ok" for name in NAMES}
 
 
@@ -85,7 +85,7 @@ def resolve(op: Literal["grouped_lora"], backend: str, device_type: str) -> Grou
 def resolve(
     op: str, backend: str, device_type: str
 ) -> FusedStepBackend | CounterNoiseBackend | GroupedLoraBackend:
-    """Return the module that implements operator `op`; `kernels.raw` says what it provides.
+    """Return the module that implements operator `op`; `kernels.raw` declares its functions.
 
     Args:
         op: Folder name under `kernels/`.
@@ -107,7 +107,7 @@ def _module(op: str, backend: str) -> ModuleType:
 
 
 def chosen(op: str, device_type: str) -> str:
-    """The backend that `auto` stands for."""
+    """Return the backend that `auto` selects."""
     return _resolve(op, "auto", device_type)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run every backend that can run here against eager, on a small case: what `doctor` reports."""
+"""Compare every backend that can run here with eager on a small case, for `doctor`."""
 
 from __future__ import annotations
 
@@ -56,18 +56,18 @@ def report(device_type: str) -> dict[str, dict[str, str]]:
 
 
 def _finding(op: str, backend: str, device_type: str, run: Callable[[str, str], Tensor]) -> str:
-    chosen = "the choice here; " if registry.chosen(op, device_type) == backend else ""
+    chosen = "selected by auto; " if registry.chosen(op, device_type) == backend else ""
     if backend == "eager":
-        return f"{chosen}plain torch, the others are measured against it"
+        return f"{chosen}plain torch, the reference for the others"
     try:
         # on the CPU eager is the definition, on a GPU it may contract products and sums
         expected, got = run("eager", "cpu"), run(backend, device_type).cpu()
     except BackendUnavailable as error:
-        return f"out: {str(error).partition('cannot run: ')[2] or error}"
+        return f"unavailable: {str(error).partition('cannot run: ')[2] or error}"
     except Exception as error:  # a driver or compiler of any kind; doctor reports, never fails
-        return f"out: it fails with {type(error).__name__}: {error}"
+        return f"failed: {type(error).__name__}: {error}"
     if torch.equal(got, expected):
-        return f"{chosen}has the bits of eager"
+        return f"{chosen}bit-identical to eager"
     off = float((got.double() - expected.double()).norm() / expected.double().norm())
     if off < 1e-5:
         return f"{chosen}within {off:.0e} of eager, relative"

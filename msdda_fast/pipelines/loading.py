@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From names to a pipeline: which model, which scheduler, which adapters in which network."""
+"""Builds a pipeline from names: the model, the scheduler, and the adapters of each network."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _BASE = {"base": Objective.base()}
 
 
 class HoldsObjectives(Protocol):
-    """What loading asks of a pipeline of Stable Diffusion."""
+    """The parts of a Stable Diffusion pipeline that loading needs."""
 
     unet: UNet2DConditionModel
     text_encoder: nn.Module | None
@@ -57,7 +57,7 @@ class HoldsObjectives(Protocol):
     def set_objectives(
         self, objectives: Mapping[str, Objective], variants: Mapping[str, Variant]
     ) -> None:
-        """Replace the objectives by others whose networks and adapters are in memory already."""
+        """Replace the objectives with others whose networks and adapters are already loaded."""
 
 
 P = TypeVar("P", bound=HoldsObjectives)
@@ -65,14 +65,14 @@ P = TypeVar("P", bound=HoldsObjectives)
 
 @dataclass(frozen=True, slots=True)
 class LoadPlan:
-    """What `from_pretrained` will load, once names, files and dtype are known to be good.
+    """What `from_pretrained` will load, with names, files and dtype checked.
 
     Attributes:
         model: Local folder or hub id of the base.
         options: Arguments of `DiffusionPipeline.from_pretrained`.
-        dtype: Of all components.
-        objectives: By name, in order.
-        adapters: The adapters' files, by objective.
+        dtype: Dtype of all components.
+        objectives: Objectives by name, in order.
+        adapters: Adapter files by objective.
     """
 
     model: str
@@ -83,13 +83,13 @@ class LoadPlan:
 
 
 def ddim_scheduler(scheduler: Any) -> DDIMScheduler:  # noqa: ANN401 - any diffusers scheduler
-    """Return a DDIM scheduler with the noise schedule of `scheduler`, which is left alone.
+    """Return a DDIM scheduler with the noise schedule of `scheduler`, which is not changed.
 
-    A DDIM scheduler is returned itself. PNDM and DDPM, which folders of Stable Diffusion name, step
-    over the same noise schedule: they are rebuilt as DDIM, with a warning in the log.
+    A DDIM scheduler is returned unchanged. PNDM and DDPM, which Stable Diffusion folders name, have
+    the same noise schedule: they are rebuilt as DDIM, and a warning is logged.
 
     Raises:
-        InvalidSchedule: A scheduler of another kind. It would not sample what its name says.
+        InvalidSchedule: A scheduler of another kind, which would not sample as its name says.
     """
     if isinstance(scheduler, (DDIMScheduler, DDIMParallelScheduler)):
         return scheduler
@@ -102,10 +102,10 @@ def ddim_scheduler(scheduler: Any) -> DDIMScheduler:  # noqa: ANN401 - any diffu
 
 
 def check_scheduler_name(kind: str) -> None:
-    """Raise `InvalidSchedule` unless schedulers of this class can be sampled with; see above."""
+    """Raise `InvalidSchedule` unless `ddim_scheduler` accepts schedulers of this class."""
     if kind not in (*_DDIM, *_REBUILT):
         raise InvalidSchedule(
-            f"{kind} is not supported: Stable Diffusion is sampled with DDIM here. To sample its "
+            f"{kind} is not supported: Stable Diffusion is sampled with DDIM only. To sample its "
             "noise schedule with DDIM, use DDIMScheduler.from_config(scheduler.config) as the "
             "pipeline's scheduler (from_pretrained takes scheduler=)"
         )
@@ -118,9 +118,9 @@ def plan(
     torch_dtype: torch.dtype | None,
     options: Mapping[str, Any],
 ) -> LoadPlan:
-    """Check everything about a load that can be checked before it starts; see `from_pretrained`."""
+    """Check whatever can be checked before loading starts; arguments as in `from_pretrained`."""
     if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
-        raise ValueError(f"dtype is {dtype} and torch_dtype is {torch_dtype}; give one of them")
+        raise ValueError(f"dtype is {dtype} and torch_dtype is {torch_dtype}; give only one")
     dtype = dtype or torch_dtype or torch.float32
     if dtype not in _DTYPES:
         accepted = ", ".join(map(str, _DTYPES))
@@ -162,7 +162,7 @@ def _model_file(
 
 
 def attach(pipe: P, plan: LoadPlan) -> P:
-    """Put the planned adapters and networks into a loaded pipeline, every one checked first."""
+    """Put the planned adapters and networks into a loaded pipeline, after checking all of them."""
     adapters = [AdapterFile.read(name, file) for name, file in plan.adapters.items()]
     for adapter in adapters:
         adapter.check(pipe.unet, pipe.text_encoder)
@@ -224,7 +224,7 @@ def _variants(
 
 
 def shared_components(pipeline: DiffusionPipeline, replaced: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the modules of Stable Diffusion that `pipeline` has; see `MSDDAPipeline.from_pipe`."""
+    """Return the Stable Diffusion modules of `pipeline`, with `replaced` in place of its own."""
     modules = {**pipeline.components, **replaced}
     names = [
         name
@@ -238,7 +238,7 @@ def shared_components(pipeline: DiffusionPipeline, replaced: Mapping[str, Any]) 
     if missing or unknown:
         raise ValueError(
             f"{type(pipeline).__name__} does not have the modules of a StableDiffusionPipeline "
-            f"(missing: {missing}, not known there: {unknown})"
+            f"(missing: {missing}, unknown: {unknown})"
         )
     return {name: modules.get(name) for name in names}
 
@@ -246,7 +246,7 @@ def shared_components(pipeline: DiffusionPipeline, replaced: Mapping[str, Any]) 
 def attach_loaded(
     pipe: P, source: DiffusionPipeline, objectives: Mapping[str, Objective] | None
 ) -> P:
-    """Make objectives of the adapters already in the networks; see `MSDDAPipeline.from_pipe`."""
+    """Make objectives from the adapters already loaded; see `MSDDAPipeline.from_pipe`."""
     loaded = adapter_names(pipe.unet, pipe.text_encoder)
     for module in pipe.unet.modules():
         if isinstance(module, BaseTunerLayer) and module.merged:

@@ -27,12 +27,12 @@ def check_names(objectives: Mapping[str, Objective]) -> None:
     """Check the objectives of one pipeline.
 
     Raises:
-        ValueError: there are none, a name is empty or has a dot (adapters are modules, and module
-            names have none), or a value is not an `Objective`.
+        ValueError: There are none, a name is empty or has a dot (adapters are modules, whose names
+            cannot have one) or slash, or a value is not an `Objective`.
     """
     if not objectives:
         raise ValueError(
-            "objectives is empty; give at least one, Objective.base() is the base model"
+            "objectives is empty; give at least one, such as Objective.base() for the base model"
         )
     for name, objective in objectives.items():
         if not isinstance(name, str) or not name or "." in name or "/" in name:
@@ -42,10 +42,10 @@ def check_names(objectives: Mapping[str, Objective]) -> None:
 
 
 def parse_objectives(text: str, origin: str | Path) -> dict[str, Objective]:
-    """Read `objectives.json`; `origin` is the folder or the hub repository it came from.
+    """Read `objectives.json`; `origin` is the folder or hub repository it came from.
 
     Raises:
-        ValueError: not a JSON object of objects, or a field that an `Objective` does not have.
+        ValueError: The text is not a JSON object of objects, or has a field unknown to `Objective`.
     """
     where = f"{OBJECTIVES_FILE} of {origin}"
     try:
@@ -67,7 +67,7 @@ def parse_objectives(text: str, origin: str | Path) -> dict[str, Objective]:
 
 
 def _inside(objective: Objective, origin: str | Path) -> Objective:
-    """Let a relative source or unet point into the folder or repository `origin`."""
+    """Resolve a relative source or unet within the folder or repository `origin`."""
     if isinstance(origin, Path):
         if objective.source is not None:
             return replace(objective, source=str(origin / objective.source))
@@ -84,7 +84,7 @@ def _inside(objective: Objective, origin: str | Path) -> Objective:
 
 
 def dump_objectives(objectives: Mapping[str, Objective], places: Mapping[str, str]) -> str:
-    """Write `objectives.json`; `places` says where in the folder each adapter or network is."""
+    """Return the text of `objectives.json`; `places` are paths of adapters and networks."""
     entries: dict[str, dict[str, Any]] = {}
     for name, objective in objectives.items():
         entry: dict[str, Any] = {"eta": objective.eta}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The notices and bars of diffusers and transformers, for programs that have their own."""
+"""Silences log messages and progress bars of diffusers and transformers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ __all__ = ["quieten"]
 
 
 def quieten() -> None:
-    """Silence both libraries below errors. Call it before the first pipeline is imported."""
+    """Show only errors of both libraries. Call this before the first pipeline is imported."""
     import transformers
 
     # transformers speaks while diffusers is being imported, so it comes first

@@ -40,7 +40,7 @@ class Prompts:
         images_per_prompt: int,
         embed_width: int,
     ) -> Prompts:
-        """Check what diffusers' four prompt arguments say together.
+        """Check diffusers' four prompt arguments together.
 
         Args:
             prompt, negative_prompt: Text; one negative prompt may serve all prompts.
@@ -49,15 +49,15 @@ class Prompts:
             embed_width: D, the width of the UNet's cross-attention.
 
         Raises:
-            ValueError: none or both of text and embeddings, or counts that disagree.
-            InvalidShape: embeddings of another shape than (P, L, D).
+            ValueError: Neither or both of text and embeddings are given, or counts disagree.
+            InvalidShape: Embeddings are not of shape (P, L, D).
         """
         if isinstance(images_per_prompt, bool) or not isinstance(images_per_prompt, int):
             raise ValueError(f"num_images_per_prompt must be an int, got {images_per_prompt!r}")
         if images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt must be at least 1, got {images_per_prompt}")
         if (prompt is None) == (prompt_embeds is None):
-            raise ValueError("give either prompt or prompt_embeds, and not both")
+            raise ValueError("give either prompt or prompt_embeds, not both")
         if negative_prompt is not None and negative_prompt_embeds is not None:
             raise ValueError("give negative_prompt or negative_prompt_embeds, not both")
         if prompt_embeds is not None:

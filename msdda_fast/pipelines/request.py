@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One call of a pipeline, checked and in numbers before any network runs."""
+"""Checks the arguments of a pipeline call and turns them into numbers, before any network runs."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ _REFUSED = {
 
 
 def refuse(arguments: Mapping[str, Any]) -> None:
-    """Refuse every argument the call does not have.
+    """Refuse every argument that the call does not have.
 
     Raises:
-        ValueError: a stock pipeline's argument that is not supported here; says what is.
-        TypeError: any other name.
+        ValueError: A stock pipeline's argument is not supported; the message says what to use.
+        TypeError: Any other name.
     """
     for name in arguments:
         if name in _REFUSED:
@@ -61,10 +61,10 @@ def latent_shape(
     height: int | None,
     width: int | None,
 ) -> tuple[int, int, int, int]:
-    """Return (B, C, h, w) of the latents of images of `height` x `width` pixels.
+    """Return the shape (B, C, h, w) of latents for images of `height` x `width` pixels.
 
     Raises:
-        InvalidShape: a side that is not a positive multiple of 8 (of the VAE's factor, if larger).
+        InvalidShape: A side is not a positive multiple of 8 (of the VAE's factor, if larger).
     """
     native = unet_config.sample_size
     native = (native, native) if isinstance(native, int) else native
@@ -109,9 +109,9 @@ def objective_etas(
     """Return eta of each objective, (M,) in [0, 1]; a mapping overrides the ones it names.
 
     Raises:
-        UnknownObjective: a mapping names an objective that is not there.
-        InvalidSchedule: an eta outside [0, 1].
-        InvalidShape: numbers of another shape than (M,).
+        UnknownObjective: A mapping names an unknown objective.
+        InvalidSchedule: An eta is outside [0, 1].
+        InvalidShape: The numbers are not of shape (M,).
     """
     own = [objective.eta for objective in objectives.values()]
     values = _by_name("etas", objectives, etas, own)
@@ -129,9 +129,9 @@ def objective_guidance(
     The call's value comes first, then the objective's own, then diffusers' 7.5.
 
     Raises:
-        UnknownObjective: a mapping names an objective that is not there.
-        InvalidSchedule: a scale below 1; 1 is no guidance.
-        InvalidShape: numbers of another shape than () or (M,).
+        UnknownObjective: A mapping names an unknown objective.
+        InvalidSchedule: A scale is below 1 (no guidance) or not finite.
+        InvalidShape: The numbers are not of shape () or (M,).
     """
     own = [
         DEFAULT_GUIDANCE if objective.guidance_scale is None else objective.guidance_scale

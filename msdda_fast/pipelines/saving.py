@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write a pipeline as a stock folder plus `objectives.json`, whole or not at all."""
+"""Write a pipeline as a stock folder plus `objectives.json`, completely or not at all."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _INDICES = (OBJECTIVES_FILE, "model_index.json")
 
 
 class Savable(Protocol):
-    """What saving asks of a pipeline of Stable Diffusion."""
+    """The parts of a Stable Diffusion pipeline that saving needs."""
 
     unet: Any
     text_encoder: Any
@@ -44,13 +44,13 @@ class Savable(Protocol):
 
     @property
     def variants(self) -> Mapping[str, Variant]:
-        """By objective, the network that runs and the adapter active in it."""
+        """The network and the active adapter of each objective."""
 
 
 def save(pipe: Savable, folder: Path, **options: Any) -> None:  # noqa: ANN401 - diffusers' own
     """Write a folder that stock diffusers loads, with the objectives beside it.
 
-    Everything is written next to the folder first, so a failed save leaves it as it was.
+    Everything is written next to the folder first, so a failed save does not change it.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     stage = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
@@ -87,7 +87,7 @@ def _write(pipe: Savable, stage: Path, options: dict[str, Any]) -> None:
 
 
 def _without_adapters(network: nn.Module | None) -> nn.Module | None:
-    """Return a network of the same weights (shared, not copied) that has no adapters."""
+    """Return a network with the same weights (shared, not copied) and no adapters."""
     if not adapter_names(network):
         return network
     assert network is not None
@@ -116,7 +116,7 @@ def _write_adapter(pipe: Savable, adapter: str, folder: Path) -> None:
 
 
 def _move(stage: Path, folder: Path) -> None:
-    """Put the staged files in place, each at once, the indices last."""
+    """Move the staged files into place, each atomically, the indices last."""
     if not folder.exists():
         os.replace(stage, folder)
         return

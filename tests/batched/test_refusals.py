@@ -45,7 +45,7 @@ def _config_of(**changes):
 @pytest.mark.parametrize(
     ("unet", "error", "match"),
     [
-        (lambda: nn.Linear(1, 1), UnsupportedNetwork, "Linear is no UNet2DConditionModel"),
+        (lambda: nn.Linear(1, 1), UnsupportedNetwork, "Linear is not a UNet2DConditionModel"),
         (lambda: _config_of(act_fn="gelu"), UnsupportedNetwork, "act_fn='gelu'.*'silu'"),
         (lambda: _config_of(class_embed_type="timestep"), UnsupportedNetwork, "class_embed_type"),
         (
@@ -55,11 +55,11 @@ def _config_of(**changes):
         ),
         (lambda: _freeu(), UnsupportedNetwork, r"up_blocks\.0 has FreeU"),
         (lambda: _fused(), UnsupportedNetwork, "FusedAttnProcessor"),
-        (lambda: add_adapter(network(), "a", use_dora=True), AdapterMismatch, "no plain LoRA in"),
+        (lambda: add_adapter(network(), "a", use_dora=True), AdapterMismatch, "a plain LoRA in"),
         (
             lambda: add_adapter(network(), "a", ["ff.net.2"], lora_bias=True),
             AdapterMismatch,
-            "no plain LoRA in",
+            "a plain LoRA in",
         ),
         (lambda: _merged(), AdapterMismatch, "unfuse_lora"),
     ],
@@ -92,7 +92,7 @@ def _merged():
 
 
 def test_variants_that_share_no_network():
-    with pytest.raises(UnsupportedNetwork, match="networks of their own"):
+    with pytest.raises(UnsupportedNetwork, match="different networks"):
         BatchedUNet.of([Variant(network(), None), Variant(network(), None)])
     with pytest.raises(InvalidShape, match="0 variants"):
         BatchedUNet.of([])

@@ -76,7 +76,7 @@ class Plug:
 
 
 def together(engine, requests):
-    """Results of requests that are all in line when the next batch is made."""
+    """Results of requests that are all in the queue when the next batch is made."""
     plug = Plug(engine)
     futures = [engine.submit(one) for one in requests]
     plug.pull()
@@ -428,7 +428,7 @@ class TestPreviews:
 
     @pytest.mark.parametrize("steps", [[0], [4]], ids=str)
     def test_of_steps_that_there_are_not(self, start, steps):
-        with pytest.raises(mf.InvalidRequest, match="steps are 1 to 3") as raised:
+        with pytest.raises(mf.InvalidRequest, match="must be from 1 to 3") as raised:
             start().submit(request(preview_steps=steps))
         assert raised.value.field == "preview_steps"
 
@@ -537,7 +537,7 @@ class TestFailing:
 
         thread = threading.Thread(target=prepare)
         thread.start()
-        while not engine._line._chores:
+        while not engine._queue._chores:
             time.sleep(0.001)
         closing = threading.Thread(target=engine.close, kwargs={"drain": False})
         closing.start()

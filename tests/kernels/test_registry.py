@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`auto` may fall back; a backend asked for by name runs or says what is missing."""
+"""`auto` may fall back; a backend requested by name runs or says what is missing."""
 
 import inspect
 from collections.abc import Callable
@@ -86,7 +86,7 @@ def test_without_the_extension_auto_is_eager_and_native_says_why():
     assert backend_of("fused_step") == "eager"
     assert not registry.available("native")
     assert "compiler" in registry.explain()["native"]
-    with pytest.raises(BackendUnavailable, match=r"msdda_fast._C is not there.*compiler"):
+    with pytest.raises(BackendUnavailable, match=r"msdda_fast._C is missing.*compiler"):
         backend_of("fused_step", "native")
     means = torch.zeros(2, 1, 4, 2, 2)
     assert fast_fuse_step(means, 1.0, [0.5, 0.5], seeds=[1]).shape == (1, 4, 2, 2)

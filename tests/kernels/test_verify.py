@@ -16,15 +16,15 @@ def test_every_operator_and_backend_has_a_finding():
     assert tuple(found) == OPERATORS
     for op, findings in found.items():
         assert set(findings) == {name for name in registry.NAMES if registry.has(op, name)}
-        chosen = [name for name, text in findings.items() if text.startswith("the choice here")]
+        chosen = [name for name, text in findings.items() if text.startswith("selected by auto")]
         assert chosen == [registry.chosen(op, "cpu")]
-        assert not [text for text in findings.values() if "WRONG" in text or "fails" in text]
+        assert not [text for text in findings.values() if "WRONG" in text or "failed" in text]
 
 
 def test_compiled_kernels_have_the_bits_of_eager(native):
     found = verify.report("cpu")
     for op in OPERATORS[:2]:
-        assert found[op][native].endswith("has the bits of eager")
+        assert found[op][native].endswith("bit-identical to eager")
 
 
 def replace_native(monkeypatch: pytest.MonkeyPatch, run: object) -> None:
@@ -50,4 +50,4 @@ def test_a_kernel_that_fails_is_a_finding(monkeypatch):
 
     replace_native(monkeypatch, run)
     finding = verify.report("cpu")["fused_step"]["native"]
-    assert finding == "out: it fails with RuntimeError: no kernel image"
+    assert finding == "failed: RuntimeError: no kernel image"

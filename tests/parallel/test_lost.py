@@ -106,7 +106,7 @@ class TestFailure:
             if rank == CULPRIT:
                 assert error == "ZeroDivisionError: no such colour"
             else:
-                assert error.startswith(f"RankLost: rank {rank} stops at step 2 ")
+                assert error.startswith(f"RankLost: rank {rank} stopped at step 2 ")
                 assert "rank 1 failed after step 1 " in error
                 assert error.endswith(": ZeroDivisionError: no such colour")
             assert after.eq(16).all()
@@ -117,7 +117,7 @@ class TestFailure:
 
     def test_latents_that_differ_are_found(self):
         for error, after in values(run_ranks(2, sample_again, stray)):
-            assert error.startswith("RanksDiffer: the ranks have come apart: rank 0 is at step 2 ")
+            assert error.startswith("RanksDiffer: the ranks are out of step: rank 0 is at step 2 ")
             assert "rank 1 is at step 2 with latents" in error and after.eq(16).all()
 
 
@@ -141,7 +141,7 @@ def come_alone(parallel):
 def test_a_rank_that_never_comes():
     outcome = run_ranks(2, come_alone)[0]
     assert isinstance(outcome.error, RankLost) and outcome.seconds < 1.0 + SOON
-    assert "rank 0 of 2 did not meet all others within 1 s" in str(outcome.error)
+    assert "rank 0 of 2 did not reach all others within 1 s" in str(outcome.error)
 
 
 def use_after_close(parallel):
@@ -152,4 +152,4 @@ def use_after_close(parallel):
 
 def test_closed_ranks_say_so():
     for outcome in run_ranks(2, use_after_close):
-        assert isinstance(outcome.error, RankLost) and "has left the others" in str(outcome.error)
+        assert isinstance(outcome.error, RankLost) and "has left the group" in str(outcome.error)

@@ -288,7 +288,7 @@ class TestRefused:
     def test_dtypes(self, tiny):
         with pytest.raises(ValueError, match=r"torch\.float16.*int8"):
             tiny.load(dtype=torch.int8)
-        with pytest.raises(ValueError, match="give one of them"):
+        with pytest.raises(ValueError, match="give only one"):
             tiny.load(dtype=torch.float16, torch_dtype=torch.float32)
 
     @pytest.mark.parametrize(

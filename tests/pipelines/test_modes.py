@@ -202,7 +202,7 @@ class TestRefusals:
     def test_objectives_with_networks_of_their_own(self, tiny, mode):
         objectives = {"warm": mf.Objective(), "own": mf.Objective(unet=small_unet())}
         pipe = quiet(mf.MSDDAPipeline.from_pipe(tiny.shared(), objectives=objectives))
-        with pytest.raises(UnsupportedNetwork, match="networks of their own"):
+        with pytest.raises(UnsupportedNetwork, match="share one network"):
             run(pipe, mode)
 
     @pytest.mark.parametrize("mode", APPROXIMATE)

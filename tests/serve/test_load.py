@@ -134,7 +134,7 @@ def test_a_thousand_requests_leave_nothing(command):
 
 @pytest.mark.full  # likewise
 def test_clients_that_hang_up_under_load_harm_nobody(command):
-    """Half of the clients leave at some time, in line, while drawn or while streamed to."""
+    """Half of the clients leave at some time, while queued, while drawn or while streamed to."""
     running = command(*OVERLOADED[:2])
     before = Usage(running.process.pid)
 
@@ -187,7 +187,7 @@ class Asking:
 
 @pytest.mark.full  # likewise
 def test_sigterm_ends_well_and_in_time(command):
-    """With more in line than the grace is enough for: images, or 503, and code 0."""
+    """With more in the queue than the grace is enough for: images, or 503, and code 0."""
     running = command("--max-batch", "1", "--grace", "1")
     with ThreadPoolExecutor(8) as pool:
         asked = [pool.submit(running.draw, seed=k, n=8, steps=64) for k in range(8)]

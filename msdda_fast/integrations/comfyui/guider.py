@@ -35,13 +35,13 @@ __all__ = ["ComfyObjective", "FusedGuider", "comfy", "fused_euler_ancestral"]
 
 
 def comfy(module: str) -> Any:  # noqa: ANN401 - ComfyUI is not there to be typed
-    """Import `comfy.<module>`; `BackendUnavailable` outside of ComfyUI."""
+    """Import `comfy.<module>`; raise `BackendUnavailable` outside of ComfyUI."""
     try:
         return import_module(f"comfy.{module}")
     except ModuleNotFoundError as error:
         raise BackendUnavailable(
-            f"this node runs inside of ComfyUI, whose module comfy.{module} cannot be imported "
-            f"here ({error})"
+            f"this node runs only inside ComfyUI: its module comfy.{module} cannot be imported "
+            f"({error})"
         ) from error
 
 
@@ -67,7 +67,7 @@ class ComfyObjective:
 
 @dataclass(slots=True)
 class _Branch:
-    """An objective during a run: its stock guider, opened, and the arguments it wants."""
+    """An objective during a run: its stock guider, opened, and its extra arguments."""
 
     objective: ComfyObjective
     guider: Any
@@ -76,7 +76,7 @@ class _Branch:
 
 @dataclass(slots=True)
 class _FusedModel:
-    """What stands where KSAMPLER expects a guider; the model of branch 0 scales latents and noise.
+    """Takes a guider's place in KSAMPLER; the model of branch 0 scales latents and noise.
 
     Attributes:
         branches: All opened objectives.
@@ -138,7 +138,7 @@ class _Opener:
         denoise_mask: Tensor | None = None,
         disable_pbar: bool = False,
     ) -> Tensor | None:
-        """Called by `model_wrap` where it would sample; arguments as of comfy's samplers."""
+        """Called by `model_wrap` instead of sampling; arguments as in comfy's samplers."""
         objective, _ = self.waiting[len(self.branches)]
         branch = _Branch(objective, model_wrap, extra_args | {"denoise_mask": denoise_mask})
         self.branches.append(branch)
@@ -163,19 +163,19 @@ class FusedGuider:
     """A GUIDER over several objectives, for the sampler `fused_euler_ancestral`.
 
     Args:
-        objectives: At least one with weight > 0; those without take no part.
+        objectives: At least one with weight > 0; those of weight 0 take no part.
 
     Raises:
         BackendUnavailable: Outside of ComfyUI.
-        InvalidWeights: No objective has weight, or a weight is negative or not finite.
-        UnsupportedNetwork: Models over different latent spaces, or flow models.
+        InvalidWeights: All weights are 0, or a weight is negative or not finite.
+        UnsupportedNetwork: The models have different latent spaces, or are flow models.
     """
 
     def __init__(self, objectives: Sequence[ComfyObjective]) -> None:
         weights = [objective.weight for objective in objectives]
         if not all(isfinite(w) and w >= 0 for w in weights) or not sum(weights):
             raise InvalidWeights(
-                f"weights are {weights}: they must not be negative, and not all be 0"
+                f"weights are {weights}; they must be finite, not negative and not all 0"
             )
         guider_class = comfy("samplers").CFGGuider
         self._guiders: list[tuple[ComfyObjective, Any]] = []
@@ -189,7 +189,7 @@ class FusedGuider:
 
     @property
     def model_patcher(self) -> Any:  # noqa: ANN401 - comfy's ModelPatcher
-        """The first active model's: previews and latent scales are its."""
+        """The first active model, which gives previews and latent scales."""
         return self._guiders[0][1].model_patcher
 
     def sample(
@@ -203,14 +203,14 @@ class FusedGuider:
         disable_pbar: bool = False,
         seed: int | None = None,
     ) -> Any:  # noqa: ANN401 - a Tensor, or comfy's nested one
-        """Sample as comfy's `CFGGuider.sample` does, with the arguments and result of that.
+        """Sample; arguments and result as in comfy's `CFGGuider.sample`.
 
         Raises:
-            InvalidSchedule: `sampler` is another than the one this guider came with.
+            InvalidSchedule: `sampler` is not the one that belongs to this guider.
         """
         if getattr(sampler, "sampler_function", None) is not fused_euler_ancestral:
             raise InvalidSchedule(
-                "MSDDA Guider has no single prediction to give to another sampler; connect its own "
+                "MSDDA Guider has no single prediction for another sampler; connect its own "
                 "SAMPLER output"
             )
 
@@ -235,7 +235,7 @@ def fused_euler_ancestral(
     """`sample_msdda` as a sampler function of ComfyUI; image b has the noise of seed + b.
 
     Args:
-        model: KSAMPLER's wrapper around what `FusedGuider` hands it.
+        model: KSAMPLER's wrapper around the fused model of `FusedGuider`.
         x, sigmas, callback, disable, s_noise, zero_variance: As in `sample_msdda`.
         extra_args: Only its `seed`, that of the noise input, is read.
 
@@ -245,8 +245,8 @@ def fused_euler_ancestral(
     fused = model.inner_model
     if not isinstance(fused, _FusedModel):
         raise InvalidSchedule(
-            f"the MSDDA sampler fuses what MSDDA Guider gives it, and was given a "
-            f"{type(fused).__name__}; connect the GUIDER output of the same node"
+            f"the MSDDA sampler works only with MSDDA Guider, got a {type(fused).__name__}; "
+            "connect the GUIDER output of the same node"
         )
     objectives = [branch.objective for branch in fused.branches]
     total = sum(objective.weight for objective in objectives)
@@ -273,10 +273,10 @@ def _check_alike(patchers: Sequence[Any]) -> None:
         if isinstance(patcher.get_model_object("model_sampling"), comfy("model_sampling").CONST):
             raise UnsupportedNetwork(
                 f"{name} is a flow model, x = (1 - sigma) x_0 + sigma eps; the MSDDA sampler takes "
-                "models of x = x_0 + sigma eps"
+                "only models of x = x_0 + sigma eps"
             )
         if space is not spaces[0]:
             raise UnsupportedNetwork(
                 f"{name} has latents of {space.__name__}, the first model of {spaces[0].__name__}; "
-                "fused models share one latent space"
+                "fused models must share one latent space"
             )

@@ -30,7 +30,7 @@ class MSDDAObjective:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, dict[str, Any]]:
-        """What ComfyUI draws."""
+        """Return the inputs that ComfyUI shows for this node."""
         weight = {
             "default": 0.5,
             "min": 0.0,
@@ -45,7 +45,7 @@ class MSDDAObjective:
             "max": 1.0,
             "step": 0.01,
             "tooltip": "The stochasticity this model was aligned with, as in Euler ancestral: "
-            "1 is ancestral, 0 deterministic. All at 0, or all above.",
+            "1 is ancestral, 0 deterministic. Set all to 0, or all above 0.",
         }
         return {
             "required": {
@@ -67,7 +67,7 @@ class MSDDAObjective:
         weight: float,
         eta: float,
     ) -> tuple[ComfyObjective]:
-        """Return the objective; nothing is loaded yet."""
+        """Return the objective without loading anything."""
         return (ComfyObjective(model, positive, negative, cfg, weight, eta),)
 
 
@@ -84,7 +84,7 @@ class MSDDAGuider:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, dict[str, Any]]:
-        """What ComfyUI draws."""
+        """Return the inputs that ComfyUI shows for this node."""
         objectives = {f"objective_{m}": ("MSDDA_OBJECTIVE",) for m in range(1, MAX_OBJECTIVES + 1)}
         noise = {"default": 1.0, "min": 0.0, "max": 100.0, "step": 0.01}
         return {
@@ -108,8 +108,8 @@ class MSDDAGuider:
 
         Raises:
             BackendUnavailable: Outside of ComfyUI.
-            InvalidWeights: No objective has weight, or one has less than none.
-            UnsupportedNetwork: Models over different latent spaces, or flow models.
+            InvalidWeights: All weights are 0, or a weight is negative or not finite.
+            UnsupportedNetwork: The models have different latent spaces, or are flow models.
         """
         objectives = [objective_1, objective_2, *(others[name] for name in sorted(others))]
         options = {"s_noise": s_noise, "zero_variance": zero_variance}

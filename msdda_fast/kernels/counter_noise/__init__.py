@@ -27,8 +27,8 @@ def as_seeds(seeds: SeedsLike, batch_size: int, device: torch.device) -> Tensor:
     """Seeds as an int64 tensor (B,) on `device`: their 64 bits in two's complement.
 
     Raises:
-        InvalidShape: there are not `batch_size` seeds.
-        ValueError: a seed is not an integer of 64 bits, signed or unsigned.
+        InvalidShape: There are not `batch_size` seeds.
+        ValueError: A seed is not an integer of 64 bits, signed or unsigned.
     """
     if not isinstance(seeds, Tensor):
         values = [_int64(seed) for seed in seeds]
@@ -42,7 +42,7 @@ def as_seeds(seeds: SeedsLike, batch_size: int, device: torch.device) -> Tensor:
 
 def _int64(seed: int) -> int:
     if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
-        raise ValueError(f"a seed is an integer in [-2^63, 2^64), got {seed!r}")
+        raise ValueError(f"a seed must be an integer in [-2^63, 2^64), got {seed!r}")
     return seed - 2**64 if seed >= 2**63 else seed
 
 
@@ -96,9 +96,9 @@ def counter_noise(
         Noise of `shape`, no unit, contiguous.
 
     Raises:
-        InvalidShape: `shape` has no channel axis, or does not agree with the number of seeds.
-        ValueError: a seed, step, stream or dtype outside of its range.
-        BackendUnavailable: the named backend cannot run on the device.
+        InvalidShape: `shape` has no channel axis, or does not match the number of seeds.
+        ValueError: A seed, step, stream or dtype is out of range.
+        BackendUnavailable: The named backend cannot run on the device.
     """
     shape = tuple(shape)
     if len(shape) < 2 or min(shape) < 0:

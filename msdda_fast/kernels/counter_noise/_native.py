@@ -23,7 +23,7 @@ def run(out: Tensor, seeds: Tensor, step: int | Tensor, stream: int) -> None:
 
 
 def run_cuda(out: Tensor, seeds: Tensor, step: int | Tensor, stream: int) -> None:
-    """The same on the GPU; a step tensor is read there."""
+    """Do the same on the GPU, which reads a step tensor itself."""
     _C.cuda_counter_noise(
         native.strided(out),
         (seeds.data_ptr(), stream),

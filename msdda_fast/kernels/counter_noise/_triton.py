@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Counter noise in Triton: the bits of `_eager.py`, drawn where they are used.
 
-Launch every kernel that calls these with `enable_fp_fusion=False`: a contracted product and sum is
-another number.
+Launch every kernel that calls these with `enable_fp_fusion=False`: contracting a product and a sum
+changes the result.
 """
 
 import triton

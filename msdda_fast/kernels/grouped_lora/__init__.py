@@ -18,8 +18,8 @@ zeros beyond it; an adapter that leaves the layer alone has zeros everywhere.
     "merged"    one batched GEMM over W + B_m A_m, where `merge_error` stays below a limit.
 
 A site holds its tensors at fixed addresses. The base's weight and bias are shared, except by
-"folded" and "merged", which hold rounded copies of the weight: after the base changes, make them
-again. Build a site after the base is on its device and in its dtype.
+"folded" and "merged", which hold rounded copies of the weight: rebuild them after the base changes.
+Build a site once the base is on its device and in its dtype.
 
 `kernels.raw` declares the raw function of each backend.
 """
@@ -70,17 +70,17 @@ def grouped_site(
         up: B_m with the scale folded in, (M, N, R, *1), likewise.
         design: "separate", "folded", "fused" or "merged"; convolutions have "folded" only.
         limit: For "merged": the largest accepted `merge_error`, no unit.
-        name: What an error calls the layer, its path for example.
+        name: Name of the layer in errors, such as its path.
 
     Returns:
-        A module to put in the place of `base`. With R = 0 no adapter touches the layer, and it is
+        A module to use in place of `base`. With R = 0 no adapter touches the layer, and this is
         `base` itself.
 
     Raises:
-        InvalidShape: Factors that do not fit; both shapes are given.
-        UnfaithfulMerge: "merged", and rounding loses more than `limit` of an adapter.
-        BackendUnavailable: "fused", and Triton cannot run on the device.
-        ValueError: An unknown design, or one that the layer does not have.
+        InvalidShape: Factors do not fit; the message gives both shapes.
+        UnfaithfulMerge: "merged" would lose more than `limit` of an adapter to rounding.
+        BackendUnavailable: "fused", but Triton cannot run on the device.
+        ValueError: The design is unknown, or not available for this layer.
     """
     if down.ndim < 2:
         raise InvalidShape(f"down has shape {tuple(down.shape)}, expected (M, R, C, *k)")

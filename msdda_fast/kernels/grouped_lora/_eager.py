@@ -66,13 +66,13 @@ def run_folded_conv(
 ) -> Tensor:
     """The folded base convolution, then B_m as a 1x1 convolution of group m's own channels.
 
-    Here the sum is out of place: a convolution or a norm that reads the result would copy a view
+    The sum is out of place, since a convolution or norm that reads the result would copy a view
     with gaps. In channels_last this is `run_folded`; in NCHW the B_m and the R channels are first
     copied once per image, since a batched product takes one stride over images and groups.
 
     Args:
         x: (M I, C, H, W), NCHW or channels_last.
-        folded: (P, C, kh, kw), as of `fold`.
+        folded: (P, C, kh, kw), from `fold`.
         bias: (P,) or None.
         up: (M, N, R).
         stride, padding, dilation: Those of the base convolution.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Merged weights W_m = round(W + B_m A_m), and what the rounding does to the adapter.
+"""Merged weights W_m = round(W + B_m A_m), and how much of the adapter rounding loses.
 
-Rounding errs relative to W, so a small adapter can drown in it: at 1 % of W's size, float16 errs by
-2 to 3 % of the adapter's own effect and bfloat16 by 16 to 23 %.
+The rounding error is relative to W, so it can swamp a small adapter: at 1 % of W's size, float16
+errs by 2 to 3 % of the adapter's own effect and bfloat16 by 16 to 23 %.
 """
 
 import torch
@@ -36,8 +36,8 @@ def merge(weight: Tensor, down: Tensor, up: Tensor) -> Tensor:
 def merge_error(weight: Tensor, down: Tensor, up: Tensor) -> Tensor:
     r"""The error of merging relative to the adapter's effect, ||(W_m - W - B A) x|| / ||B A x||.
 
-    For white activations x the mean squares of both are Frobenius norms, so that is what is
-    returned, in float64: no activations are drawn. 0 for an adapter without effect.
+    For white activations x, the mean squares of both are squared Frobenius norms, so this is the
+    ratio of the norms, in float64; no activations are drawn. 0 for an adapter without effect.
 
     Args:
         weight: (N, C) in the dtype that the merged weight would have.
@@ -58,10 +58,11 @@ def _relative_error(weight: Tensor, down: Tensor, up: Tensor, merged: Tensor) ->
 
 
 def check_merge(weight: Tensor, down: Tensor, up: Tensor, limit: float, site: str) -> Tensor:
-    """`merge`, if every objective's `merge_error` is within `limit`.
+    """Return `merge` if every objective's `merge_error` is within `limit`.
 
     Raises:
-        UnfaithfulMerge: names the site, the first such objective, its error and the limit.
+        UnfaithfulMerge: An error exceeds it; names the site, the first such objective, its error
+            and the limit.
     """
     merged = merge(weight, down, up)
     for m, error in enumerate(_relative_error(weight, down, up, merged).tolist()):

@@ -16,7 +16,7 @@ __all__ = ["FactoredLinear", "FoldedConv2d", "FoldedLinear", "GroupedSite", "Mer
 
 
 class GroupedSite(nn.Module):
-    """What the designs share: the base layer's tensors, not copied, and the checks.
+    """Base of all designs: holds the base layer's tensors without copying, and checks inputs.
 
     Args:
         base: The layer; its weight is (N, C, *k).
@@ -28,7 +28,7 @@ class GroupedSite(nn.Module):
         rank: R, the largest rank of the adapters.
 
     Raises:
-        InvalidShape: Factors that fit neither the weight nor each other.
+        InvalidShape: Factors do not fit the weight or each other.
     """
 
     weight: Tensor
@@ -55,11 +55,11 @@ class GroupedSite(nn.Module):
         self.register_buffer("bias", bias, persistent=False)
 
     def _keep(self, name: str, tensor: Tensor) -> None:
-        """Hold a tensor of our own, dense, like the weight in dtype and device."""
+        """Register a dense tensor of our own, in the weight's dtype and on its device."""
         self.register_buffer(name, tensor.to(self.weight).contiguous(), persistent=False)
 
     def _check(self, x: Tensor, channel_axis: int, ndim: tuple[int, int]) -> None:
-        """Raise unless `x` has the channels, dtype and whole groups that the layer takes."""
+        """Raise unless `x` has the layer's channels, dtype and device, and whole groups."""
         channels = self.weight.shape[1]
         if not ndim[0] <= x.ndim <= ndim[1] or x.shape[channel_axis] != channels:
             raise InvalidShape(
@@ -167,10 +167,10 @@ class FoldedConv2d(_Folded):
 
     Args:
         base: A convolution without groups, zero-padded.
-        down, up: See `GroupedSite`.
+        down, up: Factors as in `GroupedSite`.
 
     Raises:
-        InvalidShape: Factors that do not fit, groups, or another padding mode.
+        InvalidShape: Factors do not fit, or the convolution has groups or another padding mode.
     """
 
     def __init__(self, base: nn.Conv2d, down: Tensor, up: Tensor) -> None:
@@ -205,12 +205,12 @@ class FoldedConv2d(_Folded):
 
 
 class MergedLinear(_GroupedLinear):
-    """Design G: one weight per objective, one batched GEMM; refused where rounding spoils it.
+    """Design G: one weight per objective, one batched GEMM; refused if rounding loses too much.
 
     Args:
-        base, down, up: See `GroupedSite`; float32 factors are merged before they are rounded.
+        base, down, up: As in `GroupedSite`; float32 factors are merged before they are rounded.
         limit: Largest accepted `merge_error`, no unit.
-        name: What errors call the site.
+        name: Name of the site in errors.
 
     Raises:
         UnfaithfulMerge: An objective exceeds `limit`.

@@ -106,7 +106,7 @@ def blocks(count: int, rows: int, n: int, rank: int, dtype: torch.dtype) -> dict
 
 
 def constants(c: int, rank: int, block_k: int, *, bias: bool) -> dict[str, int]:
-    """What a layer fixes at compile time; rows, N and C stay run-time values."""
+    """Return the compile-time constants of a layer; rows, N and C are run-time values."""
     return {
         "R": rank,
         "RANK": max(_MIN_RANK, triton.next_power_of_2(rank)),

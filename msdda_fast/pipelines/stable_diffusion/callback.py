@@ -23,7 +23,7 @@ CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")
 
 @dataclass(slots=True)
 class Callback:
-    """What to call after each step, and the names of the tensors it gets."""
+    """The function called after each step, and the names of the tensors it gets."""
 
     function: StepCallback
     names: Sequence[str]
@@ -31,7 +31,7 @@ class Callback:
 
     @classmethod
     def check(cls, function: StepCallback | None, names: Sequence[str]) -> Callback | None:
-        """Check the two arguments of diffusers; its callback objects bring their own names.
+        """Check diffusers' two callback arguments; its callback objects carry their own names.
 
         Raises:
             ValueError: A name is not one of `CALLBACK_TENSORS`.
@@ -54,7 +54,7 @@ class Callback:
         generation: PromptedGeneration,
         embeds: Tensor,
     ) -> None:
-        """Show the function the state after step k, and go on with what it makes of it."""
+        """Call the function with the state after step k, and continue with what it returns."""
         embeds = embeds if self._embeds is None else self._embeds
         # the state may be a buffer that the next step overwrites
         x, cond = generation.x.clone(), embeds[:, -1]

@@ -34,7 +34,7 @@ _Network: TypeAlias = ExactNetwork | MergedNetwork
 
 
 class CapturedGeneration:
-    """One loaded request as an `engine.loop.Generation`; its steps are done in static buffers."""
+    """One loaded request as an `engine.loop.Generation`, with steps in static buffers."""
 
     def __init__(
         self, step: CapturedStep[_Network], table: CoefficientTable, *, shares_text: bool
@@ -51,13 +51,12 @@ class CapturedGeneration:
         return self._step.x
 
     @property
-    def step_kl(self) -> Tensor | None:
-        """Estimated KL divergence of each step from the exact one, (T, B) nats; a copy.
-
-        None for exact networks.
-        """
+    def step_kl(self) -> Tensor:
+        """Estimated KL divergence of each step from the exact one, (T, B) nats; a copy."""
         estimates = self._step.network.step_kl
-        return None if estimates is None else estimates[: self._num_steps].clone()
+        if estimates is None:  # exact networks
+            return self.x.new_zeros(self._num_steps, len(self.x))
+        return estimates[: self._num_steps].clone()
 
     def step(self, k: int) -> None:
         """Do step k."""
@@ -67,26 +66,26 @@ class CapturedGeneration:
         self._next = k + 1
 
     def replace_x(self, x: Tensor) -> None:
-        """Go on from another state, between two steps."""
+        """Continue from another state, between two steps."""
         self._step.buffers.replace_x(x)
 
     def replace_prompt(self, prompt_embeds: Tensor) -> None:
-        """Go on with other embeddings (M, K, B, L, D), between two steps.
+        """Continue with other embeddings (M, K, B, L, D), between two steps.
 
         Raises:
-            InvalidShape: Another shape; or they differ between objectives, and did not before.
+            InvalidShape: The shape is wrong, or they differ between objectives and did not before.
         """
         buffers = self._step.buffers
         key = buffers.key
         if prompt_embeds.shape != key.context:
             raise InvalidShape(
-                f"embeddings have shape {tuple(prompt_embeds.shape)} now, expected {key.context}"
+                f"embeddings have shape {tuple(prompt_embeds.shape)}, expected {key.context}"
             )
         embeds = {m: prompt_embeds[m] for m, runs in enumerate(key.active) if runs}
         first = next(iter(embeds.values()))
         if self._shares_text and not all(bool((rows == first).all()) for rows in embeds.values()):
             raise InvalidShape(
-                "the callback gave each objective embeddings of its own, where all share one text "
+                "the callback returned different embeddings per objective, but all share one text "
                 'encoding; use set_forward("sequential")'
             )
         self._step.network.begin(embeds, buffers.timesteps, shared=self._shares_text, k=self._next)
@@ -99,8 +98,8 @@ class CapturedSampler:
 
     Args:
         variants: One per objective.
-        options: How its batched forward is built.
-        capture: "auto", "required" or "off"; see `engine.graph`.
+        options: How the batched forward is built.
+        capture: "auto", "required" or "off"; see `engine.graph.StepCache`.
         compile: Pass steps through `torch.compile` before capture.
         capacity: Most shapes of requests kept.
 
@@ -108,7 +107,7 @@ class CapturedSampler:
         device, dtype: Of the networks.
 
     Raises:
-        AdapterMismatch, UnsupportedNetwork: A network that has no batched forward.
+        AdapterMismatch, UnsupportedNetwork: A network cannot run as a batched forward.
         CaptureError: Capture is required on a device without graphs.
     """
 
@@ -127,8 +126,8 @@ class CapturedSampler:
             members = [m for m, variant in enumerate(variants) if variant.network is network]
             if getattr(network, "_hf_hook", None) is not None:
                 raise UnsupportedNetwork(
-                    "a network is moved between devices as it runs (offloading), so its weights "
-                    "have no fixed place"
+                    "a network is moved between devices while it runs (offloading), so its weights "
+                    "have no fixed address"
                 )
             own = [variants[m] for m in members]
             self._groups.append((LoadedAdapters(own), members))
@@ -147,7 +146,7 @@ class CapturedSampler:
         return len(self._cache)
 
     def is_current(self, variants: Sequence[Variant]) -> bool:
-        """Whether these variants are what was built, and unchanged; one sync per objective."""
+        """Return whether these are the variants built, unchanged; one sync per objective."""
         same = list(variants) == self._variants
         return same and all(adapters.is_current() for adapters, _ in self._groups)
 
@@ -161,20 +160,20 @@ class CapturedSampler:
         shares_text: bool,
         mode: Mode = "exact",
     ) -> CapturedGeneration:
-        """Write a request into the step of its shape, which is built and captured the first time.
+        """Load a request into the step of its shape, which is built and captured the first time.
 
         Args:
             table: T steps, float32.
-            noise: Source of z; generators draw all of it here.
+            noise: Source of z; generators draw all of z here.
             x_T: (B, C, h, w), latent units.
             prompt_embeds: (M, K, B, L, D).
             shares_text: Whether they are the same for all objectives.
-            mode: See `modes`.
+            mode: "exact", "merged" or "hybrid"; see `modes`.
 
         Raises:
-            InvalidShape: The step needs more memory than there is.
-            CaptureError: It cannot be captured, and that is required.
-            UnsupportedNetwork: The mode is approximate, and cannot run these networks.
+            InvalidShape: The step needs more memory than is free.
+            CaptureError: It cannot be captured, and capture is required.
+            UnsupportedNetwork: An approximate mode cannot run these networks.
         """
         kinds = None if mode == "exact" else plan(mode, table)
         is_exact = kinds is None or set(kinds) == {"exact"}
@@ -214,7 +213,7 @@ class CapturedSampler:
         if key.mode == "exact":
             network = ExactNetwork(members, len(key.active), key.dtype)
         elif len(self._groups) > 1:
-            raise UnsupportedNetwork("modes do not run objectives with networks of their own")
+            raise UnsupportedNetwork("approximate modes need objectives that share one network")
         else:
             network = MergedNetwork(members[0][0], key, buffers)
         nothing = torch.zeros(key.context[1:], dtype=key.dtype, device=buffers.x.device)
@@ -224,7 +223,7 @@ class CapturedSampler:
 
 
 def _drawn(noise: NoiseSource, table: CoefficientTable, x_T: Tensor, dtype: torch.dtype) -> Tensor:
-    """z of all steps (T, B, C, h, w), drawn in the order and dtype of stock diffusers."""
+    """Draw z of all steps, (T, B, C, h, w), in the order and dtype of stock diffusers."""
     noise = noise.drawn_for(table)
     if noise.noise is not None:
         return noise.noise

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The exact networks of all objectives: those of one network in one forward."""
+"""The exact outputs of all objectives; those that share a network share its forward."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class ExactNetwork:
     """`engine.step.Network` with one kind of step, "exact".
 
     Args:
-        members: By network, its batched forward and the objectives that it runs.
-        count: M; the objectives that no member runs have no output.
-        dtype: Of the outputs.
+        members: The batched forward of each network, and the objectives that it runs.
+        count: M; objectives that no member runs have no output.
+        dtype: Dtype of the outputs.
     """
 
     step_kl: None = None
@@ -38,7 +38,7 @@ class ExactNetwork:
         return {"exact": self._predict}
 
     def storages(self) -> Mapping[str, Tensor]:
-        """The tensors of member i under "i."."""
+        """Return the tensors of every member i, with names that start with "i."."""
         return {
             f"{i}.{name}": tensor
             for i, (unet, _) in enumerate(self._members)
@@ -48,20 +48,20 @@ class ExactNetwork:
     def begin(
         self, embeds: Mapping[int, Tensor], timesteps: Tensor, *, shared: bool, k: int
     ) -> None:
-        """Take the prompts of a request, or others between two steps; see `BatchedUNet.begin`.
+        """Set the prompts of a request, at its start or between two steps; see `BatchedUNet.begin`.
 
         Args:
             embeds: (K, B, L, D) by active objective.
             timesteps: (T,) int64.
             shared: Whether the embeddings are the same for all objectives.
-            k: The step to come, which makes no difference here.
+            k: The next step; not used here.
         """
         for unet, objectives in self._members:
             rows = [embeds[m] for m in objectives]
             unet.begin(torch.stack(rows[:1] if shared else rows), timesteps)
 
     def mix(self, k: int) -> None:
-        """Shares play no part in the networks."""
+        """Do nothing: shares do not affect exact networks."""
 
     def _predict(self, next_input: Tensor, k: Tensor) -> list[Tensor | None]:
         outputs: list[Tensor | None] = [None] * self._count

@@ -25,10 +25,10 @@ Forward: TypeAlias = Literal["auto", "batched", "sequential"]
 
 @dataclass(frozen=True, kw_only=True)
 class ForwardSettings:
-    """How the objectives' networks run; see `MSDDAPipeline.set_forward`.
+    """How the objectives' networks run; fields as in `MSDDAPipeline.set_forward`.
 
     Raises:
-        ValueError: Another word than those of `Forward` and `Capture`.
+        ValueError: `forward` or `capture` is unknown.
     """
 
     forward: Forward = "auto"
@@ -46,7 +46,7 @@ class ForwardSettings:
 
 
 class Runner:
-    """Builds the batched forward of some variants, keeps it, and builds it anew when they change.
+    """Builds and keeps the batched forward of some variants, and rebuilds it when they change.
 
     Args:
         settings: How to build it.
@@ -60,15 +60,15 @@ class Runner:
         self._said = ""
 
     def sampler(self, variants: Sequence[Variant], *, required: bool) -> CapturedSampler | None:
-        """The batched forward of variants as they are now; None: they run one after another.
+        """Return the batched forward of the variants; None: they run one after another.
 
         Args:
             variants: One per objective.
-            required: Never None, whatever the settings say.
+            required: Never return None, whatever the settings say.
 
         Raises:
-            AdapterMismatch, UnsupportedNetwork: Required, or the settings say "batched", and it
-                cannot be.
+            AdapterMismatch, UnsupportedNetwork: It is required, or the settings say "batched", but
+                it cannot be built.
             CaptureError: Graphs are required on a device without them.
         """
         settings = self.settings

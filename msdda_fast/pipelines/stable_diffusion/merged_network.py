@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One forward of merged adapters for all objectives, and how wrong it may be.
+"""One forward of merged adapters for all objectives, with an estimate of its error.
 
-A "refresh" step is exact, and compares there what the merged network would have said with what is
-right. That difference, kept, is the estimated error of the merged steps until the next refresh. All
-that one step leaves to another lies in storage that is written in place, so that each kind of step
-can be captured.
+A "refresh" step is exact, and also compares the merged network's output with the exact one. That
+difference is the estimated error of the merged steps until the next refresh. All data that one step
+passes to another is in storage that is written in place, so that each kind of step can be captured.
 """
 
 from __future__ import annotations
@@ -33,9 +32,9 @@ class MergedNetwork:
     adapters.
 
     Args:
-        exact: Of the objectives that run.
-        key: Shapes.
-        buffers: Get `conditioning` of their own.
+        exact: Exact forward of the objectives that run.
+        key: Shapes of the requests.
+        buffers: Buffers of the step; "std" and "share" are added to their `conditioning`.
 
     Attributes:
         step_kl: Estimated KL divergence of each step from the exact one, (T, B) nats; written by
@@ -61,13 +60,13 @@ class MergedNetwork:
         return {"exact": self._predict, "refresh": self._refresh, "merged": self._approximate}
 
     def storages(self) -> Mapping[str, Tensor]:
-        """The tensors of both networks, the kept errors and the estimates."""
+        """Return the tensors of both networks, the estimated errors and the estimates of KL."""
         merged = {f"merged.{name}": tensor for name, tensor in self._merged.storages().items()}
         kept = {"errors": self._errors, "step_kl": self.step_kl}
         return {**self._exact.storages(), **merged, **kept}
 
     def conditioning(self, table: CoefficientTable) -> dict[str, Tensor]:
-        """Forget the estimates of the last request, and return what to load for this one."""
+        """Reset the estimates, and return the conditioning to load for this request."""
         self.step_kl.zero_()
         rows = self._key.max_steps - len(table)
         return {
@@ -78,7 +77,7 @@ class MergedNetwork:
     def begin(
         self, embeds: Mapping[int, Tensor], timesteps: Tensor, *, shared: bool, k: int
     ) -> None:
-        """Take the prompts of step k and later ones; see `ExactNetwork.begin`."""
+        """Set the prompts from step k on; arguments as in `ExactNetwork.begin`."""
         rows = [embeds[m] for m in self._exact.objectives]
         prompt_embeds = torch.stack(rows[:1] if shared else rows)
         self._exact.begin(prompt_embeds, timesteps)
@@ -125,6 +124,6 @@ class MergedNetwork:
         self.step_kl.index_copy_(0, at, kl[None])
 
     def _spread(self, outputs: Tensor) -> list[Tensor | None]:
-        """The outputs of the active objectives, at their places among all."""
+        """Return the outputs of the active objectives at their positions among all M."""
         found = dict(zip(self._exact.objectives, outputs, strict=True))
         return [found.get(m) for m in range(len(self._key.active))]

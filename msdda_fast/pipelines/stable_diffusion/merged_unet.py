@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""One forward per step with the objectives' adapters merged by weights of each sample.
+r"""One forward per step with the objectives' adapters merged by the shares of each sample.
 
-Sample b runs as the network W + sum_m share_{b,m} s_m B_m A_m. All A_m lie below one another and
-all B_m beside one another; the sample's shares scale the ranks in between. No weight is copied or
-rounded, so samples of different preferences share the forward.
+Sample b runs as the network W + sum_m share_{b,m} s_m B_m A_m. All A_m are stacked by rows and all
+B_m by columns; the sample's shares scale the ranks in between. No weight is copied or
+rounded, so samples with different preferences share the forward.
 
-This is not the product of experts: the networks are averaged, and not their predictions. The two
-agree to first order in the adapters (the limit of Rewarded Soups).
+This is not the product of experts: it averages networks, not predictions. The two agree to first
+order in the adapters (the limit of Rewarded Soups).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = ["MergedUNet"]
 
 
 class MergedSite(nn.Module):
-    """A layer with M adapters, of which each sample has its own mixture.
+    """A layer with M adapters, mixed separately for each sample.
 
     Args:
         base: Linear layer or convolution; shared, not copied.
@@ -54,11 +54,11 @@ class MergedSite(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Of the base."""
+        """The base's weight."""
         return self.base.weight
 
     def mix(self, shares: Tensor) -> None:
-        """Set the shares (B, M) of all samples, in place where B is the same."""
+        """Set the shares (B, M) of all samples, in place if B is the same as before."""
         scales = shares.repeat_interleave(self.rank, 1).to(self.scales)
         if scales.shape == self.scales.shape:
             self.scales.copy_(scales)
@@ -69,11 +69,11 @@ class MergedSite(nn.Module):
         """y[i] = x[i] W^T + b + sum_m share_{i mod B, m} (x[i] A_m^T) B_m^T.
 
         Args:
-            x: (rows, ..., C), or (rows, C, h, w) before a convolution, the samples innermost in the
-                rows. One row stands for all samples, as the time embedding's does.
+            x: (rows, ..., C), or (rows, C, h, w) before a convolution, with samples
+                innermost in the rows. A single row applies to all samples (time embedding).
 
         Returns:
-            The same with N channels, on at least B rows.
+            The same shape with N channels and at least B rows.
         """
         conv = self.base if isinstance(self.base, nn.Conv2d) else None
         # the base's stride, padding and dilation
@@ -88,7 +88,7 @@ class MergedSite(nn.Module):
 
 
 class MergedBuilder(SiteBuilder):
-    """Puts a `MergedSite` where some objective has an adapter."""
+    """Builds a `MergedSite` for every layer that some objective adapts."""
 
     def _stacked(self, path: str) -> StackedFactors | None:
         return self._adapters.stacks.get(path)
@@ -107,10 +107,10 @@ class MergedBuilder(SiteBuilder):
 
 
 class MergedUNet(BatchedUNet):
-    """The merged network: as `BatchedUNet`, with one objective that is the mixture of all.
+    """The merged network: a `BatchedUNet` with one objective, the mixture of all.
 
     Args:
-        adapters: Of M objectives of one network.
+        adapters: Adapters of M objectives of one network.
 
     Raises:
         AdapterMismatch, UnsupportedNetwork: See `BatchedUNet`.
@@ -124,10 +124,10 @@ class MergedUNet(BatchedUNet):
 
     @torch.no_grad()
     def mix(self, shares: Tensor) -> None:
-        """Set the shares (B, M) of the objectives in each sample; then `begin`.
+        """Set the shares (B, M) of the objectives in each sample; call `begin` afterwards.
 
         Raises:
-            InvalidShape: Not M shares per sample.
+            InvalidShape: There are not M shares per sample.
         """
         count = len(self.adapters.variants)
         if shares.ndim != 2 or shares.shape[1] != count:

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The modes of a generation: exact, or approximate with an estimate of what that changes.
+"""The modes of a generation: exact, or approximate with an estimate of the error.
 
     "exact"      every objective's network in every step; the default.
     "merged"     one network with the adapters merged by precision: the limit of Rewarded Soups.
     "hybrid"     merged, and exact in the last fifth of the steps.
 
-An approximate mode has a few kinds of step, each of constant shapes and captured once; `plan` says
-which of them each step of a generation is. Both approximate modes have the same kinds.
+An approximate mode has a few kinds of step, each of constant shapes and captured once; `plan` gives
+the kind of each step of a generation. Both approximate modes have the same kinds.
 
 The last steps are the sensitive ones. The error of an output counts |B| / sigma_w fold, squared:
 over 25 steps of Stable Diffusion's schedule that is 0.55 to 0.76 up to the last fifth, and up to
@@ -33,7 +33,7 @@ REFRESH = 8
 
 
 def check_mode(mode: Mode, *, in_parallel: bool) -> None:
-    """Raise `InvalidMode` unless `mode` is one of `MODES`, and "exact" where processes share it."""
+    """Raise `InvalidMode` unless `mode` is one of `MODES`, and "exact" in parallel runs."""
     if mode not in MODES:
         raise InvalidMode(f"mode must be one of {', '.join(MODES)}; got {mode!r}")
     if in_parallel and mode != "exact":
@@ -41,14 +41,14 @@ def check_mode(mode: Mode, *, in_parallel: bool) -> None:
 
 
 def exact_steps(mode: Mode, num_steps: int) -> int:
-    """How many of `num_steps` steps, the last ones, are exact in any case."""
+    """Return how many of the last of `num_steps` steps are always exact."""
     return {"exact": num_steps, "hybrid": ceil(EXACT_FRACTION * num_steps)}.get(mode, 0)
 
 
 def plan(mode: Mode, table: CoefficientTable) -> list[str]:
-    """The kind of each of T steps: "exact", or "refresh" and "merged" in approximate modes.
+    """Return the kind of each of T steps: "exact", or "refresh" or "merged" in approximate modes.
 
-    Steps at which one objective alone has influence are exact in every mode.
+    Steps at which only one objective has influence are exact in every mode.
     """
     active = (table.share != 0).any(1)  # (T, M)
     exact_from = len(table) - exact_steps(mode, len(table))

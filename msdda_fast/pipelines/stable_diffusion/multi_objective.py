@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a pipeline of any kind has once it holds objectives: load, save, place, prepare."""
+"""What every pipeline with objectives can do: load, save, move and prepare."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = ["MultiObjectivePipeline"]
 
 
 class MultiObjectivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers ships no types
-    """Mixed in before a diffusers pipeline: one UNet, and adapters or networks by objective."""
+    """Mixin before a diffusers pipeline, for a UNet and adapters or networks by objective."""
 
     _objectives: dict[str, Objective]
     _variants: dict[str, Variant]
@@ -48,16 +48,16 @@ class MultiObjectivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffus
         Args:
             pretrained_model_name_or_path: Hub id, local folder in diffusers' layout, or the shipped
                 model `msdda-fast/emoji`.
-            objectives: Objectives by name, in order; None takes the model's own `objectives.json`,
-                and the base model alone where there is none.
-            dtype: Of all components; float32 by default. `torch_dtype` is its older name.
+            objectives: Objectives by name, in order; None: those of the model's `objectives.json`,
+                or only the base model if there is no such file.
+            dtype: Dtype of all components; float32 by default. `torch_dtype` is its older name.
             options: Everything else that `DiffusionPipeline.from_pretrained` takes.
 
         Raises:
-            FileNotFoundError: The model, an adapter or a network is not there.
+            FileNotFoundError: The model, an adapter or a network is missing.
             AdapterMismatch: An adapter was made for another base; names the first such module.
-            ValueError: Objectives that are none, a file that is not safetensors, another dtype, or
-                a pipeline of another kind.
+            ValueError: Invalid objectives, a file that is not safetensors, an unsupported dtype, or
+                another kind of pipeline.
         """
         plan = loading.plan(pretrained_model_name_or_path, objectives, dtype, torch_dtype, options)
         pipe: Self = super().from_pretrained(plan.model, **plan.options)
@@ -74,10 +74,10 @@ class MultiObjectivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffus
 
         The base is written without its adapters, so stock diffusers loads the folder too; adapters
         and full networks go to `objectives/<name>/`, and `objectives.json` lists them. Everything
-        is written next to the folder first: a failed save leaves it as it was.
+        is written next to the folder first: a failed save does not change it.
 
         Args:
-            save_directory: Made if missing; files of an earlier save are replaced.
+            save_directory: Created if missing; files of an earlier save are replaced.
             safe_serialization, variant, max_shard_size: As in diffusers.
         """
         saving.save(
@@ -90,30 +90,30 @@ class MultiObjectivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffus
 
     @property
     def objectives(self) -> dict[str, Objective]:
-        """The objectives by name; their order is that of the columns of `weights`."""
+        """The objectives by name, in the order of the columns of `weights`."""
         return dict(self._objectives)
 
     @property
     def variants(self) -> dict[str, Variant]:
-        """By objective, the network that runs and the adapter active in it."""
+        """The network and the active adapter of each objective."""
         return dict(self._variants)
 
     def set_objectives(
         self, objectives: Mapping[str, Objective], variants: Mapping[str, Variant]
     ) -> None:
-        """Replace the objectives by others whose networks and adapters are in memory already."""
+        """Replace the objectives with others whose networks and adapters are already loaded."""
         self._objectives, self._variants = dict(objectives), dict(variants)
 
     @property
     def parallel(self) -> ObjectiveParallel | None:
-        """The processes that this one samples with, or None: alone."""
+        """The processes that this one samples with; None: it samples alone."""
         return self._parallel
 
     def enable_parallel(self, parallel: ObjectiveParallel) -> None:
-        """Share the objectives of every later call out over several processes.
+        """Split the objectives of every later call over several processes.
 
-        All of them must hold the same model, and make the same calls; each gets the images. More
-        than one pipeline may use `parallel`, which belongs to the caller.
+        All processes must hold the same model and make the same calls; each gets the images.
+        Several pipelines may use `parallel`, which belongs to the caller.
         """
         self._parallel = parallel
 
@@ -132,14 +132,15 @@ class MultiObjectivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffus
         """Choose how the objectives' networks run in later calls.
 
         Args:
-            forward: See `Forward`. "batched" raises where "auto" would run one after another.
-            capture: Of the batched step as a graph, where the device has them: "auto", "required"
-                or "off".
+            forward: "batched" runs all objectives in one forward, and raises if that is impossible;
+                "sequential" runs one after another; "auto" is batched where possible.
+            capture: Whether to capture the batched step as a graph: "auto" where possible,
+                "required" (raise otherwise) or "off".
             compile: Pass the batched step through `torch.compile`.
             options: How the batched forward is built.
 
         Raises:
-            ValueError: Another word than those.
+            ValueError: `forward` or `capture` is unknown.
         """
         self._runner = Runner(
             ForwardSettings(forward=forward, capture=capture, compile=compile, options=options)
@@ -147,19 +148,19 @@ class MultiObjectivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffus
 
     @property
     def forward_settings(self) -> ForwardSettings:
-        """What `set_forward` was last called with."""
+        """The settings of the last `set_forward`."""
         return self._runner.settings
 
     def networks(self, mode: Mode = "exact", *, runner: Runner | None = None) -> Networks:
-        """What evaluates a request now: the batched forward, or the networks one after another.
+        """Return what evaluates a request: the batched forward, or one network after another.
 
         Args:
-            mode: Of the request; approximate ones have no other than the batched forward.
+            mode: Mode of the request; approximate modes need the batched forward.
             runner: Keeps the batched forward; None: this pipeline's own.
 
         Raises:
             AdapterMismatch, UnsupportedNetwork: The objectives cannot share a forward, which the
-                mode or `set_forward("batched")` asks for.
+                mode or `set_forward("batched")` requires.
             InvalidMode: The mode is approximate, and the networks are in float64.
             CaptureError: Graphs are required on a device without them.
         """
@@ -196,16 +197,16 @@ class MultiObjectivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffus
         num_inference_steps: int = 50,
         mode: Mode = "exact",
     ) -> None:
-        """Check a shape of requests, and run one step of it with every objective to warm it up.
+        """Check a shape of requests, and run one step of it with every objective to warm up.
 
-        Where the device has graphs, all kinds of steps of the mode are captured.
+        On devices with graphs, all kinds of step of the mode are captured.
 
         Args:
             batch_size: B, the number of images.
             height, width, num_inference_steps, mode: As in the call.
 
         Raises:
-            InvalidShape, InvalidSchedule, InvalidMode: As the call.
+            InvalidShape, InvalidSchedule, InvalidMode: As in the call.
         """
 
         def stop(pipe: Self, k: int, t: Tensor, tensors: dict[str, Any]) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a call returns."""
+"""The output of a pipeline call."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ __all__ = ["MSDDAPipelineOutput"]
 
 @dataclass
 class MSDDAPipelineOutput(StableDiffusionPipelineOutput):  # type: ignore[misc]  # no types
-    """Images, as in diffusers, and for approximate modes how far their steps may be off.
+    """Images, as in diffusers, and for approximate modes an estimate of their error.
 
     Attributes:
         images: List of PIL images, or an array or tensor.
         nsfw_content_detected: One flag per image; None without a safety checker.
-        step_kl_estimate: An estimate, not a bound: KL divergence of every step from the exact one,
-            (T, B) nats. It is 0 where a step was exact, and infinite where the sampler adds no
-            noise and the step was not. None with `mode="exact"`.
+        step_kl_estimate: Estimated KL divergence of each step from the exact one, (T, B) nats; not
+            a bound. 0 for exact steps; infinite for steps that are not exact and add no noise. None
+            with `mode="exact"`.
     """
 
     step_kl_estimate: Tensor | None = None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A pipeline's objectives over several processes: what must agree, and who evaluates what."""
+"""A pipeline's objectives over several processes: what must agree, and each rank's share."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ __all__ = ["ParallelNetwork", "together"]
 
 
 class ParallelNetwork:
-    """The outputs of all ranks, each evaluating its share of the objectives.
+    """Returns the outputs of all ranks, each of which evaluates its share of the objectives.
 
     Args:
-        parallel: The ranks, inside a `generation`, from its first step.
+        parallel: The ranks, inside a `generation`.
         local: Evaluates this rank's share.
-        dtype: Of the outputs.
+        dtype: Dtype of the outputs.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class ParallelNetwork:
         self._parallel, self._local, self._dtype = parallel, local, dtype
 
     def __call__(self, x: Tensor, k: int) -> list[Tensor | None]:
-        """The raw outputs (K, B, C, h, w) of M objectives; None for those not active at step k.
+        """Return the raw outputs (K, B, C, h, w) of M objectives; None if not active at step k.
 
         Raises:
             RankLost, RanksDiffer: See `ObjectiveParallel.evaluate`.
@@ -67,20 +67,20 @@ def together(
     latents: Tensor | None,
     dtype: torch.dtype,
 ) -> Iterator[None]:
-    """Begin a checked request on all ranks, and end it together.
+    """Begin and end a checked request together on all ranks.
 
-    Seeds need no traffic. Generators, torch's default one among them, take the state that rank 0's
-    have, here and once: after the generation they are on every rank where one process leaves them.
+    Seeds are not exchanged. Generators, including torch's default one, are set once, here, to the
+    state of rank 0: afterwards they are on every rank in the state that one process would leave.
     The weights of the networks are not compared.
 
     Args:
         parallel: The ranks.
-        variants: By objective.
+        variants: Variants by objective.
         prompts, table, noise, latents: The request.
-        dtype: Of the networks.
+        dtype: Dtype of the networks.
 
     Raises:
-        RanksDiffer: A rank has another request; says which, and in what.
+        RanksDiffer: A rank has a different request; the message says which and where.
         RankLost: See `ObjectiveParallel.generation`.
     """
     generators = [] if noise.seeds is not None else _generators(noise, table.rows.device)

@@ -53,14 +53,15 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
     follow `diffusers.StableDiffusionPipeline`; latents stay float32 between steps whatever the
     dtype of the networks (float64 when that is float64).
 
-    Without objectives (a pipeline made by this constructor) the base model is the only one. Use
-    `from_pretrained` or `from_pipe` to have more.
+    A pipeline made by this constructor has the base model as its only objective. Use
+    `from_pretrained` or `from_pipe` for more.
 
     Args:
-        vae, text_encoder, tokenizer, unet: As in `StableDiffusionPipeline`, as are those below.
-        scheduler: DDIM; PNDM and DDPM, which folders of Stable Diffusion name, are rebuilt as DDIM
+        vae, text_encoder, tokenizer, unet: As in `StableDiffusionPipeline`.
+        scheduler: DDIM; PNDM and DDPM, which Stable Diffusion folders name, are rebuilt as DDIM
             from their config, and others are refused.
-        safety_checker, feature_extractor, image_encoder, requires_safety_checker: Optional.
+        safety_checker, feature_extractor, image_encoder, requires_safety_checker: Optional, as in
+            `StableDiffusionPipeline`.
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
         objectives: Mapping[str, Objective] | None = None,
         **components: Any,  # noqa: ANN401 - modules by name
     ) -> Self:
-        """Share the modules of a loaded pipeline, which stays as it is and usable.
+        """Share the modules of a loaded pipeline, which is not changed and stays usable.
 
         Args:
             pipeline: A `StableDiffusionPipeline`, with adapters loaded by `load_lora_weights`.
@@ -107,8 +108,8 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
 
         Raises:
             UnknownObjective: A source is not the name of a loaded adapter.
-            ValueError: Objectives that are none, adapters fused into the weights, or a pipeline
-                without the modules of Stable Diffusion.
+            ValueError: Invalid objectives, adapters fused into the weights, or a pipeline without
+                the modules of Stable Diffusion.
         """
         modules = loading.shared_components(pipeline, components)
         pipe = cls(**modules, requires_safety_checker=False)
@@ -157,21 +158,21 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
 
         Args:
             prompt: P texts, or one.
-            height, width: Of the images in pixels, multiples of 8; the model's own by default.
+            height, width: Size of the images in pixels, multiples of 8; by default the model's own.
             num_inference_steps: T, in [1, training steps of the scheduler].
             weights: Preferences w, no unit, on the simplex: a mapping from every objective's name
                 to a number, a list of P mappings, one per prompt, (M,) or (B, M) numbers, or a
                 callable from the step index 0..T-1 to any of these. None: uniform. An objective
                 whose weight is 0 throughout is not evaluated.
-            mode: "exact", or for speed an approximation that reports how far its steps may be off:
+            mode: "exact", or for speed an approximation that reports an estimate of its error:
                 "merged" runs one network with the adapters merged by precision, the limit of
                 Rewarded Soups; "hybrid" is merged, and exact in the last fifth of the steps.
             seed: Counter-based noise: image i gets the seed `seed + i`; a list has one per image.
             etas: eta in [0, 1] by objective, in place of the objectives' own.
             guidance_scale: >= 1, for all objectives, by name, or (M,); 1 is no guidance. None: the
                 objective's own, or 7.5.
-            negative_prompt: What guidance leads away from; one text, or one per prompt.
-            num_images_per_prompt: Images of each prompt; they lie next to each other.
+            negative_prompt: What guidance steers away from; one text, or one per prompt.
+            num_images_per_prompt: Images of each prompt, consecutive in the output.
             generator: Instead of `seed`: draws x_T and every step's noise as stock diffusers does,
                 one generator or one per image. With neither: torch's default generator.
             latents: x_T in place of the drawn one, (B, C, H, W), no unit.
@@ -193,13 +194,13 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
             checker), and `step_kl_estimate` (None in exact mode).
 
         Raises:
-            UnknownObjective: A name in `weights`, `etas` or `guidance_scale` is no objective.
-            InvalidWeights: Weights off the simplex, or that leave no positive precision.
+            UnknownObjective: A name in `weights`, `etas` or `guidance_scale` is not an objective.
+            InvalidWeights: Weights are off the simplex, or leave no positive precision.
             InvalidSchedule: A number of steps, eta or guidance scale outside its range.
             InvalidShape: A tensor or list of the wrong length or shape.
             InvalidMode: An unknown mode, or an approximate one in several processes or for networks
                 in float64.
-            AdapterMismatch, UnsupportedNetwork: An approximate mode, and objectives that cannot
+            AdapterMismatch, UnsupportedNetwork: The mode is approximate, and the objectives cannot
                 share one forward.
             ZeroVariance: A prompt mixes eta = 0 with eta > 0 under `zero_variance="error"`.
             ValueError: Prompts that contradict each other; seed and generator together; an argument
@@ -270,13 +271,13 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
         )
 
     def to_images(self, x_0: Tensor, output_type: str = "pil") -> tuple[Any, list[bool] | None]:
-        """Turn latents into images of a type of the call, with the safety checker's flags.
+        """Turn latents into images and the safety checker's flags.
 
         Args:
             x_0: (B, C, h, w), as sampled.
             output_type: As in the call; "latent" returns `x_0` itself.
 
-        Returns: The images, and by image whether it was blackened; None without a safety checker.
+        Returns: The images, and for each whether it was blackened (None without a safety checker).
         """
         if output_type == "latent":
             return x_0, None

@@ -32,7 +32,7 @@ __all__ = ["Networks", "PromptedGeneration", "Request", "Watch", "sample"]
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What to sample, checked; B = P N images.
+    """A checked request for B = P N images.
 
     Attributes:
         prompts: P prompts, each for N images.
@@ -51,15 +51,15 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Networks:
-    """What evaluates requests.
+    """The networks that evaluate requests.
 
     Attributes:
-        variants: By objective, its network and adapter.
-        text_encoder: May hold adapters of the objectives; None: prompts come as embeddings.
-        encode_prompt: That of diffusers' pipeline.
-        device, dtype: Of the networks.
-        sampler: Runs all objectives in one forward; None: one after another.
-        parallel: The processes that share the objectives; None: this one alone.
+        variants: Network and adapter of each objective.
+        text_encoder: May hold adapters of the objectives; None: prompts are given as embeddings.
+        encode_prompt: The method of diffusers' pipeline.
+        device, dtype: Where and in what the networks run.
+        sampler: Runs all objectives in one forward; None: they run one after another.
+        parallel: The processes that share the objectives; None: only this one.
     """
 
     variants: Mapping[str, Variant]
@@ -75,10 +75,10 @@ class PromptedGeneration(loop.Generation, Protocol):
     """A generation whose state and prompts may be replaced between two steps."""
 
     def replace_x(self, x: Tensor) -> None:
-        """Go on from another state (B, C, h, w)."""
+        """Continue from another state (B, C, h, w)."""
 
     def replace_prompt(self, prompt_embeds: Tensor) -> None:
-        """Go on with other embeddings (M, K, B, L, D), in the order (uncond, cond)."""
+        """Continue with other embeddings (M, K, B, L, D), in the order (uncond, cond)."""
 
 
 #: `f(k, generation, embeddings)` after step k, with the embeddings (M, K, B, L, D) that sampling
@@ -92,12 +92,12 @@ def sample(
     """Run Algorithm 1 with a checked request.
 
     Args:
-        networks: What evaluates it.
+        networks: The networks that evaluate it.
         request: What to sample.
-        watch: Called after each step.
+        watch: Called after each step; returning False ends sampling.
 
-    Returns: x_0, (B, C, h, w), in the dtype of the table, or the state when `watch` said no; and in
-        approximate modes the estimated divergence of each step, (T, B) nats.
+    Returns: x_0, (B, C, h, w), in the dtype of the table, or the state when `watch` returned False;
+        and the estimated KL divergence of each step, (T, B) nats, None in exact mode.
 
     Raises:
         RankLost, RanksDiffer: Several processes share the objectives, and one is lost or differs.
@@ -115,13 +115,12 @@ def sample(
             return watch is None or watch(k, generation, embeds)
 
         x_0 = loop.run(generation, len(table), watched)
-        return x_0.clone(), generation.step_kl
+        step_kl = generation.step_kl if isinstance(generation, CapturedGeneration) else None
+        return x_0.clone(), None if request.mode == "exact" else step_kl
 
 
 class _EagerGeneration(loop.EagerGeneration):
-    """A generation on one network after another, or on those of several processes."""
-
-    step_kl: Tensor | None = None
+    """A generation that runs networks one after another, or over several processes."""
 
     def __init__(
         self, networks: Networks, request: Request, x_T: Tensor, switch: AdapterSwitch
@@ -134,7 +133,7 @@ class _EagerGeneration(loop.EagerGeneration):
         super().__init__(network, x_T, request.table, request.noise)
 
     def replace_prompt(self, prompt_embeds: Tensor) -> None:
-        """Go on with other embeddings (M, K, B, L, D), between two steps."""
+        """Continue with other embeddings (M, K, B, L, D), between two steps."""
         self._local.prompt_embeds = prompt_embeds
 
 
@@ -152,7 +151,7 @@ def _begin(
 
 
 def _switch(networks: Networks) -> AdapterSwitch:
-    """Of the networks that run as themselves; the batched forward has adapters of its own."""
+    """Switch of the networks called directly; the batched forward has its own adapters."""
     unets = {id(variant.network): variant.network for variant in networks.variants.values()}
     own = [] if networks.sampler is not None else list(unets.values())
     return AdapterSwitch([networks.text_encoder, *own])
@@ -202,7 +201,7 @@ def _encode(networks: Networks, request: Request, switch: AdapterSwitch) -> Tens
 
 
 def _text_encoders(networks: Networks) -> list[tuple[str | None, float]]:
-    """By objective, the adapter and scale that its text encoder runs with."""
+    """Return the adapter and scale that the text encoder runs with for each objective."""
     in_text = adapter_names(networks.text_encoder)
     variants = networks.variants.values()
     return [(v.adapter, v.scale) if v.adapter in in_text else (None, 1.0) for v in variants]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The objectives' networks one after another, for what no batched forward runs."""
+"""The objectives' networks one after another, where no batched forward can run them."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class SequentialNetwork:
 
     Args:
         variants: M networks, one per objective; they may be the same module.
-        switch: Has the adapters of every network, and has been entered.
-        table: Says which objectives are active at a step, and its timestep.
-        dtype: Of the outputs.
+        switch: The entered switch of the adapters of every network.
+        table: Gives the active objectives and the timestep of each step.
+        dtype: Dtype of the outputs.
 
     Attributes:
         prompt_embeds: (M, K, B, L, D), to be set before the first step; K = 2 holds (uncond, cond),
@@ -44,13 +44,13 @@ class SequentialNetwork:
         self.active: list[list[bool]] = (table.share != 0).any(1).tolist()
 
     def __call__(self, x: Tensor, k: int) -> list[Tensor | None]:
-        """The raw outputs (K, B, C, h, w) of M objectives; None for those not active at step k."""
+        """Return the raw outputs (K, B, C, h, w) of M objectives; None if not active at step k."""
         return self.evaluate(x, k, [m for m, runs in enumerate(self.active[k]) if runs])
 
     def evaluate(
         self, x: Tensor, k: int, objectives: Collection[int], branches: slice = slice(None)
     ) -> list[Tensor | None]:
-        """The outputs of some objectives, of some branches of guidance; None for the others."""
+        """Return outputs of some objectives and branches of guidance; None for other objectives."""
         t = self._timesteps[k]
         return [
             self._switch.predict(variant, x, t, embeds[branches]).to(self._dtype)

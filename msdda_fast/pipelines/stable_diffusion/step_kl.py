@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""How far other predictions move a reverse step: the KL divergence of two Gaussians.
+r"""How far different predictions move a reverse step: the KL divergence of two Gaussians.
 
     KL_t = |mu_w' - mu_w|^2 / (2 sigma_w^2),    mu_w' - mu_w = sum_i share_i B_i (m_i' - m_i),
 
@@ -22,15 +22,15 @@ __all__ = ["step_kl"]
 def step_kl(
     x_t: Tensor, outputs: Outputs, others: Outputs, coefficients: StepCoefficients, std: Tensor
 ) -> Tensor:
-    """KL of the step on `outputs` from the step on `others`, both from the same state.
+    """Return the KL of the step on `outputs` from the step on `others`, both from one state.
 
-    Guidance and x_0 clipping are part of the step. Where sigma_w = 0 it is infinite, unless the
-    means are the same.
+    Guidance and x_0 clipping are part of the step. Where sigma_w = 0 the KL is infinite, unless the
+    means are equal.
 
     Args:
         x_t: (B, C, h, w) latents.
         outputs, others: Raw outputs of M objectives, (M, K, B, C, h, w) or a sequence.
-        coefficients: Of the step.
+        coefficients: Coefficients of the step.
         std: sigma_w, (B,) or (1,), latent units.
 
     Returns: (B,) nats, float32 or wider.
