@@ -7,6 +7,7 @@ of `out` change nothing. `test_fuzz_bad_input.py` is the counterpart for input t
 """
 
 import hypothesis.strategies as st
+import pytest
 import torch
 from torch import Tensor
 
