@@ -32,7 +32,7 @@ def rows():
         yield pytest.param(block, id=f"{block['language']}-{n}", marks=marks)
 
 
-@pytest.mark.parametrize("block", rows())
+@pytest.mark.parametrize("block", [*rows()])
 def test_block_runs(block, tmp_path):
     scripts = str(Path(sys.executable).parent)  # where `msdda-fast` was installed
     environment = os.environ | {"PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"}
