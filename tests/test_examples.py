@@ -33,7 +33,14 @@ def test_every_example_is_tested_and_named_in_the_index():
     assert set(re.findall(r"\]\(([^)]+)\)", (EXAMPLES / "README.md").read_text())) == files
 
 
-@pytest.mark.parametrize("name", WRITES)
+def names():
+    """`make test` runs one of them: each is a program that takes many seconds to start."""
+    for name in WRITES:
+        marks = () if name == "pipeline.py" else pytest.mark.full
+        yield pytest.param(name, marks=marks)
+
+
+@pytest.mark.parametrize("name", [*names()])
 def test_it_runs(name, tmp_path):
     done = subprocess.run(
         [*RUN, EXAMPLES / name], cwd=tmp_path, capture_output=True, text=True, timeout=600
@@ -46,6 +53,7 @@ def test_it_runs(name, tmp_path):
         assert deviation == pytest.approx(0.5, abs=0.03)
 
 
+@pytest.mark.full
 def test_the_server_draws_and_refuses():
     server = subprocess.Popen(
         [*RUN, EXAMPLES / "engine_server.py", "0"],

@@ -117,7 +117,7 @@ def test_memory_at_four_objectives_of_stable_diffusion_15():
         assert total <= 1.1 * size
 
 
-@pytest.mark.sweep(1)
+@pytest.mark.sweep(kind=1, options=1)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("options", BUILDS.values(), ids=BUILDS)
 def test_two_objectives_take_hardly_more_operators_than_one(kind, options):

@@ -91,7 +91,7 @@ def test_equals_stock_however_it_is_built(kind, options):
     assert relative(case.batched(options), expected) < EXACT
 
 
-@pytest.mark.sweep(1)
+@pytest.mark.sweep(kind=1, targets=1)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shared_prompt", [False, True], ids=["own prompts", "one prompt"])
 @pytest.mark.parametrize("targets", [ATTENTION, UP_BLOCKS], ids=["attention", "up blocks"])
@@ -107,7 +107,7 @@ def test_every_sharing_changes_nothing(kind, shared_prompt, targets):
         assert relative(case.batched(BatchedOptions(sharing=sharing)), expected) < EXACT, flags
 
 
-@pytest.mark.sweep(1)
+@pytest.mark.sweep(kind=1, options=1)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "options",
@@ -182,7 +182,7 @@ def test_a_new_prompt_and_schedule_leave_nothing_of_the_old():
     assert relative(narrow.run(batched), narrow.stock()) < EXACT
 
 
-@pytest.mark.sweep(dtype=1)
+@pytest.mark.full  # larger; tests/pipelines/test_shipped.py draws with it
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_the_shipped_model(dtype):
     pipe = quiet(mf.MSDDAPipeline.from_pretrained("msdda-fast/emoji", dtype=torch.float64))

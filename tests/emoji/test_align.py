@@ -49,6 +49,7 @@ def test_a_weighted_sum_prefers_what_its_sum_does(train):
     assert same(train("c8", aesthetic=0.2, consistency=0.8), consistency)
 
 
+@pytest.mark.full  # three trainings; runs that differ are told apart in tests/training
 def test_another_sum_does_not_continue_a_finished_run(train):
     done = train("run", aesthetic=1.0)
     assert same(train("run", aesthetic=0.8, consistency=0.2), done)  # the same pairs

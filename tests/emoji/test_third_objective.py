@@ -29,6 +29,7 @@ def test_without_asking_there_are_two():
     assert list(mf.MSDDAPipeline.from_pretrained(EMOJI).objectives) == ["aesthetic", "consistency"]
 
 
+@pytest.mark.full  # weights of 0 are tested on a smaller model
 def test_at_a_weight_of_zero_the_third_changes_nothing(three):
     two = mf.MSDDAPipeline.from_pretrained(EMOJI)
     two.set_progress_bar_config(disable=True)

@@ -77,6 +77,7 @@ def test_parts_write_shards_and_the_whole_writes_results(pipe, tmp_path):
     assert compare(pipe, COMPARISON, plan, tmp_path / "w", out, title="T").exists()
 
 
+@pytest.mark.full  # a whole comparison
 def test_the_report_needs_nothing_but_the_scores(pipe, tmp_path):
     plan = Plan(**SMALL, systems=["SD", "MSDDA", "RS"])
     compare(pipe, COMPARISON, plan, tmp_path / "work", tmp_path / "a", title="Tiny")

@@ -77,7 +77,7 @@ def host(built: ModuleType, request: pytest.FixtureRequest, monkeypatch) -> Modu
     return built
 
 
-@pytest.mark.sweep(seed=40)  # planted faults fail in the first five
+@pytest.mark.sweep(seed=20)  # planted faults fail in the first five
 @pytest.mark.parametrize("seed", range(150))
 def test_a_linear_step_has_the_bits_of_eager(seed, host):
     draw = Draw(seed)
@@ -95,7 +95,7 @@ def test_a_linear_step_has_the_bits_of_eager(seed, host):
         assert_same_bits(copy, expected.to(copy.dtype))
 
 
-@pytest.mark.sweep(seed=40)  # likewise
+@pytest.mark.sweep(seed=20)  # likewise
 @pytest.mark.parametrize("seed", range(150))
 def test_a_moments_step_has_the_bits_of_eager(seed, host, monkeypatch):
     round_roots(monkeypatch)

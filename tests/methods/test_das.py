@@ -142,6 +142,7 @@ def test_the_published_code_misses_its_target():
     assert found["log_z"].mean() > 0 > log_z
 
 
+@pytest.mark.full  # a wrong port told apart
 def test_log_densities_that_are_means_are_seen(monkeypatch):
     monkeypatch.setattr(das, "_dot", lambda a, b: (a * b).flatten(1).mean(1))
     assert not any(agree(METHOD, model_of()).values())

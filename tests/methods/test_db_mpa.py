@@ -62,7 +62,7 @@ class TestRemapped:
         expected = mixed([what, 1 - what], precision**-0.5)
         assert found == pytest.approx(expected, abs=1e-12)
 
-    @pytest.mark.sweep(w=1)
+    @pytest.mark.full  # the closed form is above
     @pytest.mark.parametrize("w", [0.2, 0.5, 0.8])
     def test_many_steps_make_it_msdda(self, w):
         """At rate 1/T; without the remapping the gap stays."""

@@ -88,6 +88,7 @@ def test_one_hot_is_the_single_model():
         assert exact_moments(DBMPALS(eta=0.8), EXPERTS, preference=w) == pytest.approx(expected)
 
 
+@pytest.mark.full  # on Gaussians above
 def test_on_a_pipeline_each_image_goes_its_own_way(pipe):
     """Whatever shares the batch; and as many latents run as with one model."""
     prompts, seeds, weights = ["a dog", "a cat", "a red dog"], [3, 4, 5], {"warm": 0.5, "cool": 0.5}

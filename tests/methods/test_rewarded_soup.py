@@ -146,6 +146,7 @@ def test_a_soup_step_by_step_is_the_soup_in_one_call(pipe):
     torch.testing.assert_close(x, expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.full  # several soups; one is compared above
 def test_every_soup_is_its_own(pipe):
     """Under one name after another model's, and beside another one."""
     images = [
@@ -259,6 +260,7 @@ def test_the_base_takes_part(tiny, pipe):
     torch.testing.assert_close(x_0, expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.full  # by the same code as those of the UNet
 def test_adapters_of_the_text_encoder_are_averaged_too(tiny, tmp_path):
     """A soup of an adapter with itself is that adapter, in both networks."""
     text_encoder = copy.deepcopy(tiny.stock().text_encoder)

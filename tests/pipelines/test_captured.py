@@ -121,6 +121,7 @@ def test_no_request_of_a_shape_captures_again(pipe, graphs):
     assert graphs.captures == 2
 
 
+@pytest.mark.full  # a generation captures the same above
 def test_prepare_captures_ahead(pipe, graphs):
     pipe.prepare(batch_size=2, num_inference_steps=3)
     assert graphs.captures == 1

@@ -121,6 +121,7 @@ class TestAdapterFormats:
         objectives = {"warm": mf.Objective(source, **options)}
         return tiny.load(objectives=objectives)("a red dog", **SHORT).images
 
+    @pytest.mark.full  # three loads; places are told apart in TestHub
     def test_file_folder_and_subfolder(self, tiny, expected):
         name = "pytorch_lora_weights.safetensors"
         for source, options in (

@@ -88,6 +88,7 @@ class TestApproximations:
         assert (kl[-3:] == 0).all() and (kl[1:-4] > 0).any()
         assert not (run(pipe, "merged").step_kl_estimate[-3:] == 0).all()
 
+    @pytest.mark.full  # likewise
     @pytest.mark.parametrize("mode", APPROXIMATE)
     def test_an_image_depends_on_nothing_else_in_its_batch(self, pipe, mode):
         weights = [{"warm": 0.3, "cool": 0.7}, {"warm": 0.9, "cool": 0.1}]
@@ -100,6 +101,7 @@ class TestApproximations:
                 together.step_kl_estimate[:, i], alone.step_kl_estimate[:, 0], rtol=0.02, atol=1e-4
             )
 
+    @pytest.mark.full  # likewise
     @pytest.mark.parametrize("mode", APPROXIMATE)
     def test_noise_is_that_of_the_exact_run(self, pipe, mode):
         """Another seed moves the image by as much as it does in exact mode, the mode by less."""
@@ -136,6 +138,7 @@ class TestApproximations:
             assert distance(out, run(pipe, "exact", **looks)) < 0.5
             assert distance(out, run(pipe, mode)) > 1e-3
 
+    @pytest.mark.full  # of all modes; exact is in test_captured.py
     @pytest.mark.parametrize("mode", APPROXIMATE)
     def test_an_adapter_that_changed_is_read_again(self, tiny, mode):
         pipe = tiny.load()

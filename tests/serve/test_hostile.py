@@ -114,6 +114,7 @@ class TestSlowness:
 
             until(is_cut_off)
 
+    @pytest.mark.full  # waits
     def test_a_drawing_that_takes_long_is_not_given_up(self, serve, impatient):
         running = serve()
         with httpx2.Client(base_url=running.url, timeout=SOON) as client:

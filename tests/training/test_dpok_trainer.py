@@ -99,6 +99,7 @@ class Contrast(Brightness):
         return 50 * (super().__call__(images, prompts) - 0.5)
 
 
+@pytest.mark.full  # a training; gradients are in test_dpok.py
 @pytest.mark.parametrize("advantage", ["value", "prompt"])
 def test_reward_rises(tmp_path, advantage):
     train(
