@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from msdda_fast.kernels.grouped_lora import Design
+from msdda_fast.kernels.grouped_lora import DEFAULT_DESIGN, Design
 
 __all__ = ["DEFAULTS", "BatchedOptions", "Sharing"]
 
@@ -43,7 +43,7 @@ class BatchedOptions:
         sharing: Which work is done once.
     """
 
-    design: Design = "separate"
+    design: Design = DEFAULT_DESIGN
     fuse_qkv: bool = False
     channels_last: bool | None = None
     attention: str = "auto"

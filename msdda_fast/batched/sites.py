@@ -132,8 +132,6 @@ class SiteBuilder:
         once: bool = False,
     ) -> Layer:
         design: Design = "separate" if once else self._design
-        if isinstance(base, nn.Conv2d):
-            design = "folded"
         name = ", ".join(paths)
         site = grouped_site(base, stacked.down, stacked.up, design=design, name=name)
         assert isinstance(site, Site)  # there are factors, so it is not the base

@@ -192,7 +192,6 @@ class TestWrongShapes:
         "base, design, message",
         [
             (nn.Linear(4, 4), "best", "\"separate\".*got 'best'"),
-            (nn.Conv2d(4, 4, 1), "merged", "\"folded\" only, got 'merged'"),
         ],
     )
     def test_designs_that_are_not_there(self, base, design, message):

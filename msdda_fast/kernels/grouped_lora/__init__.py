@@ -38,6 +38,7 @@ from msdda_fast.kernels.grouped_lora._sites import (
 )
 
 __all__ = [
+    "DEFAULT_DESIGN",
     "MERGE_LIMIT",
     "Design",
     "FactoredLinear",
@@ -50,6 +51,8 @@ __all__ = [
 ]
 
 Design = Literal["separate", "folded", "fused", "merged"]
+#: Copies no weight, and takes adapters of any size in any precision.
+DEFAULT_DESIGN: Design = "separate"
 Site = FactoredLinear | FoldedConv2d | FoldedLinear | MergedLinear
 
 
@@ -58,7 +61,7 @@ def grouped_site(
     down: Tensor,
     up: Tensor,
     *,
-    design: Design = "folded",
+    design: Design = DEFAULT_DESIGN,
     limit: float = MERGE_LIMIT,
     name: str = "site",
 ) -> Site | nn.Linear | nn.Conv2d:
@@ -68,7 +71,8 @@ def grouped_site(
         base: nn.Linear, or nn.Conv2d (any kernel, stride, padding and dilation; one group).
         down: A_m, (M, R, C, *k), any float dtype; kept in the dtype of the weight.
         up: B_m with the scale folded in, (M, N, R, *1), likewise.
-        design: "separate", "folded", "fused" or "merged"; convolutions have "folded" only.
+        design: Of a linear layer: "separate", "folded", "fused" or "merged". Convolutions are
+            always folded.
         limit: For "merged": the largest accepted `merge_error`, no unit.
         name: Name of the layer in errors, such as its path.
 
@@ -80,15 +84,13 @@ def grouped_site(
         InvalidShape: Factors do not fit; the message gives both shapes.
         UnfaithfulMerge: "merged" would lose more than `limit` of an adapter to rounding.
         BackendUnavailable: "fused", but Triton cannot run on the device.
-        ValueError: The design is unknown, or not available for this layer.
+        ValueError: The design is unknown.
     """
     if down.ndim < 2:
         raise InvalidShape(f"down has shape {tuple(down.shape)}, expected (M, R, C, *k)")
     if down.shape[1] == 0:
         return base
     if isinstance(base, nn.Conv2d):
-        if design != "folded":
-            raise ValueError(f'{name}: a convolution has design "folded" only, got {design!r}')
         return FoldedConv2d(base, down, up)
     if design == "folded":
         return FoldedLinear(base, down, up)

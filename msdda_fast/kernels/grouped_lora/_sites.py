@@ -25,7 +25,6 @@ class GroupedSite(nn.Module):
 
     Attributes:
         num_objectives: M.
-        rank: R, the largest rank of the adapters.
 
     Raises:
         InvalidShape: Factors do not fit the weight or each other.
@@ -49,7 +48,7 @@ class GroupedSite(nn.Module):
             raise InvalidShape(f"up has shape {tuple(up.shape)}, expected {expected}")
         if not prod(down.shape[:2]):
             raise InvalidShape(f"down has shape {tuple(down.shape)}, expected M >= 1 and R >= 1")
-        self.num_objectives, self.rank = down.shape[:2]
+        self.num_objectives = len(down)
         self.register_buffer("weight", weight, persistent=False)
         bias = None if base.bias is None else base.bias.detach()
         self.register_buffer("bias", bias, persistent=False)

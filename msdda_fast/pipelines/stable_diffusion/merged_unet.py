@@ -99,7 +99,6 @@ class MergedBuilder(SiteBuilder):
         stacked: StackedFactors,
         paths: tuple[str, ...],
         *,
-        flat: bool = False,
         once: bool = False,
     ) -> Layer:
         # to the blocks it is a layer without groups: all rows run through it together
