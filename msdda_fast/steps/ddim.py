@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = ["DDIMGrid", "DDIMRule", "ddim_grid"]
 
+#: Of diffusers; a scheduler of another library is taken at its word.
+_KNOWN = ("DDIMScheduler", "DDIMParallelScheduler")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
@@ -139,7 +141,7 @@ def ddim_grid(scheduler: Scheduler, num_steps: int) -> DDIMGrid:
         )
     kind = type(scheduler)
     name = kind.__name__
-    if kind.__module__.startswith("diffusers.") and not name.startswith("DDIM"):
+    if kind.__module__.startswith("diffusers.") and name not in _KNOWN:
         raise InvalidSchedule(
             f"{name} is not a DDIM scheduler; use DDIMScheduler.from_config(scheduler.config)"
         )

@@ -26,7 +26,7 @@ def test_room_is_looked_for_and_taken_at_once():
     def stand():
         ready.wait()
         try:
-            line.join([SimpleNamespace(shape="a") for _ in range(4)])
+            line.put([SimpleNamespace(shape="a") for _ in range(4)])
         except QueueFull as error:
             refused.append(error)
 

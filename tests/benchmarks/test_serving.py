@@ -111,7 +111,7 @@ def test_one_weight_per_batch_takes_the_oldest_and_its_equals(pipe, kind, expect
         admission.tickets(ImageRequest("a dog", weights=w, num_inference_steps=2, seed=i))[0]
         for i, w in enumerate(weights)
     ]
-    line.join(tickets)
+    line.put(tickets)
     assert [ticket.seed for ticket in line.take().batch] == expected
 
 

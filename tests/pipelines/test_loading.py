@@ -9,9 +9,16 @@ import shutil
 import pytest
 import torch
 from diffusers import (
+    DDIMInverseScheduler,
+    DDIMParallelScheduler,
     DDIMScheduler,
+    DDPMScheduler,
     DiffusionPipeline,
+    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
+    PNDMScheduler,
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
@@ -24,6 +31,14 @@ from tests.tiny_model import quiet, small_unet, write_adapter
 
 SHORT = dict(num_inference_steps=2, guidance_scale=3.0, seed=0, output_type="latent")
 PROMPTS = ["a red dog", "a blue cat"]
+#: They sample in another way than DDIM, or another model.
+REFUSED = [
+    EulerDiscreteScheduler,
+    DPMSolverMultistepScheduler,
+    LCMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    DDIMInverseScheduler,
+]
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
@@ -88,12 +103,41 @@ class TestFromPretrained:
         assert pipe.scheduler.config.clip_sample is False
         assert pipe.scheduler.final_alpha_cumprod == pytest.approx(0.99915)
 
-    def test_a_scheduler_assigned_later_becomes_ddim_too(self, tiny):
+    def test_a_scheduler_assigned_later_becomes_ddim_too(self, tiny, caplog):
         pipe = quiet(mf.MSDDAPipeline.from_pipe(tiny.shared()))
         expected = pipe("a red dog", **SHORT).images
-        pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
-        assert torch.equal(pipe("a red dog", **SHORT).images, expected)
-        assert isinstance(pipe.scheduler, DDIMScheduler)
+        for kind in (PNDMScheduler, DDPMScheduler, DDIMParallelScheduler):
+            pipe.scheduler = kind.from_config(pipe.scheduler.config)
+            assert torch.equal(pipe("a red dog", **SHORT).images, expected)
+        assert len([r for r in caplog.records if "is not DDIM" in r.message]) == 2
+
+    @pytest.mark.parametrize("kind", REFUSED, ids=lambda kind: kind.__name__)
+    def test_schedulers_that_sample_otherwise_are_refused_by_name(self, tiny, calls, kind):
+        """Assigned, handed to the constructor, or of a pipeline that `from_pipe` is given."""
+        pipe = quiet(mf.MSDDAPipeline.from_pipe(tiny.shared()))
+        ddim = pipe.scheduler
+        other = kind() if "Flow" in kind.__name__ else kind.from_config(ddim.config)
+        pipe.scheduler = other
+        with pytest.raises(
+            mf.InvalidSchedule, match=rf"{kind.__name__}.*DDIMScheduler.from_config"
+        ):
+            pipe("a red dog", **SHORT)
+        with pytest.raises(mf.InvalidSchedule, match=kind.__name__):
+            mf.MSDDAPipeline.from_pipe(tiny.shared(), scheduler=other)
+        assert not calls
+        pipe.scheduler = ddim
+        assert len(pipe("a red dog", **SHORT).images) == 1
+
+    def test_a_folder_with_such_a_scheduler_is_refused_before_its_weights_are_read(
+        self, tiny, tmp_path
+    ):
+        folder = shutil.copytree(tiny.folder, tmp_path / "model")
+        index = json.loads((folder / "model_index.json").read_text())
+        index["scheduler"] = ["diffusers", "EulerDiscreteScheduler"]
+        (folder / "model_index.json").write_text(json.dumps(index))
+        shutil.rmtree(folder / "unet")
+        with pytest.raises(mf.InvalidSchedule, match="EulerDiscreteScheduler"):
+            mf.MSDDAPipeline.from_pretrained(folder)
 
     def test_adapters_are_in_training_mode_for_nobody(self, tiny, tmp_path):
         """peft puts adapters in with their dropout on."""
