@@ -22,6 +22,7 @@ import torch
 from filelock import FileLock
 
 from tests.covering import mark_rest
+from tests.second_looks import SECOND_LOOKS
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -30,6 +31,9 @@ if not torch.cuda.is_available():
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     mark_rest(items)
+    for item in items:
+        if item.nodeid.startswith(tuple(SECOND_LOOKS)):
+            item.add_marker("full")
 
 
 @pytest.fixture(scope="session")

@@ -33,14 +33,8 @@ def test_every_example_is_tested_and_named_in_the_index():
     assert set(re.findall(r"\]\(([^)]+)\)", (EXAMPLES / "README.md").read_text())) == files
 
 
-def names():
-    """`make test` runs one of them: each is a program that takes many seconds to start."""
-    for name in WRITES:
-        marks = () if name == "pipeline.py" else pytest.mark.full
-        yield pytest.param(name, marks=marks)
-
-
-@pytest.mark.parametrize("name", [*names()])
+@pytest.mark.full  # programs of ten seconds; `make test` runs the README's first block
+@pytest.mark.parametrize("name", WRITES)
 def test_it_runs(name, tmp_path):
     done = subprocess.run(
         [*RUN, EXAMPLES / name], cwd=tmp_path, capture_output=True, text=True, timeout=600
