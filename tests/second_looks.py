@@ -16,8 +16,6 @@ _SHARDS = "test_sweep.py::test_every_cell_is_its_preference_seed_and_prompt and 
 _CLOSED = "the closed form in the same file"
 
 SECOND_LOOKS = {
-    # the C++ of the CUDA kernels on the host: a build of 15 seconds
-    "tests/kernels/test_cuda_threads.py": _STEP,
     # random cases
     "tests/kernels/test_fuzz.py": _STEP,
     "tests/kernels/test_fuzz_bad_input.py": _STEP,
@@ -28,12 +26,16 @@ SECOND_LOOKS = {
     "tests/kernels/test_grouped_lora_triton.py::test_it_errs_no_more_than_the_literal_chain": (
         "test_grouped_lora.py"
     ),
+    "tests/steps/test_coefficients.py::test_every_backend_reads_the_columns_of_the_layout[clipped-t": (
+        "the other rows"
+    ),
     "tests/test_drop_in.py::test_a_stock_diffusers_loop_draws_from_eq_7": "test_theorem1.py",
     "tests/test_torch_private.py::test_the_compiler_is_not_imported_before_it_is_wanted": (
         "test_light_import.py"
     ),
     "tests/batched/test_unet.py::test_equals_stock_for_every_target_of_an_adapter": _UNET,
     "tests/batched/test_unet.py::test_equals_stock_for_any_number_of_rows": _UNET,
+    "tests/batched/test_unet.py::test_every_sharing_changes_nothing": _UNET,
     "tests/batched/test_unet.py::test_float32_is_no_worse_than_twice_stock": _UNET,
     "tests/batched/test_network.py::test_every_convolution_reads_and_writes_channels_last": _UNET,
     "tests/pipelines/test_modes.py::TestApproximations": _MODES,
@@ -53,9 +55,11 @@ SECOND_LOOKS = {
     "tests/parallel/test_engine.py::test_a_step_has_the_bits_of_one_process[split-2]": (
         "the row whole-4, and the split in tests/parallel/test_pipeline.py"
     ),
+    "tests/parallel/test_lost.py::test_a_rank_that_never_comes": "the other tests of the file",
     "tests/parallel/test_pipeline.py::test_other_objectives": "the other tests of the file",
     "tests/batching/test_engine.py::TestPreviews::test_are_the_state_then": _SERVE,
     "tests/serve/test_hostile.py::TestSlowness": _SERVE,
+    "tests/serve/test_faults.py::test_a_client_that_hangs_up": _SERVE,
     "tests/serve/test_faults.py::test_time_is_up": _SERVE,
     "tests/serve/test_faults.py::test_a_failed_batch_is_answered": _SERVE,
     "tests/serve/test_faults.py::test_nothing_is_served_before_it_is_warm": _SERVE,

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import msdda_fast as mf
+from msdda_fast.adapters.loaded import LoadedAdapters
 from msdda_fast.adapters.variant import Variant
 from msdda_fast.batched.options import BatchedOptions, Sharing
 from msdda_fast.batched.unet import BatchedUNet
@@ -180,6 +181,16 @@ def test_a_new_prompt_and_schedule_leave_nothing_of_the_old():
     assert torch.equal(case.prompts, mine[0]) and torch.equal(case.timesteps, mine[1])
     narrow = inputs(case.variants, k=1, b=1)  # other shapes
     assert relative(narrow.run(batched), narrow.stock()) < EXACT
+
+
+@pytest.mark.sweep(1)
+@pytest.mark.parametrize("chosen", [(0, 1), (1, 2), (2,)], ids=str)
+def test_some_objectives_run_as_themselves(chosen):
+    case = inputs(mixed(targets=EVERYTHING))
+    expected = case.stock()[list(chosen)]
+    some = BatchedUNet(LoadedAdapters(case.variants), objectives=chosen)
+    case.prompts = case.prompts[list(chosen)]
+    assert relative(case.run(some), expected) < EXACT
 
 
 @pytest.mark.full  # larger; tests/pipelines/test_shipped.py draws with it

@@ -39,7 +39,7 @@ from tests.kernels.raw_cases import (
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPILER = shlex.split(os.environ.get("CXX") or "c++")  # with sanitizers under `make sanitize`
-FLAGS = "-std=c++17 -O1 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra -Werror"
+FLAGS = "-std=c++17 -O0 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra -Werror"
 
 
 @pytest.fixture(scope="module")
