@@ -26,9 +26,7 @@ SECOND_LOOKS = {
     "tests/kernels/test_grouped_lora_triton.py::test_it_errs_no_more_than_the_literal_chain": (
         "test_grouped_lora.py"
     ),
-    "tests/steps/test_coefficients.py::test_every_backend_reads_the_columns_of_the_layout[clipped-t": (
-        "the other rows"
-    ),
+    "tests/steps/test_coefficients.py::test_every_backend_reads": "tests/kernels/test_accuracy.py",
     "tests/test_drop_in.py::test_a_stock_diffusers_loop_draws_from_eq_7": "test_theorem1.py",
     "tests/test_torch_private.py::test_the_compiler_is_not_imported_before_it_is_wanted": (
         "test_light_import.py"
