@@ -59,6 +59,11 @@ class Objective:
         """Return the base model as an objective; `eta` in [0, 1]."""
         return cls(eta=eta)
 
+    @property
+    def is_base(self) -> bool:
+        """Whether this is the base model itself."""
+        return self.source is None and self.unet is None
+
 
 def check_eta(eta: float, owner: str) -> None:
     """Raise `InvalidSchedule` unless `eta` lies in [0, 1]; `owner` starts the message."""

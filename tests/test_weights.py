@@ -19,6 +19,11 @@ class TestObjective:
         assert Objective() == Objective.base() == Objective(None, eta=1.0, scale=1.0)
         assert Objective.base(eta=0.8).eta == 0.8
 
+    def test_the_base_is_known(self) -> None:
+        assert Objective().is_base
+        assert not Objective("some/lora").is_base
+        assert not Objective(unet=object()).is_base
+
     def test_is_frozen_and_keyword_only(self) -> None:
         with pytest.raises(FrozenInstanceError):
             Objective().eta = 0.5  # type: ignore[misc]
