@@ -361,11 +361,31 @@ def rewrite(name: str, table: str) -> None:
             page.write_text(block.sub(lambda _: f"{begin}\n{table}\n{end}", text))
 
 
+def request_path_table() -> str:
+    """One row per commit: how far a request travels before its first step, and what it costs."""
+    rows = []
+    for label, found in json.loads((RESULTS / "request_path.json").read_text()).items():
+        spent = found["milliseconds"]
+        rows.append(
+            f"| {label}, {found['commit']} | {found['files']} | {found['functions']} "
+            f"| {found['hops']} | {len(found['way of the weights'])} "
+            f"| {found['files of a request to the server']} | {spent['host']:.1f} ms "
+            f"| {spent['unchanged networks']:.1f} ms | {spent['unchanged storage']:.1f} ms |"
+        )
+    head = (
+        "| commit | files | functions | hops | files on the way of the weights "
+        "| files of a request to the server | host time | networks unchanged? "
+        "| storage unchanged? |\n|---|---|---|---|---|---|---|---|---|"
+    )
+    return "\n".join([head, *rows])
+
+
 TABLES = {
     "headline": headline_table,
     "fused_step": fused_step_table,
     "grouped_lora": grouped_lora_table,
     "latency": latency_table,
+    "request_path": request_path_table,
     "modes": modes_table,
     "compare": compare_table,
     "serving": serving_table,

@@ -3,6 +3,7 @@
 
     python benchmarks/request_path.py                # a warm call of the pipeline
     python benchmarks/request_path.py --http         # one request to the server, too
+    python benchmarks/request_path.py --http --label now    # and keep it under that name
 
 `sys.setprofile` watches one warm call with T = 2 on the shipped model until the first forward of
 its networks. A hop is a call from one file of the package into another. The way of the weights is
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
 import sys
 import threading
 import time
@@ -38,9 +40,11 @@ from msdda_fast.adapters.loaded import LoadedAdapters
 from msdda_fast.batched.unet import BatchedUNet
 from msdda_fast.engine import graph
 from msdda_fast.engine.buffers import StepBuffers
+from msdda_fast.files import write_atomically
 from msdda_fast.pipelines.stable_diffusion import sampling
 
 PACKAGE = Path(mf.__file__).parent
+RESULTS = Path(__file__).parent / "results" / "request_path.json"
 PROMPT = "A purple colored dog."
 WEIGHTS = {"aesthetic": 0.3, "consistency": 0.7}
 ROUNDS = 30
@@ -216,10 +220,17 @@ def http_files(pipe: Any) -> int:
     return len(way.files)
 
 
+def commit() -> str:
+    """The commit of the package that was measured."""
+    asked = ["git", "-C", PACKAGE, "rev-parse", "--short=7", "HEAD"]
+    return subprocess.run(asked, check=True, capture_output=True, text=True).stdout.strip()
+
+
 def main() -> None:
     """Print what was counted and measured as one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--http", action="store_true", help="Also one request to the server.")
+    parser.add_argument("--label", help=f"Keep the result under this name in {RESULTS.name}.")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     pipe = mf.MSDDAPipeline.from_pretrained("msdda-fast/emoji")
@@ -242,6 +253,11 @@ def main() -> None:
     if arguments.http:
         found["files of a request to the server"] = http_files(pipe)
     print(json.dumps(found, indent=2))
+    if arguments.label:
+        kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        kept[arguments.label] = {**found, "commit": commit()}
+        text = json.dumps(kept, indent=1) + "\n"
+        write_atomically(RESULTS, lambda path: Path(path).write_text(text))
 
 
 if __name__ == "__main__":
