@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from msdda_fast.batched.options import BatchedOptions
 from msdda_fast.batched.unet import BatchedUNet
 from msdda_fast.engine.buffers import ShapeKey, StepBuffers
 from msdda_fast.engine.graph import CapturedStep, StepCache
-from msdda_fast.engine.step import Network
+from msdda_fast.engine.step import Network, Predict
 
 __all__ = ["batched", "captured_copies"]
 
@@ -26,11 +26,12 @@ class Batched:
     def __init__(self, unet: BatchedUNet) -> None:
         self._unet = unet
 
-    def __call__(self, next_input: Tensor, k: Tensor) -> Tensor:
-        return self._unet(next_input[0], k)
+    @property
+    def kinds(self) -> Mapping[str, Predict]:
+        return {"exact": lambda next_input, k: self._unet(next_input[0], k)}
 
     def storages(self) -> Mapping[str, Tensor]:
-        return dict((*self._unet.named_parameters(), *self._unet.named_buffers()))
+        return self._unet.storages()
 
 
 class Copies:
@@ -42,7 +43,11 @@ class Copies:
         self._unets = unets
         self._branches = request.branches
 
-    def __call__(self, next_input: Tensor, k: Tensor) -> list[Tensor]:
+    @property
+    def kinds(self) -> Mapping[str, Predict]:
+        return {"exact": self._predict}
+
+    def _predict(self, next_input: Tensor, k: Tensor) -> list[Tensor]:
         t = self._timesteps.index_select(0, k[None])[0]
         rows = next_input.flatten(0, 1)
         outputs = [unet(rows, t, return_dict=False, **self._conditions)[0] for unet in self._unets]
@@ -62,21 +67,22 @@ class _Runner:
     def __init__(self, request: Request, count: int, step: CapturedStep) -> None:
         self._request, self._step = request, step
         self._table = request.table(count)
-        self._steps: Iterator[int] = iter(())
+        self._next = len(self._table)
 
     def first(self) -> None:
         self._step.load(self._table, self._request.x, seeds=self._request.seeds)
-        self._steps = self._step.steps()
+        self._next = 0
 
     def step(self) -> Tensor:
-        if next(self._steps, None) is None:
+        if self._next == len(self._table):
             self.first()
-            next(self._steps)
+        self._step.step(self._next)
+        self._next += 1
         return self._step.buffers.x
 
     def loop(self) -> Tensor:
-        self._step.load(self._table, self._request.x, seeds=self._request.seeds)
-        self._steps = iter(())
+        self.first()
+        self._next = len(self._table)
         return self._step.run()
 
 

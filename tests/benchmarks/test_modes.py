@@ -22,14 +22,14 @@ def test_quality_and_its_table(monkeypatch, tmp_path):
     assert list(found) == [*MODES, modes.BFLOAT16]
     assert found["exact"]["kl"] == [0, 0, 0]
     assert found["exact"]["changes"]["consistency"] == [0, 0, 0]
-    for name in ("staggered", "merged", "hybrid", modes.BFLOAT16):
+    for name in ("merged", "hybrid", modes.BFLOAT16):
         assert found[name]["kl"][0] > 0
     assert found["hybrid"]["kl"][0] < found["merged"]["kl"][0]
     # the last step of four is exact in hybrid mode, and merged in merged mode
     assert found["hybrid"]["kl_late"] < 1e-4 < found["merged"]["kl_late"]
 
     timing = {"kind": "latency", "batch": 1, "when": "now", "rounds": 7, "load": 0, "commit": "c"}
-    times = {"exact": 2.0, "staggered": 1.9, "merged": 1.0, "hybrid": 1.25}
+    times = {"exact": 2.0, "merged": 1.0, "hybrid": 1.9}
     kept += [
         timing | {"mode": mode, "median_us": t, "p20_us": t - 0.1, "p80_us": t + 0.1}
         for mode, t in times.items()
@@ -38,8 +38,8 @@ def test_quality_and_its_table(monkeypatch, tmp_path):
     (tmp_path / "modes.jsonl").write_text("".join(map(line, kept)))
     rows = [row for row in report.modes_table().splitlines() if row.startswith("| ")]
     assert [row.split(" | ")[0] for row in rows[1:]] == [f"| {name}" for name in found]
-    assert rows[2].endswith("| 0.95 (=) |")  # staggered, and the spreads overlap
-    assert rows[3].endswith("| 0.50 |")  # merged
+    assert rows[2].endswith("| 0.50 |")  # merged
+    assert rows[3].endswith("| 0.95 (=) |")  # hybrid, and the spreads overlap
 
 
 @pytest.mark.full  # of a benchmark

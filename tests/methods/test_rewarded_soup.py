@@ -210,12 +210,12 @@ def test_nothing_keeps_a_soup_alive(tiny):
             for module in pipe.unet.modules()
             if soup in getattr(module, "lora_A", {})
         ]
-        sampler = weakref.ref(next(iter(model._views_of_made.values()))._sampler)
-        assert factors and sampler() is not None
+        runner = weakref.ref(next(iter(model._views_of_made.values()))._runner)
+        assert factors and runner() is not None
     del model
     gc.collect()
     assert all(factor() is None for factor in factors)
-    assert sampler() is None
+    assert runner() is None
     assert list(pipeline_model._views[pipe]) == [("warm", "cool")]
 
 
