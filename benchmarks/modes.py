@@ -9,7 +9,7 @@ give the divergence of the step. The divergences of a trajectory's steps add up 
 of the paths. The yardstick is exact sampling with bfloat16 networks, compared with float32. Rewards
 are compared image by image with those of exact sampling from the same noise.
 
-Appends to results/modes.jsonl; `benchmarks/report.py` makes the README table.
+Appends to results/modes.jsonl; `benchmarks/report.py` makes the table of docs/results.md.
 """
 
 import argparse

@@ -62,7 +62,7 @@ def align_dpok(base: Path, name: str, work: Path) -> Path:
 
 def main(
     name: Annotated[str, typer.Argument(help="Adapter to train: aesthetic or consistency.")],
-    work: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("embedded_work"),
+    work: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("emoji_work"),
 ) -> None:
     """Train one adapter by DPOK; the same command resumes."""
     if name not in CONFIGS:
