@@ -9,8 +9,10 @@ it is known to work with (this package supports 2.9 and newer), and what to look
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 # FakeTensor: a tensor with a shape, dtype and device but no data. Behind `torch.compile` and
@@ -25,9 +27,15 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 # `_get_current_dispatch_mode_stack()`.
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
-# tree_map, tree_leaves: nested lists, tuples and dicts as flat lists; since 1.8 and 2.1. There
-# is no public twin in 2.13; `optree` would be one more dependency.
-from torch.utils._pytree import tree_leaves, tree_map
+# tree_map and its kin: nested lists, tuples and dicts as flat lists; since 1.8 to 2.1. There is no
+# public twin in 2.13; `optree` would be one more dependency.
+from torch.utils._pytree import (
+    tree_flatten,
+    tree_leaves,
+    tree_map,
+    tree_map_only,
+    tree_unflatten,
+)
 
 __all__ = [
     "FakeTensor",
@@ -37,11 +45,16 @@ __all__ = [
     "held_by",
     "in_dispatch_mode",
     "inductor_options",
+    "make_wrapper",
     "recompile_limit",
     "replace_parameters",
+    "tree_flatten",
     "tree_leaves",
     "tree_map",
+    "tree_map_only",
+    "tree_unflatten",
     "versions_of",
+    "without_torch_function",
 ]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -50,6 +63,27 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def in_dispatch_mode() -> bool:
     """Whether a `TorchDispatchMode` sees the operators that are called now."""
     return _get_current_dispatch_mode() is not None
+
+
+def make_wrapper(kind: type[Tensor], like: Tensor) -> Any:  # noqa: ANN401 - an instance of `kind`
+    """A tensor of a subclass that looks like `like` and holds no data of its own."""
+    # Tensor._make_wrapper_subclass: since 1.10, used by torch's own subclasses (DTensor) and in
+    # its notes on extending torch. Watch its keywords.
+    return Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        kind,
+        like.shape,
+        strides=like.stride(),
+        dtype=like.dtype,
+        device=like.device,
+        requires_grad=False,
+    )
+
+
+def without_torch_function() -> AbstractContextManager[None]:
+    """A context in which tensor subclasses do not see the functions that are called."""
+    # _C.DisableTorchFunctionSubclass: since 2.0; what Tensor's own `__torch_function__` uses.
+    guard: AbstractContextManager[None] = torch._C.DisableTorchFunctionSubclass()
+    return guard
 
 
 def versions_of(tensors: Sequence[Tensor]) -> list[int]:

@@ -10,7 +10,7 @@ from types import TracebackType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from msdda_fast.adapters.variant import Variant
+from msdda_fast.adapters.variant import AdapterSet, Variant
 
 __all__ = ["AdapterSwitch", "adapter_names"]
 
@@ -38,7 +38,7 @@ class AdapterSwitch:
         self._layers = [module for module in modules if isinstance(module, BaseTunerLayer)]
         self._training = [module for module in modules if module.training]
         self._saved: list[_LayerState] = []
-        self._selected: tuple[str | None, float] | None = None
+        self._selected: AdapterSet | None = None
 
     def __enter__(self) -> AdapterSwitch:
         self._saved = [_LayerState.of(layer) for layer in self._layers]
@@ -62,13 +62,18 @@ class AdapterSwitch:
 
         `scale` multiplies the adapter's update as it was trained, no unit.
         """
-        if (name, scale) == self._selected:
+        self.select_set(() if name is None else ((name, scale),))
+
+    def select_set(self, adapters: AdapterSet) -> None:
+        """Make the networks run with all of these adapters at once, or as the base model (none)."""
+        if adapters == self._selected:
             return
-        self._selected = (name, scale)
+        self._selected = adapters
         for layer in self._layers:
-            layer.enable_adapters(name is not None)
-            if name is not None:
-                layer.set_adapter([name], inference_mode=True)
+            layer.enable_adapters(bool(adapters))
+            if adapters:
+                layer.set_adapter([name for name, _ in adapters], inference_mode=True)
+            for name, scale in adapters:
                 layer.set_scale(name, scale)
 
     def predict(self, variant: Variant, x: Tensor, t: Tensor, embeds: Tensor) -> Tensor:

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 from diffusers import UNet2DConditionModel
 
-__all__ = ["Variant"]
+__all__ = ["AdapterSet", "Variant"]
+
+#: The adapters of one objective: names in peft, and factors on their updates, no unit.
+AdapterSet = tuple[tuple[str, float], ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from msdda_fast.errors import InvalidShape
+from msdda_fast.kernels.grouped_lora._eager import add_updates
 from msdda_fast.kernels.grouped_lora._merge import MERGE_LIMIT, merge_error
 from msdda_fast.kernels.grouped_lora._sites import (
     FactoredLinear,
@@ -46,6 +47,7 @@ __all__ = [
     "FoldedLinear",
     "MergedLinear",
     "Site",
+    "add_updates",
     "grouped_site",
     "merge_error",
 ]

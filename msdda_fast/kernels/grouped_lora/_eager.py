@@ -9,12 +9,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["fold", "run", "run_folded", "run_folded_conv", "run_merged"]
+__all__ = ["add_updates", "fold", "run", "run_folded", "run_folded_conv", "run_merged"]
 
 
 def run(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor) -> Tensor:
     """The reference, three launches: base, x A^T, and (x A^T) B^T added to the base."""
-    y = functional.linear(x, weight, bias)
+    return add_updates(functional.linear(x, weight, bias), x, down, up)
+
+
+def add_updates(y: Tensor, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    """Add (x[m] A_m^T) B_m^T to y[m] in place, and return y.
+
+    Args:
+        y: (M, rows, N).
+        x: (M, rows, C).
+        down: A_m, (M, R, C).
+        up: B_m with the scale folded in, (M, N, R).
+    """
     return y.baddbmm_(torch.bmm(x, down.mT), up.mT)
 
 

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One network of a stock pipeline, run for M objectives while the pipeline sees one.
+
+Inside the hook the rows of every argument are repeated M times, objective-major; the output is
+handed back with the objective axis hidden. Whether a network treats its rows independently, and
+which of its arguments have rows, cannot be read off its code: the first call of a kind also runs
+the objectives one after another and compares. A network that fails keeps running that way.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import nn
+
+from msdda_fast.adapters.grouped import GroupedAdapters
+from msdda_fast.adapters.switching import AdapterSwitch, adapter_names
+from msdda_fast.adapters.variant import AdapterSet
+from msdda_fast.errors import InvalidShape, UnsupportedNetwork
+from msdda_fast.pipelines.row_arguments import row_arguments
+from msdda_fast.pipelines.rows import Call, disagreement, only, stacked, tells_apart
+
+__all__ = ["RowHook"]
+
+logger = logging.getLogger(__name__)
+
+
+class RowHook:
+    """Runs one network for several objectives; kept by a pipeline from call to call.
+
+    Args:
+        name: Name of the component in messages.
+        network: The component.
+    """
+
+    def __init__(self, name: str, network: nn.Module) -> None:
+        self.network = network
+        self._name = name
+        self._arguments = row_arguments(network)
+        self._names = list(inspect.signature(network.forward).parameters)
+        self._grouped: GroupedAdapters | None = None
+        self._sets: Sequence[AdapterSet] = ()
+        self._verified: set[object] = set()
+        self._for_now: set[object] = set()  # until adapters change
+        self._one_by_one = False
+
+    @contextmanager
+    def hooked(self, sets: Sequence[AdapterSet]) -> Iterator[None]:
+        """Let the network run for the objectives with these adapters inside this context.
+
+        With one objective it is the stock forward with that objective's adapters. A network that no
+        objective changes runs once for all, unless its arguments differ between objectives.
+
+        Args:
+            sets: The adapters of each objective, M >= 1; those of other networks are passed over.
+
+        Raises:
+            AdapterMismatch: Adapters are merged into the weights.
+            UnsupportedNetwork: The network decides over all rows at once (a cache is enabled).
+        """
+        held = adapter_names(self.network)
+        sets = [tuple(entry for entry in adapters if entry[0] in held) for adapters in sets]
+        with ExitStack() as stack:
+            switch = stack.enter_context(AdapterSwitch([self.network]))
+            if len(sets) == 1 or not any(sets):
+                switch.select_set(sets[0])
+            if len(sets) > 1:
+                self._check()
+                forward = functools.partial(self._forward, self.network.forward, sets, switch)
+                stack.enter_context(_replaced(self.network, forward))
+            yield
+
+    def _check(self) -> None:
+        if getattr(self.network, "is_cache_enabled", False):
+            raise UnsupportedNetwork(
+                f"a cache is enabled on {self._name!r}, which would decide for all objectives at "
+                "once; call disable_cache() on it first"
+            )
+
+    def _forward(
+        self,
+        stock: Callable[..., Any],
+        sets: Sequence[AdapterSet],
+        switch: AdapterSwitch,
+        *args: Any,  # noqa: ANN401 - the network's own
+        **kwargs: Any,  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401 - the network's own
+        call = Call.of(self._names, args, kwargs, self._arguments)
+        if not any(sets) and not call.differs:
+            return stock(*args, **kwargs)
+
+        def one_by_one() -> Any:  # noqa: ANN401 - the network's own
+            outputs = []
+            for m, adapters in enumerate(sets):
+                switch.select_set(adapters)
+                own_args, own_kwargs = only(m, args), only(m, kwargs)
+                outputs.append(stock(*own_args, **own_kwargs))
+            return stacked(outputs)
+
+        if self._one_by_one:
+            return one_by_one()
+        key = (tuple(map(bool, sets)), call.kind)
+        try:
+            grouped_args, grouped_kwargs = call.repeated(len(sets))
+            with self._current(sets).applied():
+                output = call.hidden(stock(*grouped_args, **grouped_kwargs), len(sets))
+        except (InvalidShape, RuntimeError, ValueError, TypeError, IndexError) as error:
+            if key in self._verified | self._for_now:
+                raise
+            reason = f"{type(error).__name__}: {error}"
+        else:
+            if key in self._verified | self._for_now:
+                return output
+            reference = one_by_one()
+            if (reason := disagreement(output, reference)) is None:
+                # weak adapters hide rows in another order; others may be loaded in their place
+                (self._verified if tells_apart(reference) else self._for_now).add(key)
+                return output
+        self._one_by_one = True
+        logger.warning(
+            "%s (%s) cannot run all objectives in one forward, they run one after another: %s",
+            self._name,
+            type(self.network).__name__,
+            reason,
+        )
+        return one_by_one()
+
+    def _current(self, sets: Sequence[AdapterSet]) -> GroupedAdapters:
+        if self._grouped is None or self._sets != sets or not self._grouped.is_current():
+            self._grouped, self._sets = GroupedAdapters(self.network, sets), sets
+            self._for_now.clear()
+        return self._grouped
+
+
+@contextmanager
+def _replaced(network: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Give a network another forward, as offloading does, and its own back afterwards."""
+    own = network.__dict__.get("forward")
+    network.__dict__["forward"] = functools.update_wrapper(forward, network.forward)
+    try:
+        yield
+    finally:
+        del network.__dict__["forward"]
+        if own is not None:
+            network.__dict__["forward"] = own
