@@ -27,6 +27,7 @@ from msdda_fast.errors import (
 )
 from msdda_fast.kernels.counter_noise import counter_noise
 from msdda_fast.kernels.fused_step import FusedStep, fast_fuse_step, fused_ddim_step
+from msdda_fast.levels import CPS, DanceSDE, FlowDDIM, FlowSDE
 from msdda_fast.objective import Objective
 from msdda_fast.steps.shares import effective_weights
 from msdda_fast.steps.table import coefficient_table
@@ -34,16 +35,21 @@ from msdda_fast.steps.table import coefficient_table
 if TYPE_CHECKING:
     from msdda_fast.batching import Engine, ImageRequest
     from msdda_fast.pipelines import MSDDAPipeline
+    from msdda_fast.pipelines.fused_scheduler import fused_scheduler
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CPS",
     "AdapterMismatch",
     "BackendUnavailable",
     "CaptureError",
+    "DanceSDE",
     "Engine",
     "EngineClosed",
     "EngineFailed",
+    "FlowDDIM",
+    "FlowSDE",
     "FusedStep",
     "ImageRequest",
     "InvalidRequest",
@@ -63,6 +69,7 @@ __all__ = [
     "effective_weights",
     "fast_fuse_step",
     "fused_ddim_step",
+    "fused_scheduler",
 ]
 
 
@@ -72,6 +79,10 @@ def __getattr__(name: str) -> Any:  # noqa: ANN401 - PEP 562
         from msdda_fast.pipelines import MSDDAPipeline
 
         return MSDDAPipeline
+    if name == "fused_scheduler":
+        from msdda_fast.pipelines.fused_scheduler import fused_scheduler
+
+        return fused_scheduler
     if name in ("Engine", "ImageRequest"):
         from msdda_fast import batching
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from msdda_fast.errors import InvalidSchedule
+from msdda_fast.levels import ETA
 
-__all__ = ["Objective", "check_eta"]
+__all__ = ["Objective"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ class Objective:
     unet: Any = None  # a torch.nn.Module; Any because level 0 knows no networks
 
     def __post_init__(self) -> None:
-        check_eta(self.eta, "Objective")
+        ETA.check_one(self.eta, "Objective")
         if not math.isfinite(self.scale):
             raise ValueError(f"Objective: scale must be finite, got {self.scale!r}")
         if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
@@ -63,9 +64,3 @@ class Objective:
     def is_base(self) -> bool:
         """Whether this is the base model itself."""
         return self.source is None and self.unet is None
-
-
-def check_eta(eta: float, owner: str) -> None:
-    """Raise `InvalidSchedule` unless `eta` lies in [0, 1]; `owner` starts the message."""
-    if not 0.0 <= eta <= 1.0:  # false for NaN too
-        raise InvalidSchedule(f"{owner}: eta must lie in [0, 1], got {eta!r}")

@@ -22,6 +22,7 @@ __all__ = [
 Backend: TypeAlias = Literal["auto", "eager", "native", "triton"]
 
 #: "posterior": Eq. 7. "eps": the objectives' noise predictions are mixed, and one step taken.
+#: Entry points also take None: "eps" for CPS with unequal levels, else "posterior".
 Fusion: TypeAlias = Literal["posterior", "eps"]
 
 #: What to do where some fused variances are zero and others are not: `steps.shares.fusion_shares`.
@@ -55,6 +56,6 @@ class Scheduler(Protocol):
 
 
 class Denoiser(Protocol):
-    """A network seen as a function of the latent x_t (B, *S) and the timestep t (0-d int64)."""
+    """A network seen as a function of the latent x_t (B, *S) and the timestep t (0-d)."""
 
     def __call__(self, x_t: Tensor, t: Tensor, /) -> Tensor: ...

@@ -19,10 +19,11 @@ from msdda_fast.errors import BackendUnavailable, InvalidShape
 from msdda_fast.kernels import registry
 from msdda_fast.kernels.fused_step import fused_ddim_step
 from msdda_fast.steps.coefficients import CoefficientTable
-from msdda_fast.steps.table import coefficient_table
-from msdda_fast.weights import as_host_float64, preference_schedule
+from msdda_fast.steps.schedulers import levels_of, scheduler_rule
+from msdda_fast.steps.table import rule_table
 
 if TYPE_CHECKING:
+    from msdda_fast.levels import NoiseLevels
     from msdda_fast.types import (
         Backend,
         Denoiser,
@@ -111,53 +112,58 @@ def denoise(
     x_T: Tensor,
     *,
     scheduler: Scheduler,
-    num_steps: int = 50,
+    num_steps: int | None = 50,
     weights: WeightSchedule = None,
-    etas: Sequence[float] | Tensor,
+    etas: Sequence[float] | Tensor | None = None,
+    levels: NoiseLevels | None = None,
     noise: Tensor | None = None,
     seeds: SeedsLike | None = None,
     generator: GeneratorLike | None = None,
     zero_variance: ZeroVariancePolicy = "error",
     rates: Sequence[float] | Tensor | None = None,
     extrapolate: bool = False,
-    fusion: Fusion = "posterior",
+    fusion: Fusion | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """Sample x_0 from the product of experts of M denoisers, step by step (Algorithm 1, Eq. 7).
 
-    `p_w(x_prev | x_t) ~ prod_i p_i(x_prev | x_t)^{w_i}`, each p_i the DDIM kernel of denoiser i at
-    its own eta_i. A denoiser is called as `denoisers[i](x_t, t)`, x_t (B, *S) in the state dtype
-    and t a 0-d int64 tensor, both on the device of `x_T`, and returns the prediction (B, *S) of the
-    scheduler's type, guided if it wants guidance. It is not called at steps where no sample gives
-    it weight. Gradients flow with `backend="eager"` only; other backends run without them.
+    `p_w(x_prev | x_t) ~ prod_i p_i(x_prev | x_t)^{w_i}`, each p_i the scheduler's step of denoiser
+    i at its own noise level. A denoiser is called as `denoisers[i](x_t, t)`, x_t (B, *S) in the
+    state dtype (scaled, for Euler ancestral, as `scale_model_input` does) and t a 0-d tensor of the
+    scheduler's timesteps, int64 or floating, both on the device of `x_T`. It returns the prediction
+    (B, *S) of the scheduler's type, guided if it wants guidance. It is not called at steps where no
+    sample gives it weight. Gradients flow with `backend="eager"` only; other backends run without.
 
     Args:
         denoisers: M callables; architectures may differ, noise schedule and latent space may not.
-        x_T: (B, *S), standard normal. The state is float64 when `x_T` is, else float32.
-        scheduler: A diffusers DDIM scheduler, copied; see `coefficient_table`.
-        num_steps: T, in [1, num_train_timesteps].
+        x_T: (B, *S), standard normal, times the scheduler's `init_noise_sigma` where that is not 1
+            (Euler ancestral). The state is float64 when `x_T` is, else float32.
+        scheduler: A diffusers scheduler that has a rule, copied; see `coefficient_table`.
+        num_steps: T, in [1, num_train_timesteps]; None: as the scheduler's timesteps are set.
         weights: Preferences: None (uniform), (M,), (B, M) or (T, B, M), rows on the simplex, or a
             callable from the step index k = 0..T-1 to any of the first three.
-        etas: (M,), DDIM stochasticity of each denoiser, in [0, 1].
+        etas: (M,), DDIM's eta of each denoiser, in [0, 1], or the scheduler's own kind of level.
+        levels: Instead of etas: the same, or noise of flow models, such as `[FlowSDE(0.7)] * M`;
+            see `coefficient_table`.
         noise: z of every step, (T, B, *S).
         seeds: Instead of `noise`: one 64-bit seed per sample, for counter-based noise.
         generator: Instead of either: one `torch.Generator`, or one per sample, drawn once per step
             in the dtype of the predictions, as diffusers does. With none of the three: torch's
             default generator.
-        zero_variance: What to do when a sample mixes eta = 0 with eta > 0: "error", "dominate" or
-            "ratio"; see `steps.shares.fusion_shares`.
+        zero_variance: What to do when a sample mixes levels of 0 with others: "error", "dominate"
+            or "ratio"; see `steps.shares.fusion_shares`.
         rates: (M,) > 0, the rates of "ratio".
         extrapolate: Accept negative weights while the total precision stays positive.
-        fusion: "posterior", or "eps": one step at eta_w of mixed predictions, which keeps the noise
-            level where etas differ; see `coefficient_table`.
+        fusion: "posterior", or "eps": one step at the fused level on mixed predictions, which keeps
+            the noise level where levels differ; see `coefficient_table`.
         backend: "auto", or one by name: "eager", "native" or "triton".
 
     Returns:
         x_0, (B, *S), latent units, in the state dtype.
 
     Raises:
-        InvalidShape: `x_T`, `weights`, `etas`, `noise`, `seeds`, `generator` or a prediction has a
-            wrong shape; or there is no denoiser.
+        InvalidShape: `x_T`, `weights`, `etas`, `levels`, `noise`, `seeds`, `generator` or a
+            prediction has a wrong shape; or there is no denoiser.
         InvalidWeights, InvalidSchedule, ZeroVariance: See `coefficient_table`.
         ValueError: More than one of `noise`, `seeds` and `generator`.
         BackendUnavailable: The named backend cannot run here, or `x_T` requires grad and the
@@ -169,8 +175,7 @@ def denoise(
             f"expected denoisers and a floating-point x_T (B, *S); got {count} denoisers and x_T "
             f"of {x_T.dtype} and shape {tuple(x_T.shape)}"
         )
-    if (shape := as_host_float64(etas, "etas").shape) != (count,):
-        raise InvalidShape(f"etas have shape {tuple(shape)}, expected (M,) = ({count},)")
+    read = levels_of(scheduler, etas, levels, count)
     differentiates = torch.is_grad_enabled() and backend == "eager"
     if x_T.requires_grad and torch.is_grad_enabled() and not differentiates:
         raise BackendUnavailable(
@@ -178,11 +183,11 @@ def denoise(
             f"x_T.detach()"
         )
     state_dtype = torch.float64 if x_T.dtype == torch.float64 else torch.float32
-    table = coefficient_table(
-        scheduler,
-        num_steps,
-        etas=etas,
-        weights=preference_schedule(weights, count, len(x_T), num_steps, extrapolate=extrapolate),
+    table = rule_table(
+        scheduler_rule(scheduler, num_steps, read.noise),
+        levels=read.values,
+        weights=weights,
+        batch_size=len(x_T),
         zero_variance=zero_variance,
         rates=rates,
         extrapolate=extrapolate,
@@ -191,12 +196,13 @@ def denoise(
         dtype=state_dtype,
     )
     source = noise_source(
-        x_T.shape, num_steps, x_T.device, noise=noise, seeds=seeds, generator=generator
+        x_T.shape, len(table), x_T.device, noise=noise, seeds=seeds, generator=generator
     )
     registry.resolve("fused_step", backend, x_T.device.type)  # a missing backend fails before work
     active = (table.share != 0).any(1).tolist()  # [T][M]
 
     def predict(x: Tensor, k: int) -> list[Tensor | None]:
+        x = x if table.input_scale is None else x * table.input_scale[k]
         return [
             _predict(denoiser, m, x, table.timesteps[k]) if is_active else None
             for m, (denoiser, is_active) in enumerate(zip(denoisers, active[k], strict=True))

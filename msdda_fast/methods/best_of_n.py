@@ -8,12 +8,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from msdda_fast.levels import ETA
 from msdda_fast.methods.ddim import DDIMStep
 from msdda_fast.methods.method import Method
 from msdda_fast.methods.model import LatentModel
 from msdda_fast.methods.particles import best, check_counts, initial_particles, score
 from msdda_fast.methods.sd import SD
-from msdda_fast.objective import check_eta
 
 __all__ = ["BestOfN"]
 
@@ -40,7 +40,7 @@ class BestOfN(Method):
 
     def __post_init__(self) -> None:
         check_counts(self.name, num_particles=self.num_particles)
-        check_eta(self.eta, self.name)
+        ETA.check_one(self.eta, self.name)
 
     def sample(self, model: LatentModel) -> Tensor:
         """Draw N images per sample and return the one with the highest r_w, (B, 3, H, W)."""

@@ -14,12 +14,12 @@ from typing import ClassVar, Literal, TypeAlias
 from torch import Tensor
 
 from msdda_fast.errors import InvalidSchedule
+from msdda_fast.levels import ETA
 from msdda_fast.methods.ddim import DDIMStep
 from msdda_fast.methods.method import Method
 from msdda_fast.methods.model import LatentModel
 from msdda_fast.methods.particles import best, check_counts, replicate, score
 from msdda_fast.methods.sd import SD
-from msdda_fast.objective import check_eta
 
 __all__ = ["CoDe", "Variant"]
 
@@ -68,7 +68,7 @@ class CoDe(Method):
         if self.variant not in ("official", "one-step"):
             raise ValueError(f"CoDe: variant is {self.variant!r}, expected official or one-step")
         check_counts(self.name, num_particles=self.num_particles, block=self.block)
-        check_eta(self.eta, self.name)
+        ETA.check_one(self.eta, self.name)
         if self.eta == 0:
             raise InvalidSchedule("CoDe: eta is 0, at which all candidates are equal; use (0, 1]")
 

@@ -23,12 +23,12 @@ from typing import ClassVar, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from msdda_fast.levels import ETA
 from msdda_fast.methods.ddim import DDIMStep
 from msdda_fast.methods.method import Method
 from msdda_fast.methods.model import LatentModel
 from msdda_fast.methods.particles import best, check_counts, initial_particles, score
 from msdda_fast.methods.resampling import effective_size, systematic
-from msdda_fast.objective import check_eta
 
 __all__ = ["DAS", "Particles", "Reindex"]
 
@@ -100,7 +100,7 @@ class DAS(Method):
 
     def __post_init__(self) -> None:
         check_counts(self.name, num_particles=self.num_particles, max_rows=self.max_rows)
-        check_eta(self.eta, self.name)
+        ETA.check_one(self.eta, self.name)
         for name, is_valid, accepted in (
             ("alpha", self.alpha > 0, "> 0"),
             ("gamma", 0 < self.gamma < math.inf, "> 0 and finite"),

@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from msdda_fast.errors import InvalidSchedule, InvalidShape, UnknownObjective
-from msdda_fast.objective import Objective, check_eta
+from msdda_fast.levels import ETA
+from msdda_fast.objective import Objective
 from msdda_fast.weights import as_host_float64
 
 __all__ = [
@@ -116,7 +117,7 @@ def objective_etas(
     own = [objective.eta for objective in objectives.values()]
     values = _by_name("etas", objectives, etas, own)
     for name, eta in zip(objectives, values, strict=True):
-        check_eta(eta, f"objective {name!r}")
+        ETA.check_one(eta, f"objective {name!r}")
     return values
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["CoefficientTable", "Layout", "StepCoefficients"]
+__all__ = ["CoefficientTable", "Layout", "StepCoefficients", "mixture"]
 
 
 class Layout(NamedTuple):
@@ -120,6 +120,7 @@ class CoefficientTable:
         rows: (T, B, C) in the compute dtype and on the compute device; see `Layout`.
         timesteps: (T,), on the device of `rows`, decreasing: what the networks take beside x_t;
             int64, or floating in the dtype that `rows` were built in.
+        input_scale: (T,), as `rows`: the networks take `input_scale x_t`; None: x_t itself.
         num_objectives: M.
         clip_range: x_0 predictions are clamped to [-clip_range, clip_range]; None: they are not.
         share: (T, B, M) float64 on the host, the fusion weights of means, or of predictions with
@@ -130,6 +131,7 @@ class CoefficientTable:
 
     rows: Tensor
     timesteps: Tensor
+    input_scale: Tensor | None
     num_objectives: int
     clip_range: float | None
     share: Tensor
@@ -149,11 +151,7 @@ class CoefficientTable:
 
         Where networks predict x_0, as k-diffusion's denoisers do, that is where the step heads for.
         """
-        layout = Layout(self.num_objectives, clips=False)
-        share = self.share[k].to(self.rows)
-        row = share.new_zeros(len(share), layout.width)
-        row[:, layout.cond] = share
-        return StepCoefficients(row, self.num_objectives, None)
+        return mixture(self.share[k].to(self.rows))
 
     @property
     def active(self) -> list[bool]:
@@ -164,6 +162,19 @@ class CoefficientTable:
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> CoefficientTable:
-        """Return the table with `rows` and `timesteps` moved; the float64 diagnostics stay."""
-        timesteps = self.timesteps.to(device=device)
-        return replace(self, rows=self.rows.to(device=device, dtype=dtype), timesteps=timesteps)
+        """Return the table on a device, `rows` in a dtype; the float64 diagnostics stay."""
+        scale = self.input_scale
+        return replace(
+            self,
+            rows=self.rows.to(device=device, dtype=dtype),
+            timesteps=self.timesteps.to(device=device),
+            input_scale=None if scale is None else scale.to(device=device, dtype=dtype),
+        )
+
+
+def mixture(share: Tensor) -> StepCoefficients:
+    """The coefficients of `sum_m share_m c_m`, for shares (B, M) without unit; no step is taken."""
+    layout = Layout(share.shape[-1], clips=False)
+    row = share.new_zeros(len(share), layout.width)
+    row[:, layout.cond] = share
+    return StepCoefficients(row, layout.num_objectives, None)

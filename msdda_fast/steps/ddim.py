@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 from msdda_fast.errors import InvalidSchedule
-from msdda_fast.steps.rules import LevelRange, PredictionTerms, StepTerms, canonical_step
+from msdda_fast.levels import ETA, LevelRange
+from msdda_fast.steps.rules import PredictionTerms, StepTerms, canonical_step
 
 if TYPE_CHECKING:
     from msdda_fast.types import Scheduler
 
-__all__ = ["DDIMGrid", "DDIMRule", "ddim_grid"]
+__all__ = ["DDIMGrid", "DDIMRule", "ddim_grid", "grid_between", "next_grid", "set_to"]
 
 #: Of diffusers; a scheduler of another library is taken at its word.
 _KNOWN = ("DDIMScheduler", "DDIMParallelScheduler")
@@ -89,7 +90,16 @@ class DDIMRule:
     @property
     def levels(self) -> LevelRange:
         """Eta in [0, 1]: beyond, sqrt(1 - p - eta^2 v) need not exist."""
-        return LevelRange(name="eta", meaning="DDIM's stochasticity", low=0.0, high=1.0)
+        return ETA
+
+    @property
+    def input_scale(self) -> None:
+        """The networks take x_t."""
+
+    @property
+    def mixes_unless_told(self) -> bool:
+        """No: what Eq. 7 takes away from the noise vanishes with the size of the steps."""
+        return False
 
     def step(self, level: Tensor) -> StepTerms:
         """Return the DDIM posteriors at `level`, broadcastable to (T, B, M)."""
@@ -113,9 +123,9 @@ class DDIMRule:
         size = 1 + level**2 * a * (1 - p) / (p * (1 - a))
         return size / (a.sqrt() * self._direction(level) + (p * (1 - a)).sqrt())
 
-    def level_at(self, rate: Tensor) -> Tensor:
-        """Return `rate`: it is eta."""
-        return rate
+    def step_at(self, rate: Tensor) -> StepTerms:
+        """Return `step(rate)`: a rate is eta."""
+        return self.step(rate)
 
     @property
     def _prev(self) -> Tensor:
@@ -126,25 +136,92 @@ class DDIMRule:
         return (1 - self._prev - level**2 * self.grid.var[:, None, None]).clamp(min=0).sqrt()
 
 
-def ddim_grid(scheduler: Scheduler, num_steps: int) -> DDIMGrid:
+def ddim_grid(scheduler: Scheduler, num_steps: int | None) -> DDIMGrid:
     """Read T = `num_steps` steps off `scheduler`, which is copied and not changed.
+
+    Args:
+        scheduler: `diffusers.DDIMScheduler`, or anything with its config and `alphas_cumprod`.
+        num_steps: T; None: as the scheduler's timesteps are set.
 
     Raises:
         InvalidSchedule: T outside [1, num_train_timesteps], timesteps beyond the training ones, or
             a setting the affine DDIM kernel cannot express.
     """
-    config, alphas_cumprod = scheduler.config, scheduler.alphas_cumprod
-    num_train_steps = int(config.num_train_timesteps)
+    kind = type(scheduler)
+    if kind.__module__.startswith("diffusers.") and kind.__name__ not in _KNOWN:
+        raise InvalidSchedule(
+            f"{kind.__name__} is not a DDIM scheduler; use "
+            f"DDIMScheduler.from_config(scheduler.config)"
+        )
+    scheduler, num_steps = set_to(scheduler, num_steps)
+    num_train_steps = int(scheduler.config.num_train_timesteps)
+    timesteps = _timesteps(scheduler, num_steps, num_train_steps)
+    # diffusers subtracts the stride instead of taking the next timestep; linspace tells them apart
+    previous = timesteps - num_train_steps // num_steps
+    return grid_between(scheduler, timesteps, previous, scheduler.config.set_alpha_to_one)
+
+
+def next_grid(scheduler: Scheduler, num_steps: int | None, last: int | None) -> DDIMGrid:
+    """Read the steps of a scheduler that goes from each timestep to the next in its list.
+
+    Args:
+        scheduler, num_steps: As in `ddim_grid`.
+        last: Where the last step goes; None: nowhere, -1: to alpha_bar = 1.
+
+    Raises:
+        InvalidSchedule: As `ddim_grid`.
+    """
+    scheduler, num_steps = set_to(scheduler, num_steps)
+    timesteps = _timesteps(scheduler, num_steps, int(scheduler.config.num_train_timesteps))
+    end = timesteps[-1:] if last is None else timesteps.new_tensor([last])
+    return grid_between(scheduler, timesteps, torch.cat([timesteps[1:], end]), True)
+
+
+def set_to(scheduler: Scheduler, num_steps: int | None) -> tuple[Scheduler, int]:
+    """Return a scheduler whose timesteps are set, and T: a copy of `scheduler`, unless T is None.
+
+    Raises:
+        InvalidSchedule: T is outside of the training steps, or the scheduler refuses it.
+    """
+    if num_steps is None:
+        if getattr(scheduler, "custom_timesteps", False):
+            return scheduler, len(scheduler.timesteps)
+        if (set_steps := getattr(scheduler, "num_inference_steps", None)) is None:
+            raise InvalidSchedule(
+                f"{type(scheduler).__name__} has no timesteps yet: give num_steps, or call its "
+                f"set_timesteps first"
+            )
+        return scheduler, int(set_steps)
+    num_train_steps = int(scheduler.config.num_train_timesteps)
     if not 1 <= num_steps <= num_train_steps:
         raise InvalidSchedule(
             f"num_steps is {num_steps}, expected 1 to {num_train_steps}, the training steps"
         )
-    kind = type(scheduler)
-    name = kind.__name__
-    if kind.__module__.startswith("diffusers.") and name not in _KNOWN:
+    scheduler = copy.copy(scheduler)
+    try:
+        scheduler.set_timesteps(num_steps)
+    except ValueError as error:
         raise InvalidSchedule(
-            f"{name} is not a DDIM scheduler; use DDIMScheduler.from_config(scheduler.config)"
-        )
+            f"{type(scheduler).__name__} refuses {num_steps} steps ({error}); to set its timesteps "
+            f"otherwise, call its set_timesteps and give num_steps=None"
+        ) from error
+    return scheduler, num_steps
+
+
+def grid_between(
+    scheduler: Scheduler, timesteps: Tensor, previous: Tensor, to_one: bool
+) -> DDIMGrid:
+    """Return the grid of steps from `timesteps` to `previous`, both (T,) int64.
+
+    Args:
+        scheduler: Gives alpha_bar and the config.
+        timesteps, previous: Negative ones of `previous` are the end.
+        to_one: Whether alpha_bar is 1 at the end, rather than that of timestep 0.
+
+    Raises:
+        InvalidSchedule: A setting the affine kernel cannot express.
+    """
+    config, name = scheduler.config, type(scheduler).__name__
     if getattr(config, "thresholding", False):
         raise InvalidSchedule(
             f"{name}: thresholding=True rescales x_0 by its own quantile and has no coefficients; "
@@ -154,30 +231,25 @@ def ddim_grid(scheduler: Scheduler, num_steps: int) -> DDIMGrid:
         raise InvalidSchedule(
             f"prediction_type is {prediction_type!r}, expected one of {PREDICTION_TYPES}"
         )
-
-    timesteps = _timesteps(scheduler, num_steps, num_train_steps)
-    alpha_bar = alphas_cumprod.detach().to("cpu", torch.float64)
-    final = torch.ones((), dtype=torch.float64) if config.set_alpha_to_one else alpha_bar[0]
-    # diffusers subtracts the stride instead of taking the next timestep; linspace tells them apart
-    previous = timesteps - num_train_steps // num_steps
+    alpha_bar = scheduler.alphas_cumprod.detach().to("cpu", torch.float64)
+    final = torch.ones((), dtype=torch.float64) if to_one else alpha_bar[0]
     alpha_bar_t = alpha_bar[timesteps]
     if prediction_type == "epsilon" and (alpha_bar_t == 0).any():
         raise InvalidSchedule(
             "alpha_bar is 0 at the first step (rescale_betas_zero_snr), where an epsilon "
             "prediction says nothing of x_0; use v_prediction or sample"
         )
+    clips = getattr(config, "clip_sample", False)
     return DDIMGrid(
         timesteps=timesteps,
         alpha_bar_t=alpha_bar_t,
         alpha_bar_prev=torch.where(previous >= 0, alpha_bar[previous.clamp(min=0)], final),
         prediction_type=prediction_type,
-        clip_range=float(config.clip_sample_range) if config.clip_sample else None,
+        clip_range=float(config.clip_sample_range) if clips else None,
     )
 
 
 def _timesteps(scheduler: Scheduler, num_steps: int, num_train_steps: int) -> Tensor:
-    scheduler = copy.copy(scheduler)
-    scheduler.set_timesteps(num_steps)
     timesteps = scheduler.timesteps.cpu()
     # "trailing" rounds a surplus step -1 into existence at some T, 61 of 1000 for one
     timesteps = timesteps[timesteps >= 0]

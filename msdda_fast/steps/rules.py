@@ -15,63 +15,20 @@ A sampler is one file here, with one class. `table.rule_table` makes coefficient
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from msdda_fast.errors import InvalidSchedule, InvalidShape
-from msdda_fast.weights import as_host_float64
+from msdda_fast.levels import LevelRange
 
 __all__ = [
     "CleanTerms",
-    "LevelRange",
     "MixingRule",
     "PredictionTerms",
     "Rule",
     "StepTerms",
     "canonical_step",
 ]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LevelRange:
-    """What the noise levels of a rule mean, and which there are.
-
-    Attributes:
-        name: What a level is called, such as "eta".
-        meaning: Whose quantity that is, for the message of an error.
-        low, high: The closed range, no unit; high may be infinite, a level may not.
-    """
-
-    name: str
-    meaning: str
-    low: float
-    high: float
-
-    def check(self, levels: Sequence[float] | Tensor) -> Tensor:
-        """Return the levels of M objectives as float64 on the host, (M,) with M >= 1.
-
-        Raises:
-            InvalidShape: Not (M,).
-            InvalidSchedule: A level outside the range, probably one of another kind of sampler.
-        """
-        values = as_host_float64(levels, f"{self.name}s")
-        if values.ndim != 1 or not len(values):
-            raise InvalidShape(
-                f"{self.name}s have shape {tuple(values.shape)}, expected (M,) with M >= 1"
-            )
-        end = "inf)" if self.high == math.inf else f"{self.high:g}]"
-        for index, value in enumerate(values.tolist()):
-            if not (self.low <= value <= self.high and value < math.inf):  # NaN fails too
-                raise InvalidSchedule(
-                    f"objective {index}: {self.name} must lie in [{self.low:g}, {end}, got "
-                    f"{value!r}; {self.name} is {self.meaning}, and a level of another kind of "
-                    f"sampler is another quantity"
-                )
-        return values
 
 
 class PredictionTerms(NamedTuple):
@@ -142,6 +99,10 @@ class Rule(Protocol):
         """x0hat is clamped to [-clip_range, clip_range], latent units; None: it is not."""
 
     @property
+    def input_scale(self) -> Tensor | None:
+        """What the networks take is `input_scale x_t`, (T,), no unit; None: x_t itself."""
+
+    @property
     def levels(self) -> LevelRange:
         """What a noise level means."""
 
@@ -158,14 +119,22 @@ class Rule(Protocol):
 class MixingRule(Rule, Protocol):
     """A rule whose step can be taken on a mixture of noise predictions: `fusion="eps"`."""
 
+    @property
+    def mixes_unless_told(self) -> bool:
+        """Whether "eps" is the fusion of unequal levels for those who do not say which.
+
+        So it is where Eq. 7 takes a fixed part of the noise away in every step, however many steps
+        there are.
+        """
+
     def eps_scale(self, level: Tensor) -> Tensor:
         """|dmean / depshat|, broadcastable to (T, B, M), up to a positive factor per step.
 
         The factor is chosen so that the result is finite, and not 0 for a step of no length.
         """
 
-    def level_at(self, rate: Tensor) -> Tensor:
-        """The level whose `StepTerms.rate` this is, broadcastable to (T, B, 1)."""
+    def step_at(self, rate: Tensor) -> StepTerms:
+        """The Gaussians whose `StepTerms.rate` this is, broadcastable to (T, B, 1)."""
 
 
 def canonical_step(

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from msdda_fast.errors import InvalidSchedule, InvalidShape, InvalidWeights, ZeroVariance
-from msdda_fast.objective import check_eta
+from msdda_fast.levels import ETA
 from msdda_fast.tracing import values_are_readable
 from msdda_fast.weights import as_host_float64, normalise_weights
 
@@ -207,7 +207,7 @@ def effective_weights(
             f"(..., M) and (M,)"
         )
     for index, value in enumerate(eta.tolist()):
-        check_eta(value, f"objective {index}")
+        ETA.check_one(value, f"objective {index}")
     share, eta_w = fusion_shares(normalise_weights(values, axis=-1, extrapolate=extrapolate), eta)
     return share * (1 + eta**2) / (1 + eta_w[..., None] ** 2), eta_w
 

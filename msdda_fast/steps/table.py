@@ -22,12 +22,13 @@ from torch import Tensor
 
 from msdda_fast.errors import InvalidSchedule, InvalidShape, InvalidWeights
 from msdda_fast.steps.coefficients import CoefficientTable, Layout
-from msdda_fast.steps.ddim import DDIMRule, ddim_grid
 from msdda_fast.steps.rules import MixingRule, Rule
+from msdda_fast.steps.schedulers import levels_of, scheduler_rule
 from msdda_fast.steps.shares import eps_mixture, fusion_shares
 from msdda_fast.weights import as_host_float64, preference_schedule
 
 if TYPE_CHECKING:
+    from msdda_fast.levels import NoiseLevels
     from msdda_fast.types import Fusion, Scheduler, WeightSchedule, ZeroVariancePolicy
 
 __all__ = ["coefficient_table", "rule_table"]
@@ -35,41 +36,50 @@ __all__ = ["coefficient_table", "rule_table"]
 
 def coefficient_table(
     scheduler: Scheduler,
-    num_steps: int,
+    num_steps: int | None,
     *,
-    etas: Sequence[float] | Tensor,
+    etas: Sequence[float] | Tensor | None = None,
+    levels: NoiseLevels | None = None,
     weights: Sequence[Any] | Tensor | None,
     guidance_scale: float | Sequence[float] | Tensor = 1.0,
     zero_variance: ZeroVariancePolicy = "error",
     rates: Sequence[float] | Tensor | None = None,
     extrapolate: bool = False,
-    fusion: Fusion = "posterior",
+    fusion: Fusion | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> CoefficientTable:
-    """Build the coefficients of Algorithm 1 (Eq. 7) over the DDIM kernels of M objectives.
+    """Build the coefficients of Algorithm 1 (Eq. 7) over the steps of a scheduler.
 
-    Reads `alphas_cumprod` and the config of a diffusers DDIM scheduler: prediction type epsilon,
-    v_prediction or sample; any timestep spacing; `set_alpha_to_one`; `clip_sample`. The scheduler
-    is copied, never changed. As in diffusers, a step goes from t to `t - num_train // num_steps`.
+    Schedulers of diffusers that have a rule (`steps.schedulers.RULES`): DDIM, DDPM (fixed_small),
+    EulerAncestralDiscrete, LCM, TCD, FlowMatchEulerDiscrete, FlowMatchLCM and LTXEulerAncestralRF.
+    DDIM, DDPM and LCM may clip x_0 (`clip_sample`). The scheduler is copied, never changed.
 
     Args:
-        scheduler: `diffusers.DDIMScheduler`, or anything with its config and `alphas_cumprod`.
-        num_steps: T, in [1, num_train_timesteps].
-        etas: (M,), DDIM stochasticity of each objective, in [0, 1].
+        scheduler: One of them; anything of another library with the config and `alphas_cumprod` of
+            DDIM is taken for it.
+        num_steps: T, in [1, num_train_timesteps]; None: as the scheduler's timesteps are set, by
+            `set_timesteps(..., mu=...)` or otherwise.
+        etas: (M,), the noise level of each objective, in the scheduler's own kind: DDIM's eta in
+            [0, 1], also of Euler ancestral, LTX and FlowMatchEuler; TCD's gamma in [0, 1].
+        levels: Instead of etas: the same, or the noise that flow models were trained with, such as
+            `[FlowSDE(0.7), FlowSDE(0.4)]`, for FlowMatchEuler. With neither: what the scheduler
+            does by itself, which is an ODE for FlowMatchEuler; DDIM and TCD need levels.
         weights: Preferences (M,), (B, M) or (T, B, M), rows on the simplex; None is uniform.
         guidance_scale: g, a number, (M,) or (B, M); 1 is no guidance.
-        zero_variance: What to do when a sample mixes eta = 0 with eta > 0; see `fusion_shares`.
+        zero_variance: What to do when a sample mixes levels of 0 with others; see `fusion_shares`.
         rates: (M,) > 0, the relative rates c_i of `zero_variance="ratio"`.
         extrapolate: Accept negative weights while the total precision stays positive.
-        fusion: "posterior" is Eq. 7. "eps" is one DDIM step at eta_w of the mixed predictions,
+        fusion: "posterior" is Eq. 7. "eps" is one step at the fused rate, rate_w, on the mixed
+            predictions,
 
                 epshat_w = sum_i what_i epshat_i,
-                what_i = share_i B(eta_i) / sum_j share_j B(eta_j),
+                what_i = share_i B(level_i) / sum_j share_j B(level_j),
 
-            where B(eta) = sqrt(1 - p - eta^2 v) - sqrt(p (1 - a) / a) is what a step makes of a
-            prediction. The two are the same where etas are equal. Where they differ, Eq. 7 leaves
-            a step with less noise than alpha_bar_prev stands for, by O(1/T); "eps" does not.
+            where B(level) is what a step makes of a prediction of the noise. The two are the same
+            where levels are equal. Where they differ, Eq. 7 leaves a step with less noise than
+            there should be, by O(1/T), and for CPS by more; "eps" does not. None: "eps" for CPS
+            with unequal levels, else "posterior".
         device: Where `rows` and `timesteps` go; the CPU by default.
         dtype: Of `rows`: float32, or float64 for a float64 state.
 
@@ -77,17 +87,23 @@ def coefficient_table(
         The table; B is 1 when neither weights nor guidance have a batch axis.
 
     Raises:
-        InvalidSchedule: An eta, guidance scale, number of steps or scheduler setting is outside the
-            range above, or not one the affine kernel can express; another fusion than those; or
-            "eps" with x_0 clipping, where predictions cannot be mixed.
+        InvalidSchedule: A level, guidance scale, number of steps or scheduler setting is outside
+            the range above, or not one an affine kernel can express; levels of another rule's kind;
+            sigmas of a flow outside [0, 1]; learned variances; another fusion than those; or "eps"
+            with x_0 clipping, where predictions cannot be mixed.
         InvalidWeights: Weights off the simplex, or a total precision that is not positive; with
-            "eps" also extrapolated ones that leave eta_w > 1 or predictions that cancel.
-        InvalidShape: `weights`, `etas`, `rates` or `guidance_scale` of another shape.
-        ZeroVariance: A sample mixes eta = 0 with eta > 0 under `zero_variance="error"`.
+            "eps" also extrapolated ones that leave the range of levels or predictions that cancel.
+        InvalidShape: `weights`, `etas`, `levels`, `rates` or `guidance_scale` of another shape.
+        ZeroVariance: A sample mixes levels of 0 with others under `zero_variance="error"`.
+        ValueError: Both `etas` and `levels`.
     """
+    count = None
+    if etas is None and levels is None and weights is not None:
+        count = as_host_float64(weights, "weights").shape[-1]
+    read = levels_of(scheduler, etas, levels, count)
     return rule_table(
-        DDIMRule(ddim_grid(scheduler, num_steps)),
-        levels=etas,
+        scheduler_rule(scheduler, num_steps, read.noise),
+        levels=read.values,
         weights=weights,
         guidance_scale=guidance_scale,
         zero_variance=zero_variance,
@@ -109,7 +125,7 @@ def rule_table(
     zero_variance: ZeroVariancePolicy = "error",
     rates: Sequence[float] | Tensor | None = None,
     extrapolate: bool = False,
-    fusion: Fusion = "posterior",
+    fusion: Fusion | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> CoefficientTable:
@@ -133,13 +149,13 @@ def rule_table(
     guidance = _guidance(guidance_scale, count)
     batch = _batch_size(weights, guidance, batch_size)
     weight = preference_schedule(weights, count, batch, steps, extrapolate=extrapolate)
-    mixing = _mixing(fusion, rule)
+    mixing = _mixing(fusion, rule, level)
     terms = rule.step(level)
     share, rate = fusion_shares(weight, terms.rate, zero_variance=zero_variance, rates=rates)
     if mixing is not None:
-        level_w = mixing.level_at(rate[..., None])
-        _check_fused_level(level_w, rule)
-        share, terms = eps_mixture(share, mixing.eps_scale(level)), rule.step(level_w)
+        _check_fused_rate(rate, rule)
+        share = eps_mixture(share, mixing.eps_scale(level))
+        terms = mixing.step_at(rate[..., None])
     std = rate * terms.unit[..., 0]
 
     layout = Layout(count, clips=terms.clean is not None)
@@ -156,9 +172,11 @@ def rule_table(
         rows[..., layout.x0_cond] = output * guidance
         rows[..., layout.x0_scale] = clean.scale * share
     timesteps = rule.timesteps.to(dtype) if rule.timesteps.is_floating_point() else rule.timesteps
+    scale = rule.input_scale
     return CoefficientTable(
         rows=rows.to(device=device, dtype=dtype),
         timesteps=timesteps.to(device=device),
+        input_scale=None if scale is None else scale.to(device=device, dtype=dtype),
         num_objectives=count,
         clip_range=rule.clip_range,
         share=share,
@@ -167,10 +185,14 @@ def rule_table(
     )
 
 
-def _mixing(fusion: Fusion, rule: Rule) -> MixingRule | None:
+def _mixing(fusion: Fusion | None, rule: Rule, level: Tensor) -> MixingRule | None:
     """The rule, if predictions are to be mixed."""
-    if fusion not in (known := ("posterior", "eps")):
+    if fusion not in (known := (None, "posterior", "eps")):
         raise InvalidSchedule(f"fusion is {fusion!r}, expected one of {known}")
+    if fusion is None:
+        differ = bool((level != level[0]).any())
+        told = isinstance(rule, MixingRule) and rule.mixes_unless_told and differ
+        return rule if told else None  # type: ignore[return-value]
     if fusion == "posterior":
         return None
     if rule.clip_range is not None:
@@ -186,12 +208,18 @@ def _mixing(fusion: Fusion, rule: Rule) -> MixingRule | None:
     return rule
 
 
-def _check_fused_level(level: Tensor, rule: Rule) -> None:
-    highest, limit = float(level.max()), rule.levels.high
-    if highest > limit + 1e-9:
+def _check_fused_rate(rate: Tensor, rule: Rule) -> None:
+    """Raise unless fused rates (T, B) are at most those of the highest level."""
+    highest = torch.tensor([rule.levels.high], dtype=torch.float64)
+    if highest.isinf():
+        return
+    limit = rule.step(highest).rate[..., 0].expand_as(rate)
+    over = (rate - limit).clamp(min=0)
+    if over.max() > 1e-9:
+        k, b = divmod(int(over.argmax()), rate.shape[1])
         raise InvalidWeights(
-            f"fusion='eps' steps at {rule.levels.name}_w, here up to {highest:.6g}: it must be at "
-            f"most {limit:g}, which negative weights have changed"
+            f"fusion='eps' steps at {rule.levels.name}_w, whose rate is {float(rate[k, b]):.6g} "
+            f"here: it must be at most {float(limit[k, b]):g}, which negative weights have changed"
         )
 
 

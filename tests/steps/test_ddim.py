@@ -68,7 +68,7 @@ def test_it_says_what_a_noise_prediction_counts() -> None:
     coefficient, scale = rule.step(ETAS).output_scale, rule.eps_scale(ETAS)
     quotient = coefficient / scale
     torch.testing.assert_close(quotient, quotient[..., :1].expand_as(quotient), rtol=1e-9, atol=0)
-    assert rule.level_at(ETAS).equal(ETAS)
+    assert rule.step_at(ETAS).output_scale.equal(coefficient)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from msdda_fast import InvalidSchedule, InvalidShape, InvalidWeights, ZeroVariance
+from msdda_fast.levels import LevelRange
 from msdda_fast.reference import fuse_posteriors
-from msdda_fast.steps.rules import LevelRange, MixingRule, StepTerms
+from msdda_fast.steps.rules import MixingRule, StepTerms
 from msdda_fast.steps.table import rule_table
 
 TIMES = torch.tensor([0.9, 0.6, 0.35, 0.1, 0.0], dtype=torch.float64)
@@ -21,7 +22,7 @@ LEVELS = [0.7, 0.3, 1.2]
 class Flow:
     """What the rules below have in common: times in (0, 1), nothing clipped."""
 
-    clip_range = None
+    clip_range = input_scale = None
     levels = LevelRange(name="a", meaning="the noise of a flow's SDE", low=0.0, high=2.0)
 
     @property
@@ -133,6 +134,7 @@ class Bounded(Sde):
     """With mixing, whose levels end at `high`."""
 
     high: float = 1.0
+    mixes_unless_told: bool = False
 
     @property
     def levels(self) -> LevelRange:
@@ -142,8 +144,8 @@ class Bounded(Sde):
         t, r = self.ends
         return (t - r) + level**2 / 2 * (t - r)
 
-    def level_at(self, rate: Tensor) -> Tensor:
-        return rate
+    def step_at(self, rate: Tensor) -> StepTerms:
+        return self.step(rate)
 
 
 def test_predictions_are_mixed_only_by_rules_that_say_how() -> None:
@@ -165,7 +167,7 @@ def test_predictions_are_mixed_only_by_rules_that_say_how() -> None:
 
 
 def test_a_mixture_may_not_step_beyond_the_levels() -> None:
-    with pytest.raises(InvalidWeights, match=r"a_w, here up to 1\.\d+: it must be at most 1,"):
+    with pytest.raises(InvalidWeights, match=r"a_w, whose rate is 1\.\d+ here: .* at most 1,"):
         rule_table(
             Bounded(), levels=[1.0, 0.8, 0.8], weights=[1.8, -0.4, -0.4], extrapolate=True,
             fusion="eps",

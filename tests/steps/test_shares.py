@@ -218,7 +218,7 @@ class TestEps:
         weights = [-1.5, 2.5]
         assert shares(weights, ETAS)[1] > 1
         assert found(EXPERTS, weights, ETAS, **settings).var > 0
-        with pytest.raises(InvalidWeights, match=r"eta_w, here up to 2\.5"):
+        with pytest.raises(InvalidWeights, match=r"eta_w, whose rate is 2\.5"):
             found(EXPERTS, weights, ETAS, fusion="eps", **settings)
         downwards = found(EXPERTS, [1.5, -0.5], ETAS, fusion="eps", **settings)
         expected = mixed_chain(EXPERTS, [1.5, -0.5], ETAS, by_contribution([1.5, -0.5], ETAS), 2)
