@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
 from msdda_fast.errors import InvalidSchedule
-from msdda_fast.levels import ETA
+from msdda_fast.levels import ETA, FlowNoise
 
 __all__ = ["Objective"]
 
@@ -19,9 +20,13 @@ class Objective:
     """One aligned model `p_i(x_{t-1} | x_t) = N(mu_i, eta_i^2 v_t I)`.
 
     Args:
-        source: LoRA file, folder or hub id. None, with no `unet`: the base model itself.
+        source: LoRA file, folder or hub id, or several that act together (an accelerator and a
+            preference, say). None, with no `unet`: the base model itself.
         eta: DDIM stochasticity the model was aligned with, in [0, 1]; 1 is DDPM, 0 deterministic.
-        scale: Factor on the adapter's update, no unit; 1 is the adapter as trained.
+        scale: Factor on the adapter's update, no unit; 1 is the adapter as trained. One per source,
+            or one for all.
+        noise: Of a flow model: the noise it was aligned with, such as `FlowSDE(0.7)`; None: the
+            scheduler's own, or that of the call.
         weight_name: File name inside `source` when it is a folder or hub id.
         subfolder: Folder inside `source`.
         guidance_scale: Classifier-free guidance of this objective; None: the scale of the call.
@@ -29,13 +34,15 @@ class Objective:
 
     Raises:
         InvalidSchedule: `eta` outside [0, 1], or a guidance scale that is not finite.
-        ValueError: `scale` is not finite, or both `source` and `unet` are given.
+        ValueError: `scale` is not finite or not one per source, both `source` and `unet` are given,
+            or `noise` is no noise.
     """
 
-    source: str | Path | None = None
+    source: str | Path | Sequence[str | Path] | None = None
     _: KW_ONLY
     eta: float = 1.0
-    scale: float = 1.0
+    scale: float | Sequence[float] = 1.0
+    noise: FlowNoise | None = None
     weight_name: str | None = None
     subfolder: str | None = None
     guidance_scale: float | None = None
@@ -43,8 +50,19 @@ class Objective:
 
     def __post_init__(self) -> None:
         ETA.check_one(self.eta, "Objective")
-        if not math.isfinite(self.scale):
+        for name in ("source", "scale"):  # frozen, and equal whatever kind of list was given
+            if isinstance(value := getattr(self, name), list):
+                object.__setattr__(self, name, tuple(value))
+        scales = self.scale if isinstance(self.scale, Sequence) else (self.scale,)
+        if not all(math.isfinite(scale) for scale in scales):
             raise ValueError(f"Objective: scale must be finite, got {self.scale!r}")
+        if isinstance(self.scale, Sequence) and len(self.scale) != len(self.sources):
+            raise ValueError(f"Objective: {len(self.scale)} scales for {len(self.sources)} sources")
+        if self.noise is not None and not isinstance(self.noise, FlowNoise):
+            raise ValueError(
+                f"Objective: noise must be that of a flow model, such as FlowSDE(0.7), got "
+                f"{self.noise!r}"
+            )
         if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
             raise InvalidSchedule(
                 f"Objective: guidance_scale must be finite, got {self.guidance_scale!r}"
@@ -59,6 +77,19 @@ class Objective:
     def base(cls, eta: float = 1.0) -> Objective:
         """Return the base model as an objective; `eta` in [0, 1]."""
         return cls(eta=eta)
+
+    @property
+    def sources(self) -> tuple[str | Path, ...]:
+        """The adapters that act together, in order; none for the base and for full networks."""
+        if self.source is None:
+            return ()
+        return (self.source,) if isinstance(self.source, (str, Path)) else tuple(self.source)
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """One scale per source."""
+        many = isinstance(self.scale, Sequence)
+        return tuple(self.scale) if many else (self.scale,) * len(self.sources)
 
     @property
     def is_base(self) -> bool:

@@ -130,7 +130,11 @@ class _PlainUpdates:
         self._layer, self._path = layer, path
         self._parts = [
             [
-                (layer.lora_A[name], layer.lora_B[name], scaling(layer, Variant(layer, name, scale)))
+                (
+                    layer.lora_A[name],
+                    layer.lora_B[name],
+                    scaling(layer, Variant(layer, name, scale)),
+                )
                 for name, scale in adapters
             ]
             for adapters in sets

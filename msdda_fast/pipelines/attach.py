@@ -10,27 +10,33 @@ the networks and the scheduler are the stock ones.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from functools import cache
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import nn
+from torch import Tensor, nn
 
 from msdda_fast.adapters.switching import adapter_names
 from msdda_fast.adapters.variant import AdapterSet
 from msdda_fast.errors import AdapterMismatch, UnknownObjective, UnsupportedNetwork
+from msdda_fast.levels import NoiseLevels
 from msdda_fast.objective import Objective
 from msdda_fast.pipelines.batch import Batch
-from msdda_fast.pipelines.fused_scheduler import fused_scheduler
+from msdda_fast.pipelines.call_levels import call_levels
+from msdda_fast.pipelines.fused_scheduler import with_fusing
+from msdda_fast.pipelines.fusing import FusingOptions
+from msdda_fast.pipelines.loop_noise import LoopNoise
 from msdda_fast.pipelines.manifest import check_names
+from msdda_fast.pipelines.pipeline_step import PipelineFusing
 from msdda_fast.pipelines.row_hook import RowHook
-from msdda_fast.types import Fusion, NoiseLevels, Seeds, WeightSchedule, ZeroVariancePolicy
+from msdda_fast.pipelines.stock_schedulers import check_scheduler
+from msdda_fast.types import Fusion, WeightSchedule, ZeroVariancePolicy
 
-__all__ = ["WithObjectives", "attach", "detached"]
+__all__ = ["WithObjectives", "attach"]
 
 #: Components that predict what a scheduler's step takes.
 _DENOISERS = ("unet", "transformer", "transformer_2", "prior", "decoder")
@@ -39,6 +45,7 @@ _DENOISERS = ("unet", "transformer", "transformer_2", "prior", "decoder")
 class WithObjectives:
     """Mixin before the class of a stock pipeline; `attach` makes the class."""
 
+    stock_class: type[DiffusionPipeline]
     _objectives: dict[str, Objective]
     _sets: dict[str, AdapterSet]
     _hooks: dict[str, RowHook]
@@ -50,17 +57,21 @@ class WithObjectives:
 
     def detach(self) -> DiffusionPipeline:
         """Return the stock pipeline, on the same networks and scheduler."""
-        return detached(self)
+        stock = copy.copy(self)
+        stock.__class__ = self.stock_class
+        for name in ("_objectives", "_sets", "_hooks"):
+            del stock.__dict__[name]
+        return stock
 
     @torch.no_grad()
     def __call__(
         self,
         *args: Any,  # noqa: ANN401 - the stock pipeline's own
         weights: WeightSchedule = None,
-        seed: Seeds | None = None,
-        levels: NoiseLevels | Mapping[str, float] | None = None,
+        seed: int | Sequence[int] | None = None,
+        levels: NoiseLevels | Mapping[str, Any] | None = None,
         zero_variance: ZeroVariancePolicy = "error",
-        rates: list[float] | None = None,
+        rates: Sequence[float] | None = None,
         extrapolate: bool = False,
         fusion: Fusion | None = None,
         **kwargs: Any,  # noqa: ANN401
@@ -79,7 +90,7 @@ class WithObjectives:
             seed: Counter-based noise in the steps, and x_T from one generator per image: image i
                 gets the seed `seed + i`; a list has one per image. An image then depends on its own
                 seed alone. None: as in the stock pipeline, `generator` or torch's default one.
-            levels: Noise levels in place of the objectives' own, by name or in order.
+            levels: Noise levels in place of the objectives' own, in order or by name.
             zero_variance, rates, extrapolate, fusion: See `msdda_fast.coefficient_table`.
 
         Returns: What the stock pipeline returns.
@@ -92,33 +103,45 @@ class WithObjectives:
                 `msdda_fast.coefficient_table`.
             ValueError: Both `seed` and `generator`.
         """
-        self._check_adapters()
-        stock = super().__call__  # type: ignore[misc]
-        batch = Batch.of(stock, args, kwargs, list(self._objectives))
-        rows = batch.weights(weights, extrapolate=extrapolate)
-        active = [m for m in range(len(self._objectives)) if bool((rows[..., m] != 0).any())]
-        names = [name for m, name in enumerate(self._objectives) if m in active]
+        stock: Any = super().__call__  # type: ignore[misc]
+        scheduler: Any = self.scheduler  # type: ignore[attr-defined]
+        batch = Batch.of(stock, args, kwargs)
+        rows = batch.weights(weights, list(self._objectives), extrapolate=extrapolate)
+        active = {
+            name: objective
+            for m, (name, objective) in enumerate(self._objectives.items())
+            if bool((rows[..., m] != 0).any())
+        }
+        columns = [m for m, name in enumerate(self._objectives) if name in active]
         seeds, kwargs = batch.seeded(seed, kwargs)
-        scheduler = fused_scheduler(
-            self.scheduler,
-            weights=rows[..., active],
-            levels=self._levels(levels, names),
-            seeds=seeds,
-            zero_variance=zero_variance,
-            rates=None if rates is None else [rates[m] for m in active],
-            extrapolate=extrapolate,
+        check_scheduler(scheduler, steered=seeds is not None)
+        options = FusingOptions(
             fusion=fusion,
+            zero_variance=zero_variance,
+            rates=None if rates is None else [rates[m] for m in columns],
+            extrapolate=extrapolate,
+            state_dtype=torch.float32,
+            backend="auto",
         )
-        sets = [self._sets[name] for name in names]
+        fusing = PipelineFusing(
+            scheduler,
+            options,
+            count=len(active),
+            levels=call_levels(scheduler, active, self._objectives, levels),
+            weights=_by_step(rows[..., columns]),
+            noise=LoopNoise(seeds, None),
+        )
+        self._check_adapters(active)
+        sets = [self._sets[name] for name in active]
         with ExitStack() as stack:
-            for name, network in self.components.items():
+            for name, network in self.components.items():  # type: ignore[attr-defined]
                 if isinstance(network, nn.Module):
                     stack.enter_context(self._hook(name, network).hooked(sets))
-            # past `DiffusionPipeline.__setattr__`, which would write the class into the config
-            own, self.__dict__["scheduler"] = self.scheduler, scheduler
-            stack.callback(self.__dict__.__setitem__, "scheduler", own)
+            # past `DiffusionPipeline.__setattr__`, which would note the change in the config
+            self.__dict__["scheduler"] = with_fusing(scheduler, fusing)
+            stack.callback(self.__dict__.__setitem__, "scheduler", scheduler)
             result = stock(*args, **kwargs)
-        if scheduler.fused_steps == 0:
+        if fusing.steps == 0:
             raise UnsupportedNetwork(
                 f"{type(self).__name__} did not call its scheduler's step, so nothing was fused"
             )
@@ -126,15 +149,111 @@ class WithObjectives:
 
     def _hook(self, name: str, network: nn.Module) -> RowHook:
         hook = self._hooks.get(name)
-        if hook is None or hook.network is not network:
+        if hook is None or hook.network is not network:  # users assign others to a pipeline
             hook = self._hooks[name] = RowHook(name, network)
         return hook
 
-    def _check_adapters(self) -> None:
+    def _check_adapters(self, active: Mapping[str, Objective]) -> None:
         loaded = _loaded(self)
-        for name, adapters in self._sets.items():
-            for adapter, _ in adapters:
+        for name in active:
+            for adapter, _ in self._sets[name]:
                 if adapter not in loaded:
                     raise AdapterMismatch(
-                        f"objective {name!r}: its adapter {adapter!r} is no longer in the pipeline"
+                        f"objective {name!r}: its adapter {adapter!r} is no longer in the "
+                        f"pipeline; loaded: {', '.join(loaded) or 'none'}"
                     )
+
+
+def attach(
+    pipeline: DiffusionPipeline, objectives: Mapping[str, Objective] | None = None
+) -> WithObjectives:
+    """Return a pipeline of the same class with objectives, on the same networks and scheduler.
+
+    Args:
+        pipeline: Any loaded pipeline of diffusers; it is not changed, and stays usable.
+        objectives: By name, in order; a source is the name of a loaded adapter. None: every loaded
+            adapter, or the base model.
+
+    Raises:
+        UnknownObjective: A source is not a loaded adapter.
+        UnsupportedNetwork: The pipeline has no denoiser that is known, or no scheduler.
+        ValueError: Invalid objectives, or ones with networks or guidance of their own.
+    """
+    parts = pipeline.components
+    if not any(isinstance(parts.get(name), nn.Module) for name in _DENOISERS):
+        raise UnsupportedNetwork(
+            f"{type(pipeline).__name__} has no denoiser that is known ({', '.join(_DENOISERS)}); "
+            f"its components are {', '.join(parts)}"
+        )
+    if not hasattr(parts.get("scheduler"), "step"):
+        raise UnsupportedNetwork(f"{type(pipeline).__name__} has no scheduler with a step to fuse")
+    loaded = _loaded(pipeline)
+    if objectives is None:
+        objectives = {name: Objective(name) for name in loaded} or {"base": Objective.base()}
+    check_names(objectives)
+    sets = {name: _set(name, objective, loaded) for name, objective in objectives.items()}
+    attached = copy.copy(pipeline)
+    attached.__class__ = _attached_class(getattr(type(pipeline), "stock_class", type(pipeline)))
+    attached._objectives, attached._sets, attached._hooks = dict(objectives), sets, {}
+    return attached
+
+
+def _loaded(pipeline: Any) -> list[str]:  # noqa: ANN401 - a pipeline
+    parts = pipeline.components.values()
+    return adapter_names(*(part for part in parts if isinstance(part, nn.Module)))
+
+
+def _set(name: str, objective: Objective, loaded: Sequence[str]) -> AdapterSet:
+    if objective.unet is not None:
+        raise ValueError(
+            f"objective {name!r} is a network of its own, which only Stable Diffusion 1 and 2 can "
+            "have; here objectives are adapters"
+        )
+    if objective.guidance_scale is not None:
+        raise ValueError(
+            f"objective {name!r} has a guidance_scale of its own, but the pipeline's loop guides "
+            "all objectives alike: give guidance_scale in the call"
+        )
+    adapters = tuple(zip(objective.sources, objective.scales, strict=True))
+    for source, _ in adapters:
+        if str(source) not in loaded:
+            raise UnknownObjective(
+                f"objective {name!r}: {str(source)!r} is not an adapter of this pipeline; loaded: "
+                f"{', '.join(loaded) or 'none'}. Load one with load_lora_weights(..., "
+                f"adapter_name={name!r}), or use from_pretrained"
+            )
+    return tuple((str(source), float(scale)) for source, scale in adapters)
+
+
+def _by_step(rows: Tensor) -> WeightSchedule:
+    """(T, B, M) -> (B, M) where steps agree, else a callable from the step."""
+    if bool((rows == rows[:1]).all()):
+        return rows[0]
+    return lambda k: rows[k]
+
+
+@functools.cache
+def _attached_class(stock: type[DiffusionPipeline]) -> type[WithObjectives]:
+    """Return a subclass of `stock` with objectives; it has the name that an index would give."""
+
+    own = inspect.signature(WithObjectives.__call__).parameters.values()
+    signature = inspect.signature(stock.__call__)
+    together = [
+        *signature.parameters.values(),
+        *(parameter for parameter in own if parameter.kind is parameter.KEYWORD_ONLY),
+    ]
+    together.sort(key=lambda parameter: parameter.kind)  # **kwargs last, if stock has them
+
+    @functools.wraps(WithObjectives.__call__)
+    def call(self: WithObjectives, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as stock
+        return WithObjectives.__call__(self, *args, **kwargs)
+
+    call.__signature__ = signature.replace(parameters=together)  # type: ignore[attr-defined]
+    members = {
+        "__module__": stock.__module__,
+        "__qualname__": stock.__qualname__,
+        "__doc__": stock.__doc__,
+        "__call__": call,
+        "stock_class": stock,
+    }
+    return type(stock.__name__, (WithObjectives, stock), members)

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
         ZeroVariancePolicy,
     )
 
-__all__ = ["fused_scheduler"]
+__all__ = ["fused_scheduler", "with_fusing"]
 
 
 def fused_scheduler(
@@ -97,9 +97,7 @@ def fused_scheduler(
     """
     check_one_source(seeds=seeds, generator=generator)
     check_scheduler(scheduler, steered=seeds is not None or generator is not None)
-    fused = copy.copy(scheduler)
-    fused.__class__ = _fused_class(getattr(type(scheduler), "stock_class", type(scheduler)))
-    fused.fusing = Fusing(
+    fusing = Fusing(
         scheduler,
         FusingOptions(
             fusion=fusion,
@@ -114,6 +112,14 @@ def fused_scheduler(
         weights=weights,
         noise=LoopNoise(seeds, generator),
     )
+    return with_fusing(scheduler, fusing)
+
+
+def with_fusing(scheduler: Any, fusing: Fusing) -> Any:  # noqa: ANN401 - of the scheduler's class
+    """Return a shallow copy of a scheduler whose step is that of `fusing`."""
+    fused = copy.copy(scheduler)
+    fused.__class__ = _fused_class(getattr(type(scheduler), "stock_class", type(scheduler)))
+    fused.fusing = fusing
     return fused
 
 

@@ -86,6 +86,11 @@ class Fusing:
         self.weights, self.noise = weights, noise
         self.begin(scheduler)
 
+    @property
+    def is_stock(self) -> bool:
+        """Whether the stock step runs with nothing changed but the prediction."""
+        return self._arguments == {} and self.noise.seeds is None and self.noise.generator is None
+
     def begin(self, scheduler: Any) -> None:  # noqa: ANN401 - any scheduler of diffusers
         """Take up the timesteps of `scheduler`, if there are any; `set_timesteps` calls this.
 

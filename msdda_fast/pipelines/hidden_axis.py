@@ -46,6 +46,8 @@ _ABOUT = {
 _VALUES = {"T", "mT", "H", "mH", "real", "imag", "data", "grad"}
 #: They bring values to Python, where one number would have to stand for M.
 _HOST = {
+    "equal",
+    "allclose",
     "__array__",
     "__bool__",
     "__contains__",
@@ -74,7 +76,7 @@ class HiddenAxis(torch.Tensor):
     stacked: Tensor
 
     @staticmethod
-    def __new__(cls, stacked: Tensor) -> HiddenAxis:
+    def __new__(cls: type[HiddenAxis], stacked: Tensor) -> HiddenAxis:
         looks: HiddenAxis = make_wrapper(cls, stacked[0])
         looks.stacked = stacked
         return looks
@@ -125,9 +127,9 @@ class HiddenAxis(torch.Tensor):
 
         try:
             result = torch.vmap(once, randomness="same")(*(leaves[i].stacked for i in hidden))
-        except ValueError as error:  # the function returned no tensor
+        except (RuntimeError, ValueError) as error:
             raise UnsupportedNetwork(
-                f"{name} of a prediction gives no tensor, and predictions differ by objective"
+                f"{name} cannot run on predictions of several objectives: {error}"
             ) from error
         return tree_map_only(Tensor, HiddenAxis, result)
 

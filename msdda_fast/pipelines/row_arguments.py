@@ -32,9 +32,7 @@ class RowArguments:
     axes: MappingProxyType[str, int] = field(default_factory=lambda: MappingProxyType({}))
 
 
-def _rows(
-    shared: str = "", lists: str = "", axes: dict[str, int] | None = None
-) -> RowArguments:
+def _rows(shared: str = "", lists: str = "", axes: dict[str, int] | None = None) -> RowArguments:
     return RowArguments(
         frozenset(shared.split()), frozenset(lists.split()), MappingProxyType(axes or {})
     )

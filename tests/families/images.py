@@ -177,7 +177,12 @@ def flux2(batch: int = 2):
             axes_dims_rope=[4, 4, 4, 4],
         ),
         *JOINT_ATTENTION,
-        *("ff.linear_in", "ff.linear_out", "to_qkv_mlp_proj", "single_transformer_blocks.0.attn.to_out"),
+        *(
+            "ff.linear_in",
+            "ff.linear_out",
+            "to_qkv_mlp_proj",
+            "single_transformer_blocks.0.attn.to_out",
+        ),
         *("x_embedder", "context_embedder", "linear_1", "linear_2"),
     )
     vae = seeded(
