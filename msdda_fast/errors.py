@@ -18,6 +18,7 @@ __all__ = [
     "InvalidShape",
     "InvalidWeights",
     "MSDDAError",
+    "PipelineBusy",
     "QueueFull",
     "RankLost",
     "RanksDiffer",
@@ -78,6 +79,10 @@ class UnknownObjective(MSDDAError, KeyError, ValueError):
     def __str__(self) -> str:
         # KeyError prints the repr of its argument, which turns a sentence into a quoted string
         return Exception.__str__(self)
+
+
+class PipelineBusy(MSDDAError, RuntimeError):
+    """A callback called the pipeline that calls it; use another pipeline of the same networks."""
 
 
 class BackendUnavailable(MSDDAError, RuntimeError):

@@ -43,8 +43,10 @@ __all__ = [
     "TorchDispatchMode",
     "conv_forward",
     "held_by",
+    "hooks_of",
     "in_dispatch_mode",
     "inductor_options",
+    "is_compiled",
     "make_wrapper",
     "recompile_limit",
     "replace_parameters",
@@ -106,6 +108,19 @@ def held_by(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any], dict[str
     # Module._modules, ._parameters, ._buffers: since 0.1. The public iterators build all names each
     # time: milliseconds for a UNet, where looking an entry up takes nanoseconds.
     return module._modules, module._parameters, module._buffers
+
+
+def hooks_of(module: nn.Module) -> tuple[dict[Any, Any], dict[Any, Any]]:
+    """The dictionaries of a module's hooks before and after its forward; others only watch it."""
+    # Module._forward_pre_hooks, ._forward_hooks: since 0.1; hooks that take keywords are in both
+    # these and a dictionary of their own.
+    return module._forward_pre_hooks, module._forward_hooks
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether `module.compile()` replaced what calling it runs."""
+    # Module._compiled_call_impl: since 2.1; `torch.compile(module)` makes another module instead.
+    return module._compiled_call_impl is not None
 
 
 def replace_parameters(module: nn.Module, **parameters: nn.Parameter) -> None:

@@ -19,7 +19,8 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from msdda_fast.adapters.network_state import NetworkState, scaling
+from msdda_fast.adapters.layers import holds
+from msdda_fast.adapters.network_state import AdapterState, scaling
 from msdda_fast.adapters.switching import AdapterSwitch
 from msdda_fast.adapters.variant import AdapterSet, Variant
 from msdda_fast.errors import AdapterMismatch, InvalidShape
@@ -58,11 +59,20 @@ class GroupedAdapters:
                 )
         self._forwards = [(layer, _forward_of(layer, path, sets)) for path, layer in layers]
         used = dict.fromkeys(entry for adapters in sets for entry in adapters)
-        self._state = NetworkState(network, [Variant(network, *entry) for entry in used])
+        variants = [Variant(network, *entry) for entry in used]
+        self._network = network
+        self._state = AdapterState([layer for _, layer in layers], variants)
 
     def is_current(self) -> bool:
-        """Return whether weights, adapters and scales are still those that were read."""
-        return self._state.is_current()
+        """Return whether the network's adapters and their scales are still those that were read."""
+        layers = [layer for _, layer in tuner_layers(self._network)]
+        known = [layer for layer, _ in self._forwards]
+        return (
+            len(layers) == len(known)
+            and all(now is then for now, then in zip(layers, known, strict=True))
+            and not any(layer.merged for layer in layers)
+            and self._state.is_current()
+        )
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -81,7 +91,7 @@ def _forward_of(
     layer: BaseTunerLayer, path: str, sets: Sequence[AdapterSet]
 ) -> Callable[..., Tensor]:
     own = [
-        tuple((name, scale) for name, scale in adapters if _holds(layer, name)) for adapters in sets
+        tuple((name, scale) for name, scale in adapters if holds(layer, name)) for adapters in sets
     ]
     if not any(own):
         return layer.get_base_layer().__call__
@@ -90,10 +100,6 @@ def _forward_of(
     if isinstance(layer.get_base_layer(), nn.Linear):
         return _GroupedLinear(layer, path, own)
     return _PlainUpdates(layer, path, own)
-
-
-def _holds(layer: BaseTunerLayer, adapter: str) -> bool:
-    return any(adapter in getattr(layer, names) for names in layer.adapter_layer_names)
 
 
 def _is_plain(layer: BaseTunerLayer, adapter: str) -> bool:
@@ -149,6 +155,11 @@ class _PlainUpdates:
                 update = up(down(rows[m].to(down.weight.dtype))) * scale
                 outputs[m] = outputs[m] + update.to(y.dtype)
         return torch.cat(outputs)
+
+
+def _plain(layer: LoraLayer, name: str, scale: float) -> tuple[nn.Module, nn.Module, float]:
+    """A, B and s of an adapter."""
+    return layer.lora_A[name], layer.lora_B[name], scaling(layer, Variant(layer, name, scale))
 
 
 class _GroupedLinear:

@@ -11,11 +11,12 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from diffusers import UNet2DConditionModel
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import Conv2d, Linear, LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from msdda_fast.adapters.layers import holds, running
 from msdda_fast.adapters.network_state import NetworkState, scaling
 from msdda_fast.adapters.variant import Variant
 from msdda_fast.errors import AdapterMismatch, InvalidShape, UnsupportedNetwork
@@ -80,7 +81,7 @@ class LoadedAdapters:
         Modules it does not change (s = 0 or B = 0) have no entry, so rows before them are shared.
         """
         factors, alphas = {}, {}
-        for path, layer in self._layers(variant.adapter):
+        for path, layer in self._layers(variant):
             name = variant.adapter
             down, up = layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach()
             scale = scaling(layer, variant)
@@ -91,22 +92,36 @@ class LoadedAdapters:
             return None, {}
         return LoraAdapter(str(variant.adapter), factors), alphas
 
-    def _layers(self, adapter: str | None) -> Iterator[tuple[str, LoraLayer]]:
+    def _layers(self, variant: Variant) -> Iterator[tuple[str, LoraLayer]]:
         """Yield paths and layers that hold the adapter; check that each is a plain LoRA."""
+        adapter = variant.adapter
         for path, layer in self.unet.named_modules():
             if isinstance(layer, AuxiliaryTrainingWrapper):
                 raise AdapterMismatch(f"{path!r} is a trained copy of the layer, not a LoRA")
             if not isinstance(layer, BaseTunerLayer):
+                continue
+            if variant.as_it_is and (active := running(layer)):
+                raise AdapterMismatch(
+                    f"adapters {active} are active in {path!r} of an objective's own network; call "
+                    "fuse_lora() first"
+                )
+            if adapter is None:
                 continue
             if layer.merged:
                 raise AdapterMismatch(
                     f"adapters {layer.merged_adapters} are fused into the weights of {path!r}; "
                     "call unfuse_lora() first"
                 )
-            if adapter is None or adapter not in getattr(layer, "lora_A", {}):
+            if not holds(layer, adapter):
                 continue
-            if adapter in layer.lora_variant or layer.lora_bias.get(adapter, False):
+            if (
+                type(layer) not in (Linear, Conv2d)
+                or adapter in layer.lora_variant
+                or layer.lora_bias.get(adapter, False)
+            ):
+                kind = type(layer).__module__.removeprefix("peft.tuners.").split(".")[0]
                 raise AdapterMismatch(
-                    f"adapter {adapter!r} is not a plain LoRA in {path!r} (DoRA, or with a bias)"
+                    f"adapter {adapter!r} is not a plain LoRA in {path!r} ({kind}, DoRA, or with a "
+                    "bias)"
                 )
             yield path, layer

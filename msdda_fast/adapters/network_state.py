@@ -11,10 +11,16 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from msdda_fast.adapters.layers import own_modules, running
 from msdda_fast.adapters.variant import Variant
-from msdda_fast.torch_private import held_by, versions_of
+from msdda_fast.torch_private import held_by, hooks_of, versions_of
 
-__all__ = ["NetworkState", "scaling"]
+__all__ = ["AdapterState", "NetworkState", "scaling"]
+
+#: Attributes that the batched forward does not depend on: it drops nothing, and has adapters of its
+#: own.
+_IRRELEVANT = {"training", "_active_adapter", "_disable_adapters", "merged_adapters"}
+_ABSENT = object()
 
 
 class _Place(NamedTuple):
@@ -23,6 +29,15 @@ class _Place(NamedTuple):
     holder: MutableMapping[str, Any]
     name: str
     item: object
+
+
+class _Attributes(NamedTuple):
+    """What a module is and holds beside its parts: patched forwards, processors, numbers."""
+
+    now: dict[str, Any]
+    then: dict[str, Any]
+    module: nn.Module
+    kind: type[nn.Module]
 
 
 class _Adapter(NamedTuple):
@@ -37,9 +52,11 @@ class NetworkState:
     """A snapshot of a network and the adapters of some variants, to compare with later.
 
     The tree is walked once. `is_current` compares every module, parameter and buffer by identity,
-    base weights by address and version (which a write through `.data` does not raise), and adapters
-    by their numbers, because peft's hotswap writes that way: one sync per objective. Adapters that
-    no variant uses may be added and removed.
+    the class and attributes of every module and whether it has hooks (patched forwards, attention
+    processors and FreeU among them), base weights by address and version (which a write through
+    `.data` does not raise), and adapters by their numbers, because peft's hotswap writes that way:
+    one sync per objective. Adapters that no variant uses may be added and removed, and activated
+    unless a variant runs the network as it is.
 
     Args:
         network: Holds the adapters of all variants.
@@ -47,7 +64,10 @@ class NetworkState:
     """
 
     def __init__(self, network: nn.Module, variants: Iterable[Variant]) -> None:
-        modules = list(_own_modules(network))
+        variants = list(variants)
+        modules = [module for _, module in own_modules(network)]
+        self._attributes = [_Attributes(vars(m), {**vars(m)}, m, type(m)) for m in modules]
+        self._hooks = [held for module in modules for held in hooks_of(module)]
         self._sizes = [(holder, len(holder)) for holder in _holders(modules)]
         self._places = [
             _Place(holder, name, item)
@@ -60,27 +80,53 @@ class NetworkState:
         self._tuners = [layer for layer in modules if isinstance(layer, BaseTunerLayer)]
         for layer in self._tuners:
             self._places.append(_Place(held_by(layer)[0], "base_layer", layer.base_layer))
-        self._adapters: list[_Adapter] = []
-        self._factors: list[Tensor] = []
-        for variant in variants:
-            if variant.adapter is not None:
-                self._watch_adapter(variant, variant.adapter)
-        self._memory = [factor.detach() for factor in self._factors]
-        self._numbers = _together(self._memory)
+        self._merged = [list(layer.merged_adapters) for layer in self._tuners]
+        self._as_it_is = any(variant.as_it_is for variant in variants)
+        self._running = [running(layer) for layer in self._tuners]
+        self._adapters = AdapterState(self._tuners, variants)
 
     def is_current(self) -> bool:
         """Return whether nothing has changed since this was made."""
         for holder, size in self._sizes:
             if len(holder) != size:
                 return False
-        for holder, name, item in self._places:
-            if holder.get(name) is not item:
-                return False
+        if not _in_place(self._places):
+            return False
         if [weight.data_ptr() for weight in self._weights] != self._addresses:
             return False
         if versions_of(self._weights) != self._versions:
             return False
-        if any(layer.merged_adapters for layer in self._tuners):
+        if any(self._hooks) or any(_differ(attributes) for attributes in self._attributes):
+            return False
+        if [layer.merged_adapters for layer in self._tuners] != self._merged:
+            return False
+        if self._as_it_is and [running(layer) for layer in self._tuners] != self._running:
+            return False
+        return self._adapters.is_current()
+
+
+class AdapterState:
+    """A snapshot of the LoRA adapters of some variants, to compare with later.
+
+    Args:
+        layers: The peft layers of a network.
+        variants: Of that network, whatever their networks are said to be.
+    """
+
+    def __init__(self, layers: Iterable[BaseTunerLayer], variants: Iterable[Variant]) -> None:
+        self._layers = list(layers)
+        self._places: list[_Place] = []
+        self._adapters: list[_Adapter] = []
+        self._factors: list[Tensor] = []
+        for variant in variants:
+            if variant.adapter is not None:
+                self._watch(variant, variant.adapter)
+        self._memory = [factor.detach() for factor in self._factors]
+        self._numbers = _together(self._memory)
+
+    def is_current(self) -> bool:
+        """Return whether factors and scales are still the same numbers."""
+        if not _in_place(self._places):
             return False
         for variant, layers, scales in self._adapters:
             if [scaling(layer, variant) for layer in layers] != scales:
@@ -90,9 +136,9 @@ class NetworkState:
                 return False
         return torch.equal(_together(self._memory), self._numbers)
 
-    def _watch_adapter(self, variant: Variant, name: str) -> None:
+    def _watch(self, variant: Variant, name: str) -> None:
         layers = []
-        for layer in self._tuners:
+        for layer in self._layers:
             for side in ("lora_A", "lora_B"):
                 parts = held_by(getattr(layer, side))[0] if hasattr(layer, side) else {}
                 part = parts.get(name)
@@ -107,16 +153,21 @@ class NetworkState:
         self._adapters.append(_Adapter(variant, layers, scales))
 
 
-def _own_modules(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield the module and all its descendants, without the parts that peft adds to a layer."""
-    yield module
-    children: Iterable[nn.Module | None] = held_by(module)[0].values()
-    if isinstance(module, BaseTunerLayer):
-        base: nn.Module = module.get_base_layer()
-        children = [base]
-    for child in children:
-        if child is not None:
-            yield from _own_modules(child)
+def _in_place(places: Iterable[_Place]) -> bool:
+    return all(holder.get(name) is item for holder, name, item in places)
+
+
+def _differ(attributes: _Attributes) -> bool:
+    now, then, module, kind = attributes
+    if type(module) is not kind:
+        return True
+    try:
+        if now == then:  # mostly by identity: a microsecond
+            return False
+    except (RuntimeError, ValueError):  # tensors and arrays have no single truth
+        return True
+    names = (now.keys() | then.keys()) - _IRRELEVANT
+    return any(now.get(name, _ABSENT) != then.get(name, _ABSENT) for name in names)
 
 
 def _holders(modules: Iterable[nn.Module]) -> Iterator[MutableMapping[str, Any]]:

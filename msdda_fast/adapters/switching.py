@@ -3,23 +3,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from msdda_fast.adapters.layers import can_scale
 from msdda_fast.adapters.variant import AdapterSet, Variant
 
 __all__ = ["AdapterSwitch", "adapter_names"]
 
 
 def adapter_names(*networks: nn.Module | None) -> list[str]:
-    """Return the names of the LoRA adapters in the networks, in the order they were loaded."""
+    """Return the names of the adapters in the networks, in the order they were loaded."""
     names: dict[str, None] = {}
     for network in networks:
-        names.update(dict.fromkeys(getattr(network, "peft_config", {})))
+        names.update(dict.fromkeys(getattr(network, "peft_config", None) or {}))
     return list(names)
 
 
@@ -30,15 +31,28 @@ class AdapterSwitch:
 
     Args:
         networks: Networks with or without peft layers.
+        as_they_are: Networks whose adapters are left alone.
     """
 
-    def __init__(self, networks: Sequence[nn.Module | None]) -> None:
+    def __init__(
+        self, networks: Sequence[nn.Module | None], as_they_are: Sequence[nn.Module] = ()
+    ) -> None:
         present = [network for network in networks if network is not None]
         modules = [module for network in present for module in network.modules()]
+        left = [module for network in as_they_are for module in network.modules()]
         self._layers = [module for module in modules if isinstance(module, BaseTunerLayer)]
-        self._training = [module for module in modules if module.training]
+        self._training = [module for module in (*modules, *left) if module.training]
         self._saved: list[_LayerState] = []
         self._selected: AdapterSet | None = None
+
+    @classmethod
+    def of(
+        cls, variants: Iterable[Variant], text_encoder: nn.Module | None = None
+    ) -> AdapterSwitch:
+        """Return the switch of the variants' networks and of a text encoder."""
+        networks = {v.network: None for v in variants if not v.as_it_is}
+        own = {v.network: None for v in variants if v.as_it_is}
+        return cls([text_encoder, *networks], list(own))
 
     def __enter__(self) -> AdapterSwitch:
         self._saved = [_LayerState.of(layer) for layer in self._layers]
@@ -60,7 +74,8 @@ class AdapterSwitch:
     def select(self, name: str | None, scale: float = 1.0) -> None:
         """Make the networks run with the adapter `name`, or as the base model (None).
 
-        `scale` multiplies the adapter's update as it was trained, no unit.
+        `scale` multiplies the adapter's update as it was trained, no unit. Layers with adapters
+        fused into their weights are left alone: these weights are the base model.
         """
         self.select_set(() if name is None else ((name, scale),))
 
@@ -69,12 +84,16 @@ class AdapterSwitch:
         if adapters == self._selected:
             return
         self._selected = adapters
-        for layer in self._layers:
+        for layer, saved in zip(self._layers, self._saved, strict=True):
+            if layer.merged:  # disabled, it would take them out
+                continue
             layer.enable_adapters(bool(adapters))
             if adapters:
-                layer.set_adapter([name for name, _ in adapters], inference_mode=True)
+                layer.set_adapter([name for name, _ in adapters])
+                saved.restore_gradients()  # torch rounds differently with them
             for name, scale in adapters:
-                layer.set_scale(name, scale)
+                if can_scale(layer):
+                    layer.set_scale(name, scale)
 
     def predict(self, variant: Variant, x: Tensor, t: Tensor, embeds: Tensor) -> Tensor:
         """Return the raw output of a variant, before guidance.
@@ -87,7 +106,8 @@ class AdapterSwitch:
 
         Returns: (K, B, C, h, w) in the dtype of the network.
         """
-        self.select(variant.adapter, variant.scale)
+        if not variant.as_it_is:
+            self.select(variant.adapter, variant.scale)
         network = variant.network
         output: Tensor = network(
             x.to(network.dtype).repeat(len(embeds), 1, 1, 1),
@@ -108,12 +128,17 @@ class _LayerState:
     @classmethod
     def of(cls, layer: BaseTunerLayer) -> _LayerState:
         flags = [(parameter, parameter.requires_grad) for parameter in layer.parameters()]
-        return cls(list(layer.active_adapters), layer.disable_adapters, dict(layer.scaling), flags)
+        scaling = dict(layer.scaling) if can_scale(layer) else {}
+        return cls(list(layer.active_adapters), layer.disable_adapters, scaling, flags)
 
     def restore(self, layer: BaseTunerLayer) -> None:
         layer.enable_adapters(True)
         layer.set_adapter(self.active)
         layer.enable_adapters(not self.disabled)
-        layer.scaling.update(self.scaling)
+        if self.scaling:
+            layer.scaling.update(self.scaling)
+        self.restore_gradients()
+
+    def restore_gradients(self) -> None:
         for parameter, flag in self.requires_grad:
             parameter.requires_grad = flag

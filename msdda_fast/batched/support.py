@@ -7,7 +7,16 @@ from typing import Any
 
 from diffusers import UNet2DConditionModel
 from diffusers.models.activations import GEGLU
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention import BasicTransformerBlock, FeedForward
+from diffusers.models.attention_processor import (
+    Attention,
+    AttnProcessor,
+    AttnProcessor2_0,
+    SlicedAttnProcessor,
+    XFormersAttnProcessor,
+)
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_blocks import (
@@ -17,9 +26,14 @@ from diffusers.models.unets.unet_2d_blocks import (
     UNetMidBlock2DCrossAttn,
     UpBlock2D,
 )
+from diffusers.models.upsampling import Upsample2D
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 
+from msdda_fast.adapters.layers import own_modules
 from msdda_fast.adapters.loaded import bare
 from msdda_fast.errors import UnsupportedNetwork
+from msdda_fast.torch_private import hooks_of, is_compiled
 
 __all__ = ["check_supported"]
 
@@ -44,12 +58,30 @@ _CONFIG: dict[str, tuple[Any, ...]] = {
     "timestep_post_act": (None,),
 }
 _BLOCKS = (DownBlock2D, CrossAttnDownBlock2D, UpBlock2D, CrossAttnUpBlock2D)
-#: They compute the same attention; only IP-adapters and the like change what is computed.
-_PROCESSORS = (
-    "AttnProcessor",
-    "AttnProcessor2_0",
-    "SlicedAttnProcessor",
-    "XFormersAttnProcessor",
+#: They compute the same attention; IP-adapters, token merging and the like compute another.
+_PROCESSORS = (AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor, XFormersAttnProcessor)
+#: Every layer whose forward the batched one stands for. A subclass may compute anything.
+_LAYERS = (
+    *_BLOCKS,
+    UNet2DConditionModel,
+    UNetMidBlock2DCrossAttn,
+    Attention,
+    BasicTransformerBlock,
+    Downsample2D,
+    FeedForward,
+    GEGLU,
+    ResnetBlock2D,
+    TimestepEmbedding,
+    Timesteps,
+    Transformer2DModel,
+    Upsample2D,
+    nn.Conv2d,
+    nn.Dropout,
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.Linear,
+    nn.ModuleList,
+    nn.SiLU,
 )
 
 
@@ -57,9 +89,14 @@ def check_supported(unet: UNet2DConditionModel) -> None:
     """Check that the batched forward computes the same as this network.
 
     Raises:
-        UnsupportedNetwork: The class, a setting, a block or a layer is not supported; the message
-            names it, and the accepted settings.
+        UnsupportedNetwork: The class, a setting, a block or a layer is not supported, or its
+            forward is patched, hooked or compiled; the message names it, and accepted settings.
     """
+    if hasattr(unet, "_orig_mod"):
+        raise UnsupportedNetwork(
+            "torch.compile was applied to a network, whose compiled forward runs one objective; "
+            "set_forward(compile=True) compiles all of them"
+        )
     if type(unet) is not UNet2DConditionModel:
         raise UnsupportedNetwork(f"{type(unet).__name__} is not a UNet2DConditionModel")
     for name, accepted in _CONFIG.items():
@@ -78,9 +115,24 @@ def check_supported(unet: UNet2DConditionModel) -> None:
         raise UnsupportedNetwork(
             f"mid_block is a {type(unet.mid_block).__name__}, which is not supported"
         )
-    for path, module in unet.named_modules():
-        if reason := _unknown(module):
-            raise UnsupportedNetwork(f"{path}: {reason} is not supported")
+    for path, module in own_modules(unet):
+        if reason := _changed(module) or _unknown(module):
+            raise UnsupportedNetwork(f"{path or 'the network'}: {reason} is not supported")
+
+
+def _changed(module: nn.Module) -> str | None:
+    """Say what runs in place of, before or after the forward of the module's class."""
+    if getattr(module, "_hf_hook", None) is not None:
+        return "offloading, which leaves weights without a fixed address,"
+    if "forward" in vars(module):
+        return "a patched forward (by another library, or by layerwise casting)"
+    if any(hooks_of(module)):
+        return "a forward hook"
+    if is_compiled(module):
+        return "torch.compile of one network (set_forward(compile=True) compiles all of them)"
+    if not isinstance(module, BaseTunerLayer) and type(module) not in _LAYERS:
+        return f"a layer of the class {type(module).__name__}"
+    return None
 
 
 def _unknown(module: Any) -> str | None:  # noqa: ANN401 - any module
@@ -98,8 +150,8 @@ def _unknown(module: Any) -> str | None:  # noqa: ANN401 - any module
         if not isinstance(bare(module.ff.net[0]), GEGLU):
             return f"the activation {type(module.ff.net[0]).__name__}"
     if isinstance(module, Attention):
-        if (processor := type(module.processor).__name__) not in _PROCESSORS:
-            return f"the attention processor {processor}"
+        if type(module.processor) not in _PROCESSORS:
+            return f"the attention processor {type(module.processor).__name__}"
         norms = (module.group_norm, module.spatial_norm, module.norm_q, module.norm_cross)
         if any(norm is not None for norm in norms) or module.rescale_output_factor != 1:
             return "an attention with norms or a factor of its own"

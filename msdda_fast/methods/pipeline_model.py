@@ -231,8 +231,7 @@ class PipelineModel:
         return next(name for i in count() if (name := f"{kind}-{i}") not in taken)
 
     def _new_switch(self) -> AdapterSwitch:
-        networks = {id(v.network): v.network for v in self._variants.values()}
-        return AdapterSwitch([self._pipe.text_encoder, *networks.values()])
+        return AdapterSwitch.of(self._variants.values(), self._pipe.text_encoder)
 
     def _view(self, names: tuple[str, ...]) -> MSDDAPipeline:
         """Return the pipeline with the named models as its objectives."""

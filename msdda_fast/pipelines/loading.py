@@ -21,16 +21,18 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.utils import is_accelerate_available
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from msdda_fast.adapters.files import AdapterFile
+from msdda_fast.adapters.layers import check_can_switch
 from msdda_fast.adapters.sources import adapter_file, fetch, hub_options, locate
 from msdda_fast.adapters.switching import adapter_names
 from msdda_fast.adapters.variant import Variant
-from msdda_fast.errors import AdapterMismatch, InvalidSchedule, UnknownObjective
+from msdda_fast.errors import InvalidSchedule, UnknownObjective
 from msdda_fast.objective import Objective
+from msdda_fast.pipelines.carried_over import carried_over
 from msdda_fast.pipelines.manifest import OBJECTIVES_FILE, check_names, parse_objectives
+from msdda_fast.pipelines.runnable import check_own_network
 
 __all__ = ["LoadPlan", "attach", "attach_loaded", "ddim_scheduler", "plan", "shared_components"]
 
@@ -201,25 +203,16 @@ def _network(name: str, objective: Objective, plan: LoadPlan) -> Any:  # noqa: A
 def _variants(
     unet: UNet2DConditionModel, objectives: Mapping[str, Objective], adapters: Mapping[str, str]
 ) -> dict[str, Variant]:
-    if unet.config.time_cond_proj_dim is not None:
-        raise ValueError(
-            "this UNet takes the guidance scale as an input (time_cond_proj_dim is "
-            f"{unet.config.time_cond_proj_dim}), so its guidance is not Eq. 7's; use its base model"
-        )
     variants = {}
     for name, objective in objectives.items():
-        network = unet if objective.unet is None else objective.unet
-        if not isinstance(network, UNet2DConditionModel):
-            raise ValueError(
-                f"objective {name!r}: unet must be a UNet2DConditionModel, got {network!r:.80}"
-            )
-        for field in ("in_channels", "out_channels", "cross_attention_dim", "time_cond_proj_dim"):
-            here, there = unet.config.get(field), network.config.get(field)
-            if here != there:
-                raise AdapterMismatch(
-                    f"objective {name!r}: its unet has {field} {there}, the base {here}"
-                )
-        variants[name] = Variant(network, adapters.get(name), objective.scale)
+        if (own := objective.unet) is not None:
+            check_own_network(name, own, unet)
+        variants[name] = Variant(
+            unet if own is None else own,
+            adapters.get(name),
+            objective.scale,
+            as_it_is=own is not None and own is not unet,
+        )
     return variants
 
 
@@ -248,22 +241,13 @@ def attach_loaded(
 ) -> P:
     """Make objectives from the adapters already loaded; see `MSDDAPipeline.from_pipe`."""
     loaded = adapter_names(pipe.unet, pipe.text_encoder)
-    for module in pipe.unet.modules():
-        if isinstance(module, BaseTunerLayer) and module.merged:
-            raise ValueError(
-                f"adapters {module.merged_adapters} are fused into the weights, so no objective "
-                "could run without them; call unfuse_lora() first"
-            )
+    kept: dict[str, Variant] = {}
     if objectives is None:
-        own = getattr(source, "objectives", None)
-        if own is not None and pipe.unet is source.unet:
-            pipe.set_objectives(own, source.variants)
-            return pipe
-        objectives = {name: Objective(name) for name in loaded} or _BASE
+        objectives, kept = carried_over(source, pipe.unet, loaded)
     check_names(objectives)
     adapters = {}
     for name, objective in objectives.items():
-        if objective.unet is not None:
+        if objective.unet is not None or name in kept:
             continue
         if objective.source is not None and str(objective.source) not in loaded:
             raise UnknownObjective(
@@ -275,5 +259,9 @@ def attach_loaded(
             adapters[name] = str(objective.source)
         elif name in loaded:
             adapters[name] = name
-    pipe.set_objectives(objectives, _variants(pipe.unet, objectives, adapters))
+    chosen = {name: objective for name, objective in objectives.items() if name not in kept}
+    variants = {**kept, **_variants(pipe.unet, chosen, adapters)}
+    for variant in variants.values():
+        check_can_switch(variant)
+    pipe.set_objectives(objectives, variants)
     return pipe

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
 
 from torch import nn
+
+from msdda_fast.adapters.layers import uncompiled
 
 __all__ = ["ROW_ARGUMENTS", "RowArguments", "row_arguments"]
 
@@ -65,8 +66,7 @@ _PLAIN = RowArguments()
 
 def row_arguments(network: nn.Module) -> RowArguments:
     """Return the entry for the network's class, or for the first of its bases that has one."""
-    inner: Any = getattr(network, "_orig_mod", network)  # torch.compile wraps the network
-    for kind in type(inner).__mro__:
+    for kind in type(uncompiled(network)).__mro__:
         if kind.__name__ in ROW_ARGUMENTS:
             return ROW_ARGUMENTS[kind.__name__]
     return _PLAIN

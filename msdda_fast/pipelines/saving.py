@@ -13,10 +13,13 @@ from typing import Any, Protocol
 import torch
 from diffusers import StableDiffusionPipeline
 from peft import get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from msdda_fast.adapters.layers import check_can_switch, own_modules, running, uncompiled
 from msdda_fast.adapters.switching import adapter_names
 from msdda_fast.adapters.variant import Variant
+from msdda_fast.errors import AdapterMismatch
 from msdda_fast.objective import Objective
 from msdda_fast.pipelines.manifest import OBJECTIVES_FILE, dump_objectives
 
@@ -51,7 +54,13 @@ def save(pipe: Savable, folder: Path, **options: Any) -> None:  # noqa: ANN401 -
     """Write a folder that stock diffusers loads, with the objectives beside it.
 
     Everything is written next to the folder first, so a failed save does not change it.
+
+    Raises:
+        AdapterMismatch: An adapter is not a LoRA, is fused into the weights, or is active in the
+            network of an objective's own.
     """
+    for name, variant in pipe.variants.items():
+        _check_savable(name, variant)
     folder.parent.mkdir(parents=True, exist_ok=True)
     stage = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     stage.mkdir()
@@ -60,6 +69,23 @@ def save(pipe: Savable, folder: Path, **options: Any) -> None:  # noqa: ANN401 -
         _move(stage, folder)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+
+
+def _check_savable(name: str, variant: Variant) -> None:
+    check_can_switch(variant)
+    if variant.as_it_is:
+        for path, layer in variant.network.named_modules():
+            if isinstance(layer, BaseTunerLayer) and (active := running(layer)):
+                raise AdapterMismatch(
+                    f"objective {name!r}: adapters {active} are active in {path!r} of its unet; "
+                    "call its fuse_lora() first, to save them with it"
+                )
+    config = (getattr(variant.network, "peft_config", None) or {}).get(variant.adapter)
+    if config is not None and config.peft_type != "LORA":
+        raise AdapterMismatch(
+            f"objective {name!r}: adapter {variant.adapter!r} is of the kind "
+            f"{config.peft_type.value}, but only LoRA can be saved"
+        )
 
 
 def _write(pipe: Savable, stage: Path, options: dict[str, Any]) -> None:
@@ -78,7 +104,8 @@ def _write(pipe: Savable, stage: Path, options: dict[str, Any]) -> None:
     for name, variant in pipe.variants.items():
         place = f"objectives/{name}"
         if variant.network is not pipe.unet:
-            variant.network.save_pretrained(stage / place)
+            network: Any = _without_adapters(variant.network)
+            network.save_pretrained(stage / place)
             places[name] = place
         elif variant.adapter is not None:
             _write_adapter(pipe, variant.adapter, stage / place)
@@ -86,15 +113,19 @@ def _write(pipe: Savable, stage: Path, options: dict[str, Any]) -> None:
     (stage / OBJECTIVES_FILE).write_text(dump_objectives(pipe.objectives, places), "utf-8")
 
 
-def _without_adapters(network: nn.Module | None) -> nn.Module | None:
-    """Return a network with the same weights (shared, not copied) and no adapters."""
+def _without_adapters(network: Any) -> Any:  # noqa: ANN401 - a network of any class, or None
+    """Return a network with the same weights (shared, not copied) and no adapters.
+
+    Weights that adapters are fused into stay so.
+    """
     if not adapter_names(network):
         return network
-    assert network is not None
+    network = uncompiled(network)
+    own = {path for path, module in own_modules(network) if not isinstance(module, BaseTunerLayer)}
     weights = {
         key.replace(".base_layer.", "."): tensor
         for key, tensor in network.state_dict().items()
-        if ".lora_" not in key
+        if key.rpartition(".")[0] in own
     }
     make = getattr(type(network), "from_config", type(network))  # diffusers; transformers
     with torch.device("meta"):

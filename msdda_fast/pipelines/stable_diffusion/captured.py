@@ -17,6 +17,7 @@ from torch import Tensor
 from msdda_fast.adapters.loaded import LoadedAdapters
 from msdda_fast.adapters.variant import Variant
 from msdda_fast.batched.options import DEFAULTS, BatchedOptions
+from msdda_fast.batched.support import check_supported
 from msdda_fast.batched.unet import BatchedUNet
 from msdda_fast.engine.buffers import ShapeKey, StepBuffers, padded_steps
 from msdda_fast.engine.graph import Capture, CapturedStep, StepCache
@@ -124,11 +125,7 @@ class CapturedSampler:
         self._groups: list[tuple[LoadedAdapters, list[int]]] = []
         for network in dict.fromkeys(variant.network for variant in variants):
             members = [m for m, variant in enumerate(variants) if variant.network is network]
-            if getattr(network, "_hf_hook", None) is not None:
-                raise UnsupportedNetwork(
-                    "a network is moved between devices while it runs (offloading), so its weights "
-                    "have no fixed address"
-                )
+            check_supported(network)  # the cheapest check first: it may be repeated in every call
             own = [variants[m] for m in members]
             self._groups.append((LoadedAdapters(own), members))
             BatchedUNet(self._groups[-1][0], options)  # what cannot be built is refused here

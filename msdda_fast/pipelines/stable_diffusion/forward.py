@@ -89,6 +89,6 @@ class Runner:
             if required or settings.forward == "batched":
                 raise
             if str(error) != self._said:
-                logger.info("objectives run one after another: %s", error)
+                logger.warning("objectives run one after another: %s", error)
                 self._said = str(error)
         return self._sampler

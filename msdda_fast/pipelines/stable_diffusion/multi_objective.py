@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor
+from torch import Tensor, nn
 
+from msdda_fast.adapters.layers import check_can_switch
+from msdda_fast.adapters.switching import adapter_names
 from msdda_fast.adapters.variant import Variant
 from msdda_fast.batched.options import DEFAULTS, BatchedOptions
 from msdda_fast.engine.graph import Capture
@@ -18,18 +21,25 @@ from msdda_fast.engine.parallel import ObjectiveParallel
 from msdda_fast.errors import InvalidMode
 from msdda_fast.objective import Objective
 from msdda_fast.pipelines import loading, saving
+from msdda_fast.pipelines.runnable import check_runnable
+from msdda_fast.pipelines.stable_diffusion.adapter_methods import AdapterMethods
+from msdda_fast.pipelines.stable_diffusion.exclusive import exclusively
 from msdda_fast.pipelines.stable_diffusion.forward import Forward, ForwardSettings, Runner
+from msdda_fast.pipelines.stable_diffusion.held_adapters import HeldAdapters
 from msdda_fast.pipelines.stable_diffusion.modes import Mode
 from msdda_fast.pipelines.stable_diffusion.sampling import Networks
 
 __all__ = ["MultiObjectivePipeline"]
 
 
-class MultiObjectivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers ships no types
+class MultiObjectivePipeline(AdapterMethods, DiffusionPipeline):  # type: ignore[misc]  # no types
     """Mixin before a diffusers pipeline, for a UNet and adapters or networks by objective."""
 
     _objectives: dict[str, Objective]
     _variants: dict[str, Variant]
+    _follows: frozenset[str]  # objectives whose network is whatever `unet` is
+    _shares_networks: bool = False  # with a pipeline that `from_pipe` was given
+    _is_called: bool = False
     _parallel: ObjectiveParallel | None = None
     _runner: Runner = Runner(ForwardSettings())
 
@@ -80,6 +90,7 @@ class MultiObjectivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffus
             save_directory: Created if missing; files of an earlier save are replaced.
             safe_serialization, variant, max_shard_size: As in diffusers.
         """
+        self._held.check(self.variants, self.text_encoder)
         saving.save(
             self,
             Path(save_directory),
@@ -95,14 +106,32 @@ class MultiObjectivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffus
 
     @property
     def variants(self) -> dict[str, Variant]:
-        """The network and the active adapter of each objective."""
+        """The network and the active adapter of each objective, as `unet` is now."""
+        for name in self._follows:
+            if self._variants[name].network is not self.unet:  # and the old one may be freed
+                self._variants[name] = replace(self._variants[name], network=self.unet)
         return dict(self._variants)
 
     def set_objectives(
         self, objectives: Mapping[str, Objective], variants: Mapping[str, Variant]
     ) -> None:
-        """Replace the objectives with others whose networks and adapters are already loaded."""
+        """Replace the objectives with others whose networks and adapters are already loaded.
+
+        A variant of the pipeline's UNet is one of whatever UNet is assigned to it later.
+        """
         self._objectives, self._variants = dict(objectives), dict(variants)
+        self._follows = frozenset(
+            name
+            for name, variant in variants.items()
+            if variant.network is self.unet and objectives[name].unet is None
+        )
+        spare = None if self._shares_networks else frozenset[str]()
+        self._held = HeldAdapters.of(variants, self.text_encoder, spare)
+        self.watch_adapters()
+
+    def shared_networks(self) -> list[nn.Module | None]:
+        """The networks that a call switches; threads that use one of them wait for each other."""
+        return [self.unet, self.text_encoder, *(v.network for v in self.variants.values())]
 
     @property
     def parallel(self) -> ObjectiveParallel | None:
@@ -159,19 +188,33 @@ class MultiObjectivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffus
             runner: Keeps the batched forward; None: this pipeline's own.
 
         Raises:
+            AdapterMismatch: An objective's adapter is not in its network any more, or is fused into
+                it, or another one was loaded or activated that is no objective.
+            UnsupportedNetwork: A network needs more than latents, a timestep and a text.
             AdapterMismatch, UnsupportedNetwork: The objectives cannot share a forward, which the
                 mode or `set_forward("batched")` requires.
             InvalidMode: The mode is approximate, and the networks are in float64.
             CaptureError: Graphs are required on a device without them.
         """
-        sampler = None
+        sampler, variants = None, self.variants
+        for network in dict.fromkeys(variant.network for variant in variants.values()):
+            check_runnable(network)
+        self._held.check(variants, self.text_encoder)
         if mode != "exact" and self.unet.dtype == torch.float64:
             raise InvalidMode(f'a float64 network samples with mode="exact" only, got {mode!r}')
-        if self._parallel is None:
-            variants = list(self._variants.values())
-            sampler = (runner or self._runner).sampler(variants, required=mode != "exact")
+        with exclusively(self.shared_networks()):
+            if self._parallel is None:
+                sampler = (runner or self._runner).sampler(
+                    list(variants.values()), required=mode != "exact"
+                )
+            for variant in variants.values():
+                if sampler is None:
+                    check_can_switch(variant)
+                if variant.adapter in adapter_names(self.text_encoder):
+                    check_can_switch(variant, self.text_encoder)
+        self._held.check_activation([self.unet, self.text_encoder])
         return Networks(
-            variants=self._variants,
+            variants=variants,
             text_encoder=self.text_encoder,
             encode_prompt=self.encode_prompt,
             device=self._execution_device if sampler is None else sampler.device,
@@ -183,7 +226,7 @@ class MultiObjectivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffus
     def to(self, *args: Any, **kwargs: Any) -> Self:  # noqa: ANN401 - diffusers' signature
         """Move or cast every component and every objective's own network."""
         super().to(*args, **kwargs)
-        for variant in self._variants.values():
+        for variant in self.variants.values():
             if variant.network is not self.unet:
                 kwargs.pop("silence_dtype_warnings", None)
                 variant.network.to(*args, **kwargs)
@@ -212,19 +255,20 @@ class MultiObjectivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffus
         def stop(pipe: Self, k: int, t: Tensor, tensors: dict[str, Any]) -> None:
             pipe._interrupt = True
 
-        shown = getattr(self, "_progress_bar_config", {})
-        self.set_progress_bar_config(disable=True)
-        try:
-            self(
-                [""] * batch_size,
-                height,
-                width,
-                num_inference_steps,
-                mode=mode,
-                seed=0,
-                zero_variance="dominate",
-                output_type="latent",
-                callback_on_step_end=stop,
-            )
-        finally:
-            self.set_progress_bar_config(**shown)
+        with exclusively(self.shared_networks()):
+            shown = getattr(self, "_progress_bar_config", {})
+            self.set_progress_bar_config(disable=True)
+            try:
+                self(
+                    [""] * batch_size,
+                    height,
+                    width,
+                    num_inference_steps,
+                    mode=mode,
+                    seed=0,
+                    zero_variance="dominate",
+                    output_type="latent",
+                    callback_on_step_end=stop,
+                )
+            finally:
+                self.set_progress_bar_config(**shown)

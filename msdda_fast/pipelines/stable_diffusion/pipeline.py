@@ -29,8 +29,10 @@ from msdda_fast.engine.noise import image_seeds, noise_source
 from msdda_fast.objective import Objective
 from msdda_fast.pipelines import loading, request
 from msdda_fast.pipelines.prompts import Prompts
+from msdda_fast.pipelines.runnable import check_runnable
 from msdda_fast.pipelines.stable_diffusion.callback import Callback, StepCallback
 from msdda_fast.pipelines.stable_diffusion.decoding import decode
+from msdda_fast.pipelines.stable_diffusion.exclusive import one_at_a_time
 from msdda_fast.pipelines.stable_diffusion.modes import Mode, check_mode
 from msdda_fast.pipelines.stable_diffusion.multi_objective import MultiObjectivePipeline
 from msdda_fast.pipelines.stable_diffusion.output import MSDDAPipelineOutput
@@ -76,6 +78,8 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
         image_encoder: CLIPVisionModelWithProjection = None,
         requires_safety_checker: bool = True,
     ) -> None:
+        if unet is not None:
+            check_runnable(unet)
         super().__init__(
             vae=vae,
             text_encoder=text_encoder,
@@ -117,11 +121,13 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
             requires_safety_checker=pipeline.config.get("requires_safety_checker", True),
             _name_or_path=pipeline.config.get("_name_or_path"),
         )
+        pipe._shares_networks = True
         if (settings := getattr(pipeline, "forward_settings", None)) is not None:
             pipe.set_forward(**vars(settings))
         return loading.attach_loaded(pipe, pipeline, objectives)
 
     @torch.no_grad()
+    @one_at_a_time
     def __call__(
         self,
         prompt: str | list[str] | None = None,

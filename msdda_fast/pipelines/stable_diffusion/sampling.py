@@ -22,6 +22,7 @@ from msdda_fast.pipelines.stable_diffusion.captured import (
     CapturedGeneration,
     CapturedSampler,
 )
+from msdda_fast.pipelines.stable_diffusion.exclusive import exclusively
 from msdda_fast.pipelines.stable_diffusion.modes import Mode
 from msdda_fast.pipelines.stable_diffusion.parallel import ParallelNetwork, together
 from msdda_fast.pipelines.stable_diffusion.sequential import SequentialNetwork
@@ -103,7 +104,8 @@ def sample(
         RankLost, RanksDiffer: Several processes share the objectives, and one is lost or differs.
     """
     table, x_T = request.table, request.latents
-    with _switch(networks) as switch, _ranks(networks, request):
+    used = [networks.text_encoder, *(v.network for v in networks.variants.values())]
+    with exclusively(used), _switch(networks) as switch, _ranks(networks, request):
         embeds = _encode(networks, request, switch)
         if x_T is None:
             # generators draw in the dtype of stock diffusers
@@ -152,9 +154,8 @@ def _begin(
 
 def _switch(networks: Networks) -> AdapterSwitch:
     """Switch of the networks called directly; the batched forward has its own adapters."""
-    unets = {id(variant.network): variant.network for variant in networks.variants.values()}
-    own = [] if networks.sampler is not None else list(unets.values())
-    return AdapterSwitch([networks.text_encoder, *own])
+    own = () if networks.sampler is not None else networks.variants.values()
+    return AdapterSwitch.of(own, networks.text_encoder)
 
 
 @contextmanager
