@@ -84,13 +84,13 @@ class AdapterSwitch:
         if adapters == self._selected:
             return
         self._selected = adapters
-        for layer, saved in zip(self._layers, self._saved, strict=True):
+        for layer in self._layers:
             if layer.merged:  # disabled, it would take them out
                 continue
             layer.enable_adapters(bool(adapters))
             if adapters:
+                # not for inference: torch rounds by whether weights require grad, and stock ones do
                 layer.set_adapter([name for name, _ in adapters])
-                saved.restore_gradients()  # torch rounds differently with them
             for name, scale in adapters:
                 if can_scale(layer):
                     layer.set_scale(name, scale)
@@ -137,8 +137,5 @@ class _LayerState:
         layer.enable_adapters(not self.disabled)
         if self.scaling:
             layer.scaling.update(self.scaling)
-        self.restore_gradients()
-
-    def restore_gradients(self) -> None:
         for parameter, flag in self.requires_grad:
             parameter.requires_grad = flag
