@@ -33,6 +33,7 @@ from msdda_fast.pipelines.loop_noise import LoopNoise
 from msdda_fast.pipelines.manifest import check_names
 from msdda_fast.pipelines.pipeline_step import PipelineFusing
 from msdda_fast.pipelines.row_hook import RowHook
+from msdda_fast.pipelines.stock_methods import refuse_adapter_methods
 from msdda_fast.pipelines.stock_schedulers import check_scheduler
 from msdda_fast.types import Fusion, WeightSchedule, ZeroVariancePolicy
 
@@ -255,5 +256,6 @@ def _attached_class(stock: type[DiffusionPipeline]) -> type[WithObjectives]:
         "__doc__": stock.__doc__,
         "__call__": call,
         "stock_class": stock,
+        **refuse_adapter_methods(stock),
     }
     return type(stock.__name__, (WithObjectives, stock), members)

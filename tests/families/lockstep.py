@@ -8,14 +8,20 @@ where the last one to come fuses, and all go on with the same state.
 import copy
 import inspect
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-STEPS = 4
+import msdda_fast as mf
+from msdda_fast.reference import fuse_posteriors
+
+STEPS = 3
+#: The adapters of one objective with their scales; none for the base.
+Adapters = Mapping[str, float]
 Fuse = Callable[[list["Met"]], Tensor]
 
 
@@ -31,13 +37,9 @@ class Met:
         return self.stock_step(self.scheduler, **self.arguments)[0]
 
 
-def draw(pipe, call: dict, *, copies: int = 1, **more) -> Tensor:
+def draw(pipe, call: dict, **more) -> Tensor:
     """The latents of a call."""
-    names = inspect.signature(pipe.__call__).parameters
-    for name in ("num_images_per_prompt", "num_videos_per_prompt"):
-        if copies > 1 and name in names:
-            more[name] = copies
-    if not more.keys() & {"seed"}:
+    if "seed" not in more:
         more.setdefault("generator", torch.Generator().manual_seed(7))
     more = {"num_inference_steps": STEPS, "output_type": "latent", "return_dict": False, **more}
     torch.manual_seed(5)
@@ -50,14 +52,23 @@ def quiet(pipe):
     return pipe
 
 
-def use_adapter(pipe, adapter: str) -> None:
+def use(pipe, adapters: Adapters) -> None:
     """As `pipe.set_adapters`, for pipelines that have no such method, too."""
     for part in pipe.components.values():
-        if isinstance(part, nn.Module) and getattr(part, "peft_config", None):
-            part.set_adapter(adapter)
+        if not isinstance(part, nn.Module) or not getattr(part, "peft_config", None):
+            continue
+        for layer in part.modules():
+            if isinstance(layer, BaseTunerLayer):
+                layer.enable_adapters(bool(adapters))
+                if adapters:
+                    layer.set_adapter(list(adapters))
+                for name, scale in adapters.items():
+                    layer.set_scale(name, scale)
 
 
-def lockstep(make: Callable[[], tuple[Any, dict]], adapters: Sequence[str], fuse: Fuse, **more):
+def lockstep(
+    make: Callable[[], tuple[Any, dict]], adapters: Sequence[Adapters], fuse: Fuse, **more
+) -> Tensor:
     """The latents that `make()`'s pipelines come to together, objective i with `adapters[i]`."""
     count = len(adapters)
     met: list[Met | None] = [None] * count
@@ -80,9 +91,9 @@ def lockstep(make: Callable[[], tuple[Any, dict]], adapters: Sequence[str], fuse
         return changed
 
     pipes = []
-    for rank, adapter in enumerate(adapters):
+    for rank, own in enumerate(adapters):
         pipe, call = make()
-        use_adapter(quiet(pipe), adapter)
+        use(quiet(pipe), own)
         pipe.scheduler = meeting(pipe.scheduler, rank)
         pipes.append((pipe, call))
 
@@ -122,5 +133,57 @@ def equal_levels(weights: Tensor) -> Fuse:
             results.append(one.stock())
         shares = weights.T.reshape(*weights.T.shape, *[1] * (results[0].ndim - 1))
         return (shares * torch.stack(results).double()).sum(0).to(results[0].dtype)
+
+    return fuse
+
+
+def ancestral(met: Met, k: int, eta: float) -> tuple[Tensor, float]:
+    """Mean and deviation of k-diffusion's ancestral step (get_ancestral_step), noise prediction."""
+    start, end = (float(met.scheduler.sigmas[k + i]) for i in (0, 1))
+    up = eta * (end**2 * (start**2 - end**2) / start**2) ** 0.5
+    down = (end**2 - up**2) ** 0.5
+    x, eps = (met.arguments[name].double() for name in ("sample", "model_output"))
+    return x + eps * (down - start), up
+
+
+def flow_grpo(met: Met, k: int, a: float) -> tuple[Tensor, float]:
+    """Mean and deviation of Flow-GRPO's SDE step (2505.05470, Eq. 9)."""
+    sigmas = met.scheduler.sigmas.double()
+    t, end = float(sigmas[k]), float(sigmas[k + 1])
+    g = a * (t / (1 - (float(sigmas[1]) if t == 1 else t))) ** 0.5
+    x, v = (met.arguments[name].double() for name in ("sample", "model_output"))
+    dt = end - t
+    drift = v + g**2 / (2 * t) * (x + (1 - t) * v)
+    return x + drift * dt, g * (-dt) ** 0.5
+
+
+def unequal_levels(weights: Tensor, seeds: Sequence[int], moments, levels) -> Fuse:
+    """Eq. 7 of each pipeline's own mean and variance, in float64, with counter noise.
+
+    Args:
+        weights: (B, M).
+        seeds: (B,).
+        moments: From a meeting, the step and a level to mean and deviation.
+        levels: (M,).
+    """
+    first: list[torch.Size] = []
+
+    def fuse(met: list[Met]) -> Tensor:
+        sample = met[0].arguments["sample"]
+        first.append(sample.shape)
+        stream = 1 if sample.shape == first[0] else 16  # a second modality's deep copy
+        for one in met:
+            if one.scheduler.step_index is None:
+                one.scheduler._init_step_index(one.arguments["timestep"])
+        k = met[0].scheduler.step_index
+        means, stds = zip(*(moments(one, k, lev) for one, lev in zip(met, levels, strict=True)))
+        last = max(stds) == 0  # Euler ancestral: the common factor cancels
+        variances = torch.tensor(levels if last else stds).double() ** 2
+        mean, variance = fuse_posteriors(torch.stack(means), variances, weights.T)
+        z = mf.counter_noise(torch.tensor(seeds), sample.shape, step=k, stream=stream)
+        noise = 0 if last else variance.sqrt().reshape(-1, *[1] * (sample.ndim - 1)) * z.double()
+        for one in met:
+            one.scheduler._step_index += 1
+        return (mean + noise).to(sample.dtype)
 
     return fuse

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parts of tiny random pipelines: adapters, embeddings, autoencoders, schedulers."""
 
+import warnings
+
 import diffusers
 import torch
 from peft import LoraConfig
@@ -40,7 +42,9 @@ def adapt(network: nn.Module, *targets: str) -> nn.Module:
         config = LoraConfig(
             r=4 + index, lora_alpha=8, target_modules=list(targets), init_lora_weights=False
         )
-        network.add_adapter(config, name)
+        with warnings.catch_warnings():  # of a second adapter, which is the purpose
+            warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)
+            network.add_adapter(config, name)
     with torch.no_grad():
         for path, parameter in network.named_parameters():
             if "lora_B" in path:
