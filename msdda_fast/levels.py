@@ -207,7 +207,7 @@ def read_levels(levels: NoiseLevels) -> Levels:
     """
     given = list(levels) if isinstance(levels, Sequence) else []
     if not any(isinstance(level, FlowNoise) for level in given):
-        return Levels(as_host_float64(levels, "levels"), None)  # type: ignore[arg-type]
+        return Levels(as_host_float64(levels, "levels"), None)
     noises = [level for level in given if isinstance(level, FlowNoise)]
     common = replace(noises[0], level=0.0)
     for index, level in enumerate(given):

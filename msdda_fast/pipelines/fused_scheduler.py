@@ -98,7 +98,8 @@ def fused_scheduler(
     check_one_source(seeds=seeds, generator=generator)
     check_scheduler(scheduler, steered=seeds is not None or generator is not None)
     fused = copy.copy(scheduler)
-    fused.__class__ = _fused_class(getattr(type(scheduler), "stock_class", type(scheduler)))
+    stock: Any = getattr(scheduler, "stock_class", type(scheduler))
+    fused.__class__ = _fused_class(stock)
     fused.fusing = Fusing(
         scheduler,
         FusingOptions(
