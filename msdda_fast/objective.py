@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Objectives: aligned models, each with the DDIM stochasticity it was aligned with."""
+"""Objectives: aligned models, each with the noise that it was aligned with."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from msdda_fast.errors import InvalidSchedule
-from msdda_fast.levels import ETA
+from msdda_fast.levels import ETA, FlowNoise
 
 __all__ = ["Objective"]
 
@@ -21,6 +21,8 @@ class Objective:
     Args:
         source: LoRA file, folder or hub id. None, with no `unet`: the base model itself.
         eta: DDIM stochasticity the model was aligned with, in [0, 1]; 1 is DDPM, 0 deterministic.
+        noise: Instead, for flow models: what it was aligned with, such as `FlowSDE(0.7)`. None: it
+            has no noise of its own, and takes that of the others.
         scale: Factor on the adapter's update, no unit; 1 is the adapter as trained.
         weight_name: File name inside `source` when it is a folder or hub id.
         subfolder: Folder inside `source`.
@@ -28,13 +30,15 @@ class Objective:
         unet: A full network in place of base and adapter.
 
     Raises:
-        InvalidSchedule: `eta` outside [0, 1], or a guidance scale that is not finite.
+        InvalidSchedule: `eta` outside [0, 1], noise of an unknown kind, or a guidance scale that is
+            not finite.
         ValueError: `scale` is not finite, or both `source` and `unet` are given.
     """
 
     source: str | Path | None = None
     _: KW_ONLY
     eta: float = 1.0
+    noise: FlowNoise | None = None
     scale: float = 1.0
     weight_name: str | None = None
     subfolder: str | None = None
@@ -43,6 +47,11 @@ class Objective:
 
     def __post_init__(self) -> None:
         ETA.check_one(self.eta, "Objective")
+        if self.noise is not None and not isinstance(self.noise, FlowNoise):
+            raise InvalidSchedule(
+                f"Objective: noise must be None or noise of flow models, such as FlowSDE(0.7), got "
+                f"{self.noise!r}; DDIM's level is eta"
+            )
         if not math.isfinite(self.scale):
             raise ValueError(f"Objective: scale must be finite, got {self.scale!r}")
         if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):

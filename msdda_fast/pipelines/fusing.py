@@ -142,6 +142,7 @@ class Fusing:
             k = position(scheduler, values["timestep"])
             table = self._table_for(sample)
             if k < len(table):
+                _refuse_other_arguments(given)
                 return self._by_table(stock_step, given, table, k, outputs, dtype, takes)
             values["model_output"] = sample  # LTX lists the end, where its step does nothing
             return stock_step(*given.args, **given.kwargs)
@@ -271,6 +272,21 @@ class Fusing:
             levels = levels_of(scheduler, None, None, self.count)
         if entry is not None and levels is not None and bool((levels.values > 0).any()):
             self._levels_now, self._arguments = levels, None
+
+
+#: Arguments of a stock step that a rule's step has, too, or that change nothing of the state.
+_KNOWN = {"self", "model_output", "timestep", "sample", "generator", "eta", "return_dict"}
+
+
+def _refuse_other_arguments(given: inspect.BoundArguments) -> None:
+    """Refuse what changes a stock step and is not known to its rule, if it is given."""
+    for name, value in given.arguments.items():
+        usual = given.signature.parameters[name].default
+        if name not in _KNOWN and value is not usual and (value is None or value != usual):
+            raise InvalidSchedule(
+                f"the loop gives step {name}=, which this scheduler's rule for noise levels does "
+                f"not know; without levels, its stock step does"
+            )
 
 
 def _count(count: int | None, levels: Levels | None, weights: WeightSchedule) -> int:

@@ -296,6 +296,10 @@ def test_the_stock_scheduler_is_left_alone_and_copies_are_fused() -> None:
     assert one.num_inference_steps is None and type(one) is diffusers.DDIMScheduler
     table = mf.coefficient_table(fused, 4, etas=[1.0, 0.6], weights=[0.3, 0.7])
     assert len(table) == 4 and len(fused.timesteps) == T
+    fused.fusing.weights, fused.fusing.noise.seeds = [1.0, 0.0], [6]
+    x = torch.randn(1, *SHAPE[1:], generator=drawn(0))
+    fresh = mf.fused_scheduler(one, levels=[1.0, 0.6], weights=[1.0, 0.0], seeds=[6])
+    assert draw(fused, x).equal(draw(fresh, x))
     again = mf.fused_scheduler(fused, count=1)
     assert type(again) is type(fused) and again.fusing.count == 1 and fused.fusing.count == 2
     assert fused.from_config(fused.config).timesteps.equal(one.timesteps)
@@ -345,6 +349,14 @@ class TestRefusals:
         fused = mf.fused_scheduler(scheduler("DDIMScheduler"), levels=[1.0, 1.0])
         with pytest.raises(InvalidSchedule, match=r"eta=0.5, .* levels \[1.0, 1.0\]"):
             draw(fused, torch.zeros(SHAPE), eta=0.5)
+
+    def test_arguments_of_the_loop_that_the_rule_does_not_know(self) -> None:
+        """LTX gives each token its own time."""
+        one, x = scheduler("FlowMatchEulerDiscreteScheduler"), torch.zeros(SHAPE)
+        fused = mf.fused_scheduler(one, levels=[mf.CPS(0.5), mf.CPS(0.7)])
+        with pytest.raises(InvalidSchedule, match="the loop gives step per_token_timesteps="):
+            draw(fused, x, per_token_timesteps=torch.ones(2, 8))
+        assert draw(fused, x, per_token_timesteps=None, s_churn=0.0).isfinite().all()
 
     @pytest.mark.parametrize(
         "outputs", [torch.zeros(3, *SHAPE), torch.zeros(SHAPE), [None, None], [torch.zeros(2)] * 2]

@@ -197,6 +197,33 @@ def test_where_no_noise_is_left_the_limit_of_the_ratios_weighs() -> None:
         assert table.share[:, 0, 0].diff().abs().max() > 1e-3  # they depend on the step
 
 
+RULED = [
+    *(
+        (name, None)
+        for name in ("DDIMScheduler", "TCDScheduler", "EulerAncestralDiscreteScheduler",
+                     "LTXEulerAncestralRFScheduler", "FlowMatchEulerDiscreteScheduler")
+    ),
+    *(("FlowMatchEulerDiscreteScheduler", kind(0.5))
+      for kind in (mf.FlowSDE, mf.DanceSDE, mf.CPS, mf.FlowDDIM)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "noise"), RULED, ids=str)
+def test_a_rule_says_what_predictions_count_and_which_step_has_a_rate(name: str, noise) -> None:
+    """The outputs are eps, or a flow's v: at a given x the same, up to a factor per step."""
+    rule = scheduler_rule(scheduler(name), T, noise)
+    levels = torch.tensor([0.9, 0.5, 0.1], dtype=torch.float64)
+    terms, scale = rule.step(levels), rule.eps_scale(levels)
+    quotient = (terms.output_scale / scale).expand(T, 1, 3)
+    torch.testing.assert_close(quotient, quotient[..., :1].expand_as(quotient), rtol=1e-9, atol=0)
+    assert (scale > 0).all() and scale.isfinite().all()
+    again = rule.step_at(terms.rate)
+    for one, other in zip(terms[:4], again[:4], strict=True):
+        torch.testing.assert_close(
+            other.expand(T, 1, 3), one.expand(T, 1, 3), rtol=1e-11, atol=1e-13
+        )
+
+
 @pytest.mark.parametrize("name", ["TCDScheduler", "LTXEulerAncestralRFScheduler"])
 def test_mixed_predictions_keep_the_noise_level(name: str) -> None:
     """One model fused with itself: the step at the fused rate, whatever the levels."""
