@@ -9,9 +9,9 @@ differ is told in `steps.flow_sde`, `steps.cps` and `steps.flow`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass, replace
-from typing import ClassVar, NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, fields, replace
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ __all__ = [
     "LevelRange",
     "Levels",
     "NoiseLevels",
+    "noise_from_json",
+    "noise_to_json",
     "read_levels",
 ]
 
@@ -207,7 +209,7 @@ def read_levels(levels: NoiseLevels) -> Levels:
     """
     given = list(levels) if isinstance(levels, Sequence) else []
     if not any(isinstance(level, FlowNoise) for level in given):
-        return Levels(as_host_float64(levels, "levels"), None)  # type: ignore[arg-type]
+        return Levels(as_host_float64(levels, "levels"), None)
     noises = [level for level in given if isinstance(level, FlowNoise)]
     common = replace(noises[0], level=0.0)
     for index, level in enumerate(given):
@@ -218,6 +220,39 @@ def read_levels(levels: NoiseLevels) -> Levels:
             )
     values = torch.tensor([noise.level for noise in noises], dtype=torch.float64)
     return Levels(values, common)
+
+
+_KINDS: dict[str, type[FlowNoise]] = {
+    kind.__name__: kind for kind in (FlowSDE, DanceSDE, CPS, FlowDDIM)
+}
+
+
+def noise_to_json(noise: FlowNoise) -> dict[str, Any]:
+    """Return `{"kind": "FlowSDE", "level": 0.7}`, and what else differs from the default."""
+    given = {
+        field.name: getattr(noise, field.name)
+        for field in fields(noise)
+        if getattr(noise, field.name) != field.default
+    }
+    return {"kind": type(noise).__name__, **given}
+
+
+def noise_from_json(entry: Mapping[str, Any]) -> FlowNoise:
+    """Return the noise that `noise_to_json` wrote.
+
+    Raises:
+        InvalidSchedule: A kind or a setting that does not exist, or is outside its range.
+    """
+    settings = dict(entry)
+    kind = _KINDS.get(settings.pop("kind", None))
+    known = [] if kind is None else [field.name for field in fields(kind)]
+    if kind is None or "level" not in settings or set(settings) - set(known):
+        raise InvalidSchedule(
+            f"noise {dict(entry)} is none of {', '.join(_KINDS)} with a level and its settings"
+        )
+    if isinstance(window := settings.get("window"), list):
+        settings["window"] = tuple(window)
+    return kind(**settings)
 
 
 def _is_window(window: object) -> bool:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Objectives: aligned models, each with the DDIM stochasticity it was aligned with."""
+"""Objectives: aligned models, each with the noise that it was aligned with."""
 
 from __future__ import annotations
 
@@ -23,26 +23,27 @@ class Objective:
         source: LoRA file, folder or hub id, or several that act together (an accelerator and a
             preference, say). None, with no `unet`: the base model itself.
         eta: DDIM stochasticity the model was aligned with, in [0, 1]; 1 is DDPM, 0 deterministic.
+        noise: Instead, for flow models: what it was aligned with, such as `FlowSDE(0.7)`. None: it
+            has no noise of its own, and takes that of the others.
         scale: Factor on the adapter's update, no unit; 1 is the adapter as trained. One per source,
             or one for all.
-        noise: Of a flow model: the noise it was aligned with, such as `FlowSDE(0.7)`; None: the
-            scheduler's own, or that of the call.
         weight_name: File name inside `source` when it is a folder or hub id.
         subfolder: Folder inside `source`.
         guidance_scale: Classifier-free guidance of this objective; None: the scale of the call.
         unet: A full network in place of base and adapter.
 
     Raises:
-        InvalidSchedule: `eta` outside [0, 1], or a guidance scale that is not finite.
-        ValueError: `scale` is not finite or not one per source, both `source` and `unet` are given,
-            or `noise` is no noise.
+        InvalidSchedule: `eta` outside [0, 1], noise of an unknown kind, or a guidance scale that is
+            not finite.
+        ValueError: `scale` is not finite or not one per source, or both `source` and `unet` are
+            given.
     """
 
     source: str | Path | Sequence[str | Path] | None = None
     _: KW_ONLY
     eta: float = 1.0
-    scale: float | Sequence[float] = 1.0
     noise: FlowNoise | None = None
+    scale: float | Sequence[float] = 1.0
     weight_name: str | None = None
     subfolder: str | None = None
     guidance_scale: float | None = None
@@ -53,16 +54,16 @@ class Objective:
         for name in ("source", "scale"):  # frozen, and equal whatever kind of list was given
             if isinstance(value := getattr(self, name), list):
                 object.__setattr__(self, name, tuple(value))
+        if self.noise is not None and not isinstance(self.noise, FlowNoise):
+            raise InvalidSchedule(
+                f"Objective: noise must be None or noise of flow models, such as FlowSDE(0.7), got "
+                f"{self.noise!r}; DDIM's level is eta"
+            )
         scales = self.scale if isinstance(self.scale, Sequence) else (self.scale,)
         if not all(math.isfinite(scale) for scale in scales):
             raise ValueError(f"Objective: scale must be finite, got {self.scale!r}")
         if isinstance(self.scale, Sequence) and len(self.scale) != len(self.sources):
             raise ValueError(f"Objective: {len(self.scale)} scales for {len(self.sources)} sources")
-        if self.noise is not None and not isinstance(self.noise, FlowNoise):
-            raise ValueError(
-                f"Objective: noise must be that of a flow model, such as FlowSDE(0.7), got "
-                f"{self.noise!r}"
-            )
         if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
             raise InvalidSchedule(
                 f"Objective: guidance_scale must be finite, got {self.guidance_scale!r}"

@@ -44,6 +44,7 @@ class ShapeKey:
             its own rows, else one per active objective and branch.
         channels_last: Memory format of the network's input; S is then (C, H, W).
         max_steps: Length of the tables, the most steps of a request.
+        timestep_dtype: Of the timesteps: int64, or float32 for flow models.
         noise_table: Whether z comes from a table (T, B, *S) rather than from one seed per sample.
         context: Shape of the data that the network itself keeps for a request, such as embeddings.
         shared_context: Whether that data is the same for all objectives.
@@ -58,6 +59,7 @@ class ShapeKey:
     input_rows: int = 1
     channels_last: bool = False
     max_steps: int = 64
+    timestep_dtype: torch.dtype = torch.int64
     noise_table: bool = False
     context: tuple[int, ...] = ()
     shared_context: bool = False
@@ -84,7 +86,7 @@ class StepBuffers:
         x: The state x_t, (B, *S) float32, latent units; the step overwrites it with x_{t-1}.
         next_input: `x` repeated R times, (R, B, *S), in the network's dtype and memory format.
         rows: (max_steps, B, C) float32 coefficients; see `coefficients.Layout`.
-        timesteps: (max_steps,) int64.
+        timesteps: (max_steps,) in the key's dtype.
         seeds: (B,) int64.
         noise: (max_steps, B, *S) float32; None: noise comes from the seeds.
         counter: 0-d int64, the index k of the next step; the step adds 1.
@@ -115,7 +117,7 @@ class StepBuffers:
             x=torch.zeros(key.shape, device=device),
             next_input=rows.view(key.input_rows, *key.shape),
             rows=torch.zeros(steps, batch, key.columns, device=device),
-            timesteps=torch.zeros(steps, dtype=torch.int64, device=device),
+            timesteps=torch.zeros(steps, dtype=key.timestep_dtype, device=device),
             seeds=torch.zeros(batch, dtype=torch.int64, device=device),
             noise=torch.zeros(steps, *key.shape, device=device) if key.noise_table else None,
             counter=torch.zeros((), dtype=torch.int64, device=device),
@@ -149,7 +151,8 @@ class StepBuffers:
         Raises:
             InvalidShape: An argument has the wrong shape, or needs objectives or branches that the
                 key leaves out.
-            InvalidSchedule: More than `max_steps` steps, or a different `clip_range`.
+            InvalidSchedule: More than `max_steps` steps, a different `clip_range`, or networks that
+                take a scaled input.
             ValueError: The wrong kind of noise for the key, or conditioning names that differ from
                 `self.conditioning`.
         """
@@ -226,6 +229,8 @@ class StepBuffers:
                 f"a table for B = {batch} and M = {count}, expected 1 or {len(self.x)} and "
                 f"{len(key.active)}"
             )
+        if table.input_scale is not None:
+            raise InvalidSchedule("these buffers hand x_t to the networks, which take it scaled")
         if table.rows.dtype != torch.float32:
             raise InvalidShape(f"a table in {table.rows.dtype}, expected torch.float32")
         missing = [m for m, on in enumerate(table.active) if on and not key.active[m]]

@@ -118,7 +118,8 @@ def fused_scheduler(
 def with_fusing(scheduler: Any, fusing: Fusing) -> Any:  # noqa: ANN401 - of the scheduler's class
     """Return a shallow copy of a scheduler whose step is that of `fusing`."""
     fused = copy.copy(scheduler)
-    fused.__class__ = _fused_class(getattr(type(scheduler), "stock_class", type(scheduler)))
+    stock: Any = getattr(scheduler, "stock_class", type(scheduler))
+    fused.__class__ = _fused_class(stock)
     fused.fusing = fusing
     return fused
 

@@ -18,7 +18,7 @@ from msdda_fast.errors import InvalidSchedule, InvalidShape
 from msdda_fast.kernels.fused_step import fused_ddim_step
 from msdda_fast.levels import Levels
 from msdda_fast.pipelines.loop_noise import LoopNoise
-from msdda_fast.pipelines.stock_schedulers import steps_once, stock_arguments
+from msdda_fast.pipelines.stock_schedulers import position, steps_once, stock_arguments
 from msdda_fast.steps.coefficients import CoefficientTable, StepCoefficients, mixture
 from msdda_fast.steps.rules import Rule
 from msdda_fast.steps.schedulers import (
@@ -98,6 +98,7 @@ class Fusing:
             InvalidSchedule, InvalidWeights, InvalidShape, ZeroVariance: As `coefficient_table`.
         """
         self.noise.begin()
+        self._check_weights()
         self._levels_now = self._levels
         self._rule: Rule | None = None
         self._table: CoefficientTable | None = None
@@ -146,6 +147,7 @@ class Fusing:
             k = position(scheduler, values["timestep"])
             table = self._table_for(sample)
             if k < len(table):
+                _refuse_other_arguments(given)
                 return self._by_table(stock_step, given, table, k, outputs, dtype, takes)
             values["model_output"] = sample  # LTX lists the end, where its step does nothing
             return stock_step(*given.args, **given.kwargs)
@@ -187,13 +189,8 @@ class Fusing:
 
     def _outputs(self, model_output: Any, sample: Tensor) -> list[Tensor | None]:  # noqa: ANN401
         """The M predictions, each (1, B, *S), or None."""
-        if isinstance(model_output, Tensor) and self.count == 1:
-            model_output = (
-                model_output.view(1, *sample.shape)
-                if (model_output.shape == sample.shape)
-                else model_output
-            )
-        given = list(model_output)
+        alone = self.count == 1 and getattr(model_output, "shape", None) == sample.shape
+        given = [model_output] if alone else list(model_output)
         shapes = [None if one is None else tuple(one.shape) for one in given]
         if len(given) != self.count or not {*shapes} - {None} <= {tuple(sample.shape)}:
             raise InvalidShape(
@@ -215,6 +212,14 @@ class Fusing:
         made = torch.empty_like(sample, dtype=dtype)
         backend = self._options.backend
         return fused_ddim_step(sample, outputs, row, noise=sample, backend=backend, out=made)
+
+    def _check_weights(self) -> None:
+        if self.weights is None or callable(self.weights):
+            return
+        shape = as_host_float64(self.weights, "weights").shape  # type: ignore[arg-type]
+        batch_size = shape[0] if len(shape) > 1 else 1
+        extrapolate = self._options.extrapolate
+        preference_weights(self.weights, self.count, batch_size, extrapolate=extrapolate)
 
     def _check_eta(self, eta: float | None) -> None:
         own = None if self._levels is None else self._levels.values
@@ -274,17 +279,19 @@ class Fusing:
             self._levels_now, self._arguments = levels, None
 
 
-def position(scheduler: Any, timestep: Any) -> int:  # noqa: ANN401 - as stock
-    """The position of `timestep` in the timesteps, where `step` is about to be called with it."""
-    if getattr(scheduler, "step_index", None) is None and hasattr(scheduler, "_init_step_index"):
-        scheduler._init_step_index(timestep)
-    index: int | None = getattr(scheduler, "step_index", None)
-    if index is not None:
-        return int(index)
-    found = (scheduler.timesteps == timestep).nonzero()
-    if len(found) == 0:
-        raise InvalidSchedule(f"timestep {timestep} is not one of the scheduler's timesteps")
-    return int(found[0])
+#: Arguments of a stock step that a rule's step has, too, or that change nothing of the state.
+_KNOWN = {"self", "model_output", "timestep", "sample", "generator", "eta", "return_dict"}
+
+
+def _refuse_other_arguments(given: inspect.BoundArguments) -> None:
+    """Refuse what changes a stock step and is not known to its rule, if it is given."""
+    for name, value in given.arguments.items():
+        usual = given.signature.parameters[name].default
+        if name not in _KNOWN and value is not usual and (value is None or value != usual):
+            raise InvalidSchedule(
+                f"the loop gives step {name}=, which this scheduler's rule for noise levels does "
+                f"not know; without levels, its stock step does"
+            )
 
 
 def _count(count: int | None, levels: Levels | None, weights: WeightSchedule) -> int:

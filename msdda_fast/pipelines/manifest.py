@@ -15,6 +15,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from msdda_fast.levels import noise_from_json, noise_to_json
 from msdda_fast.objective import Objective
 
 __all__ = ["OBJECTIVES_FILE", "check_names", "dump_objectives", "parse_objectives"]
@@ -61,6 +62,8 @@ def parse_objectives(text: str, origin: str | Path) -> dict[str, Objective]:
                 f"{where}: objective {name!r} has unknown field {sorted(unknown)[0]!r}; "
                 f"known: {', '.join(_FIELDS)}"
             )
+        if isinstance(noise := entry.get("noise"), dict):
+            entry = {**entry, "noise": noise_from_json(noise)}
         objectives[name] = _inside(Objective(**entry), origin)
     check_names(objectives)
     return objectives
@@ -90,6 +93,8 @@ def dump_objectives(objectives: Mapping[str, Objective], places: Mapping[str, st
         entry: dict[str, Any] = {"eta": objective.eta}
         if name in places:
             entry["unet" if objective.unet is not None else "source"] = places[name]
+        if objective.noise is not None:
+            entry["noise"] = noise_to_json(objective.noise)
         if objective.scale != 1.0:
             entry["scale"] = objective.scale
         if objective.guidance_scale is not None:

@@ -111,9 +111,15 @@ def objective_etas(
 
     Raises:
         UnknownObjective: A mapping names an unknown objective.
-        InvalidSchedule: An eta is outside [0, 1].
+        InvalidSchedule: An eta is outside [0, 1], or an objective has noise of flow models.
         InvalidShape: The numbers are not of shape (M,).
     """
+    for name, objective in objectives.items():
+        if objective.noise is not None:
+            raise InvalidSchedule(
+                f"objective {name!r}: {type(objective.noise).__name__} is noise of flow models, "
+                f"and this pipeline samples with DDIM: give eta instead"
+            )
     own = [objective.eta for objective in objectives.values()]
     values = _by_name("etas", objectives, etas, own)
     for name, eta in zip(objectives, values, strict=True):

@@ -15,7 +15,7 @@ from msdda_fast.errors import InvalidSchedule
 from msdda_fast.levels import Levels
 from msdda_fast.steps.schedulers import RULES, entry_of
 
-__all__ = ["LINEAR", "check_scheduler", "steps_once", "stock_arguments"]
+__all__ = ["LINEAR", "check_scheduler", "position", "steps_once", "stock_arguments"]
 
 #: Schedulers of first order: nothing is left of a step but the state.
 _ONE_STEP = {*RULES, "CogVideoXDDIMScheduler", "EDMEulerScheduler", "EulerDiscreteScheduler"}
@@ -107,6 +107,19 @@ def stock_arguments(scheduler: Any, levels: Levels | None) -> dict[str, Any] | N
     entry = entry_of(scheduler)
     own = None if entry is None or entry.level is None else entry.level(scheduler)
     return {} if own == first else None
+
+
+def position(scheduler: Any, timestep: Any) -> int:  # noqa: ANN401 - as stock
+    """The position of `timestep` in the timesteps, where `step` is about to be called with it."""
+    if getattr(scheduler, "step_index", None) is None and hasattr(scheduler, "_init_step_index"):
+        scheduler._init_step_index(timestep)
+    index: int | None = getattr(scheduler, "step_index", None)
+    if index is not None:
+        return int(index)
+    found = (scheduler.timesteps == timestep).nonzero()
+    if len(found) == 0:
+        raise InvalidSchedule(f"timestep {timestep} is not one of the scheduler's timesteps")
+    return int(found[0])
 
 
 def _names(scheduler: Any) -> set[str]:  # noqa: ANN401 - any scheduler

@@ -111,6 +111,19 @@ def test_a_loaded_request_lies_where_it_belongs(buffers: StepBuffers) -> None:
     assert now == addresses
 
 
+def test_times_of_flow_models_stay_what_they_are(buffers: StepBuffers) -> None:
+    given = Request(weights=(0.3, 0.7), seeds=(1, 2)).arguments | {"conditioning": None}
+    table = replace(given["table"], timesteps=torch.linspace(1000, 12.5, 5))
+    given["table"] = table
+    made = StepBuffers.allocate(replace(KEY, timestep_dtype=torch.float32), "cpu")
+    made.load(**given)
+    assert made.timesteps[:5].equal(table.timesteps)
+    with pytest.raises(InvalidShape, match=r"timesteps has dtype torch.float32, expected .*int64"):
+        buffers.load(**given | {"conditioning": {"prompt": PROMPT}})
+    with pytest.raises(InvalidSchedule, match="take it scaled"):
+        made.load(**given | {"table": replace(table, input_scale=torch.ones(5))})
+
+
 OTHER = {
     "shape": (9, 9),
     "active": (True, True, True),
@@ -120,6 +133,7 @@ OTHER = {
     "input_rows": 2,
     "channels_last": True,
     "max_steps": 128,
+    "timestep_dtype": torch.float32,
     "noise_table": True,
     "context": (1, 2),
     "shared_context": True,

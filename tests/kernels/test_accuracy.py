@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from msdda_fast.kernels.fused_step import fast_fuse_step, fused_ddim_step
+from msdda_fast.levels import CPS, FlowSDE
 from msdda_fast.steps.coefficients import StepCoefficients
 from msdda_fast.steps.table import coefficient_table
 from tests.kernels.cases import (
@@ -26,6 +27,7 @@ from tests.kernels.cases import (
     moments_case,
     shape_id,
 )
+from tests.steps.flow_world import flow_scheduler
 
 NARROW = tuple(dtype for dtype in DTYPES if dtype != torch.float64)
 
@@ -165,6 +167,26 @@ def test_every_backend_is_bitwise_equal_to_eager(dtype, clip_range, count, fast_
         for name in ("eager", fast_backend)
     )
     assert torch.equal(eager, fast)
+
+
+@pytest.mark.parametrize("kind", [FlowSDE, CPS], ids=lambda kind: kind.__name__)
+def test_steps_of_flow_models_are_bitwise_equal_to_eager(kind, fast_backend):
+    """Without guidance, x and noise in proportions that DDIM never has; the last step as well."""
+    case = ddim_case(3, (3, 5, 3, 7), torch.float32)
+    table = coefficient_table(
+        flow_scheduler(3),
+        None,
+        levels=[kind(level) for level in (0.9, 0.4, 0.7)],
+        weights=case.weights,
+    )
+    for k in (0, 2):
+        eager, fast = (
+            fused_ddim_step(
+                case.x_t, case.outputs[:, :1], table[k], seeds=[1, 2, 3], step=k, backend=name
+            )
+            for name in ("eager", fast_backend)
+        )
+        assert torch.equal(eager, fast)
 
 
 @pytest.mark.sweep(fast_backend=1)  # likewise
