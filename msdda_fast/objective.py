@@ -89,8 +89,9 @@ class Objective:
     @property
     def scales(self) -> tuple[float, ...]:
         """One scale per source."""
-        many = isinstance(self.scale, Sequence)
-        return tuple(self.scale) if many else (self.scale,) * len(self.sources)
+        if isinstance(self.scale, Sequence):
+            return tuple(self.scale)
+        return (self.scale,) * len(self.sources)
 
     @property
     def is_base(self) -> bool:

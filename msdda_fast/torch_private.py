@@ -71,7 +71,7 @@ def make_wrapper(kind: type[Tensor], like: Tensor) -> Any:  # noqa: ANN401 - an 
     """A tensor of a subclass that looks like `like` and holds no data of its own."""
     # Tensor._make_wrapper_subclass: since 1.10, used by torch's own subclasses (DTensor) and in
     # its notes on extending torch. Watch its keywords.
-    return Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+    return Tensor._make_wrapper_subclass(
         kind,
         like.shape,
         strides=like.stride(),

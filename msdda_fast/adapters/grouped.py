@@ -94,7 +94,8 @@ def _forward_of(
         tuple((name, scale) for name, scale in adapters if holds(layer, name)) for adapters in sets
     ]
     if not any(own):
-        return layer.get_base_layer().__call__
+        base: nn.Module = layer.get_base_layer()
+        return base.__call__
     if any(not _is_plain(layer, name) for adapters in own for name, _ in adapters):
         return _OneByOne(layer, path, own)
     if isinstance(layer.get_base_layer(), nn.Linear):

@@ -193,10 +193,12 @@ def attach(
         objectives = {name: Objective(name) for name in loaded} or {"base": Objective.base()}
     check_names(objectives)
     sets = {name: _set(name, objective, loaded) for name, objective in objectives.items()}
-    attached = copy.copy(pipeline)
-    attached.__class__ = _attached_class(getattr(type(pipeline), "stock_class", type(pipeline)))
+    stock: Any = getattr(pipeline, "stock_class", type(pipeline))
+    attached: Any = copy.copy(pipeline)
+    attached.__class__ = _attached_class(stock)
     attached._objectives, attached._sets, attached._hooks = dict(objectives), sets, {}
-    return attached
+    made: WithObjectives = attached
+    return made
 
 
 def _loaded(pipeline: Any) -> list[str]:  # noqa: ANN401 - a pipeline

@@ -134,7 +134,7 @@ class HiddenAxis(torch.Tensor):
         return tree_map_only(Tensor, HiddenAxis, result)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls,
         func: Callable[..., Any],
         types: Sequence[type],
@@ -147,7 +147,7 @@ class HiddenAxis(torch.Tensor):
 
 def hide(rows: Tensor, objectives: int) -> HiddenAxis:
     """(M R, ...), objective-major, -> a tensor that looks like (R, ...)."""
-    return HiddenAxis(rows.unflatten(0, (objectives, -1)))
+    return HiddenAxis(rows.reshape(objectives, -1, *rows.shape[1:]))
 
 
 def rows_of(value: Tensor, objectives: int) -> Tensor:

@@ -105,6 +105,7 @@ class RowHook:
         if self._one_by_one:
             return one_by_one()
         key = (tuple(map(bool, sets)), call.kind)
+        reason: str | None
         try:
             grouped_args, grouped_kwargs = call.repeated(len(sets))
             with self._current(sets).applied():
