@@ -6,6 +6,7 @@ See `fused_scheduler` for what the two ways are.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -86,6 +87,11 @@ class Fusing:
         self.count = _count(count, self._levels, weights)
         self.weights, self.noise = weights, noise
         self.begin(scheduler)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Fusing:
+        made = copy.copy(self)  # weights may be a method of something large
+        made.noise = copy.deepcopy(self.noise, memo)
+        return made
 
     def begin(self, scheduler: Any) -> None:  # noqa: ANN401 - any scheduler of diffusers
         """Take up the timesteps of `scheduler`, if there are any; `set_timesteps` calls this.
