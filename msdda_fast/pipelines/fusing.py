@@ -6,6 +6,7 @@ See `fused_scheduler` for what the two ways are.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from msdda_fast.errors import InvalidSchedule, InvalidShape
 from msdda_fast.kernels.fused_step import fused_ddim_step
 from msdda_fast.levels import Levels
 from msdda_fast.pipelines.loop_noise import LoopNoise
+from msdda_fast.pipelines.predictions import by_objective
 from msdda_fast.pipelines.stock_schedulers import position, steps_once, stock_arguments
 from msdda_fast.steps.coefficients import CoefficientTable, StepCoefficients, mixture
 from msdda_fast.steps.rules import Rule
@@ -91,6 +93,11 @@ class Fusing:
         """Whether the stock step runs with nothing changed but the prediction."""
         return self._arguments == {} and self.noise.seeds is None and self.noise.generator is None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Fusing:
+        made = copy.copy(self)  # weights may be a method of something large
+        made.noise = copy.deepcopy(self.noise, memo)
+        return made
+
     def begin(self, scheduler: Any) -> None:  # noqa: ANN401 - any scheduler of diffusers
         """Take up the timesteps of `scheduler`, if there are any; `set_timesteps` calls this.
 
@@ -136,7 +143,7 @@ class Fusing:
         given = inspect.signature(stock_step).bind(scheduler, *args, **kwargs)
         values = given.arguments
         sample: Tensor = values["sample"]
-        outputs = self._outputs(values["model_output"], sample)
+        outputs = by_objective(values["model_output"], sample, self.count)
         dtype = next(output.dtype for output in outputs if output is not None)
         if self._options.state_dtype is not None:
             dtype = torch.promote_types(sample.dtype, self._options.state_dtype)
@@ -157,7 +164,7 @@ class Fusing:
             own = self.noise.generators(k, len(sample))
             values |= {} if own is None else {"generator": own}
         row = self._weight_row(scheduler, values["timestep"], sample)
-        values["model_output"] = self._mix(sample, outputs, row, dtype)
+        values["model_output"] = self._fuse(sample, outputs, row, dtype)
         return stock_step(*given.args, **given.kwargs)
 
     def _by_table(
@@ -171,14 +178,12 @@ class Fusing:
         takes: Iterable[str],
     ) -> Any:  # noqa: ANN401 - what the stock step returns
         values, sample = given.arguments, given.arguments["sample"]
-        noise = {"noise": sample}  # masked, and no generator moves
+        noise = {}
         if table.std.any():
             drawn = next(output.dtype for output in outputs if output is not None)
             noise = self.noise.of_step(k, sample, drawn, values.get("generator"))
-        made = torch.empty_like(sample, dtype=dtype)
-        backend = self._options.backend
-        fused_ddim_step(sample, outputs, table[k], backend=backend, out=made, **noise)
-        values["model_output"] = self._mix(sample, outputs, table.mixture(k), dtype)
+        made = self._fuse(sample, outputs, table[k], dtype, **noise)
+        values["model_output"] = self._fuse(sample, outputs, table.mixture(k), dtype)
         if "generator" in takes:  # what the stock step draws is dropped
             values["generator"] = torch.Generator(sample.device)
         result = stock_step(*given.args, **given.kwargs)
@@ -187,31 +192,18 @@ class Fusing:
         result.prev_sample = made
         return result
 
-    def _outputs(self, model_output: Any, sample: Tensor) -> list[Tensor | None]:  # noqa: ANN401
-        """The M predictions, each (1, B, *S), or None."""
-        alone = self.count == 1 and getattr(model_output, "shape", None) == sample.shape
-        given = [model_output] if alone else list(model_output)
-        shapes = [None if one is None else tuple(one.shape) for one in given]
-        if len(given) != self.count or not {*shapes} - {None} <= {tuple(sample.shape)}:
-            raise InvalidShape(
-                f"model_output has {len(given)} predictions of shapes {shapes}, expected M = "
-                f"{self.count} of the sample's, {tuple(sample.shape)}"
-            )
-        if not any(one is not None for one in given):
-            raise InvalidShape("model_output has no prediction: all are None")
-        return [None if one is None else one[None] for one in given]
-
-    def _mix(
+    def _fuse(
         self,
         sample: Tensor,
         outputs: list[Tensor | None],
-        row: StepCoefficients,
+        coefficients: StepCoefficients,
         dtype: torch.dtype,
+        **noise: Any,  # noqa: ANN401 - of `fused_ddim_step`
     ) -> Tensor:
-        """The weighted prediction; a coefficient of 0 masks state and noise."""
-        made = torch.empty_like(sample, dtype=dtype)
-        backend = self._options.backend
-        return fused_ddim_step(sample, outputs, row, noise=sample, backend=backend, out=made)
+        """A fused step, or with the coefficients of a mixture the weighted prediction."""
+        out, backend = torch.empty_like(sample, dtype=dtype), self._options.backend
+        noise = noise or {"noise": sample}  # a coefficient of 0 masks it, and no generator moves
+        return fused_ddim_step(sample, outputs, coefficients, backend=backend, out=out, **noise)
 
     def _check_weights(self) -> None:
         if self.weights is None or callable(self.weights):
@@ -273,9 +265,11 @@ class Fusing:
     def _ask_for_counter_noise(self, scheduler: Any) -> None:  # noqa: ANN401
         """Take the table's way if the scheduler has a rule and the level is one with noise."""
         entry, levels = entry_of(scheduler), self._levels
-        if entry is not None and entry.level is not None and levels is None:
+        if entry is None:
+            return
+        if entry.level is not None and levels is None:
             levels = levels_of(scheduler, None, None, self.count)
-        if entry is not None and levels is not None and bool((levels.values > 0).any()):
+        if levels is not None and bool((levels.values > 0).any()):
             self._levels_now, self._arguments = levels, None
 
 

@@ -158,7 +158,9 @@ def ddim_grid(scheduler: Scheduler, num_steps: int | None) -> DDIMGrid:
     timesteps = _timesteps(scheduler, num_steps, num_train_steps)
     # diffusers subtracts the stride instead of taking the next timestep; linspace tells them apart
     previous = timesteps - num_train_steps // num_steps
-    return grid_between(scheduler, timesteps, previous, scheduler.config.set_alpha_to_one)
+    config, alpha_bar = scheduler.config, _alpha_bar(scheduler)
+    final = torch.ones((), dtype=torch.float64) if config.set_alpha_to_one else alpha_bar[0]
+    return grid_between(scheduler, timesteps, previous, final)
 
 
 def next_grid(scheduler: Scheduler, num_steps: int | None, last: int | None) -> DDIMGrid:
@@ -174,7 +176,8 @@ def next_grid(scheduler: Scheduler, num_steps: int | None, last: int | None) -> 
     scheduler, num_steps = set_to(scheduler, num_steps)
     timesteps = _timesteps(scheduler, num_steps, int(scheduler.config.num_train_timesteps))
     end = timesteps[-1:] if last is None else timesteps.new_tensor([last])
-    return grid_between(scheduler, timesteps, torch.cat([timesteps[1:], end]), True)
+    one = torch.ones((), dtype=torch.float64)
+    return grid_between(scheduler, timesteps, torch.cat([timesteps[1:], end]), one)
 
 
 def set_to(scheduler: Scheduler, num_steps: int | None) -> tuple[Scheduler, int]:
@@ -209,14 +212,14 @@ def set_to(scheduler: Scheduler, num_steps: int | None) -> tuple[Scheduler, int]
 
 
 def grid_between(
-    scheduler: Scheduler, timesteps: Tensor, previous: Tensor, to_one: bool
+    scheduler: Scheduler, timesteps: Tensor, previous: Tensor, final: Tensor
 ) -> DDIMGrid:
     """Return the grid of steps from `timesteps` to `previous`, both (T,) int64.
 
     Args:
         scheduler: Gives alpha_bar and the config.
         timesteps, previous: Negative ones of `previous` are the end.
-        to_one: Whether alpha_bar is 1 at the end, rather than that of timestep 0.
+        final: alpha_bar at the end, ().
 
     Raises:
         InvalidSchedule: A setting the affine kernel cannot express.
@@ -231,8 +234,7 @@ def grid_between(
         raise InvalidSchedule(
             f"prediction_type is {prediction_type!r}, expected one of {PREDICTION_TYPES}"
         )
-    alpha_bar = scheduler.alphas_cumprod.detach().to("cpu", torch.float64)
-    final = torch.ones((), dtype=torch.float64) if to_one else alpha_bar[0]
+    alpha_bar = _alpha_bar(scheduler)
     alpha_bar_t = alpha_bar[timesteps]
     if prediction_type == "epsilon" and (alpha_bar_t == 0).any():
         raise InvalidSchedule(
@@ -247,6 +249,10 @@ def grid_between(
         prediction_type=prediction_type,
         clip_range=float(config.clip_sample_range) if clips else None,
     )
+
+
+def _alpha_bar(scheduler: Scheduler) -> Tensor:
+    return scheduler.alphas_cumprod.detach().to("cpu", torch.float64)
 
 
 def _timesteps(scheduler: Scheduler, num_steps: int, num_train_steps: int) -> Tensor:

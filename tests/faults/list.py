@@ -76,7 +76,7 @@ FAULTS = (
         "steps-final-alpha",
         "set_alpha_to_one is ignored at the last step.",
         "msdda_fast/steps/ddim.py",
-        "torch.ones((), dtype=torch.float64) if to_one else alpha_bar[0]",
+        "torch.ones((), dtype=torch.float64) if config.set_alpha_to_one else alpha_bar[0]",
         "alpha_bar[0]",
         ("tests/steps",),
     ),

@@ -216,6 +216,24 @@ def test_a_deep_copy_draws_noise_of_its_own_and_the_same_in_each_run(name: str) 
     assert again[0].equal(image) and again[1].equal(sound)
 
 
+class Request:
+    """What nobody should copy: weights as a method of something large."""
+
+    def __deepcopy__(self, memo: dict) -> None:
+        raise AssertionError("copied")
+
+    def weights(self, k: int) -> list[float]:
+        return [0.3, 0.7]
+
+
+def test_a_deep_copy_takes_nothing_else_along() -> None:
+    fused = mf.fused_scheduler(
+        scheduler("DDIMScheduler"), levels=[1.0, 0.6], weights=Request().weights, seeds=[5, 6]
+    )
+    x = torch.randn(SHAPE, generator=drawn(0))
+    assert draw(copy.deepcopy(fused), x).isfinite().all()
+
+
 def test_one_objective_is_bitwise_stock() -> None:
     for dtype in (torch.float32, torch.float16):
         for name in ("FlowMatchEulerDiscreteScheduler", "UniPCMultistepScheduler"):

@@ -3,6 +3,7 @@
 
 import math
 from functools import partial
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -44,8 +45,9 @@ def published(kind: type[FlowNoise], scheduler: object):
     }[kind]
 
 
-def table(kind, levels=LEVELS, num_steps=T, weights=WEIGHTS, **options) -> CoefficientTable:
-    settings = {name: options.pop(name) for name in ("window", "last_step", "sigma_max") if name in options}  # fmt: skip # noqa: E501
+def table(
+    kind, levels=LEVELS, num_steps=T, weights=WEIGHTS, settings=MappingProxyType({}), **options
+) -> CoefficientTable:
     return mf.coefficient_table(
         flow_scheduler(num_steps),
         None,
@@ -80,7 +82,7 @@ def test_what_stands_for_t_at_its_start_is_the_next_sigma_or_given() -> None:
     [sigma, after] = times(flow_scheduler(T))[0]
     assert sigma == 1.0
     for sigma_max, used in ((None, after), (0.99, 0.99)):
-        built = table(mf.FlowSDE, [0.7], weights=[1.0], sigma_max=sigma_max)
+        built = table(mf.FlowSDE, [0.7], weights=[1.0], settings={"sigma_max": sigma_max})
         a, [b], tau = columns(built, 0)
         assert (a, b, tau) == pytest.approx(flow_grpo(sigma, after, 0.7, used), abs=1e-14)
 
@@ -130,7 +132,8 @@ def test_unequal_sdes_are_one_sde_at_the_fused_level(kind: type[FlowNoise]) -> N
         assert sum(b) == pytest.approx(b_1, abs=4e-16) and tau == pytest.approx(tau_1, abs=4e-16)
         assert columns(mixed, k)[1] == pytest.approx(b, abs=1e-15)
         if kind is mf.FlowSDE and k > 0:
-            what = [w * (2 / a**2 + 1) / (2 * precision + 1) for w, a in zip(WEIGHTS, LEVELS)]  # noqa: B905
+            pairs = zip(WEIGHTS, LEVELS, strict=True)
+            what = [w * (2 / level**2 + 1) / (2 * precision + 1) for w, level in pairs]
             assert [part / b_1 for part in b] == pytest.approx(what, abs=1e-14)
 
 
@@ -233,12 +236,12 @@ def test_theorem_1_on_gaussian_data(kind: type[FlowNoise], fusion: str) -> None:
 @by_kind
 def test_outside_of_a_window_it_is_the_ode(kind: type[FlowNoise]) -> None:
     plain, ode = table(kind), table(kind, (0.0, 0.0))
-    windowed = table(kind, window=(2, 5))
+    windowed = table(kind, settings={"window": (2, 5)})
     for k in range(T):
         expected = plain if 2 <= k < 5 else ode
         torch.testing.assert_close(windowed.rows[k], expected.rows[k], rtol=0, atol=1e-15)
         torch.testing.assert_close(windowed.share[k], expected.share[k])
-    quiet = table(kind, last_step=False)
+    quiet = table(kind, settings={"last_step": False})
     assert quiet.rows[:-1].equal(plain.rows[:-1])
     torch.testing.assert_close(quiet.rows[-1], ode.rows[-1], rtol=0, atol=1e-15)
 
@@ -269,7 +272,7 @@ class TestRefusals:
 
     def test_a_window_beyond_the_steps(self) -> None:
         with pytest.raises(InvalidSchedule, match=r"window \(4, 11\) ends after .* 10 steps"):
-            table(mf.CPS, window=(4, 11))
+            table(mf.CPS, settings={"window": (4, 11)})
 
     @pytest.mark.parametrize("sigma_max", [0.0, 1.0, math.nan])
     def test_a_ceiling_that_is_none(self, sigma_max) -> None:

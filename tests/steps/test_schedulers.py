@@ -19,6 +19,7 @@ pytestmark = pytest.mark.filterwarnings(
 T = 6
 VP = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
 FLOWS = ("FlowMatch", "LTX")
+EXACT = ("DD", "LCM", "TCD")  # those that compute in the dtype of alpha_bar
 
 
 def scheduler(name: str, **config: object) -> object:
@@ -26,7 +27,7 @@ def scheduler(name: str, **config: object) -> object:
     known = inspect.signature(kind.__init__).parameters
     usual = {} if name.startswith(FLOWS) else VP
     made = kind(**{key: value for key, value in usual.items() if key in known} | config)
-    if name.startswith(("DD", "LCM", "TCD")):  # those that compute in the dtype of alpha_bar
+    if name.startswith(EXACT):
         betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
         made.alphas_cumprod = (1 - betas).cumprod(0)
         if hasattr(made, "final_alpha_cumprod"):
@@ -62,7 +63,7 @@ def test_it_is_the_stock_step(name: str, config: dict, level: float | None) -> N
     table = mf.coefficient_table(stock, T, etas=etas, weights=[1.0], dtype=torch.float64)
     stock.set_timesteps(T)
     assert table.timesteps.double().equal(stock.timesteps.double()) and len(table) == T
-    exact = stock.alphas_cumprod.dtype == torch.float64 if hasattr(stock, "alphas_cumprod") else False  # fmt: skip # noqa: E501
+    exact = name.startswith(EXACT)
     arguments = {} if level is None else {"eta": level}
     generator = torch.Generator().manual_seed(0)
     for k, t in enumerate(stock.timesteps):
@@ -109,8 +110,8 @@ def moments(name: str, level: float, k: int, **config: object) -> tuple[Tensor, 
     stock.set_timesteps(T)
     takes = inspect.signature(stock.step).parameters
     t = stock.timesteps[k]
-    scalars = torch.eye(3, dtype=torch.float64)[:2].float() if name.startswith(FLOWS) else torch.eye(3, dtype=torch.float64)[:2]  # fmt: skip # noqa: E501
-    x, output = scalars[:, :, None, None]
+    dtype = torch.float64 if name.startswith(EXACT) else torch.float32
+    x, output = torch.eye(3, dtype=dtype)[:2, :, None, None]
     arguments = {"eta": level} if "eta" in takes else {}
 
     def step(x: Tensor, output: Tensor) -> Tensor:
