@@ -53,10 +53,11 @@ class NetworkState:
 
     The tree is walked once. `is_current` compares every module, parameter and buffer by identity,
     the class and attributes of every module and whether it has hooks (patched forwards, attention
-    processors and FreeU among them), base weights by address and version (which a write through
-    `.data` does not raise), and adapters by their numbers, because peft's hotswap writes that way:
-    one sync per objective. Adapters that no variant uses may be added and removed, and activated
-    unless a variant runs the network as it is.
+    processors and FreeU among them), base weights by address, version and four of their numbers (a
+    write through `.data` does not raise the version; one that misses these four goes unnoticed),
+    and adapters by all numbers, because peft's hotswap writes that way: two syncs per network.
+    Adapters that no variant uses may be added and removed, and activated unless a variant runs the
+    network as it is.
 
     Args:
         network: Holds the adapters of all variants.
@@ -77,6 +78,8 @@ class NetworkState:
         self._weights = [place.item for place in self._places if isinstance(place.item, Tensor)]
         self._addresses = [weight.data_ptr() for weight in self._weights]
         self._versions = versions_of(self._weights)
+        self._samples = [_sample(weight) for weight in self._weights]
+        self._sampled = _together(self._samples)
         self._tuners = [layer for layer in modules if isinstance(layer, BaseTunerLayer)]
         for layer in self._tuners:
             self._places.append(_Place(held_by(layer)[0], "base_layer", layer.base_layer))
@@ -115,7 +118,9 @@ class NetworkState:
         for factor, memory in zip(self._factors, self._memory, strict=True):
             if factor.data_ptr() != memory.data_ptr():  # `.data` was replaced
                 return False
-        return torch.equal(_together(self._memory), self._numbers)
+        return torch.equal(_together(self._samples), self._sampled) and torch.equal(
+            _together(self._memory), self._numbers
+        )
 
     def _watch_adapter(self, variant: Variant, name: str) -> None:
         layers = []
@@ -155,6 +160,12 @@ def _holders(modules: Iterable[nn.Module]) -> Iterator[MutableMapping[str, Any]]
             yield children
         yield parameters
         yield buffers
+
+
+def _sample(weight: Tensor) -> Tensor:
+    """Return a view of four numbers (fewer of small weights) all over a weight of any layout."""
+    step, offset = max(1, weight.numel() // 4), weight.storage_offset()
+    return weight.detach().as_strided((min(4, weight.numel()),), (step,), offset)
 
 
 def _together(factors: list[Tensor]) -> Tensor:

@@ -33,7 +33,7 @@ from torch import nn
 from msdda_fast.adapters.layers import own_modules
 from msdda_fast.adapters.loaded import bare
 from msdda_fast.errors import UnsupportedNetwork
-from msdda_fast.torch_private import hooks_of, is_compiled
+from msdda_fast.torch_private import held_by, hooks_of, is_compiled
 
 __all__ = ["check_supported"]
 
@@ -130,6 +130,9 @@ def _changed(module: nn.Module) -> str | None:
         return "a forward hook"
     if is_compiled(module):
         return "torch.compile of one network (set_forward(compile=True) compiles all of them)"
+    for parameter in held_by(module)[1].values():
+        if type(parameter) not in (nn.Parameter, type(None)):
+            return f"a weight of the class {type(parameter).__name__} (quantised?)"
     if not isinstance(module, BaseTunerLayer) and type(module) not in _LAYERS:
         return f"a layer of the class {type(module).__name__}"
     return None
@@ -138,6 +141,8 @@ def _changed(module: nn.Module) -> str | None:
 def _unknown(module: Any) -> str | None:  # noqa: ANN401 - any module
     if isinstance(module, ResnetBlock2D) and (module.up or module.down):
         return "a resnet that changes the resolution"
+    if isinstance(module, ResnetBlock2D) and module.output_scale_factor != 1:
+        return f"a resnet with output_scale_factor {module.output_scale_factor}"
     if type(module).__name__ == "DualTransformer2DModel":
         return "a second text encoder's attention"
     if isinstance(module, Transformer2DModel) and not module.is_input_continuous:
@@ -155,4 +160,6 @@ def _unknown(module: Any) -> str | None:  # noqa: ANN401 - any module
         norms = (module.group_norm, module.spatial_norm, module.norm_q, module.norm_cross)
         if any(norm is not None for norm in norms) or module.rescale_output_factor != 1:
             return "an attention with norms or a factor of its own"
+        if module.scale != (module.inner_dim // module.heads) ** -0.5:
+            return f"an attention with scale {module.scale}"
     return None

@@ -29,7 +29,6 @@ from msdda_fast.engine.noise import image_seeds, noise_source
 from msdda_fast.objective import Objective
 from msdda_fast.pipelines import loading, request
 from msdda_fast.pipelines.prompts import Prompts
-from msdda_fast.pipelines.runnable import check_runnable
 from msdda_fast.pipelines.stable_diffusion.callback import Callback, StepCallback
 from msdda_fast.pipelines.stable_diffusion.decoding import decode
 from msdda_fast.pipelines.stable_diffusion.exclusive import one_at_a_time
@@ -78,8 +77,6 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
         image_encoder: CLIPVisionModelWithProjection = None,
         requires_safety_checker: bool = True,
     ) -> None:
-        if unet is not None:
-            check_runnable(unet)
         super().__init__(
             vae=vae,
             text_encoder=text_encoder,
