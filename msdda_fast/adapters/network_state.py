@@ -67,8 +67,9 @@ class NetworkState:
     def __init__(self, network: nn.Module, variants: Iterable[Variant]) -> None:
         variants = list(variants)
         modules = [module for _, module in own_modules(network)]
-        self._attributes = [_Attributes(vars(m), {**vars(m)}, m, type(m)) for m in modules]
-        self._hooks = [held for module in modules for held in hooks_of(module)]
+        self._attributes: list[_Attributes] = []
+        self._hooks: list[dict[Any, Any]] = []
+        self._watch_forwards(modules)
         self._sizes = [(holder, len(holder)) for holder in _holders(modules)]
         self._places = [
             _Place(holder, name, item)
@@ -118,9 +119,15 @@ class NetworkState:
         for factor, memory in zip(self._factors, self._memory, strict=True):
             if factor.data_ptr() != memory.data_ptr():  # `.data` was replaced
                 return False
-        return torch.equal(_together(self._samples), self._sampled) and torch.equal(
-            _together(self._memory), self._numbers
-        )
+        if not torch.equal(_together(self._samples), self._sampled):
+            return False
+        return torch.equal(_together(self._memory), self._numbers)
+
+    def _watch_forwards(self, modules: Iterable[nn.Module]) -> None:
+        for module in modules:
+            held = vars(module)
+            self._attributes.append(_Attributes(held, {**held}, module, type(module)))
+            self._hooks.extend(hooks_of(module))
 
     def _watch_adapter(self, variant: Variant, name: str) -> None:
         layers = []
@@ -130,6 +137,7 @@ class NetworkState:
                 part = parts.get(name)
                 self._places.append(_Place(parts, name, part))  # None: no such adapter there
                 if part is not None:
+                    self._watch_forwards([part])
                     parameters = held_by(part)[1]
                     self._places.append(_Place(parameters, "weight", part.weight))
                     self._factors.append(part.weight)

@@ -30,10 +30,10 @@ from diffusers.models.upsampling import Upsample2D
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from msdda_fast.adapters.layers import own_modules
+from msdda_fast.adapters.layers import changed, own_modules
 from msdda_fast.adapters.loaded import bare
 from msdda_fast.errors import UnsupportedNetwork
-from msdda_fast.torch_private import held_by, hooks_of, is_compiled
+from msdda_fast.torch_private import held_by
 
 __all__ = ["check_supported"]
 
@@ -116,20 +116,14 @@ def check_supported(unet: UNet2DConditionModel) -> None:
             f"mid_block is a {type(unet.mid_block).__name__}, which is not supported"
         )
     for path, module in own_modules(unet):
-        if reason := _changed(module) or _unknown(module):
+        if reason := _foreign(module) or _unknown(module):
             raise UnsupportedNetwork(f"{path or 'the network'}: {reason} is not supported")
 
 
-def _changed(module: nn.Module) -> str | None:
-    """Say what runs in place of, before or after the forward of the module's class."""
-    if getattr(module, "_hf_hook", None) is not None:
-        return "offloading, which leaves weights without a fixed address,"
-    if "forward" in vars(module):
-        return "a patched forward (by another library, or by layerwise casting)"
-    if any(hooks_of(module)):
-        return "a forward hook"
-    if is_compiled(module):
-        return "torch.compile of one network (set_forward(compile=True) compiles all of them)"
+def _foreign(module: nn.Module) -> str | None:
+    """Say why the layer is none of those that the batched forward stands for, if so."""
+    if reason := changed(module):
+        return reason
     for parameter in held_by(module)[1].values():
         if type(parameter) not in (nn.Parameter, type(None)):
             return f"a weight of the class {type(parameter).__name__} (quantised?)"

@@ -51,8 +51,9 @@ def test_every_change_of_the_network_is_noticed():
     assert current_after(lambda: unet.train())  # nothing is dropped in a batched forward
     assert current_after(lambda: layer.set_adapter(["c"]))  # sampling sets its own
     built = BatchedUNet.of(chosen).adapters
-    with unet.mid_block.register_forward_hook(lambda *_: None):
-        assert not built.is_current()
+    for module in (unet.mid_block, layer, layer.lora_A["a"]):
+        with module.register_forward_hook(lambda *_: None):
+            assert not built.is_current()
     assert built.is_current()
     assert not current_after(lambda: unet.to(torch.float64))
     assert not current_after(

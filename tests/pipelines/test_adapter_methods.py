@@ -131,7 +131,7 @@ class TestLoadedLater:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)
             ours.load_lora_weights(tiny.cool, adapter_name="third")
-        with pytest.raises(mf.AdapterMismatch, match="'third'.*no objective"):
+        with pytest.raises(mf.AdapterMismatch, match=r"'third'.*no objective"):
             draw(ours, weights=WARM)
         ours.delete_adapters("warm")
         again = quiet(mf.MSDDAPipeline.from_pipe(ours))  # not with "warm"
@@ -144,7 +144,7 @@ class TestLoadedLater:
             warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)
             weights = tiny.cool / "pytorch_lora_weights.safetensors"
             ours.unet.load_lora_adapter(weights, adapter_name="third", prefix="unet")
-        with pytest.raises(mf.AdapterMismatch, match="'third'.*no objective"):
+        with pytest.raises(mf.AdapterMismatch, match=r"'third'.*no objective"):
             draw(ours)
 
     def test_by_the_pipeline_whose_networks_are_shared(self, tiny, stock):
@@ -208,11 +208,21 @@ def test_adapters_of_other_kinds_run_one_after_another(tiny, kind):
             pipe.save_pretrained("nowhere")
 
 
+def test_a_hook_of_an_adapter_runs(stock):
+    pipe = quiet(mf.MSDDAPipeline.from_pipe(stock))
+    before = draw(pipe)
+    for path, module in stock.unet.named_modules():
+        if path.endswith("lora_B.warm"):
+            module.register_forward_hook(lambda module, args, out: 0.5 * out)
+    assert_close(draw(pipe), draw(stock))
+    assert differ(draw(pipe), before)
+
+
 def test_trained_copies_of_layers_are_refused(stock):
     stock.unet.delete_adapters("warm")
     config = LoraConfig(target_modules=TARGETS, modules_to_save=["conv_out"])
     stock.unet.add_adapter(config, "x")
-    with pytest.raises(mf.AdapterMismatch, match="conv_out.*modules_to_save"):
+    with pytest.raises(mf.AdapterMismatch, match=r"conv_out.*modules_to_save"):
         mf.MSDDAPipeline.from_pipe(stock, objectives={"x": mf.Objective()})
 
 
@@ -276,9 +286,9 @@ def test_an_adapter_of_the_text_encoder_may_not_go_either(tiny, tmp_path):
     pipe = tiny.load(objectives=objectives)
     draw(pipe)
     pipe.text_encoder = copy.deepcopy(tiny.stock().text_encoder)
-    with pytest.raises(mf.AdapterMismatch, match="'both'.*text_encoder"):
+    with pytest.raises(mf.AdapterMismatch, match=r"'both'.*text_encoder"):
         draw(pipe)
     pipe = tiny.load(objectives=objectives)
     pipe.fuse_lora(components=["text_encoder"])
-    with pytest.raises(mf.AdapterMismatch, match="fused.*unfuse_lora"):
+    with pytest.raises(mf.AdapterMismatch, match=r"fused.*unfuse_lora"):
         draw(pipe)
