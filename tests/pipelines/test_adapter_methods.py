@@ -18,6 +18,7 @@ from peft import (
 )
 
 import msdda_fast as mf
+from msdda_fast.adapters.soup import average_networks
 from tests.tiny_model import quiet, small_unet, write_adapter
 
 PROMPTS = ["a red dog", "a blue cat"]
@@ -262,6 +263,11 @@ class TestANetworkOfItsOwn:
         for change in (stock.disable_lora, stock.enable_lora, stock.fuse_lora, stock.unfuse_lora):
             change()
             assert_close(draw(pipe), draw(stock))
+
+    def test_has_no_average_with_others_while_an_adapter_is_active(self, stock):
+        networks = {"a": stock.unet, "b": small_unet()}
+        with pytest.raises(mf.AdapterMismatch, match=r"'a'.*'warm'.*fuse_lora"):
+            average_networks(networks, [0.5, 0.5])
 
     def test_that_is_the_pipelines_own_is_refused(self, stock):
         with pytest.raises(mf.AdapterMismatch, match=r"'x'.*warm.*Objective\.base"):

@@ -168,7 +168,8 @@ class MultiObjectivePipeline(AdapterMethods, DiffusionPipeline):  # type: ignore
 
         Args:
             forward: "batched" runs all objectives in one forward, and raises if that is impossible;
-                "sequential" runs one after another; "auto" is batched where possible.
+                "sequential" runs one after another, as stock pipelines run them; "auto" is batched
+                where possible, and logs a warning where it is not.
             capture: Whether to capture the batched step as a graph: "auto" where possible,
                 "required" (raise otherwise) or "off".
             compile: Pass the batched step through `torch.compile`.
