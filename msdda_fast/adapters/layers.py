@@ -14,10 +14,11 @@ from torch import nn
 
 from msdda_fast.adapters.variant import Variant
 from msdda_fast.errors import AdapterMismatch
-from msdda_fast.torch_private import held_by
+from msdda_fast.torch_private import held_by, hooks_of, is_compiled
 
 __all__ = [
     "can_scale",
+    "changed",
     "check_can_switch",
     "holds",
     "own_modules",
@@ -47,6 +48,19 @@ def running(layer: BaseTunerLayer) -> list[str]:
 def can_scale(layer: BaseTunerLayer) -> bool:
     """Whether `set_scale` multiplies the layer's adapter as it was trained by a number."""
     return isinstance(layer, (LoraLayer, LycorisLayer)) and not isinstance(layer, AdaLoraLayer)
+
+
+def changed(module: nn.Module) -> str | None:
+    """Say what runs in place of, before or after the forward of the module's class, if anything."""
+    if getattr(module, "_hf_hook", None) is not None:
+        return "offloading, which leaves weights without a fixed address,"
+    if "forward" in vars(module):
+        return "a patched forward (by another library, or by layerwise casting)"
+    if any(hooks_of(module)):
+        return "a forward hook"
+    if is_compiled(module):
+        return "torch.compile of one network (set_forward(compile=True) compiles all of them)"
+    return None
 
 
 def own_modules(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:

@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from msdda_fast.adapters.layers import holds, running
+from msdda_fast.adapters.layers import changed, holds, running
 from msdda_fast.adapters.network_state import NetworkState, scaling
 from msdda_fast.adapters.variant import Variant
 from msdda_fast.errors import AdapterMismatch, InvalidShape, UnsupportedNetwork
@@ -124,4 +124,9 @@ class LoadedAdapters:
                     f"adapter {adapter!r} is not a plain LoRA in {path!r} ({kind}, DoRA, or with a "
                     "bias)"
                 )
+            for part in (layer.lora_A[adapter], layer.lora_B[adapter]):
+                if reason := changed(part):
+                    raise AdapterMismatch(
+                        f"adapter {adapter!r} in {path!r}: {reason} is not supported"
+                    )
             yield path, layer

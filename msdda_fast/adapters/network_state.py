@@ -53,10 +53,11 @@ class NetworkState:
 
     The tree is walked once. `is_current` compares every module, parameter and buffer by identity,
     the class and attributes of every module and whether it has hooks (patched forwards, attention
-    processors and FreeU among them), base weights by address and version (which a write through
-    `.data` does not raise), and adapters by their numbers, because peft's hotswap writes that way:
-    one sync per objective. Adapters that no variant uses may be added and removed, and activated
-    unless a variant runs the network as it is.
+    processors and FreeU among them), base weights by address, version and four of their numbers (a
+    write through `.data` does not raise the version; one that misses these four goes unnoticed),
+    and adapters by all numbers, because peft's hotswap writes that way: two syncs per network.
+    Adapters that no variant uses may be added and removed, and activated unless a variant runs the
+    network as it is.
 
     Args:
         network: Holds the adapters of all variants.
@@ -66,8 +67,9 @@ class NetworkState:
     def __init__(self, network: nn.Module, variants: Iterable[Variant]) -> None:
         variants = list(variants)
         modules = [module for _, module in own_modules(network)]
-        self._attributes = [_Attributes(vars(m), {**vars(m)}, m, type(m)) for m in modules]
-        self._hooks = [held for module in modules for held in hooks_of(module)]
+        self._attributes: list[_Attributes] = []
+        self._hooks: list[dict[Any, Any]] = []
+        self._watch_forwards(modules)
         self._sizes = [(holder, len(holder)) for holder in _holders(modules)]
         self._places = [
             _Place(holder, name, item)
@@ -77,6 +79,8 @@ class NetworkState:
         self._weights = [place.item for place in self._places if isinstance(place.item, Tensor)]
         self._addresses = [weight.data_ptr() for weight in self._weights]
         self._versions = versions_of(self._weights)
+        self._samples = [_sample(weight) for weight in self._weights]
+        self._sampled = _together(self._samples)
         self._tuners = [layer for layer in modules if isinstance(layer, BaseTunerLayer)]
         for layer in self._tuners:
             self._places.append(_Place(held_by(layer)[0], "base_layer", layer.base_layer))
@@ -102,7 +106,15 @@ class NetworkState:
             return False
         if self._as_it_is and [running(layer) for layer in self._tuners] != self._running:
             return False
+        if not torch.equal(_together(self._samples), self._sampled):
+            return False
         return self._adapters.is_current()
+
+    def _watch_forwards(self, modules: Iterable[nn.Module]) -> None:
+        for module in modules:
+            held = vars(module)
+            self._attributes.append(_Attributes(held, {**held}, module, type(module)))
+            self._hooks.extend(hooks_of(module))
 
 
 class AdapterState:
@@ -144,6 +156,7 @@ class AdapterState:
                 part = parts.get(name)
                 self._places.append(_Place(parts, name, part))  # None: no such adapter there
                 if part is not None:
+                    self._watch_forwards([part])
                     parameters = held_by(part)[1]
                     self._places.append(_Place(parameters, "weight", part.weight))
                     self._factors.append(part.weight)
@@ -178,6 +191,12 @@ def _holders(modules: Iterable[nn.Module]) -> Iterator[MutableMapping[str, Any]]
             yield children
         yield parameters
         yield buffers
+
+
+def _sample(weight: Tensor) -> Tensor:
+    """Return a view of four numbers (fewer of small weights) all over a weight of any layout."""
+    step, offset = max(1, weight.numel() // 4), weight.storage_offset()
+    return weight.detach().as_strided((min(4, weight.numel()),), (step,), offset)
 
 
 def _together(factors: list[Tensor]) -> Tensor:

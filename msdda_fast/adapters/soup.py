@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from msdda_fast.adapters.files import AdapterFile
+from msdda_fast.adapters.layers import running
 from msdda_fast.adapters.loaded import LoadedAdapters
 from msdda_fast.adapters.switching import AdapterSwitch, adapter_names
 from msdda_fast.adapters.variant import Variant
@@ -75,8 +76,16 @@ def average_networks(
         weights: One per network, sum 1.
 
     Raises:
-        AdapterMismatch: Two networks differ in the name or shape of a parameter.
+        AdapterMismatch: Two networks differ in the name or shape of a parameter, or adapters are
+            active in one, whose factors have no average.
     """
+    for name, network in networks.items():
+        for path, layer in network.named_modules():
+            if isinstance(layer, BaseTunerLayer) and (active := running(layer)):
+                raise AdapterMismatch(
+                    f"cannot average {name!r}: adapters {active} are active in its {path!r}; call "
+                    "its fuse_lora() first"
+                )
     states = {name: dict(network.named_parameters()) for name, network in networks.items()}
     first, *others = states
     for other in others:

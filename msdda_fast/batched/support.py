@@ -30,10 +30,10 @@ from diffusers.models.upsampling import Upsample2D
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from msdda_fast.adapters.layers import own_modules
+from msdda_fast.adapters.layers import changed, own_modules
 from msdda_fast.adapters.loaded import bare
 from msdda_fast.errors import UnsupportedNetwork
-from msdda_fast.torch_private import hooks_of, is_compiled
+from msdda_fast.torch_private import held_by
 
 __all__ = ["check_supported"]
 
@@ -116,20 +116,17 @@ def check_supported(unet: UNet2DConditionModel) -> None:
             f"mid_block is a {type(unet.mid_block).__name__}, which is not supported"
         )
     for path, module in own_modules(unet):
-        if reason := _changed(module) or _unknown(module):
+        if reason := _foreign(module) or _unknown(module):
             raise UnsupportedNetwork(f"{path or 'the network'}: {reason} is not supported")
 
 
-def _changed(module: nn.Module) -> str | None:
-    """Say what runs in place of, before or after the forward of the module's class."""
-    if getattr(module, "_hf_hook", None) is not None:
-        return "offloading, which leaves weights without a fixed address,"
-    if "forward" in vars(module):
-        return "a patched forward (by another library, or by layerwise casting)"
-    if any(hooks_of(module)):
-        return "a forward hook"
-    if is_compiled(module):
-        return "torch.compile of one network (set_forward(compile=True) compiles all of them)"
+def _foreign(module: nn.Module) -> str | None:
+    """Say why the layer is none of those that the batched forward stands for, if so."""
+    if reason := changed(module):
+        return reason
+    for parameter in held_by(module)[1].values():
+        if type(parameter) not in (nn.Parameter, type(None)):
+            return f"a weight of the class {type(parameter).__name__} (quantised?)"
     if not isinstance(module, BaseTunerLayer) and type(module) not in _LAYERS:
         return f"a layer of the class {type(module).__name__}"
     return None
@@ -138,6 +135,8 @@ def _changed(module: nn.Module) -> str | None:
 def _unknown(module: Any) -> str | None:  # noqa: ANN401 - any module
     if isinstance(module, ResnetBlock2D) and (module.up or module.down):
         return "a resnet that changes the resolution"
+    if isinstance(module, ResnetBlock2D) and module.output_scale_factor != 1:
+        return f"a resnet with output_scale_factor {module.output_scale_factor}"
     if type(module).__name__ == "DualTransformer2DModel":
         return "a second text encoder's attention"
     if isinstance(module, Transformer2DModel) and not module.is_input_continuous:
@@ -155,4 +154,6 @@ def _unknown(module: Any) -> str | None:  # noqa: ANN401 - any module
         norms = (module.group_norm, module.spatial_norm, module.norm_q, module.norm_cross)
         if any(norm is not None for norm in norms) or module.rescale_output_factor != 1:
             return "an attention with norms or a factor of its own"
+        if module.scale != (module.inner_dim // module.heads) ** -0.5:
+            return f"an attention with scale {module.scale}"
     return None

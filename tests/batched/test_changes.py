@@ -47,6 +47,14 @@ def test_every_change_of_the_network_is_noticed():
     assert not current_after(lambda: layer.lora_alpha.update(a=9))
     with torch.no_grad():
         assert not current_after(lambda: base.mul_(2))
+    assert not current_after(lambda: base.data.mul_(2))  # hands of others, such as an average's
+    assert current_after(lambda: unet.train())  # nothing is dropped in a batched forward
+    assert current_after(lambda: layer.set_adapter(["c"]))  # sampling sets its own
+    built = BatchedUNet.of(chosen).adapters
+    for module in (unet.mid_block, layer, layer.lora_A["a"]):
+        with module.register_forward_hook(lambda *_: None):
+            assert not built.is_current()
+    assert built.is_current()
     assert not current_after(lambda: unet.to(torch.float64))
     assert not current_after(
         lambda: hotswap_adapter_from_state_dict(unet, state, "a", _config(unet))

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager
 from functools import wraps
 from itertools import count
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -23,8 +23,7 @@ from msdda_fast.errors import PipelineBusy
 
 __all__ = ["exclusively", "one_at_a_time"]
 
-P = ParamSpec("P")
-R = TypeVar("R")
+Call = TypeVar("Call", bound=Callable[..., Any])
 
 _numbers = count()
 _locks: MutableMapping[nn.Module, tuple[int, Any]] = WeakKeyDictionary()
@@ -54,17 +53,14 @@ def exclusively(networks: Iterable[Any]) -> Iterator[None]:
         yield
 
 
-S = TypeVar("S", bound=Exclusive)
-
-
-def one_at_a_time(call: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
+def one_at_a_time(call: Call) -> Call:
     """Make calls from several threads wait for each other.
 
     The call raises `PipelineBusy` inside itself: a callback would overwrite what it looks at.
     """
 
     @wraps(call)
-    def alone(self: S, *args: P.args, **kwargs: P.kwargs) -> R:
+    def alone(self: Exclusive, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as the call
         with exclusively(self.shared_networks()):
             if self._is_called:
                 raise PipelineBusy(
@@ -77,4 +73,4 @@ def one_at_a_time(call: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[
             finally:
                 self._is_called = False
 
-    return alone
+    return cast(Call, alone)

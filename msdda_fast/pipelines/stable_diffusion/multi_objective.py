@@ -118,7 +118,13 @@ class MultiObjectivePipeline(AdapterMethods, DiffusionPipeline):  # type: ignore
         """Replace the objectives with others whose networks and adapters are already loaded.
 
         A variant of the pipeline's UNet is one of whatever UNet is assigned to it later.
+
+        Raises:
+            UnsupportedNetwork: A network needs more than latents, a timestep and a text.
         """
+        for variant in variants.values():
+            if variant.network is not None:  # a pipeline without one can encode prompts
+                check_runnable(variant.network)
         self._objectives, self._variants = dict(objectives), dict(variants)
         self._follows = frozenset(
             name
@@ -162,7 +168,8 @@ class MultiObjectivePipeline(AdapterMethods, DiffusionPipeline):  # type: ignore
 
         Args:
             forward: "batched" runs all objectives in one forward, and raises if that is impossible;
-                "sequential" runs one after another; "auto" is batched where possible.
+                "sequential" runs one after another, as stock pipelines run them; "auto" is batched
+                where possible, and logs a warning where it is not.
             capture: Whether to capture the batched step as a graph: "auto" where possible,
                 "required" (raise otherwise) or "off".
             compile: Pass the batched step through `torch.compile`.

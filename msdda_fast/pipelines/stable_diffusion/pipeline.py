@@ -29,7 +29,6 @@ from msdda_fast.engine.noise import image_seeds, noise_source
 from msdda_fast.objective import Objective
 from msdda_fast.pipelines import loading, request
 from msdda_fast.pipelines.prompts import Prompts
-from msdda_fast.pipelines.runnable import check_runnable
 from msdda_fast.pipelines.stable_diffusion.callback import Callback, StepCallback
 from msdda_fast.pipelines.stable_diffusion.decoding import decode
 from msdda_fast.pipelines.stable_diffusion.exclusive import one_at_a_time
@@ -78,8 +77,6 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
         image_encoder: CLIPVisionModelWithProjection = None,
         requires_safety_checker: bool = True,
     ) -> None:
-        if unet is not None:
-            check_runnable(unet)
         super().__init__(
             vae=vae,
             text_encoder=text_encoder,
@@ -106,14 +103,16 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
         Args:
             pipeline: A `StableDiffusionPipeline`, with adapters loaded by `load_lora_weights`.
             objectives: Objectives by name. `source` is the name of a loaded adapter, and may be
-                left out when it is the objective's own name. None: the pipeline's objectives if it
-                has any, else every loaded adapter at eta = 1, else the base model.
+                left out when it is the objective's own name. None: the pipeline's objectives whose
+                adapters it still holds and the adapters loaded into it since, else every loaded
+                adapter, all at eta = 1, else the base model.
             components: Modules to use in place of the pipeline's.
 
         Raises:
             UnknownObjective: A source is not the name of a loaded adapter.
-            ValueError: Invalid objectives, adapters fused into the weights, or a pipeline without
-                the modules of Stable Diffusion.
+            AdapterMismatch: An objective's adapter is fused into the weights or cannot be switched.
+            UnsupportedNetwork: A network needs more than latents, a timestep and a text.
+            ValueError: Invalid objectives, or a pipeline without Stable Diffusion's modules.
         """
         modules = loading.shared_components(pipeline, components)
         pipe = cls(**modules, requires_safety_checker=False)
@@ -206,8 +205,9 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
             InvalidShape: A tensor or list of the wrong length or shape.
             InvalidMode: An unknown mode, or an approximate one in several processes or for networks
                 in float64.
-            AdapterMismatch, UnsupportedNetwork: The mode is approximate, and the objectives cannot
-                share one forward.
+            AdapterMismatch, UnsupportedNetwork: The objectives cannot run on the networks as they
+                are now, or not in one forward, which approximate modes need; see `networks`.
+            PipelineBusy: A callback called the pipeline that calls it. Other threads wait instead.
             ZeroVariance: A prompt mixes eta = 0 with eta > 0 under `zero_variance="error"`.
             ValueError: Prompts that contradict each other; seed and generator together; an argument
                 of stock pipelines that has no meaning here, among them `eta`.
