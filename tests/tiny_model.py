@@ -44,7 +44,8 @@ class TinyModel:
 
     @classmethod
     def at(cls, root: Path) -> "TinyModel":
-        return cls(root / "model", root / "warm", root / "cool")
+        folder = root / "model"
+        return cls(folder, folder / "warm", folder / "cool")
 
     def objectives(self, **changes) -> dict[str, mf.Objective]:
         return {
@@ -162,7 +163,7 @@ def make_tiny(root: Path) -> None:
         build(model.folder, DDIMScheduler(**SD15_NOISE, clip_sample=False), vae)
         write_adapter(model.warm, small_unet())
         write_adapter(model.cool, small_unet(), rank=3, lora_alpha=3)
-    entries = {"warm": {"source": "../warm"}, "cool": {"source": "../cool", "eta": 0.8}}
+    entries = {"warm": {"source": "warm"}, "cool": {"source": "cool", "eta": 0.8}}
     (model.folder / "objectives.json").write_text(json.dumps(entries))
 
 

@@ -166,13 +166,27 @@ def ddim_grid(scheduler: Scheduler, num_steps: int) -> DDIMGrid:
             "alpha_bar is 0 at the first step (rescale_betas_zero_snr), where an epsilon "
             "prediction says nothing of x_0; use v_prediction or sample"
         )
+    alpha_bar_prev = torch.where(previous >= 0, alpha_bar[previous.clamp(min=0)], final)
+    _check_noise(alpha_bar_t, alpha_bar_prev, timesteps)
     return DDIMGrid(
         timesteps=timesteps,
         alpha_bar_t=alpha_bar_t,
-        alpha_bar_prev=torch.where(previous >= 0, alpha_bar[previous.clamp(min=0)], final),
+        alpha_bar_prev=alpha_bar_prev,
         prediction_type=prediction_type,
         clip_range=float(config.clip_sample_range) if config.clip_sample else None,
     )
+
+
+def _check_noise(alpha_bar_t: Tensor, alpha_bar_prev: Tensor, timesteps: Tensor) -> None:
+    """Check that every step has noise, and no less than the next; false for NaN too."""
+    noisy = (alpha_bar_t >= 0) & (alpha_bar_t < 1) & (alpha_bar_prev >= alpha_bar_t)
+    if not noisy.all():
+        first = int(noisy.logical_not().nonzero()[0])
+        raise InvalidSchedule(
+            f"alpha_bar is {alpha_bar_t[first]:g} at timestep {timesteps[first]} and "
+            f"{alpha_bar_prev[first]:g} after that step, expected to grow in [0, 1]: the "
+            "scheduler's betas must lie in (0, 1]"
+        )
 
 
 def _timesteps(scheduler: Scheduler, num_steps: int, num_train_steps: int) -> Tensor:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from msdda_fast.errors import InvalidSchedule, InvalidShape, InvalidWeights
-from msdda_fast.steps.coefficients import CoefficientTable, Layout
+from msdda_fast.steps.coefficients import CoefficientTable, Layout, check_dtype
 from msdda_fast.steps.ddim import DDIMRule, ddim_grid
 from msdda_fast.steps.rules import MixingRule, Rule
 from msdda_fast.steps.shares import eps_mixture, fusion_shares
@@ -82,7 +82,8 @@ def coefficient_table(
             "eps" with x_0 clipping, where predictions cannot be mixed.
         InvalidWeights: Weights off the simplex, or a total precision that is not positive; with
             "eps" also extrapolated ones that leave eta_w > 1 or predictions that cancel.
-        InvalidShape: `weights`, `etas`, `rates` or `guidance_scale` of another shape.
+        InvalidShape: `weights`, `etas`, `rates` or `guidance_scale` of another shape, or a `dtype`
+            that is not floating-point.
         ZeroVariance: A sample mixes eta = 0 with eta > 0 under `zero_variance="error"`.
     """
     return rule_table(
@@ -128,6 +129,7 @@ def rule_table(
         InvalidSchedule, InvalidWeights, InvalidShape, ZeroVariance: As `coefficient_table`, with
             the levels of the rule in place of etas.
     """
+    check_dtype(dtype)
     level = rule.levels.check(levels)
     count, steps = len(level), len(rule.timesteps)
     guidance = _guidance(guidance_scale, count)
@@ -155,6 +157,7 @@ def rule_table(
         rows[..., layout.x0_uncond] = output * (1 - guidance)
         rows[..., layout.x0_cond] = output * guidance
         rows[..., layout.x0_scale] = clean.scale * share
+    _check_finite(rows, guidance)
     timesteps = rule.timesteps.to(dtype) if rule.timesteps.is_floating_point() else rule.timesteps
     return CoefficientTable(
         rows=rows.to(device=device, dtype=dtype),
@@ -165,6 +168,17 @@ def rule_table(
         std=std,
         needs_uncond=bool(((share != 0) & (guidance != 1)).any()),
     )
+
+
+def _check_finite(rows: Tensor, guidance: Tensor) -> None:
+    """Check that float32, in which most states are, can hold every coefficient."""
+    held = (rows.abs() <= torch.finfo(torch.float32).max).flatten(1).all(1)  # false for NaN too
+    if not held.all():
+        step = int(held.logical_not().nonzero()[0])
+        raise InvalidSchedule(
+            f"step {step} has coefficients that are not finite in float32; guidance_scale is up to "
+            f"{guidance.abs().max():g}, and the rest is the scheduler's"
+        )
 
 
 def _mixing(fusion: Fusion, rule: Rule) -> MixingRule | None:

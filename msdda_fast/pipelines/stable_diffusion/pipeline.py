@@ -203,6 +203,7 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
             AdapterMismatch, UnsupportedNetwork: The mode is approximate, and the objectives cannot
                 share one forward.
             ZeroVariance: A prompt mixes eta = 0 with eta > 0 under `zero_variance="error"`.
+            NotFinite: Sampling ended in NaN or infinity.
             ValueError: Prompts that contradict each other; seed and generator together; an argument
                 of stock pipelines that has no meaning here, among them `eta`.
         """
