@@ -24,7 +24,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     assert file.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["x"]
 
 
-@pytest.mark.parametrize("text", [b"{", b"[1]", b"\xff", b"[" * 100_000, b"null"])
+@pytest.mark.parametrize("text", [b"{", b"[1]", b"\xff", b"[" * 100_000, b"null"], ids=range(5))
 def test_json_that_is_no_object(tmp_path, text):
     file = tmp_path / "x.json"
     file.write_bytes(text)

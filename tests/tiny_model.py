@@ -25,6 +25,7 @@ import msdda_fast as mf
 from msdda_fast.emoji.architectures import small_text_encoder, word_tokenizer
 
 WIDTH = 16
+WEIGHTS = "pytorch_lora_weights.safetensors"
 SD15_NOISE = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -74,7 +75,9 @@ class TinyModel:
         pipe = StableDiffusionPipeline.from_pretrained(self.folder, dtype=dtype)
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
         if adapter is not None:
-            pipe.load_lora_weights(getattr(self, adapter), adapter_name=adapter)
+            pipe.load_lora_weights(
+                getattr(self, adapter), weight_name=WEIGHTS, adapter_name=adapter
+            )
         return quiet(pipe)
 
 

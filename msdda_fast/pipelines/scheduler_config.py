@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +31,10 @@ def check_scheduler_file(file: Path) -> None:
             f"{file}: num_train_timesteps must be 1 to {_MAX_STEPS}, got {steps!r:.80}"
         )
     for field, beta in _betas(config):
-        if isinstance(beta, bool) or not isinstance(beta, Real) or not 0 < beta <= 1:
+        if not 0 < _number(beta) <= 1:
             raise InvalidSchedule(f"{file}: {field} must lie in (0, 1], got {beta!r:.80}")
     reach = config.get("clip_sample_range", 1.0)
-    if not isinstance(reach, Real) or not 0 < reach < math.inf:
+    if not 0 < _number(reach) < math.inf:
         raise InvalidSchedule(f"{file}: clip_sample_range must be above 0, got {reach!r:.80}")
 
 
@@ -44,3 +43,9 @@ def _betas(config: Mapping[str, Any]) -> list[tuple[str, object]]:
     if isinstance(trained, list):
         return [("trained_betas", beta) for beta in trained]
     return [(field, config[field]) for field in ("beta_start", "beta_end") if field in config]
+
+
+def _number(value: object) -> float:
+    """Return the value, or NaN if it is no number, which lies in no range."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return value if is_number else math.nan

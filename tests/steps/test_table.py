@@ -332,14 +332,7 @@ class TestRefusals:
         far = dict(etas=[1.0], weights=[1.0], guidance_scale=1e300)
         for dtype in (torch.float32, torch.float64):
             with pytest.raises(InvalidSchedule, match=r"not finite in float32; guidance.*1e\+300"):
-                coefficient_table(
-                    sd15_scheduler(),
-                    5,
-                    etas=[1.0],
-                    weights=[1.0],
-                    guidance_scale=1e300,
-                    dtype=dtype,
-                )
+                coefficient_table(sd15_scheduler(), 5, dtype=dtype, **far)
 
     @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.int8])
     def test_dtype(self, dtype: torch.dtype) -> None:
