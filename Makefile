@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/* csrc/include/msdda/*)
 OUT ?= out/demo
 
-.PHONY: demo test test-all lint docs wheel bench gpu sanitize sanitize-gpu clean
+.PHONY: demo test test-all test-oldest lint docs wheel bench gpu sanitize sanitize-gpu clean
 
 demo: $(STAMP)
 	$(BIN)/msdda-fast sweep --seeds 1,2 --out $(OUT)
@@ -20,6 +20,19 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest $(PARALLEL) $(ALL)
+
+# The oldest versions that pyproject.toml accepts, in an environment of their own. They warn of what
+# newer ones changed, so warnings are no errors here.
+OLDEST := build/oldest
+test-oldest:
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt setuptools pybind11 ninja torch
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt --no-build-isolation \
+		-e ".[triton,train,eval,serve]" pytest filelock hypothesis httpx2
+	$(OLDEST)/bin/python -m pytest -p no:cacheprovider -o filterwarnings=default \
+		tests/adapters tests/lora tests/steps/test_table.py tests/engine/test_loop.py tests/test_drop_in.py \
+		tests/pipelines/test_loading.py tests/pipelines/test_unchanged.py tests/cli/test_values.py \
+		tests/kernels/test_triton_cases.py tests/evaluation/test_report.py tests/serve/test_fields.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

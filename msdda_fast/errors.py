@@ -12,12 +12,14 @@ __all__ = [
     "CaptureError",
     "EngineClosed",
     "EngineFailed",
+    "InvalidAdapter",
     "InvalidMode",
     "InvalidRequest",
     "InvalidSchedule",
     "InvalidShape",
     "InvalidWeights",
     "MSDDAError",
+    "NotFinite",
     "PipelineBusy",
     "QueueFull",
     "RankLost",
@@ -59,6 +61,14 @@ class InvalidMode(MSDDAError, ValueError):
 
 class AdapterMismatch(MSDDAError, ValueError):
     """An adapter was made for another base network; the message names the first such module."""
+
+
+class InvalidAdapter(MSDDAError, ValueError):
+    """An adapter's file is damaged, or is no LoRA that can run; the message names the file."""
+
+
+class NotFinite(MSDDAError, FloatingPointError):
+    """A run ended in NaN or infinity; the message says which samples."""
 
 
 class UnfaithfulMerge(MSDDAError, ValueError):

@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Atomic writes: a file is complete or absent, whenever the process dies."""
+"""Atomic writes: a file is complete or absent, whenever the process dies. And strangers' JSON."""
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-__all__ = ["write_atomically"]
+__all__ = ["read_json", "write_atomically"]
+
+_MAX_JSON = 32 * 2**20
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -23,3 +27,20 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def read_json(file: Path, kind: str) -> dict[str, Any]:
+    """Read a JSON file of at most 32 MiB that holds an object; `kind` says what it should be.
+
+    Raises:
+        ValueError: It does not; one line with the file's name.
+    """
+    try:
+        if (size := file.stat().st_size) > _MAX_JSON:
+            raise ValueError(f"it has {size} bytes")
+        found = json.loads(file.read_text("utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"expected an object, got {found!r:.80}")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not {kind} in JSON: {error}") from error
+    return found

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import msdda_fast as mf
 from tests.kernels.conftest import backend, quick_backend  # noqa: F401 - fixtures
-from tests.tiny_model import one_thread, quiet, tiny  # noqa: F401 - fixtures
+from tests.tiny_model import WEIGHTS, one_thread, quiet, tiny  # noqa: F401 - fixtures
 
 Fuse = Callable[[list[Tensor], list[float], int], Tensor]  # means, variances, the step k: x_prev
 
@@ -238,8 +238,8 @@ class FusedDDIM(DDIMScheduler):
 def stock(request, tiny) -> StableDiffusionPipeline:
     """A stock pipeline whose UNet answers with the predictions of both adapters."""
     pipe = quiet(StableDiffusionPipeline.from_pretrained(tiny.folder, dtype=request.param))
-    pipe.load_lora_weights(tiny.warm, adapter_name="warm")
-    pipe.load_lora_weights(tiny.cool, adapter_name="cool")
+    pipe.load_lora_weights(tiny.warm, weight_name=WEIGHTS, adapter_name="warm")
+    pipe.load_lora_weights(tiny.cool, weight_name=WEIGHTS, adapter_name="cool")
     one = pipe.unet.forward
 
     def forward(*args, **kwargs):

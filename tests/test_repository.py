@@ -2,7 +2,9 @@
 """The checkout stays small, and the same facts are not written down twice."""
 
 import importlib.metadata
+import re
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -35,6 +37,21 @@ def test_the_version_is_written_down_once():
     for name in ("pyproject.toml", "setup.py", "CITATION.cff", "docs/conf.py"):
         assert version not in (ROOT / name).read_text(), name
     assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_oldest_versions_are_those_of_the_lower_bounds():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    extras = project["project"]["optional-dependencies"]
+    wanted = [
+        *project["build-system"]["requires"],
+        *project["project"]["dependencies"],
+        *(item for name in ("triton", "train", "eval", "serve") for item in extras[name]),
+    ]
+    lines = (ROOT / "constraints-oldest.txt").read_text().splitlines()
+    oldest = dict(line.partition(" ")[0].split("==") for line in lines if "==" in line)
+    for item in wanted:
+        name, bound = re.match(r"([\w-]+)>=([\d.]+)", item).groups()
+        assert f"{oldest[name]}.".startswith(f"{bound}."), item
 
 
 def test_the_pages_show_what_the_committed_results_say():

@@ -25,6 +25,7 @@ import msdda_fast as mf
 from msdda_fast.emoji.architectures import small_text_encoder, word_tokenizer
 
 WIDTH = 16
+WEIGHTS = "pytorch_lora_weights.safetensors"
 SD15_NOISE = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -44,7 +45,8 @@ class TinyModel:
 
     @classmethod
     def at(cls, root: Path) -> "TinyModel":
-        return cls(root / "model", root / "warm", root / "cool")
+        folder = root / "model"
+        return cls(folder, folder / "warm", folder / "cool")
 
     def objectives(self, **changes) -> dict[str, mf.Objective]:
         return {
@@ -73,7 +75,9 @@ class TinyModel:
         pipe = StableDiffusionPipeline.from_pretrained(self.folder, dtype=dtype)
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
         if adapter is not None:
-            pipe.load_lora_weights(getattr(self, adapter), adapter_name=adapter)
+            pipe.load_lora_weights(
+                getattr(self, adapter), weight_name=WEIGHTS, adapter_name=adapter
+            )
         return quiet(pipe)
 
 
@@ -162,7 +166,7 @@ def make_tiny(root: Path) -> None:
         build(model.folder, DDIMScheduler(**SD15_NOISE, clip_sample=False), vae)
         write_adapter(model.warm, small_unet())
         write_adapter(model.cool, small_unet(), rank=3, lora_alpha=3)
-    entries = {"warm": {"source": "../warm"}, "cool": {"source": "../cool", "eta": 0.8}}
+    entries = {"warm": {"source": "warm"}, "cool": {"source": "cool", "eta": 0.8}}
     (model.folder / "objectives.json").write_text(json.dumps(entries))
 
 

@@ -6,79 +6,88 @@ Every adapter is read and checked before the first one is added, so a bad one ch
 
 from __future__ import annotations
 
-import json
-import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from diffusers import StableDiffusionPipeline
-from diffusers.utils.state_dict_utils import (
-    convert_state_dict_to_diffusers,
-    convert_state_dict_to_peft,
-    convert_unet_state_dict_to_peft,
-)
-from peft import LoraConfig
-from safetensors import safe_open
-from torch import Tensor, nn
+from diffusers import UNet2DConditionModel
+from torch import nn
 
-from msdda_fast.errors import AdapterMismatch
-from msdda_fast.lora.adapter import LoraAdapter, read_adapter_file
+from msdda_fast.adapters.description import in_header, of_peft
+from msdda_fast.adapters.formats import NETWORKS, is_peft, parts_of, prefixed
+from msdda_fast.adapters.injection import inject
+from msdda_fast.errors import AdapterMismatch, InvalidAdapter
+from msdda_fast.lora.adapter import LoraAdapter
+from msdda_fast.lora.reading import read_adapter_file
 
-__all__ = ["AdapterFile"]
+__all__ = ["AdapterFile", "AdapterPart"]
 
-#: Where peft's own `save_pretrained` puts the network inside its wrapper.
-_PEFT_PREFIX = "base_model.model."
-_KOHYA_PREFIXES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
-#: Key of the adapter's configuration in the header of a file that diffusers saved.
-_METADATA_KEY = "lora_adapter_metadata"
+
+@dataclass(frozen=True, slots=True)
+class AdapterPart:
+    """What an adapter does to one network.
+
+    Attributes:
+        adapter: Its factors by module path.
+        alphas: By module path; a module without one has alpha equal to its rank.
+    """
+
+    adapter: LoraAdapter
+    alphas: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterFile:
-    """One adapter in diffusers' naming: keys start with `unet.` or `text_encoder.`.
+    """One adapter, with every module's own scale.
 
-    `alphas` holds kohya's alpha per module, `metadata` the configuration that diffusers or peft
-    saved; without either, alpha equals the rank and the update is not rescaled.
+    Attributes:
+        name: Whose it is, for messages.
+        parts: By network: "unet", "text_encoder".
+        file: Where it was read; None: it was made here.
     """
 
     name: str
-    state_dict: Mapping[str, Tensor]
-    alphas: Mapping[str, float] | None
-    metadata: Mapping[str, Any] | None
+    parts: Mapping[str, AdapterPart]
+    file: Path | None = None
 
     @classmethod
-    def read(cls, name: str, file: Path) -> AdapterFile:
+    def read(cls, name: str, file: Path, unet: UNet2DConditionModel) -> AdapterFile:
         """Read the adapter called `name` from a safetensors file.
 
-        Supported are the formats of diffusers and kohya, and folders of peft's `save_pretrained`.
+        Supported are the formats of diffusers, kohya and ComfyUI, and folders of peft's
+        `save_pretrained` for either network. Without an alpha of its own, a module has the one that
+        diffusers or peft wrote down, else its rank.
 
         Raises:
             AdapterMismatch: The adapter is for another kind of pipeline.
-            ValueError: The file is damaged or holds something other than LoRA.
+            InvalidAdapter: The file is damaged or holds something other than plain LoRA.
         """
-        state_dict: Mapping[str, Tensor] = read_adapter_file(file)
-        metadata = _header_metadata(file)
-        if any(key.startswith(_PEFT_PREFIX) for key in state_dict):
-            state_dict = {key.removeprefix(_PEFT_PREFIX): v for key, v in state_dict.items()}
-            metadata = _peft_metadata(file.parent)
-        if not any(
-            key.startswith(("unet.", "text_encoder", *_KOHYA_PREFIXES)) for key in state_dict
-        ):
-            # saved from the network itself rather than from a pipeline
-            state_dict = {f"unet.{key}": v for key, v in state_dict.items()}
-            metadata = metadata and {f"unet.{key}": v for key, v in metadata.items()}
-        state_dict, alphas, _ = StableDiffusionPipeline.lora_state_dict(
-            dict(state_dict), return_lora_metadata=True
-        )
-        for key in state_dict:
-            if not key.startswith(("unet.", "text_encoder.")):
-                raise AdapterMismatch(
-                    f"adapter {name!r} was made for another kind of pipeline: {key!r} belongs to "
-                    "neither 'unet' nor 'text_encoder'"
-                )
-        return cls(name, state_dict, alphas, metadata)
+        with _named(name, file):
+            state_dict, header = read_adapter_file(file)
+            default = prefixed(state_dict)
+            descriptions = in_header(header, default)
+            if descriptions is None and is_peft(state_dict):
+                descriptions = of_peft(file, default)
+                if descriptions is None:
+                    raise InvalidAdapter(
+                        "it is an adapter of peft without the adapter_config.json that says how "
+                        "much it counts (lora_alpha); put that file beside it"
+                    )
+            parts = {}
+            for network, part in parts_of(state_dict, unet).items():
+                adapter = LoraAdapter.from_state_dict(name, part.factors)
+                alphas = {}
+                if descriptions is not None:
+                    if network not in descriptions:
+                        described = ", ".join(descriptions)
+                        raise InvalidAdapter(
+                            f"it changes {network!r}, and its description is of {described!r} only"
+                        )
+                    ranks = {path: len(f.down) for path, f in adapter.factors.items()}
+                    alphas = descriptions[network].alphas(ranks)
+                parts[network] = AdapterPart(adapter, {**alphas, **part.alphas})
+            return cls(name, parts, file)
 
     def check(self, unet: nn.Module, text_encoder: nn.Module | None) -> None:
         """Check the adapter against the networks it would change.
@@ -86,58 +95,65 @@ class AdapterFile:
         Raises:
             AdapterMismatch: A module is absent or has another shape; names the first.
         """
-        factors = convert_unet_state_dict_to_peft(self._part("unet."))
-        LoraAdapter.from_state_dict(self.name, factors).check(unet)
-        part = self._part("text_encoder.")
-        if not part:
-            return
-        if text_encoder is None:
-            raise AdapterMismatch(
-                f"adapter {self.name!r} changes the text encoder ({next(iter(part))!r}), but this "
-                "pipeline has none"
-            )
-        factors = convert_state_dict_to_peft(convert_state_dict_to_diffusers(part))
-        if not hasattr(text_encoder, "text_model"):  # flattened by newer transformers
-            factors = {key.removeprefix("text_model."): v for key, v in factors.items()}
-        LoraAdapter.from_state_dict(self.name, factors).check(text_encoder)
-
-    def put_into(self, unet: nn.Module, text_encoder: nn.Module | None) -> None:
-        """Add the adapter under its name. Other adapters of the networks do not change."""
-        for prefix, network, load in (
-            ("unet.", unet, StableDiffusionPipeline.load_lora_into_unet),
-            ("text_encoder.", text_encoder, StableDiffusionPipeline.load_lora_into_text_encoder),
-        ):
-            if self._part(prefix):
-                with warnings.catch_warnings():
-                    # peft warns of a second adapter in one network, which is the very purpose here
-                    warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)
-                    load(
-                        dict(self.state_dict),
-                        self.alphas,
-                        network,
-                        adapter_name=self.name,
-                        metadata=self.metadata and dict(self.metadata),
+        with _named(self.name, self.file):
+            for network, part in zip((unet, text_encoder), self._fitted(text_encoder), strict=True):
+                if part is None:
+                    continue
+                if network is None:
+                    first = next(iter(part.adapter.factors))
+                    raise AdapterMismatch(
+                        f"it changes the text encoder ({first!r}), but this pipeline has none"
                     )
+                part.adapter.check(network)
 
-    def _part(self, prefix: str) -> dict[str, Tensor]:
-        return {
-            key.removeprefix(prefix): tensor
-            for key, tensor in self.state_dict.items()
-            if key.startswith(prefix)
-        }
+    def put_into(
+        self, unet: nn.Module, text_encoder: nn.Module | None, adapter_name: str | None = None
+    ) -> None:
+        """Add the adapter to peft's layers. Other adapters of the networks do not change.
+
+        Args:
+            unet, text_encoder: Networks that it was checked against.
+            adapter_name: Its name there; see `peft_names`. None: its own.
+        """
+        for network, part in zip((unet, text_encoder), self._fitted(text_encoder), strict=True):
+            if part is not None and network is not None:
+                factors = part.adapter.factors
+                inject(network, adapter_name or self.name, factors, part.alphas)
+
+    def _fitted(self, text_encoder: nn.Module | None) -> list[AdapterPart | None]:
+        """Return the parts in the order of `NETWORKS`, with the paths of this text encoder."""
+        unet, text = (self.parts.get(network) for network in NETWORKS)
+        if text is not None and not hasattr(text_encoder, "text_model"):
+            # flattened by newer transformers
+            text = AdapterPart(
+                LoraAdapter(
+                    text.adapter.name,
+                    {_flat(path): factors for path, factors in text.adapter.factors.items()},
+                ),
+                {_flat(path): alpha for path, alpha in text.alphas.items()},
+            )
+        return [unet, text]
 
 
-def _header_metadata(file: Path) -> dict[str, Any] | None:
-    with safe_open(file, framework="pt") as opened:
-        header = opened.metadata() or {}
-    metadata: dict[str, Any] | None = json.loads(header.get(_METADATA_KEY, "null"))
-    return metadata
+def _flat(path: str) -> str:
+    return path.removeprefix("text_model.")
 
 
-def _peft_metadata(folder: Path) -> dict[str, Any] | None:
-    file = folder / "adapter_config.json"
-    if not file.is_file():
-        return None
-    known = {field.name for field in fields(LoraConfig)}
-    config = json.loads(file.read_text("utf-8"))
-    return {key: value for key, value in config.items() if key in known}
+@contextmanager
+def _named(name: str, file: Path | None) -> Iterator[None]:
+    """Make every error one line that names the adapter and its file.
+
+    Converters of formats meet anything in a stranger's file, and say so in any way.
+    """
+    where = f"adapter {name!r}" + (f" ({file})" if file else "")
+    try:
+        yield
+    except (AdapterMismatch, InvalidAdapter) as error:
+        text = str(error).removeprefix(f"adapter {name!r}: ").removeprefix(f"adapter {name!r} ")
+        text = text.replace(f"{file} ", "it ", 1)
+        raise type(error)(f"{where}: {text}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        reason = " ".join(str(error).split())
+        raise InvalidAdapter(
+            f"{where}: it cannot be read as LoRA ({type(error).__name__}: {reason:.200})"
+        ) from error

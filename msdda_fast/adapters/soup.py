@@ -12,12 +12,13 @@ from diffusers import UNet2DConditionModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from msdda_fast.adapters.files import AdapterFile
+from msdda_fast.adapters.files import AdapterFile, AdapterPart
 from msdda_fast.adapters.layers import running
 from msdda_fast.adapters.loaded import LoadedAdapters
 from msdda_fast.adapters.switching import AdapterSwitch, adapter_names
 from msdda_fast.adapters.variant import Variant
 from msdda_fast.errors import AdapterMismatch
+from msdda_fast.lora.adapter import LoraAdapter
 from msdda_fast.lora.soup import Merge, merge_adapters
 
 __all__ = ["average_networks", "make_soup", "temporarily"]
@@ -51,7 +52,7 @@ def make_soup(
             )
         return average_networks(networks, weights)
     unet = next(iter(networks.values()))
-    state = {}
+    parts = {}
     for part, network in (("unet", unet), ("text_encoder", text_encoder)):
         if network is None or not adapter_names(network):
             continue
@@ -59,10 +60,9 @@ def make_soup(
             objective: LoadedAdapters([Variant(network, v.adapter, v.scale)]).stacks
             for objective, v in variants.items()
         }
-        for path, factors in merge_adapters(stacks, weights, merge).items():
-            state[f"{part}.{path}.lora_A.weight"] = factors.down.contiguous()
-            state[f"{part}.{path}.lora_B.weight"] = factors.up.contiguous()
-    return AdapterFile(name, state, alphas=None, metadata=None)
+        if merged := merge_adapters(stacks, weights, merge):
+            parts[part] = AdapterPart(LoraAdapter(name, merged), alphas={})
+    return AdapterFile(name, parts)
 
 
 @torch.no_grad()
@@ -119,10 +119,9 @@ def temporarily(
     flags = [(p, p.requires_grad) for network in networks for p in network.parameters()]
     wrapped = {id(m) for n in networks for m in n.modules() if isinstance(m, BaseTunerLayer)}
     try:
-        # putting it in makes it the active one, freezes the base, and draws what it then overwrites
+        # putting it in makes it the active one and freezes the base
         with AdapterSwitch(networks):
-            with torch.random.fork_rng(devices=[]):
-                adapter.put_into(unet, text_encoder)
+            adapter.put_into(unet, text_encoder)
             yield
     finally:
         for network in networks:

@@ -81,9 +81,9 @@ def adapter_file(objective: Objective, options: Mapping[str, Any]) -> Path:
     file = fetch(place, name, options)
     if file is None:
         raise FileNotFoundError(f"hub repository {place!r} has no file {name!r}")
-    if not objective.weight_name:
-        # where peft keeps alpha
-        fetch(place, str(folder / "adapter_config.json"), options, required=False)
+    # where peft keeps alpha, beside the weights
+    beside = PurePosixPath(name).with_name("adapter_config.json")
+    fetch(place, str(beside), options, required=False)
     return find_adapter_file(file)
 
 

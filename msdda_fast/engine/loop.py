@@ -15,12 +15,13 @@ from torch import Tensor
 
 from msdda_fast.engine.noise import NoiseSource, noise_source
 from msdda_fast.engine.step import Outputs, by_objective
-from msdda_fast.errors import BackendUnavailable, InvalidShape
+from msdda_fast.errors import BackendUnavailable, InvalidShape, NotFinite
 from msdda_fast.kernels import registry
 from msdda_fast.kernels.fused_step import fused_ddim_step
 from msdda_fast.steps.coefficients import CoefficientTable
 from msdda_fast.steps.schedulers import levels_of, scheduler_rule
 from msdda_fast.steps.table import rule_table
+from msdda_fast.tracing import is_watched
 
 if TYPE_CHECKING:
     from msdda_fast.levels import NoiseLevels
@@ -54,12 +55,31 @@ Watch: TypeAlias = Callable[[int], bool]
 
 
 def run(generation: Generation, num_steps: int, watch: Watch | None = None) -> Tensor:
-    """Do the steps of a generation in order until `watch` returns False; return the last state."""
+    """Do the steps of a generation in order until `watch` returns False; return the last state.
+
+    Raises:
+        NotFinite: The last state has NaN or infinity: a network, or what it was given, is broken.
+    """
     for k in range(num_steps):
         generation.step(k)
         if watch is not None and not watch(k):
             break
-    return generation.x
+    x = generation.x
+    if not is_watched(x):
+        _check_finite(x)
+    return x
+
+
+def _check_finite(x: Tensor) -> None:
+    """One sync, when all steps are done: whoever asked for `x` waits for it anyway."""
+    finite = torch.isfinite(x)
+    if not bool(finite.all()):
+        bad = (~finite.flatten(1).all(1)).nonzero().flatten().tolist()
+        raise NotFinite(
+            f"sampling ended in NaN or infinity in {len(bad)} of {len(x)} samples (first: number "
+            f"{bad[0]}); look for broken weights, values beyond the networks' dtype, or a "
+            "guidance_scale that is far too large"
+        )
 
 
 class EagerGeneration:
@@ -168,6 +188,7 @@ def denoise(
         ValueError: More than one of `noise`, `seeds` and `generator`.
         BackendUnavailable: The named backend cannot run here, or `x_T` requires grad and the
             backend is not "eager".
+        NotFinite: x_0 has NaN or infinity.
     """
     count = len(denoisers)
     if count == 0 or x_T.ndim == 0 or not x_T.is_floating_point():

@@ -11,13 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from msdda_fast.errors import AdapterMismatch
+from msdda_fast.errors import AdapterMismatch, InvalidAdapter
 
-__all__ = ["LoraAdapter", "LoraFactors", "find_adapter_file", "read_adapter_file"]
+__all__ = ["LoraAdapter", "LoraFactors", "find_adapter_file"]
 
 #: The name diffusers gives to the adapters that it saves.
 DEFAULT_WEIGHT_NAME = "pytorch_lora_weights.safetensors"
@@ -50,11 +48,12 @@ class LoraAdapter:
         """Pair the factors of a state dict in peft's naming (`<module>.lora_A.weight`, `lora_B`).
 
         Raises:
-            ValueError: A key is not a LoRA factor, a factor has no partner, or their ranks differ.
+            InvalidAdapter: A key is not a LoRA factor, a factor has no partner, or their ranks
+                differ or are 0.
         """
         for key in state_dict:
             if not key.endswith((_DOWN, _UP)):
-                raise ValueError(
+                raise InvalidAdapter(
                     f"adapter {name!r}: {key!r} is not a LoRA factor (<module>{_DOWN} or {_UP})"
                 )
         modules = dict.fromkeys(key.removesuffix(_DOWN).removesuffix(_UP) for key in state_dict)
@@ -63,9 +62,9 @@ class LoraAdapter:
             down, up = state_dict.get(module + _DOWN), state_dict.get(module + _UP)
             if down is None or up is None:
                 missing = _DOWN if down is None else _UP
-                raise ValueError(f"adapter {name!r}: {module!r} has no {missing[1:]}")
-            if down.ndim < 2 or up.ndim != down.ndim or up.shape[1] != down.shape[0]:
-                raise ValueError(
+                raise InvalidAdapter(f"adapter {name!r}: {module!r} has no {missing[1:]}")
+            if not _multiply(down, up):
+                raise InvalidAdapter(
                     f"adapter {name!r}: the factors of {module!r} do not multiply: "
                     f"lora_A {tuple(down.shape)}, lora_B {tuple(up.shape)}"
                 )
@@ -94,6 +93,12 @@ class LoraAdapter:
                     f"adapter {self.name!r} was made for another base: its update of {path!r} has "
                     f"shape {update}, the weight in this {kind} has shape {tuple(weight.shape)}"
                 )
+
+
+def _multiply(down: Tensor, up: Tensor) -> bool:
+    """Whether B A is a weight's update: of one rank > 0, B without a kernel of its own."""
+    alike = down.ndim == up.ndim >= 2 and 0 < down.shape[0] == up.shape[1]
+    return alike and all(size == 1 for size in up.shape[2:])
 
 
 def find_adapter_file(
@@ -131,25 +136,3 @@ def _only_adapter(folder: Path) -> Path:
         names = ", ".join(file.name for file in files)
         raise ValueError(f"{folder} holds several adapters ({names}); choose one with weight_name=")
     return files[0]
-
-
-def read_adapter_file(file: Path) -> dict[str, Tensor]:
-    """Read the tensors of one safetensors file, on the CPU, in the dtype they are stored in.
-
-    Raises:
-        ValueError: The file is damaged, has no LoRA weights, or a kind that cannot be fused (DoRA).
-    """
-    try:
-        state_dict = load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"{file} is not a readable safetensors file: {error}") from error
-    if not any("lora" in key for key in state_dict):
-        raise ValueError(
-            f"{file} holds no LoRA weights; its first key is {next(iter(state_dict), None)!r}"
-        )
-    for key in state_dict:
-        if "dora_scale" in key:
-            raise ValueError(
-                f"{file} is a DoRA adapter ({key!r}), which is not supported; use LoRA"
-            )
-    return state_dict

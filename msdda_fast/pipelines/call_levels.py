@@ -45,7 +45,9 @@ def call_levels(
         if len(levels) != len(objectives):
             raise InvalidShape(f"got {len(levels)} levels for {len(objectives)} objectives")
         given = dict(zip(objectives, levels, strict=True))
-    noises: dict[str, Any] = {name: given.get(name, objective.noise) for name, objective in active.items()}
+    noises: dict[str, Any] = {
+        name: given.get(name, objective.noise) for name, objective in active.items()
+    }
     if any(isinstance(noise, FlowNoise) for noise in noises.values()) or (
         given and all(noise is not None for noise in noises.values())
     ):

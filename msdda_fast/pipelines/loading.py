@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -24,15 +23,18 @@ from diffusers.utils import is_accelerate_available
 from torch import nn
 
 from msdda_fast.adapters.files import AdapterFile
+from msdda_fast.adapters.injection import peft_names
 from msdda_fast.adapters.layers import check_can_switch
 from msdda_fast.adapters.sources import adapter_file, fetch, hub_options, locate
 from msdda_fast.adapters.switching import adapter_names
 from msdda_fast.adapters.variant import Variant
 from msdda_fast.errors import InvalidSchedule, UnknownObjective
+from msdda_fast.files import read_json
 from msdda_fast.objective import Objective
 from msdda_fast.pipelines.carried_over import carried_over
 from msdda_fast.pipelines.manifest import OBJECTIVES_FILE, check_names, parse_objectives
 from msdda_fast.pipelines.runnable import check_own_network
+from msdda_fast.pipelines.scheduler_config import check_scheduler_file
 
 __all__ = ["LoadPlan", "attach", "attach_loaded", "ddim_scheduler", "plan", "shared_components"]
 
@@ -131,15 +133,17 @@ def plan(
     index = _model_file(place, "model_index.json", options)
     if index is None:
         raise FileNotFoundError(f"{place} is not a diffusers pipeline: it has no model_index.json")
-    listed = json.loads(index.read_text("utf-8"))
+    listed = read_json(index, "a diffusers pipeline's index")
     kind = listed.get("_class_name")
     if kind not in _PIPELINES:
         raise ValueError(f"{model} is a {kind}; supported: {', '.join(_PIPELINES)}")
     if "scheduler" not in options:
-        check_scheduler_name(listed["scheduler"][1])
+        check_scheduler_name(_class_name(index, listed.get("scheduler")))
+        if file := _model_file(place, "scheduler/scheduler_config.json", options, required=False):
+            check_scheduler_file(file)
     if objectives is None:
         manifest = _model_file(place, OBJECTIVES_FILE, options, required=False)
-        objectives = parse_objectives(manifest.read_text("utf-8"), place) if manifest else _BASE
+        objectives = parse_objectives(manifest.read_bytes(), place) if manifest else _BASE
     check_names(objectives)
     return LoadPlan(
         model=str(place),
@@ -154,6 +158,12 @@ def plan(
     )
 
 
+def _class_name(index: Path, component: Any) -> str:  # noqa: ANN401 - of a stranger's JSON
+    if isinstance(component, list) and len(component) == 2 and isinstance(component[1], str):
+        return component[1]
+    raise ValueError(f"{index} must name the scheduler's library and class, got {component!r:.80}")
+
+
 def _model_file(
     place: Path | str, name: str, options: Mapping[str, Any], *, required: bool = True
 ) -> Path | None:
@@ -165,16 +175,17 @@ def _model_file(
 
 def attach(pipe: P, plan: LoadPlan) -> P:
     """Put the planned adapters and networks into a loaded pipeline, after checking all of them."""
-    adapters = [AdapterFile.read(name, file) for name, file in plan.adapters.items()]
+    adapters = [AdapterFile.read(name, file, pipe.unet) for name, file in plan.adapters.items()]
     for adapter in adapters:
         adapter.check(pipe.unet, pipe.text_encoder)
     objectives = {
         name: replace(objective, unet=_network(name, objective, plan))
         for name, objective in plan.objectives.items()
     }
-    variants = _variants(pipe.unet, objectives, {name: name for name in plan.adapters})
+    names = peft_names(plan.adapters, pipe.unet, pipe.text_encoder)
+    variants = _variants(pipe.unet, objectives, names)
     for adapter in adapters:
-        adapter.put_into(pipe.unet, pipe.text_encoder)
+        adapter.put_into(pipe.unet, pipe.text_encoder, names[adapter.name])
     pipe.set_objectives(objectives, variants)
     for network in (*pipe.components.values(), *(variant.network for variant in variants.values())):
         if isinstance(network, nn.Module):

@@ -3,8 +3,8 @@
 
     {"aesthetic": {"source": "aesthetic", "eta": 1.0}, "consistency": {"source": ..., "eta": 0.8}}
 
-A relative `source` (an adapter) or `unet` (a full network) lies inside the folder; with neither,
-the objective is the base model.
+A `source` (an adapter) or `unet` (a full network) lies inside the folder; with neither, the
+objective is the base model.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import fields, replace
-from pathlib import Path
+from numbers import Real
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from msdda_fast.levels import noise_from_json, noise_to_json
@@ -22,36 +23,38 @@ __all__ = ["OBJECTIVES_FILE", "check_names", "dump_objectives", "parse_objective
 
 OBJECTIVES_FILE = "objectives.json"
 _FIELDS = tuple(field.name for field in fields(Objective))
+_NUMBERS = ("eta", "scale", "guidance_scale")
 
 
 def check_names(objectives: Mapping[str, Objective]) -> None:
     """Check the objectives of one pipeline.
 
     Raises:
-        ValueError: There are none, a name is empty or has a dot (adapters are modules, whose names
-            cannot have one) or slash, or a value is not an `Objective`.
+        ValueError: There are none, a name is not a string or blank, or a value is not an
+            `Objective`.
     """
     if not objectives:
         raise ValueError(
             "objectives is empty; give at least one, such as Objective.base() for the base model"
         )
     for name, objective in objectives.items():
-        if not isinstance(name, str) or not name or "." in name or "/" in name:
-            raise ValueError(f"objective name {name!r} must be a string without '.' and '/'")
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError(f"objective name {name!r} must be a string that is not blank")
         if not isinstance(objective, Objective):
             raise ValueError(f"objective {name!r} must be an Objective, got {objective!r}")
 
 
-def parse_objectives(text: str, origin: str | Path) -> dict[str, Objective]:
+def parse_objectives(text: str | bytes, origin: str | Path) -> dict[str, Objective]:
     """Read `objectives.json`; `origin` is the folder or hub repository it came from.
 
     Raises:
-        ValueError: The text is not a JSON object of objects, or has a field unknown to `Objective`.
+        ValueError: The text is not a JSON object of objects, has a field unknown to `Objective` or
+            of another type, or names a place outside `origin`.
     """
     where = f"{OBJECTIVES_FILE} of {origin}"
     try:
         entries = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not JSON: {error}") from error
     if not isinstance(entries, dict) or not all(isinstance(e, dict) for e in entries.values()):
         raise ValueError(f"{where} must map names to objects, got {text[:80]!r}")
@@ -62,11 +65,50 @@ def parse_objectives(text: str, origin: str | Path) -> dict[str, Objective]:
                 f"{where}: objective {name!r} has unknown field {sorted(unknown)[0]!r}; "
                 f"known: {', '.join(_FIELDS)}"
             )
-        if isinstance(noise := entry.get("noise"), dict):
-            entry = {**entry, "noise": noise_from_json(noise)}
-        objectives[name] = _inside(Objective(**entry), origin)
+        try:
+            for field, value in entry.items():
+                _check_type(field, value)
+            if isinstance(noise := entry.get("noise"), dict):
+                entry = {**entry, "noise": noise_from_json(noise)}
+            objective = Objective(**entry)
+            _check_inside(objective, origin)
+        except ValueError as error:
+            raise type(error)(f"{where}: objective {name!r}: {error}") from error
+        objectives[name] = _inside(objective, origin)
     check_names(objectives)
     return objectives
+
+
+def _check_type(field: str, value: object) -> None:
+    if value is None and field not in ("eta", "scale"):
+        return
+    kind, meaning = (Real, "a number") if field in _NUMBERS else (str, "a text")
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ValueError(f"{field} must be {meaning}, got {value!r:.80}")
+
+
+def _check_inside(objective: Objective, origin: str | Path) -> None:
+    """Check that what an objective names lies in the folder or repository `origin`.
+
+    Symbolic links count where they lead; the hub's cache has links from `snapshots` to its `blobs`.
+    """
+    parts = (objective.source or objective.unet, objective.subfolder, objective.weight_name)
+    place = PurePosixPath(*(str(part) for part in parts if part is not None))
+    outside = place.is_absolute() or PureWindowsPath(place).drive or ".." in _parts(place)
+    if not outside and isinstance(origin, Path):
+        folder = origin.resolve()
+        if folder.parent.name == "snapshots":
+            folder = folder.parent.parent
+        outside = not (origin / place).resolve().is_relative_to(folder)
+    if outside:
+        raise ValueError(
+            f"{str(place)!r} lies outside this folder; put the adapter inside, or name it with "
+            "objectives= instead"
+        )
+
+
+def _parts(place: PurePosixPath) -> tuple[str, ...]:
+    return PureWindowsPath(place).parts  # with backslashes, too
 
 
 def _inside(objective: Objective, origin: str | Path) -> Objective:

@@ -5,17 +5,18 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from diffusers import StableDiffusionPipeline
-from peft import get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
+from torch import nn
 
+from msdda_fast.adapters.injection import extract
 from msdda_fast.adapters.layers import check_can_switch, own_modules, running, uncompiled
 from msdda_fast.adapters.switching import adapter_names
 from msdda_fast.adapters.variant import Variant
@@ -101,8 +102,9 @@ def _write(pipe: Savable, stage: Path, options: dict[str, Any]) -> None:
     stock.register_to_config(requires_safety_checker=pipe.config.requires_safety_checker)
     stock.save_pretrained(stage, **options)
     places = {}
+    folders = _folders(pipe.variants)
     for name, variant in pipe.variants.items():
-        place = f"objectives/{name}"
+        place = f"objectives/{folders[name]}"
         if variant.network is not pipe.unet:
             network: Any = _without_adapters(variant.network)
             network.save_pretrained(stage / place)
@@ -111,6 +113,21 @@ def _write(pipe: Savable, stage: Path, options: dict[str, Any]) -> None:
             _write_adapter(pipe, variant.adapter, stage / place)
             places[name] = place
     (stage / OBJECTIVES_FILE).write_text(dump_objectives(pipe.objectives, places), "utf-8")
+
+
+def _folders(names: Iterable[str]) -> dict[str, str]:
+    """Return a folder for each objective: its name, where every file system takes that."""
+    folders: dict[str, str] = {}
+    taken: set[str] = set()
+    for name in names:
+        plain = re.sub(r"[^\w-]", "_", name, flags=re.ASCII)[:64]
+        folder, count = plain, 1
+        while folder.casefold() in taken:
+            count += 1
+            folder = f"{plain}-{count}"
+        taken.add(folder.casefold())
+        folders[name] = folder
+    return folders
 
 
 def _without_adapters(network: Any) -> Any:  # noqa: ANN401 - a network of any class, or None
@@ -139,9 +156,8 @@ def _write_adapter(pipe: Savable, adapter: str, folder: Path) -> None:
     for part in ("unet", "text_encoder"):
         network = getattr(pipe, part)
         if adapter in adapter_names(network):
-            state: dict[str, Tensor] = get_peft_model_state_dict(network, adapter_name=adapter)
-            layers[f"{part}_lora_layers"] = {k: v.contiguous() for k, v in state.items()}
-            config = network.peft_config[adapter].to_dict()
+            state, config = extract(network, adapter)
+            layers[f"{part}_lora_layers"] = state
             layers[f"{part}_lora_adapter_metadata"] = config
     StableDiffusionPipeline.save_lora_weights(folder, **layers)
 

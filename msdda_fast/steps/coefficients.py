@@ -9,7 +9,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["CoefficientTable", "Layout", "StepCoefficients", "mixture"]
+from msdda_fast.errors import InvalidShape
+
+__all__ = ["CoefficientTable", "Layout", "StepCoefficients", "check_dtype", "mixture"]
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    """Raise `InvalidShape` unless it is a floating-point one, which coefficients need."""
+    if not dtype.is_floating_point:
+        raise InvalidShape(f"coefficients need a floating-point dtype, got dtype={dtype}")
 
 
 class Layout(NamedTuple):
@@ -163,6 +171,8 @@ class CoefficientTable:
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> CoefficientTable:
         """Return the table on a device, `rows` in a dtype; the float64 diagnostics stay."""
+        if dtype is not None:
+            check_dtype(dtype)
         scale = self.input_scale
         return replace(
             self,

@@ -242,10 +242,12 @@ def grid_between(
             "prediction says nothing of x_0; use v_prediction or sample"
         )
     clips = getattr(config, "clip_sample", False)
+    alpha_bar_prev = torch.where(previous >= 0, alpha_bar[previous.clamp(min=0)], final)
+    _check_noise(alpha_bar_t, alpha_bar_prev, timesteps)
     return DDIMGrid(
         timesteps=timesteps,
         alpha_bar_t=alpha_bar_t,
-        alpha_bar_prev=torch.where(previous >= 0, alpha_bar[previous.clamp(min=0)], final),
+        alpha_bar_prev=alpha_bar_prev,
         prediction_type=prediction_type,
         clip_range=float(config.clip_sample_range) if clips else None,
     )
@@ -253,6 +255,18 @@ def grid_between(
 
 def _alpha_bar(scheduler: Scheduler) -> Tensor:
     return scheduler.alphas_cumprod.detach().to("cpu", torch.float64)
+
+
+def _check_noise(alpha_bar_t: Tensor, alpha_bar_prev: Tensor, timesteps: Tensor) -> None:
+    """Check that every step has noise, and no less than the next; false for NaN too."""
+    noisy = (alpha_bar_t >= 0) & (alpha_bar_t < 1) & (alpha_bar_prev >= alpha_bar_t)
+    if not noisy.all():
+        first = int(noisy.logical_not().nonzero()[0])
+        raise InvalidSchedule(
+            f"alpha_bar is {alpha_bar_t[first]:g} at timestep {timesteps[first]} and "
+            f"{alpha_bar_prev[first]:g} after that step, expected to grow in [0, 1]: the "
+            "scheduler's betas must lie in (0, 1]"
+        )
 
 
 def _timesteps(scheduler: Scheduler, num_steps: int, num_train_steps: int) -> Tensor:

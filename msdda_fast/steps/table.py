@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from msdda_fast.errors import InvalidSchedule, InvalidShape, InvalidWeights
-from msdda_fast.steps.coefficients import CoefficientTable, Layout
+from msdda_fast.steps.coefficients import CoefficientTable, Layout, check_dtype
 from msdda_fast.steps.rules import MixingRule, Rule
 from msdda_fast.steps.schedulers import levels_of, scheduler_rule
 from msdda_fast.steps.shares import eps_mixture, fusion_shares
@@ -93,7 +93,8 @@ def coefficient_table(
             with x_0 clipping, where predictions cannot be mixed.
         InvalidWeights: Weights off the simplex, or a total precision that is not positive; with
             "eps" also extrapolated ones that leave the range of levels or predictions that cancel.
-        InvalidShape: `weights`, `etas`, `levels`, `rates` or `guidance_scale` of another shape.
+        InvalidShape: `weights`, `etas`, `levels`, `rates` or `guidance_scale` of another shape, or
+            a `dtype` that is not floating-point.
         ZeroVariance: A sample mixes levels of 0 with others under `zero_variance="error"`.
         ValueError: Both `etas` and `levels`.
     """
@@ -144,6 +145,7 @@ def rule_table(
         InvalidSchedule, InvalidWeights, InvalidShape, ZeroVariance: As `coefficient_table`, with
             the levels of the rule in place of etas.
     """
+    check_dtype(dtype)
     level = rule.levels.check(levels)
     count, steps = len(level), len(rule.timesteps)
     guidance = _guidance(guidance_scale, count)
@@ -171,6 +173,7 @@ def rule_table(
         rows[..., layout.x0_uncond] = output * (1 - guidance)
         rows[..., layout.x0_cond] = output * guidance
         rows[..., layout.x0_scale] = clean.scale * share
+    _check_finite(rows, guidance)
     timesteps = rule.timesteps.to(dtype) if rule.timesteps.is_floating_point() else rule.timesteps
     scale = rule.input_scale
     return CoefficientTable(
@@ -183,6 +186,17 @@ def rule_table(
         std=std,
         needs_uncond=bool(((share != 0) & (guidance != 1)).any()),
     )
+
+
+def _check_finite(rows: Tensor, guidance: Tensor) -> None:
+    """Check that float32, in which most states are, can hold every coefficient."""
+    held = (rows.abs() <= torch.finfo(torch.float32).max).flatten(1).all(1)  # false for NaN too
+    if not held.all():
+        step = int(held.logical_not().nonzero()[0])
+        raise InvalidSchedule(
+            f"step {step} has coefficients that are not finite in float32; guidance_scale is up to "
+            f"{guidance.abs().max():g}, and the rest is the scheduler's"
+        )
 
 
 def _mixing(fusion: Fusion | None, rule: Rule, level: Tensor) -> MixingRule | None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,8 @@ from msdda_fast.training.pairs import PreferencePairs
 TABLES = ("pairs.jsonl", "pairs.csv")
 COLUMNS = ("prompt", "chosen", "rejected")
 _SHOWN = 10  # errors of one table
+#: Of one image: a few kilobytes of PNG may claim any size, and take that much memory when decoded.
+_MAX_PIXELS = 8192 * 8192
 _BATCH = 16  # images encoded together
 
 
@@ -58,7 +61,8 @@ def read_pairs(folder: str | Path) -> list[PairRow]:
     Raises:
         FileNotFoundError: `folder` has no table.
         InvalidPairs: There are both tables, an empty one, or bad lines: not JSON, other columns, an
-            empty prompt, a file that is missing or not an image, an image preferred to itself.
+            empty prompt, a file that is missing, not an image or one of more than 8192 x 8192
+            pixels, an image preferred to itself.
     """
     folder = Path(folder)
     tables = [folder / name for name in TABLES if (folder / name).is_file()]
@@ -127,11 +131,31 @@ def _problem(path: Path) -> str | None:
     if not path.is_file():
         return f"no file at {path}"
     try:
-        with Image.open(path) as image:
+        with _open(path) as image:
             image.verify()
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except InvalidPairs as error:
+        return str(error)
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         return f"{path} is not a readable image ({error})"
     return None
+
+
+def _open(path: Path) -> Image.Image:
+    """Read the header of an image, whose pixels are decoded when they are asked for."""
+    with warnings.catch_warnings():
+        # Pillow's own bound warns at 89 million pixels, and raises at twice as many
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        try:
+            image = Image.open(path)
+        except Image.DecompressionBombError as error:
+            raise InvalidPairs(f"{path} is too large to decode ({error})") from error
+    if image.width * image.height > _MAX_PIXELS:
+        image.close()
+        raise InvalidPairs(
+            f"{path} is too large to decode: {image.width} x {image.height} pixels, at most "
+            f"{_MAX_PIXELS} are read"
+        )
+    return image
 
 
 def encode_pairs(
@@ -185,8 +209,12 @@ def _cached(cache: Path, identity: dict[str, str]) -> dict[str, Tensor]:
 
 
 def load_image(path: Path, size: tuple[int, int]) -> Tensor:
-    """Read an image as (3, height, width) in [0, 1], resized and cropped to `size`."""
-    with Image.open(path) as image:
+    """Read an image as (3, height, width) in [0, 1], resized and cropped to `size`.
+
+    Raises:
+        InvalidPairs: It has more than 8192 x 8192 pixels.
+    """
+    with _open(path) as image:
         upright = ImageOps.exif_transpose(image).convert("RGB")
     height, width = size
     fitted = ImageOps.fit(upright, (width, height), Image.Resampling.BICUBIC)

@@ -8,7 +8,14 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
-from msdda_fast import BackendUnavailable, InvalidSchedule, InvalidShape, InvalidWeights, denoise
+from msdda_fast import (
+    BackendUnavailable,
+    InvalidSchedule,
+    InvalidShape,
+    InvalidWeights,
+    NotFinite,
+    denoise,
+)
 from tests.gaussian_world import sd15_scheduler
 
 SHAPE = (2, 4, 3, 3)
@@ -183,3 +190,24 @@ class TestRefusals:
     def test_a_prediction_of_the_wrong_shape(self) -> None:
         with pytest.raises(InvalidShape, match=r"denoisers\[1\] returned shape \(4, 3, 3\)"):
             run([shrink, lambda x, t: x[0]])
+
+
+class TestNotFinite:
+    """A run that ends in NaN is an error, whoever asked for it; NaN that a zero masks is none."""
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_samples_are_counted_and_the_first_is_named(self, value: float, dtype) -> None:
+        x_T = torch.zeros(4, 4, 3, 3, dtype=dtype)
+        x_T[1, 0, 0, 0] = x_T[3, 2, 2, 2] = value
+        with pytest.raises(NotFinite, match=r"2 of 4 samples \(first: number 1\)"):
+            run(x_T=x_T)
+
+    def test_a_masked_one_is_none(self) -> None:
+        def broken(x_t: Tensor, t: Tensor) -> Tensor:
+            return torch.full_like(x_t, torch.nan)
+
+        weights = [[1.0, 0.0], [1.0, 0.0]]
+        assert run([shrink, broken], weights=weights).isfinite().all()
+        with pytest.raises(NotFinite, match=r"1 of 2 .*number 1"):
+            run([shrink, broken], weights=[[1.0, 0.0], [0.5, 0.5]])

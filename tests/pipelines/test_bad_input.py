@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import msdda_fast as mf
+from tests.tiny_model import quiet, small_unet
 
 GOOD = dict(prompt=["a red dog", "a blue cat"], num_inference_steps=2, output_type="latent")
 
@@ -83,3 +84,18 @@ def test_a_call_is_refused_before_any_network_runs(pipe, calls, monkeypatch, cas
     with pytest.raises(error, match=message):
         pipe(**{**GOOD, **change})
     assert calls == [] and encoded == []
+
+
+def test_a_run_that_ends_in_nan_is_an_error_and_no_picture(tiny):
+    broken = small_unet()
+    with torch.no_grad():
+        broken.conv_out.bias[0] = torch.nan
+    objectives = {"own": mf.Objective(unet=broken), "plain": mf.Objective.base()}
+    pipe = tiny.load(objectives=objectives)
+    for output_type in ("pil", "latent"):
+        with pytest.raises(mf.NotFinite, match=r"2 of 2 samples"):
+            pipe(["a red dog", "a blue cat"], num_inference_steps=2, output_type=output_type)
+    assert pipe(**GOOD, weights=(0, 1)).images.isfinite().all()  # it is not evaluated
+    alone = quiet(mf.MSDDAPipeline.from_pipe(pipe, unet=broken, objectives={"x": mf.Objective()}))
+    with pytest.raises(mf.NotFinite):  # one forward for all objectives
+        alone("a red dog", num_inference_steps=2)

@@ -4,6 +4,8 @@
 import copy
 import json
 import logging
+import math
+import re
 import shutil
 
 import pytest
@@ -23,11 +25,15 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from huggingface_hub.errors import EntryNotFoundError
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 
 import msdda_fast as mf
 from msdda_fast.adapters import sources
+from msdda_fast.adapters.files import AdapterFile
 from msdda_fast.pipelines.manifest import parse_objectives
-from tests.tiny_model import quiet, small_unet, write_adapter
+from msdda_fast.pipelines.scheduler_config import check_scheduler_file
+from tests.tiny_model import WEIGHTS, quiet, small_unet, write_adapter
 
 SHORT = dict(num_inference_steps=2, guidance_scale=3.0, seed=0, output_type="latent")
 PROMPTS = ["a red dog", "a blue cat"]
@@ -56,11 +62,21 @@ def assert_close(actual, expected):
     assert (actual - expected).norm() < 1e-4 * expected.norm()
 
 
+def peft_folder(tiny, folder):
+    """The adapter "warm" as peft's own `save_pretrained` writes it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = load_file(tiny.warm / "pytorch_lora_weights.safetensors")
+    renamed = {key.replace("unet.", "base_model.model."): v for key, v in state.items()}
+    save_file(renamed, folder / "adapter_model.safetensors")
+    config = {"r": 2, "lora_alpha": 6, "peft_type": "LORA", "target_modules": ATTENTION}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
 class TestFromPretrained:
     def test_objectives_json_is_used_when_none_are_given(self, tiny, tmp_path):
         folder = tmp_path / "model"
         shutil.copytree(tiny.folder, folder)
-        shutil.copytree(tiny.warm, folder / "warm")
         entries = {"warm": {"source": "warm", "eta": 0.9, "scale": 0.5}, "plain": {"eta": 0.7}}
         (folder / "objectives.json").write_text(json.dumps(entries))
         pipe = mf.MSDDAPipeline.from_pretrained(folder)
@@ -141,7 +157,7 @@ class TestFromPretrained:
 
     def test_adapters_are_in_training_mode_for_nobody(self, tiny, tmp_path):
         """peft puts adapters in with their dropout on."""
-        state = StableDiffusionPipeline.lora_state_dict(tiny.warm)[0]
+        state = StableDiffusionPipeline.lora_state_dict(tiny.warm, weight_name=WEIGHTS)[0]
         layers = {key.removeprefix("unet."): value for key, value in state.items()}
         config = {"r": 2, "lora_alpha": 6, "lora_dropout": 0.5, "target_modules": ATTENTION}
         StableDiffusionPipeline.save_lora_weights(
@@ -181,18 +197,10 @@ class TestAdapterFormats:
         assert torch.equal(self.run(tiny, tmp_path), expected)
 
     def test_peft_folder(self, tiny, expected, tmp_path):
-        from safetensors.torch import load_file, save_file
-
-        state = load_file(tiny.warm / "pytorch_lora_weights.safetensors")
-        renamed = {key.replace("unet.", "base_model.model."): v for key, v in state.items()}
-        save_file(renamed, tmp_path / "adapter_model.safetensors")
-        config = {"r": 2, "lora_alpha": 6, "peft_type": "LORA", "target_modules": ATTENTION}
-        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+        peft_folder(tiny, tmp_path)
         assert torch.equal(self.run(tiny, tmp_path), expected)
 
     def test_kohya_file(self, tiny, expected, tmp_path):
-        from safetensors.torch import load_file, save_file
-
         state = load_file(tiny.warm / "pytorch_lora_weights.safetensors")
         kohya = {}
         for key, value in state.items():
@@ -212,7 +220,7 @@ class TestAdapterFormats:
         objectives = {"both": mf.Objective(both), "plain": mf.Objective.base()}
         pipe = tiny.load(objectives=objectives)
         stock = quiet(StableDiffusionPipeline.from_pretrained(tiny.folder))
-        stock.load_lora_weights(both, adapter_name="both")
+        stock.load_lora_weights(both, weight_name=WEIGHTS, adapter_name="both")
         request = dict(num_inference_steps=2, guidance_scale=3.0, output_type="latent")
         expected = stock(PROMPTS, generator=torch.manual_seed(1), eta=1.0, **request).images
         actual = pipe(PROMPTS, generator=torch.manual_seed(1), weights=(1, 0), **request).images
@@ -255,6 +263,16 @@ class TestHub:
         expected = tiny.shared()(PROMPTS, weights=(0.3, 0.7), **SHORT).images
         for weights in ((0.3, 0.7, 0), (0.3, 0, 0.7)):
             assert_close(pipe(PROMPTS, weights=weights, **SHORT).images, expected)
+
+    @pytest.mark.parametrize("subfolder", [None, "sub"])
+    def test_peft_keeps_its_config_by_weight_name(self, tiny, repository, subfolder):
+        name = "adapter_model.safetensors"
+        folder = peft_folder(tiny, repository / (subfolder or "."))
+        assert (folder / name).is_file()
+        objective = mf.Objective("owner/lora", weight_name=name, subfolder=subfolder)
+        file = sources.adapter_file(objective, {"token": "t"})
+        adapter = AdapterFile.read("x", file, small_unet())
+        assert set(adapter.parts["unet"].alphas.values()) == {6.0}
 
     def test_what_is_not_there_is_named(self, tiny, repository):
         repository.mkdir()
@@ -324,7 +342,7 @@ class TestRefused:
             tiny.load(unet=distilled)
 
     @pytest.mark.parametrize(
-        "objectives", [{}, {"a.b": mf.Objective()}, {"a": "path"}, {"": mf.Objective()}]
+        "objectives", [{}, {" ": mf.Objective()}, {"a": "path"}, {"": mf.Objective()}]
     )
     def test_objectives_that_are_none(self, tiny, objectives):
         with pytest.raises(ValueError, match="objective"):
@@ -343,6 +361,18 @@ class TestRefused:
             ("[1]", "map names"),
             ('{"a": {"etta": 1}}', "'etta'.*eta"),
             ("{}", "empty"),
+            pytest.param("[" * 100_000, "not JSON", id="deep"),
+            ('{"a": {"eta": "1"}}', "objective 'a': eta must be a number, got '1'"),
+            ('{"a": {"scale": null}}', "scale must be a number"),
+            ('{"a": {"eta": NaN}}', "objective 'a'.*eta must lie in"),
+            ('{"a": {"source": 1}}', "source must be a text"),
+            ('{"a": {"source": "../warm"}}', "'../warm' lies outside this folder"),
+            ('{"a": {"source": "warm/../../warm"}}', "lies outside"),
+            ('{"a": {"source": "/etc"}}', "'/etc' lies outside"),
+            ('{"a": {"unet": "/etc"}}', "'/etc' lies outside"),
+            ('{"a": {"source": "..\\\\warm"}}', "lies outside"),
+            ('{"a": {"source": "warm", "subfolder": "../.."}}', "lies outside"),
+            ('{"a": {"source": "warm", "weight_name": "/etc/x.safetensors"}}', "lies outside"),
         ],
     )
     def test_objectives_json(self, tiny, tmp_path, text, message):
@@ -351,6 +381,68 @@ class TestRefused:
         with pytest.raises(ValueError, match=message):
             mf.MSDDAPipeline.from_pretrained(tmp_path / "model")
 
+    def test_places_of_a_repository_stay_inside_it(self):
+        for entry in ('{"source": "../x"}', '{"unet": "/x"}', '{"source": "x", "subfolder": ".."}'):
+            with pytest.raises(ValueError, match=r"owner/model.*outside"):
+                parse_objectives(f'{{"a": {entry}}}', "owner/model")
+
+    def test_links_count_where_they_lead(self, tiny, tmp_path):
+        folder = tmp_path / "model"
+        folder.mkdir()
+        (folder / "link").symlink_to(tiny.warm)
+        (folder / "inside").symlink_to(folder)
+        with pytest.raises(ValueError, match="'link' lies outside"):
+            parse_objectives('{"a": {"source": "link"}}', folder)
+        assert parse_objectives('{"a": {"source": "inside"}}', folder)
+        # the hub's cache
+        snapshot, blobs = tmp_path / "snapshots" / "1", tmp_path / "blobs"
+        snapshot.mkdir(parents=True)
+        blobs.mkdir()
+        (blobs / "2").write_bytes(b"")
+        (snapshot / "a.safetensors").symlink_to(blobs / "2")
+        assert parse_objectives('{"a": {"source": "a.safetensors"}}', snapshot)
+
+    @pytest.mark.parametrize(
+        "changes, message",
+        [
+            ({"num_train_timesteps": 10**10}, "num_train_timesteps must be 1 to 100000, got 10000"),
+            ({"num_train_timesteps": 0}, "num_train_timesteps"),
+            ({"num_train_timesteps": 1e3}, "num_train_timesteps"),
+            ({"beta_start": math.nan}, r"beta_start must lie in \(0, 1\], got nan"),
+            ({"beta_end": math.inf}, "beta_end"),
+            ({"beta_start": 0, "beta_end": 0}, "beta_start"),
+            ({"beta_end": "0.1"}, "beta_end"),
+            ({"trained_betas": [0.1, 0.0]}, "trained_betas"),
+            ({"clip_sample_range": -1}, "clip_sample_range"),
+        ],
+    )
+    def test_numbers_of_a_scheduler(self, tmp_path, changes, message):
+        file = tmp_path / "scheduler_config.json"
+        file.write_text(json.dumps({**DDIMScheduler().config, **changes}))
+        with pytest.raises(mf.InvalidSchedule, match=message) as raised:
+            check_scheduler_file(file)
+        assert str(file) in str(raised.value)
+
+    def test_damaged_folders(self, tiny, tmp_path):
+        """Each is named before anything is loaded: there is nothing else in the folder."""
+        index = json.loads((tiny.folder / "model_index.json").read_text())
+        for text, message in (
+            ("{", r"model_index\.json is not a diffusers pipeline's index in JSON"),
+            (
+                json.dumps({**index, "scheduler": None}),
+                r"index\.json must name the scheduler",
+            ),
+            (json.dumps({**index, "scheduler": ["x"]}), "must name the scheduler"),
+            (json.dumps(index), "num_train_timesteps"),
+        ):
+            (tmp_path / "model_index.json").write_text(text)
+            (tmp_path / "scheduler").mkdir(exist_ok=True)
+            config = tmp_path / "scheduler" / "scheduler_config.json"
+            config.write_text('{"num_train_timesteps": 10000000000}')
+            with pytest.raises(ValueError, match=message):
+                mf.MSDDAPipeline.from_pretrained(tmp_path)
+        assert mf.MSDDAPipeline.from_pretrained(tiny.folder).scheduler.config
+
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`")  # stock loading of two adapters
 class TestFromPipe:
@@ -358,7 +450,7 @@ class TestFromPipe:
     @staticmethod
     def stock(tiny):
         stock = tiny.stock.__wrapped__(tiny, "warm")
-        stock.load_lora_weights(tiny.cool, adapter_name="cool")
+        stock.load_lora_weights(tiny.cool, weight_name=WEIGHTS, adapter_name="cool")
         stock.set_adapters(["cool", "warm"], [0.25, 0.5])
         return stock
 
@@ -472,6 +564,61 @@ class TestSavePretrained:
                 objective.eta, objective.scale, objective.guidance_scale,
             )  # fmt: skip
         assert sorted(p.name for p in tmp_path.iterdir()) == ["moved"]
+
+    def test_any_name_a_person_types(self, tiny, tmp_path):
+        """Names of modules, of what modules have, and of places; each keeps all its tensors."""
+        names = ["1", "to_q", "type", "../a.b", "A/B", "a_b"]
+        sources = [tiny.warm, tiny.cool]
+        pipe = tiny.load(
+            objectives={n: mf.Objective(sources[i % 2], eta=0.8) for i, n in enumerate(names)}
+        )
+        weights = {name: (1 + i) / 21 for i, name in enumerate(names)}
+        expected = pipe("a red dog", weights=weights, **SHORT).images
+        assert list(pipe.objectives) == names
+        two = tiny.shared()("a red dog", weights=(9 / 21, 12 / 21), etas=(0.8, 0.8), **SHORT)
+        assert_close(expected, two.images)
+        pipe.save_pretrained(tmp_path / "saved")
+        folders = sorted((tmp_path / "saved" / "objectives").iterdir())
+        assert len(folders) == len(names) == len({f.name.casefold() for f in folders})
+        assert all(re.fullmatch(r"[\w-]+", folder.name, re.ASCII) for folder in folders)
+        for folder in folders:
+            assert len(load_file(folder / "pytorch_lora_weights.safetensors")) == 64
+        loaded = quiet(mf.MSDDAPipeline.from_pretrained(tmp_path / "saved"))
+        assert list(loaded.objectives) == names
+        assert torch.equal(loaded("a red dog", weights=weights, **SHORT).images, expected)
+
+    def test_alphas_and_ranks_of_modules_are_saved(self, tiny, tmp_path):
+        """Ours and stock diffusers read them back."""
+        state = load_file(tiny.warm / "pytorch_lora_weights.safetensors")
+        stems = [key.removesuffix(".lora_A.weight") for key in state if "lora_A" in key]
+        for at, stem in enumerate(stems):
+            state[f"{stem}.alpha"] = torch.tensor(1.0 + at % 3)
+        for side, axis in (("A", 0), ("B", 1)):  # the first module has rank 1
+            key = f"{stems[0]}.lora_{side}.weight"
+            state[key] = state[key].narrow(axis, 0, 1).contiguous()
+        save_file(state, tmp_path / "x.safetensors")
+        pipe = tiny.load(objectives={"x": mf.Objective(tmp_path / "x.safetensors")})
+        pipe.save_pretrained(tmp_path / "saved")
+        again = quiet(mf.MSDDAPipeline.from_pretrained(tmp_path / "saved"))
+        expected = pipe("a red dog", **SHORT).images
+        assert torch.equal(again("a red dog", **SHORT).images, expected)
+        stock = StableDiffusionPipeline.from_pretrained(tiny.folder)
+        saved = tmp_path / "saved" / "objectives" / "x"
+        stock.load_lora_weights(saved, weight_name=WEIGHTS, adapter_name="x")
+        for at, stem in enumerate(stems):
+            scale = (1.0 + at % 3) / (1 if at == 0 else 2)
+            for network in (pipe.unet, stock.unet):
+                path = stem.removeprefix("unet.")
+                assert network.get_submodule(path).scaling["x"] == scale, path
+
+    def test_what_is_no_plain_lora_is_not_saved_as_one(self, tiny, tmp_path):
+        stock = StableDiffusionPipeline.from_pretrained(tiny.folder)
+        config = LoraConfig(r=2, target_modules=["to_q"], use_dora=True)
+        stock.unet.add_adapter(config, "x")
+        pipe = mf.MSDDAPipeline.from_pipe(stock, objectives={"x": mf.Objective("x")})
+        with pytest.raises(mf.AdapterMismatch, match=r"'x' is not a plain LoRA in '.*to_q'"):
+            pipe.save_pretrained(tmp_path / "saved")
+        assert not list(tmp_path.iterdir())
 
     @pytest.mark.full  # the round trip is above
     def test_text_encoder_adapters_are_saved(self, tiny, tmp_path):

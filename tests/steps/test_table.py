@@ -328,6 +328,32 @@ class TestRefusals:
         with pytest.raises(InvalidShape, match="disagree on the batch size"):
             self.build(weights=[[0.2, 0.8]] * 2, guidance_scale=[[1.0, 1.0]] * 3)
 
+    def test_guidance_beyond_float32(self) -> None:
+        far = dict(etas=[1.0], weights=[1.0], guidance_scale=1e300)
+        for dtype in (torch.float32, torch.float64):
+            with pytest.raises(InvalidSchedule, match=r"not finite in float32; guidance.*1e\+300"):
+                coefficient_table(sd15_scheduler(), 5, dtype=dtype, **far)
+
+    @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.int8])
+    def test_dtype(self, dtype: torch.dtype) -> None:
+        with pytest.raises(InvalidShape, match=rf"floating-point dtype, got dtype={dtype}"):
+            coefficient_table(sd15_scheduler(), 5, etas=[1.0], weights=[1.0], dtype=dtype)
+        table = coefficient_table(sd15_scheduler(), 5, etas=[1.0], weights=[1.0])
+        with pytest.raises(InvalidShape, match="floating-point"):
+            table.to(dtype=dtype)
+
+    @pytest.mark.parametrize("beta", [0.0, float("nan"), -0.1])
+    def test_betas_that_leave_no_noise(self, beta: float) -> None:
+        for scheduler in (
+            DDIMScheduler(beta_start=beta, beta_end=beta),
+            DDIMScheduler(trained_betas=[0.1] * 500 + [beta] * 500),
+            DDIMScheduler(trained_betas=[beta] * 10 + [0.1] * 990),
+        ):
+            if beta == 0 and 0 < scheduler.alphas_cumprod[0] < 1:
+                continue  # the steps in between stay where they are
+            with pytest.raises(InvalidSchedule, match=r"alpha_bar is .* at timestep .*betas"):
+                coefficient_table(scheduler, 100, etas=[1.0], weights=[1.0])
+
     def test_thresholding(self) -> None:
         with pytest.raises(InvalidSchedule, match="thresholding"):
             self.build(sd15_scheduler(thresholding=True))

@@ -2,6 +2,8 @@
 """Pairs from a folder: read with every bad line named, encoded once per image."""
 
 import json
+import struct
+import zlib
 
 import pytest
 import torch
@@ -126,3 +128,20 @@ def test_images_are_fitted_by_the_shorter_side_and_cropped_around_the_centre(tmp
     wide.save(tmp_path / "wide.png")
     fitted = load_image(tmp_path / "wide.png", (10, 10))
     assert fitted.shape == (3, 10, 10) and fitted.min() == 1
+
+
+@pytest.mark.parametrize("size", [(8192, 8193), (30_000, 30_000), (2**31 - 1, 2**31 - 1)])
+def test_an_image_that_claims_too_many_pixels_is_not_decoded(folder, monkeypatch, size):
+    """A PNG of a few bytes: its header says how much memory it would take."""
+    header = struct.pack(">IIBBBBB", *size, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")]
+    bomb = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    )
+    (folder / "blue.png").write_bytes(bomb)
+    monkeypatch.setattr(Image.Image, "load", None)
+    with pytest.raises(InvalidPairs, match=r"line 1: .*blue\.png is too large to decode"):
+        read_pairs(write(folder, GOOD))
+    with pytest.raises(InvalidPairs, match=r"blue\.png is too large to decode"):
+        load_image(folder / "blue.png", (8, 8))

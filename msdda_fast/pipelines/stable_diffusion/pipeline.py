@@ -209,6 +209,7 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
                 are now, or not in one forward, which approximate modes need; see `networks`.
             PipelineBusy: A callback called the pipeline that calls it. Other threads wait instead.
             ZeroVariance: A prompt mixes eta = 0 with eta > 0 under `zero_variance="error"`.
+            NotFinite: Sampling ended in NaN or infinity.
             ValueError: Prompts that contradict each other; seed and generator together; an argument
                 of stock pipelines that has no meaning here, among them `eta`.
         """
