@@ -12,13 +12,12 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from msdda_fast.adapters.formats import NETWORKS
 from msdda_fast.errors import InvalidAdapter
 from msdda_fast.files import read_json
 
@@ -140,11 +139,14 @@ class Description:
         return InvalidAdapter(f"{self.origin}: {text}")
 
 
-def in_header(header: Mapping[str, str], default: str) -> dict[str, Description] | None:
+def in_header(
+    header: Mapping[str, str], networks: Sequence[str], default: str
+) -> dict[str, Description] | None:
     """Return the descriptions in a file's header by network; None: it has none.
 
     Args:
         header: The entries of the header.
+        networks: Names of networks.
         default: The network that fields without the name of one describe.
 
     Raises:
@@ -161,7 +163,7 @@ def in_header(header: Mapping[str, str], default: str) -> dict[str, Description]
     found: dict[str, dict[str, Any]] = {}
     for key, value in fields.items():
         network, _, field = key.partition(".")
-        if network not in NETWORKS:
+        if network not in networks:
             network, field = default, key
         found.setdefault(network, {})[field] = value
     return {n: Description(f"its {_HEADER}", entry) for n, entry in found.items()} or None

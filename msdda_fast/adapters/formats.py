@@ -7,8 +7,10 @@ alpha for a whole network; each module's own is kept here instead.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
 
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils.state_dict_utils import (
@@ -21,10 +23,8 @@ from torch import Tensor
 from msdda_fast.adapters.ldm_names import LdmNames
 from msdda_fast.errors import AdapterMismatch, InvalidAdapter
 
-__all__ = ["NETWORKS", "Part", "is_peft", "parts_of", "prefixed"]
+__all__ = ["Format", "Part", "StableDiffusionFormat", "StockFormat", "is_peft"]
 
-#: The networks an adapter may change, by their names in the keys.
-NETWORKS = ("unet", "text_encoder")
 #: Where peft's own `save_pretrained` puts the network inside its wrapper.
 _PEFT = "base_model.model."
 _KOHYA = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
@@ -54,27 +54,107 @@ def is_peft(keys: Mapping[str, object]) -> bool:
     return any(key.startswith(_PEFT) for key in keys)
 
 
-def prefixed(state_dict: Mapping[str, Tensor]) -> str:
-    """Return the network whose name all keys lack, or "" if they say it themselves."""
-    keys = [key.removeprefix(_PEFT) for key in state_dict]
-    if any(key.startswith((*NETWORKS, *_KOHYA, _COMFY, _COMFY_TEXT)) for key in keys):
+class Format(Protocol):
+    """Reads the keys of an adapter's file for one kind of pipeline."""
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """The networks an adapter may change, by their names in the keys."""
+
+    def default(self, keys: Iterable[str]) -> str:
+        """Return the network whose name all keys lack, or "" if they say it themselves."""
+
+    def parts(self, state_dict: Mapping[str, Tensor]) -> dict[str, Part]:
+        """Return the factors of an adapter by network.
+
+        Raises:
+            AdapterMismatch: Keys belong to a network that the pipeline does not have.
+            InvalidAdapter: Keys that make no adapter.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class StableDiffusionFormat:
+    """Of Stable Diffusion 1 and 2.
+
+    Attributes:
+        unet: For the names of ComfyUI, which count a UNet's blocks.
+    """
+
+    unet: UNet2DConditionModel
+    networks: tuple[str, ...] = ("unet", "text_encoder")
+
+    def default(self, keys: Iterable[str]) -> str:
+        """Return the network whose name all keys lack, or "" if they say it themselves."""
+        return _default(keys, self.networks, self.networks[0], (*_KOHYA, _COMFY, _COMFY_TEXT))
+
+    def parts(self, state_dict: Mapping[str, Tensor]) -> dict[str, Part]:
+        """Return the factors of an adapter by network; see `Format`."""
+        return _parts(state_dict, self.networks, self._renamed)
+
+    def _renamed(self, factors: dict[str, Tensor]) -> dict[str, Tensor]:
+        if all(key.startswith(_KOHYA) for key in factors):
+            return _from_kohya(StableDiffusionPipeline, factors)
+        if any(key.startswith((_COMFY, _COMFY_TEXT)) for key in factors):
+            return _from_comfy(factors, LdmNames(self.unet))
+        return _with_network(factors, self.default(factors))
+
+
+@dataclass(frozen=True, slots=True)
+class StockFormat:
+    """Of any other pipeline: whatever its class in diffusers converts.
+
+    Attributes:
+        kind: The pipeline's class.
+        networks: Names of its networks, the denoiser first.
+        unet_config: Of its UNet, which converters of Stable Diffusion XL ask for; None: without.
+    """
+
+    kind: Any
+    networks: tuple[str, ...]
+    unet_config: Any = None
+
+    def default(self, keys: Iterable[str]) -> str:
+        """Return the network whose name all keys lack, or "" if they say it themselves."""
+        return _default(keys, self.networks, self.networks[0], (*_KOHYA, _COMFY))
+
+    def parts(self, state_dict: Mapping[str, Tensor]) -> dict[str, Part]:
+        """Return the factors of an adapter by network; see `Format`."""
+        if all(key.startswith(_KOHYA) for key in state_dict) and self.unet_config is not None:
+            convert = partial(_from_kohya, self.kind, unet_config=self.unet_config)
+            return _parts(state_dict, self.networks, convert)
+        ours = all(
+            key.startswith((*(f"{name}." for name in self.networks), _PEFT)) for key in state_dict
+        )
+        if ours or self.default(state_dict):  # nothing to convert
+            start = self.default(state_dict)
+            return _parts(state_dict, self.networks, lambda found: _with_network(found, start))
+        if not hasattr(self.kind, "lora_state_dict"):
+            raise AdapterMismatch(
+                f"{self.kind.__name__} reads no adapters, and keys such as "
+                f"{next(iter(state_dict))!r} name none of its networks ({', '.join(self.networks)})"
+            )
+        # these converters multiply each module's alpha into its factors
+        found = self.kind.lora_state_dict(dict(state_dict))
+        found = found[0] if isinstance(found, tuple) else found
+        return _parts(found, self.networks, dict)
+
+
+def _default(
+    keys: Iterable[str], networks: Sequence[str], denoiser: str, known: tuple[str, ...]
+) -> str:
+    bare = [key.removeprefix(_PEFT) for key in keys]
+    if any(key.startswith((*(f"{name}." for name in networks), *known)) for key in bare):
         return ""
     # saved from the network itself rather than from a pipeline
-    return "text_encoder" if any(key.startswith(_TEXT) for key in keys) else "unet"
+    return "text_encoder" if any(key.startswith(_TEXT) for key in bare) else denoiser
 
 
-def parts_of(state_dict: Mapping[str, Tensor], unet: UNet2DConditionModel) -> dict[str, Part]:
-    """Return the factors of an adapter's file by network.
-
-    Args:
-        state_dict: As stored.
-        unet: For the names of ComfyUI, which count a UNet's blocks.
-
-    Raises:
-        AdapterMismatch: Keys belong to a network that the pipeline does not have.
-        InvalidAdapter: Keys that make no adapter.
-    """
-    network = prefixed(state_dict)
+def _parts(
+    state_dict: Mapping[str, Tensor],
+    networks: Sequence[str],
+    renamed: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+) -> dict[str, Part]:
     alphas: dict[str, float] = {}
     factors: dict[str, Tensor] = {}
     owners: dict[int, str] = {}
@@ -84,30 +164,27 @@ def parts_of(state_dict: Mapping[str, Tensor], unet: UNet2DConditionModel) -> di
         else:
             factors[key] = tensor
             owners[id(tensor)] = _stem(key)
-    renamed = _by_network(factors, network, unet)
-    parts = {name: _in_peft_naming(name, renamed) for name in NETWORKS}
+    found = renamed(factors)
+    for key in found:
+        if not key.startswith(tuple(f"{name}." for name in networks)):
+            *others, last = map(repr, networks)
+            raise AdapterMismatch(
+                f"it was made for another kind of pipeline: {key!r} belongs to neither "
+                f"{', '.join(others)} nor {last}"
+            )
+    parts = {name: _in_peft_naming(name, found) for name in networks}
     return {name: Part(part, _alphas(part, owners, alphas)) for name, part in parts.items() if part}
 
 
-def _by_network(
-    factors: dict[str, Tensor], network: str, unet: UNet2DConditionModel
-) -> dict[str, Tensor]:
-    """Return keys that start with the name of a network."""
-    if all(key.startswith(_KOHYA) for key in factors):
-        _check_pairs(factors)
-        factors = StableDiffusionPipeline.lora_state_dict(dict(factors))[0]
-    elif any(key.startswith((_COMFY, _COMFY_TEXT)) for key in factors):
-        factors = _from_comfy(factors, LdmNames(unet))
-    else:
-        start = f"{network}." if network else ""
-        factors = {start + key.removeprefix(_PEFT): tensor for key, tensor in factors.items()}
-    for key in factors:
-        if not key.startswith(tuple(f"{name}." for name in NETWORKS)):
-            raise AdapterMismatch(
-                f"it was made for another kind of pipeline: {key!r} belongs to neither 'unet' nor "
-                "'text_encoder'"
-            )
-    return factors
+def _with_network(factors: Mapping[str, Tensor], network: str) -> dict[str, Tensor]:
+    start = f"{network}." if network else ""
+    return {start + key.removeprefix(_PEFT): tensor for key, tensor in factors.items()}
+
+
+def _from_kohya(kind: Any, factors: dict[str, Tensor], **options: Any) -> dict[str, Tensor]:  # noqa: ANN401
+    _check_pairs(factors)
+    found: dict[str, Tensor] = kind.lora_state_dict(dict(factors), **options)[0]
+    return found
 
 
 def _from_comfy(factors: Mapping[str, Tensor], names: LdmNames) -> dict[str, Tensor]:
@@ -146,7 +223,7 @@ def _in_peft_naming(network: str, state_dict: Mapping[str, Tensor]) -> dict[str,
     }
     if all(key.endswith(_FACTORS) for key in part):
         return part
-    if network == "unet":
+    if not network.startswith("text_encoder"):
         converted: dict[str, Tensor] = convert_unet_state_dict_to_peft(part)
         return converted
     # which of the two it is cannot be told from a file that leaves out to_out

@@ -114,14 +114,14 @@ def temporarily(
     Raises:
         AdapterMismatch: The adapter does not fit.
     """
-    adapter.check(unet, text_encoder)
+    adapter.check({"unet": unet, "text_encoder": text_encoder})
     networks = [network for network in (unet, text_encoder) if network is not None]
     flags = [(p, p.requires_grad) for network in networks for p in network.parameters()]
     wrapped = {id(m) for n in networks for m in n.modules() if isinstance(m, BaseTunerLayer)}
     try:
         # putting it in makes it the active one and freezes the base
         with AdapterSwitch(networks):
-            adapter.put_into(unet, text_encoder)
+            adapter.put_into({"unet": unet, "text_encoder": text_encoder})
             yield
     finally:
         for network in networks:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from msdda_fast.adapters.files import AdapterFile
+from msdda_fast.adapters.formats import StableDiffusionFormat
 from msdda_fast.adapters.soup import make_soup, temporarily
 from msdda_fast.adapters.sources import adapter_file
 from msdda_fast.adapters.switching import AdapterSwitch, adapter_names
@@ -211,7 +212,7 @@ class PipelineModel:
         """Make a model of the base and the adapter at `path`, and return its name."""
         name = self._new_name("loaded")
         file = adapter_file(Objective(path), {})
-        self._put(AdapterFile.read(name, file, self._pipe.unet), self._pipe.unet)
+        self._put(AdapterFile.read(name, file, StableDiffusionFormat(self._pipe.unet)), self._pipe.unet)
         self._guidance[name] = self._guidance[BASE]
         return name
 

@@ -14,6 +14,7 @@ from torch import nn
 
 import msdda_fast as mf
 from msdda_fast.adapters.files import AdapterFile
+from msdda_fast.adapters.formats import StableDiffusionFormat
 from msdda_fast.adapters.injection import peft_names
 from msdda_fast.emoji.architectures import small_text_encoder, word_tokenizer
 from tests.tiny_model import WIDTH, small_unet
@@ -89,10 +90,10 @@ def digest(networks):
 
 def put(networks, file, name="a"):
     unet, text_encoder = networks
-    adapter = AdapterFile.read(name, file, unet)
-    adapter.check(unet, text_encoder)
+    adapter = AdapterFile.read(name, file, StableDiffusionFormat(unet))
+    adapter.check({"unet": unet, "text_encoder": text_encoder})
     before = digest(networks)
-    adapter.put_into(unet, text_encoder)
+    adapter.put_into({"unet": unet, "text_encoder": text_encoder})
     assert digest(networks) == before
 
 
@@ -342,7 +343,7 @@ class TestNames:
     def test_a_name_says_nothing_of_the_base(self, networks, tmp_path, name):
         made = factors(networks, ATTENTION)
         save_file(tensors(made, of_pipeline), tmp_path / NAME)
-        adapter = AdapterFile.read(name, tmp_path / NAME, networks[0])
+        adapter = AdapterFile.read(name, tmp_path / NAME, StableDiffusionFormat(networks[0]))
         inside = peft_names([name], *networks)[name]
-        adapter.put_into(*networks, inside)
+        adapter.put_into(dict(zip(("unet", "text_encoder"), networks, strict=True)), inside)
         assert_updates(networks, {path: (*pair, 1.0) for path, pair in made.items()}, inside)

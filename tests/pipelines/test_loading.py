@@ -31,6 +31,7 @@ from safetensors.torch import load_file, save_file
 import msdda_fast as mf
 from msdda_fast.adapters import sources
 from msdda_fast.adapters.files import AdapterFile
+from msdda_fast.adapters.formats import StableDiffusionFormat
 from msdda_fast.pipelines.manifest import parse_objectives
 from msdda_fast.pipelines.scheduler_config import check_scheduler_file
 from tests.tiny_model import WEIGHTS, quiet, small_unet, write_adapter
@@ -271,7 +272,7 @@ class TestHub:
         assert (folder / name).is_file()
         objective = mf.Objective("owner/lora", weight_name=name, subfolder=subfolder)
         file = sources.adapter_file(objective, {"token": "t"})
-        adapter = AdapterFile.read("x", file, small_unet())
+        adapter = AdapterFile.read("x", file, StableDiffusionFormat(small_unet()))
         assert set(adapter.parts["unet"].alphas.values()) == {6.0}
 
     def test_what_is_not_there_is_named(self, tiny, repository):
