@@ -73,8 +73,10 @@ class MultiObjectivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffus
         """Write a `StableDiffusionPipeline` folder with the objectives beside it.
 
         The base is written without its adapters, so stock diffusers loads the folder too; adapters
-        and full networks go to `objectives/<name>/`, and `objectives.json` lists them. Everything
-        is written next to the folder first: a failed save does not change it.
+        and full networks go to `objectives/<name>/`, and `objectives.json` lists them. Weights are
+        written in the dtype they have; whoever loads the folder gets float32 unless another dtype
+        is asked for. Everything is written next to the folder first: a failed save does not change
+        it.
 
         Args:
             save_directory: Created if missing; files of an earlier save are replaced.
