@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from numbers import Real
 from typing import Any
 
 from torch import Tensor
 
 from msdda_fast.errors import InvalidSchedule, InvalidShape, UnknownObjective
+from msdda_fast.integers import as_integer
 from msdda_fast.objective import Objective, check_eta
 from msdda_fast.weights import as_host_float64
 
@@ -71,9 +71,9 @@ def latent_shape(
     unit = max(8, vae_scale_factor)
     sides = []
     for name, given, own in zip(("height", "width"), (height, width), native, strict=True):
-        side = own * vae_scale_factor if given is None else given
-        if isinstance(side, bool) or not isinstance(side, int) or side < unit or side % unit:
-            raise InvalidShape(f"{name} must be a positive multiple of {unit}, got {side!r}")
+        side = own * vae_scale_factor if given is None else as_integer(given)
+        if side is None or side < unit or side % unit:
+            raise InvalidShape(f"{name} must be a positive multiple of {unit}, got {given!r}")
         sides.append(side // vae_scale_factor)
     return (batch_size, unet_config.in_channels, sides[0], sides[1])
 
@@ -97,10 +97,12 @@ def check_output_type(output_type: str) -> None:
         raise ValueError(f"output_type {output_type!r} is not one of {', '.join(OUTPUT_TYPES)}")
 
 
-def check_steps(num_steps: int) -> None:
-    """Raise `InvalidSchedule` unless `num_steps` is a positive integer."""
-    if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
+def check_steps(num_steps: int) -> int:
+    """Return `num_steps` as an `int`; raise `InvalidSchedule` unless it is a positive integer."""
+    steps = as_integer(num_steps)
+    if steps is None or steps < 1:
         raise InvalidSchedule(f"num_inference_steps must be a positive integer, got {num_steps!r}")
+    return steps
 
 
 def objective_etas(
@@ -137,8 +139,9 @@ def objective_guidance(
         DEFAULT_GUIDANCE if objective.guidance_scale is None else objective.guidance_scale
         for objective in objectives.values()
     ]
-    if isinstance(guidance_scale, (float, int, Real)):
-        guidance_scale = [float(guidance_scale)] * len(own)
+    if guidance_scale is not None and not isinstance(guidance_scale, Mapping):
+        scale = as_host_float64(guidance_scale, "guidance_scale")
+        guidance_scale = scale.expand(len(own)) if scale.ndim == 0 else scale
     values = _by_name("guidance_scale", objectives, guidance_scale, own)
     for name, value in zip(objectives, values, strict=True):
         if not 1.0 <= value < float("inf"):

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from msdda_fast.errors import InvalidSchedule
+from msdda_fast.integers import as_integer
 from msdda_fast.steps.rules import LevelRange, PredictionTerms, StepTerms, canonical_step
 
 if TYPE_CHECKING:
@@ -135,9 +136,10 @@ def ddim_grid(scheduler: Scheduler, num_steps: int) -> DDIMGrid:
     """
     config, alphas_cumprod = scheduler.config, scheduler.alphas_cumprod
     num_train_steps = int(config.num_train_timesteps)
-    if not 1 <= num_steps <= num_train_steps:
+    steps = as_integer(num_steps)
+    if steps is None or not 1 <= steps <= num_train_steps:
         raise InvalidSchedule(
-            f"num_steps is {num_steps}, expected 1 to {num_train_steps}, the training steps"
+            f"num_steps is {num_steps!r}, expected 1 to {num_train_steps}, the training steps"
         )
     kind = type(scheduler)
     name = kind.__name__
@@ -155,12 +157,21 @@ def ddim_grid(scheduler: Scheduler, num_steps: int) -> DDIMGrid:
             f"prediction_type is {prediction_type!r}, expected one of {PREDICTION_TYPES}"
         )
 
-    timesteps = _timesteps(scheduler, num_steps, num_train_steps)
+    timesteps = _timesteps(scheduler, steps, num_train_steps)
     alpha_bar = alphas_cumprod.detach().to("cpu", torch.float64)
     final = torch.ones((), dtype=torch.float64) if config.set_alpha_to_one else alpha_bar[0]
     # diffusers subtracts the stride instead of taking the next timestep; linspace tells them apart
-    previous = timesteps - num_train_steps // num_steps
+    previous = timesteps - num_train_steps // steps
     alpha_bar_t = alpha_bar[timesteps]
+    alpha_bar_prev = torch.where(previous >= 0, alpha_bar[previous.clamp(min=0)], final)
+    # NaN fails too: one training step with rescale_betas_zero_snr, for one
+    in_order = (alpha_bar_t >= 0) & (alpha_bar_t < 1) & (alpha_bar_prev > 0) & (alpha_bar_prev <= 1)
+    if not bool((in_order & (alpha_bar_t <= alpha_bar_prev)).all()):
+        raise InvalidSchedule(
+            f"{name}: alphas_cumprod must lie in [0, 1) and fall with the timestep; where the "
+            f"steps read it, it is {alpha_bar_t.tolist()[:4]} and next {alpha_bar_prev.tolist()[:4]}"
+            " (in sampling order): check the betas of the scheduler's config"
+        )
     if prediction_type == "epsilon" and (alpha_bar_t == 0).any():
         raise InvalidSchedule(
             "alpha_bar is 0 at the first step (rescale_betas_zero_snr), where an epsilon "
@@ -169,7 +180,7 @@ def ddim_grid(scheduler: Scheduler, num_steps: int) -> DDIMGrid:
     return DDIMGrid(
         timesteps=timesteps,
         alpha_bar_t=alpha_bar_t,
-        alpha_bar_prev=torch.where(previous >= 0, alpha_bar[previous.clamp(min=0)], final),
+        alpha_bar_prev=alpha_bar_prev,
         prediction_type=prediction_type,
         clip_range=float(config.clip_sample_range) if config.clip_sample else None,
     )
@@ -179,9 +190,14 @@ def _timesteps(scheduler: Scheduler, num_steps: int, num_train_steps: int) -> Te
     scheduler = copy.copy(scheduler)
     scheduler.set_timesteps(num_steps)
     timesteps = scheduler.timesteps.cpu()
-    # "trailing" rounds a surplus step -1 into existence at some T, 61 of 1000 for one
-    timesteps = timesteps[timesteps >= 0]
     listed = timesteps.tolist()
+    if listed and listed[-1] < 0:
+        # its arange yields one element too many by rounding, at T = 61 of 1000 for one
+        raise InvalidSchedule(
+            f"diffusers' {scheduler.config.timestep_spacing!r} spacing ends num_steps={num_steps} "
+            f"with a surplus timestep {listed[-1]}, which reads the noisiest entry of the schedule "
+            "and spoils the image; use one step more or less, or another timestep_spacing"
+        )
     if timesteps.is_floating_point() or len(listed) != num_steps or (timesteps.diff() >= 0).any():
         raise InvalidSchedule(
             f"{type(scheduler).__name__} gives {len(listed)} timesteps ({timesteps.dtype}, "

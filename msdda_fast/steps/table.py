@@ -51,7 +51,9 @@ def coefficient_table(
 
     Reads `alphas_cumprod` and the config of a diffusers DDIM scheduler: prediction type epsilon,
     v_prediction or sample; any timestep spacing; `set_alpha_to_one`; `clip_sample`. The scheduler
-    is copied, never changed. As in diffusers, a step goes from t to `t - num_train // num_steps`.
+    is copied, never changed. As in diffusers, a step goes from t to `t - num_train // num_steps`,
+    also where that is not the next timestep. Refused is what diffusers' "trailing" spacing makes of
+    some T (61 of 1000): a surplus timestep -1.
 
     Args:
         scheduler: `diffusers.DDIMScheduler`, or anything with its config and `alphas_cumprod`.
@@ -155,6 +157,12 @@ def rule_table(
         rows[..., layout.x0_uncond] = output * (1 - guidance)
         rows[..., layout.x0_cond] = output * guidance
         rows[..., layout.x0_scale] = clean.scale * share
+    if not bool((rows.abs() <= torch.finfo(dtype).max).all()):  # NaN fails too
+        raise InvalidSchedule(
+            f"the coefficients of these steps do not fit {dtype}: {rows.abs().max():g} is the "
+            f"largest, with guidance_scale {guidance.abs().max():g} and {rule.levels.name} "
+            f"{level.tolist()}"
+        )
     timesteps = rule.timesteps.to(dtype) if rule.timesteps.is_floating_point() else rule.timesteps
     return CoefficientTable(
         rows=rows.to(device=device, dtype=dtype),

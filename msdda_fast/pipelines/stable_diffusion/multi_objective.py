@@ -218,7 +218,7 @@ class MultiObjectivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffus
         self.set_progress_bar_config(disable=True)
         try:
             self(
-                [""] * batch_size,
+                [""] * range(batch_size).stop,
                 height,
                 width,
                 num_inference_steps,

@@ -36,7 +36,7 @@ from msdda_fast.pipelines.stable_diffusion.multi_objective import MultiObjective
 from msdda_fast.pipelines.stable_diffusion.output import MSDDAPipelineOutput
 from msdda_fast.pipelines.stable_diffusion.sampling import PromptedGeneration, Request, sample
 from msdda_fast.steps.table import coefficient_table
-from msdda_fast.types import Fusion, GeneratorLike, WeightSchedule, ZeroVariancePolicy
+from msdda_fast.types import Fusion, GeneratorLike, SeedsLike, WeightSchedule, ZeroVariancePolicy
 from msdda_fast.weights import preference_schedule
 
 __all__ = ["MSDDAPipeline"]
@@ -131,7 +131,7 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
         *,
         weights: WeightSchedule = None,
         mode: Mode = "exact",
-        seed: int | Sequence[int] | None = None,
+        seed: int | SeedsLike | None = None,
         etas: Mapping[str, float] | Sequence[float] | None = None,
         guidance_scale: float | Mapping[str, float] | Sequence[float] | None = None,
         negative_prompt: str | list[str] | None = None,
@@ -167,7 +167,8 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
             mode: "exact", or for speed an approximation that reports an estimate of its error:
                 "merged" runs one network with the adapters merged by precision, the limit of
                 Rewarded Soups; "hybrid" is merged, and exact in the last fifth of the steps.
-            seed: Counter-based noise: image i gets the seed `seed + i`; a list has one per image.
+            seed: Counter-based noise: image i gets the seed `seed + i`; a list or array has one per
+                image, each in [-2^63, 2^64).
             etas: eta in [0, 1] by objective, in place of the objectives' own.
             guidance_scale: >= 1, for all objectives, by name, or (M,); 1 is no guidance. None: the
                 objective's own, or 7.5.
@@ -208,7 +209,7 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
         """
         request.refuse(refused)
         request.check_output_type(output_type)
-        request.check_steps(num_inference_steps)
+        num_inference_steps = request.check_steps(num_inference_steps)
         check_mode(mode, in_parallel=self.parallel is not None)
         callback = Callback.check(callback_on_step_end, callback_on_step_end_tensor_inputs)
         prompts = Prompts.check(
