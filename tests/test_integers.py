@@ -79,7 +79,7 @@ def test_a_seed_of_no_64_bits_is_refused(seed):
 )
 def test_seeds_that_are_no_integers_are_refused(seeds):
     for use in (lambda: image_seeds(seeds, 1), lambda: counter_noise(seeds, (1, 4, 3))):
-        with pytest.raises(ValueError, match="seeds? must be (an integer|integers)"):
+        with pytest.raises(ValueError, match=r"seeds? must be (an integer|integers)"):
             use()
 
 

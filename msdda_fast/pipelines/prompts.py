@@ -30,6 +30,10 @@ class Prompts:
         """B, the number of images."""
         return self.count * self.images_per_prompt
 
+    def needs_encoder(self, *, negative: bool) -> bool:
+        """Whether text is to be encoded; `negative`: whether negative prompts are read."""
+        return self.prompt is not None or (negative and self.negative_prompt_embeds is None)
+
     @classmethod
     def check(
         cls,

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
 
+from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from msdda_fast.errors import InvalidSchedule, InvalidShape, UnknownObjective
@@ -16,6 +19,7 @@ from msdda_fast.weights import as_host_float64
 __all__ = [
     "check_latents",
     "check_output_type",
+    "check_parts",
     "check_steps",
     "latent_shape",
     "objective_etas",
@@ -26,7 +30,13 @@ __all__ = [
 DEFAULT_GUIDANCE = 7.5
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
-#: Arguments of stock pipelines that have another name here, or no meaning.
+#: Arguments of stock pipelines, with what they stand for when they are not given.
+_STOCK = {
+    name: parameter.default
+    for name, parameter in inspect.signature(StableDiffusionPipeline.__call__).parameters.items()
+    if parameter.default is not inspect.Parameter.empty
+} | {"callback": None, "callback_steps": None}
+#: Of these, the ones that have another name here, or no meaning.
 _REFUSED = {
     "eta": "every objective has its own: give etas={name: value} or Objective(..., eta=value)",
     "timesteps": "the DDIM grid follows from num_inference_steps and the scheduler's spacing",
@@ -42,16 +52,29 @@ _REFUSED = {
 
 
 def refuse(arguments: Mapping[str, Any]) -> None:
-    """Refuse every argument that the call does not have.
+    """Refuse every argument that the call does not have; a stock one may be given its default.
 
     Raises:
         ValueError: A stock pipeline's argument is not supported; the message says what to use.
         TypeError: Any other name.
     """
-    for name in arguments:
-        if name in _REFUSED:
-            raise ValueError(f"{name}= is not supported: {_REFUSED[name]}")
-        raise TypeError(f"unexpected argument {name!r}")
+    for name, value in arguments.items():
+        if name not in _STOCK:
+            raise TypeError(f"unexpected argument {name!r}")
+        default = _STOCK[name]
+        if value is not default and not (isinstance(value, Real) and value == default):
+            hint = _REFUSED.get(name, "it has no meaning here")
+            raise ValueError(f"{name}= is not supported: {hint}")
+
+
+def check_parts(pipe: object, *names: str) -> None:
+    """Raise `ValueError` if a component that the call needs was left out."""
+    for name in names:
+        if getattr(pipe, name) is None:
+            raise ValueError(
+                f"this pipeline has no {name} ({name}=None), which the call needs; load the "
+                "pipeline with it"
+            )
 
 
 def latent_shape(

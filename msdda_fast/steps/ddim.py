@@ -167,10 +167,10 @@ def ddim_grid(scheduler: Scheduler, num_steps: int) -> DDIMGrid:
     # NaN fails too: one training step with rescale_betas_zero_snr, for one
     in_order = (alpha_bar_t >= 0) & (alpha_bar_t < 1) & (alpha_bar_prev > 0) & (alpha_bar_prev <= 1)
     if not bool((in_order & (alpha_bar_t <= alpha_bar_prev)).all()):
+        here, after = alpha_bar_t[0].item(), alpha_bar_prev[0].item()
         raise InvalidSchedule(
-            f"{name}: alphas_cumprod must lie in [0, 1) and fall with the timestep; where the "
-            f"steps read it, it is {alpha_bar_t.tolist()[:4]} and next {alpha_bar_prev.tolist()[:4]}"
-            " (in sampling order): check the betas of the scheduler's config"
+            f"{name}: alphas_cumprod must lie in [0, 1) and fall with the timestep, but the first "
+            f"step goes from {here:g} to {after:g}; check the betas of the scheduler's config"
         )
     if prediction_type == "epsilon" and (alpha_bar_t == 0).any():
         raise InvalidSchedule(

@@ -28,9 +28,10 @@ from msdda_fast.adapters.variant import Variant
 from msdda_fast.engine.noise import image_seeds, noise_source
 from msdda_fast.objective import Objective
 from msdda_fast.pipelines import loading, request
+from msdda_fast.pipelines.dtypes import Dtypes, cast, check_dtypes
 from msdda_fast.pipelines.prompts import Prompts
+from msdda_fast.pipelines.schedulers import ddim_scheduler
 from msdda_fast.pipelines.stable_diffusion.callback import Callback, StepCallback
-from msdda_fast.pipelines.stable_diffusion.decoding import decode
 from msdda_fast.pipelines.stable_diffusion.modes import Mode, check_mode
 from msdda_fast.pipelines.stable_diffusion.multi_objective import MultiObjectivePipeline
 from msdda_fast.pipelines.stable_diffusion.output import MSDDAPipelineOutput
@@ -57,7 +58,8 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
     `from_pretrained` or `from_pipe` for more.
 
     Args:
-        vae, text_encoder, tokenizer, unet: As in `StableDiffusionPipeline`.
+        vae, text_encoder, tokenizer, unet: As in `StableDiffusionPipeline`; None leaves one out,
+            and what needs it is refused: without unet or scheduler, prompts can be encoded.
         scheduler: DDIM; PNDM and DDPM, which Stable Diffusion folders name, are rebuilt as DDIM
             from their config, and others are refused.
         safety_checker, feature_extractor, image_encoder, requires_safety_checker: Optional, as in
@@ -81,7 +83,7 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
             text_encoder=text_encoder,
             tokenizer=tokenizer,
             unet=unet,
-            scheduler=loading.ddim_scheduler(scheduler),
+            scheduler=None if scheduler is None else ddim_scheduler(scheduler),
             safety_checker=safety_checker,
             feature_extractor=feature_extractor,
             image_encoder=image_encoder,
@@ -95,15 +97,20 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
         pipeline: DiffusionPipeline,
         *,
         objectives: Mapping[str, Objective] | None = None,
+        dtype: Dtypes | None = None,
+        torch_dtype: Dtypes | None = None,
         **components: Any,  # noqa: ANN401 - modules by name
     ) -> Self:
-        """Share the modules of a loaded pipeline, which is not changed and stays usable.
+        """Share the modules of a loaded pipeline, which stays usable and is not changed.
 
         Args:
             pipeline: A `StableDiffusionPipeline`, with adapters loaded by `load_lora_weights`.
             objectives: Objectives by name. `source` is the name of a loaded adapter, and may be
                 left out when it is the objective's own name. None: the pipeline's objectives if it
                 has any, else every loaded adapter at eta = 1, else the base model.
+            dtype: None: every module keeps its own. Else as in `from_pretrained`; the modules are
+                cast in place, so those of `pipeline` are too, as in diffusers. `torch_dtype` is its
+                older name.
             components: Modules to use in place of the pipeline's.
 
         Raises:
@@ -112,6 +119,7 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
                 the modules of Stable Diffusion.
         """
         modules = loading.shared_components(pipeline, components)
+        dtype = check_dtypes(dtype, torch_dtype, list(modules))
         pipe = cls(**modules, requires_safety_checker=False)
         pipe.register_to_config(
             requires_safety_checker=pipeline.config.get("requires_safety_checker", True),
@@ -119,7 +127,10 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
         )
         if (settings := getattr(pipeline, "forward_settings", None)) is not None:
             pipe.set_forward(**vars(settings))
-        return loading.attach_loaded(pipe, pipeline, objectives)
+        loading.attach_loaded(pipe, pipeline, objectives)
+        if dtype is not None:
+            cast(pipe, dtype)
+        return pipe
 
     @torch.no_grad()
     def __call__(
@@ -204,11 +215,14 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
             AdapterMismatch, UnsupportedNetwork: The mode is approximate, and the objectives cannot
                 share one forward.
             ZeroVariance: A prompt mixes eta = 0 with eta > 0 under `zero_variance="error"`.
-            ValueError: Prompts that contradict each other; seed and generator together; an argument
-                of stock pipelines that has no meaning here, among them `eta`.
+            ValueError: Prompts that contradict each other; seed and generator together; a component
+                that is None and needed; an argument of stock pipelines that has no meaning here,
+                among them `eta`, at another value than its default there.
         """
         request.refuse(refused)
         request.check_output_type(output_type)
+        decoder = [] if output_type == "latent" else ["vae"]
+        request.check_parts(self, "unet", "scheduler", *decoder)
         num_inference_steps = request.check_steps(num_inference_steps)
         check_mode(mode, in_parallel=self.parallel is not None)
         callback = Callback.check(callback_on_step_end, callback_on_step_end_tensor_inputs)
@@ -220,9 +234,8 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
             images_per_prompt=num_images_per_prompt,
             embed_width=self.unet.config.cross_attention_dim,
         )
-        scheduler = loading.ddim_scheduler(self.scheduler)  # users assign others to a pipeline
-        if scheduler is not self.scheduler:
-            self.register_modules(scheduler=scheduler)
+        if (scheduler := ddim_scheduler(self.scheduler)) is not self.scheduler:
+            self.register_modules(scheduler=scheduler)  # users assign others to a pipeline
         table = coefficient_table(
             scheduler,
             num_inference_steps,
@@ -242,6 +255,8 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
             fusion=fusion,
             dtype=torch.float64,
         )
+        if prompts.needs_encoder(negative=table.needs_uncond):
+            request.check_parts(self, "text_encoder", "tokenizer")
         shape = request.latent_shape(
             prompts.batch_size, self.unet.config, self.vae_scale_factor, height, width
         )
@@ -270,20 +285,3 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
         return MSDDAPipelineOutput(
             images=images, nsfw_content_detected=flagged, step_kl_estimate=step_kl
         )
-
-    def to_images(self, x_0: Tensor, output_type: str = "pil") -> tuple[Any, list[bool] | None]:
-        """Turn latents into images and the safety checker's flags.
-
-        Args:
-            x_0: (B, C, h, w), as sampled.
-            output_type: As in the call; "latent" returns `x_0` itself.
-
-        Returns: The images, and for each whether it was blackened (None without a safety checker).
-        """
-        if output_type == "latent":
-            return x_0, None
-        image, flagged = self.run_safety_checker(decode(self.vae, x_0), x_0.device, self.vae.dtype)
-        # a flagged image is black already; it must not be rescaled from [-1, 1]
-        normalised = [True] * len(image) if flagged is None else [not flag for flag in flagged]
-        images = self.image_processor.postprocess(image, output_type, do_denormalize=normalised)
-        return images, flagged
