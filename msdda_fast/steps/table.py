@@ -195,7 +195,7 @@ def _mixing(fusion: Fusion, rule: Rule) -> MixingRule | None:
 
 
 def _check_fused_level(level: Tensor, rule: Rule) -> None:
-    highest, limit = float(level.max()), rule.levels.high
+    highest, limit = float(level.max()) if level.numel() else 0.0, rule.levels.high
     if highest > limit + 1e-9:
         raise InvalidWeights(
             f"fusion='eps' steps at {rule.levels.name}_w, here up to {highest:.6g}: it must be at "

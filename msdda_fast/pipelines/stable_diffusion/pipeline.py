@@ -198,7 +198,8 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
                 "latent": x_0 (B, C, h, w), float32.
             return_dict: Return an `MSDDAPipelineOutput`; else the tuple (images, flags).
             callback_on_step_end: Called after step k as `f(pipe, k, t, tensors)`; what it returns
-                in its dict replaces those tensors.
+                in its dict replaces those tensors, and a `pipe._guidance_scale` that it sets is
+                that of all objectives from the next step on, as `SDCFGCutoffCallback` does.
             callback_on_step_end_tensor_inputs: Which tensors it gets: "latents" (B, C, h, w),
                 "prompt_embeds" and "negative_prompt_embeds", both (M, B, L, D).
 
@@ -236,6 +237,7 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
         )
         if (scheduler := ddim_scheduler(self.scheduler)) is not self.scheduler:
             self.register_modules(scheduler=scheduler)  # users assign others to a pipeline
+        guidance = request.objective_guidance(self._objectives, guidance_scale)
         table = coefficient_table(
             scheduler,
             num_inference_steps,
@@ -248,7 +250,7 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
                 images_per_prompt=num_images_per_prompt,
                 extrapolate=extrapolate,
             ),
-            guidance_scale=request.objective_guidance(self._objectives, guidance_scale),
+            guidance_scale=guidance,
             zero_variance=zero_variance,
             rates=rates,
             extrapolate=extrapolate,
@@ -268,11 +270,12 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
         table = table.to(device, torch.promote_types(networks.dtype, torch.float32))
 
         self._interrupt, self._num_timesteps = False, len(table)
+        self._guidance_scale = max(guidance)  # callbacks read it, and may set another
         with self.progress_bar(total=len(table)) as bar:
 
             def watch(k: int, generation: PromptedGeneration, embeds: Tensor) -> bool:
                 if callback is not None:
-                    callback(self, k, table.timesteps[k], generation, embeds)
+                    callback(self, k, table, generation, embeds)
                 bar.update()
                 return not self._interrupt
 
