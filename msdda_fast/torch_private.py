@@ -8,18 +8,26 @@ it is known to work with (this package supports 2.9 and newer), and what to look
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+# _functorch.maybe_current_level: the depth of `torch.func` transforms (vmap, grad, jvp), or None;
+# since 2.1. Tensors in them have no addresses. If it goes, `tensor.data_ptr()` raises there.
+from torch._C import _functorch
+
 # FakeTensor: a tensor with a shape, dtype and device but no data. Behind `torch.compile` and
 # `torch.export` since 2.0, documented but never moved out of `torch._subclasses`. `import torch`
 # loads the module itself. Watch `FakeTensorMode.from_tensor` and the behaviour of `copy_` between
 # devices; tests/engine/test_step.py fails first.
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+# forward_ad._current_level: the depth of `forward_ad.dual_level()`, -1 outside; since 1.11. Without
+# it, ask `forward_ad.unpack_dual` of each tensor every time.
+from torch.autograd import forward_ad
 
 # TorchDispatchMode: sees every operator that is called inside it; since 1.13. The public notes on
 # extending torch describe it, yet its module is private. Watch how `__torch_dispatch__` is called.
@@ -42,9 +50,11 @@ __all__ = [
     "FakeTensorMode",
     "TorchDispatchMode",
     "conv_forward",
+    "has_tangent",
     "held_by",
     "hooks_of",
     "in_dispatch_mode",
+    "in_function_transform",
     "inductor_options",
     "is_compiled",
     "make_wrapper",
@@ -86,6 +96,18 @@ def without_torch_function() -> AbstractContextManager[None]:
     # _C.DisableTorchFunctionSubclass: since 2.0; what Tensor's own `__torch_function__` uses.
     guard: AbstractContextManager[None] = torch._C.DisableTorchFunctionSubclass()
     return guard
+
+
+def in_function_transform() -> bool:
+    """Whether a transform of `torch.func` is under way: vmap, grad, jvp."""
+    return _functorch.maybe_current_level() is not None
+
+
+def has_tangent(tensors: Iterable[Tensor]) -> bool:
+    """Whether forward-mode differentiation follows one of these tensors."""
+    if forward_ad._current_level < 0:
+        return False
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
 def versions_of(tensors: Sequence[Tensor]) -> list[int]:

@@ -36,7 +36,7 @@ WeightsLike: TypeAlias = (
 #: `WeightsLike`, or a function from the step k = 0, 1, ... (in sampling order) to `WeightsLike`.
 WeightSchedule: TypeAlias = WeightsLike | Callable[[int], WeightsLike]
 
-#: One 64-bit seed per sample: a sequence of B integers or an int64 tensor of shape (B,).
+#: One 64-bit seed per sample: B integers in a sequence or numpy array, or an integer tensor (B,).
 SeedsLike: TypeAlias = Sequence[int] | Tensor
 
 #: One generator for the batch, or one per sample.

@@ -11,7 +11,10 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "msdda_fast"
 
 #: Level 0 in order: each module may import those before it.
-LEVEL_0 = ("errors", "types", "files", "torch_private", "tracing", "weights", "levels", "objective")
+LEVEL_0 = (
+    "errors", "types", "files", "integers", "torch_private", "tracing", "weights", "levels",
+    "objective",
+)  # fmt: skip
 
 MODELS = {"batched", "adapters", "engine", "kernels", "steps", "lora", "assets", *LEVEL_0}
 USES = {"pipelines", "rewards", *MODELS}

@@ -126,7 +126,9 @@ class AdapterFile:
                 inject(network, adapter_name or self.name, part.adapter.factors, part.alphas)
 
     @classmethod
-    def together(cls, name: str, files: Sequence[AdapterFile], scales: Sequence[float]) -> AdapterFile:
+    def together(
+        cls, name: str, files: Sequence[AdapterFile], scales: Sequence[float]
+    ) -> AdapterFile:
         """Return one adapter with the updates of several, sum_i scale_i B_i A_i alpha_i / r_i.
 
         Args:

@@ -34,6 +34,7 @@ from msdda_fast.emoji.train_scorer import (
 )
 from msdda_fast.emoji.train_vae import refine_decoder, train_vae
 from msdda_fast.files import write_atomically
+from msdda_fast.pipelines.saving import load_in_float32
 from msdda_fast.rewards import REWARDS
 from msdda_fast.rewards.grammar import COLORS, OBJECTS
 
@@ -91,6 +92,7 @@ def export(base: Path, adapters: dict[str, Path], work: Path, folder: Path) -> N
     shutil.copytree(base, folder, dirs_exist_ok=True)
     write_slow_tokenizer(folder / "tokenizer")
     drop_derived_entry(folder / "vae" / "config.json")
+    load_in_float32(folder)
     for name, source in adapters.items():
         (folder / name).mkdir(exist_ok=True)
         shutil.copy2(source / "pytorch_lora_weights.safetensors", folder / name)

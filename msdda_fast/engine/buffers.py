@@ -189,6 +189,16 @@ class StepBuffers:
         _write([_Write("x", self.x, x)])
         self.next_input.copy_(self.x)
 
+    def replace_table(self, table: CoefficientTable) -> None:
+        """Continue with other coefficients of the same T steps, between two steps.
+
+        Raises:
+            InvalidShape, InvalidSchedule: The table does not fit; see `load`.
+        """
+        self._check_table(table)
+        rows = table.rows.expand(-1, len(self.x), -1)
+        _write([_Write("rows", self.rows[: len(table)], rows)])
+
     def replace_conditioning(self, values: Mapping[str, Tensor]) -> None:
         """Overwrite some of the conditioning, between two steps.
 

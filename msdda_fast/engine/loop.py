@@ -115,6 +115,10 @@ class EagerGeneration:
         """Continue from another state (B, *S), between two steps."""
         self._x = x
 
+    def replace_table(self, table: CoefficientTable) -> None:
+        """Continue with other coefficients of the same T steps."""
+        self._table = table
+
     def step(self, k: int) -> None:
         """Do step k: predict, fuse, add noise."""
         x = self._x
@@ -157,7 +161,8 @@ def denoise(
     Args:
         denoisers: M callables; architectures may differ, noise schedule and latent space may not.
         x_T: (B, *S), standard normal, times the scheduler's `init_noise_sigma` where that is not 1
-            (Euler ancestral). The state is float64 when `x_T` is, else float32.
+            (Euler ancestral). The state is float64 when `x_T` is, else float32. With B = 0
+            everything is checked, no denoiser is called, and x_0 is as empty.
         scheduler: A diffusers scheduler that has a rule, copied; see `coefficient_table`.
         num_steps: T, in [1, num_train_timesteps]; None: as the scheduler's timesteps are set.
         weights: Preferences: None (uniform), (M,), (B, M) or (T, B, M), rows on the simplex, or a
@@ -220,6 +225,8 @@ def denoise(
         x_T.shape, len(table), x_T.device, noise=noise, seeds=seeds, generator=generator
     )
     registry.resolve("fused_step", backend, x_T.device.type)  # a missing backend fails before work
+    if len(x_T) == 0:
+        return x_T.to(state_dtype, copy=True)
     active = (table.share != 0).any(1).tolist()  # [T][M]
 
     def predict(x: Tensor, k: int) -> list[Tensor | None]:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, TypedDict, cast
 
 import torch
 from torch import Tensor
 
 from msdda_fast.errors import InvalidShape
-from msdda_fast.kernels.counter_noise import STREAM_INITIAL, as_seeds, counter_noise
+from msdda_fast.kernels.counter_noise import STREAM_INITIAL, as_seeds, counter_noise, seed_list
 from msdda_fast.kernels.randomness import check_one_source, draw
 
 if TYPE_CHECKING:
@@ -128,14 +128,17 @@ def noise_source(
     return NoiseSource(size, noise, seeds, generator, noise_sampler)
 
 
-def image_seeds(seed: int | Sequence[int], batch_size: int) -> list[int]:
-    """Return one seed per image: a list unchanged, an integer s as s, s + 1, ... (modulo 2^64).
+def image_seeds(seed: int | SeedsLike, batch_size: int) -> list[int]:
+    """Return one seed per image: several as they are, an integer s as s, s + 1, ... (modulo 2^64).
 
     Raises:
-        InvalidShape: The list does not have `batch_size` seeds.
+        InvalidShape: There are several, and not `batch_size`.
+        ValueError: A seed is not an integer of 64 bits, signed or unsigned.
     """
-    if isinstance(seed, Sequence):
-        if len(seed) != batch_size:
-            raise InvalidShape(f"got {len(seed)} seeds for {batch_size} images")
-        return list(seed)
-    return [(seed + index) % 2**64 for index in range(batch_size)]
+    if isinstance(seed, str) or not hasattr(seed, "__len__") or getattr(seed, "ndim", 1) == 0:
+        first = seed_list([cast(int, seed)])[0]
+        return [(first + index) % 2**64 for index in range(batch_size)]
+    seeds = seed_list(cast("SeedsLike", seed))
+    if len(seeds) != batch_size:
+        raise InvalidShape(f"got {len(seeds)} seeds for {batch_size} images")
+    return seeds

@@ -212,7 +212,9 @@ class PipelineModel:
         """Make a model of the base and the adapter at `path`, and return its name."""
         name = self._new_name("loaded")
         file = adapter_file(Objective(path), {})
-        self._put(AdapterFile.read(name, file, StableDiffusionFormat(self._pipe.unet)), self._pipe.unet)
+        self._put(
+            AdapterFile.read(name, file, StableDiffusionFormat(self._pipe.unet)), self._pipe.unet
+        )
         self._guidance[name] = self._guidance[BASE]
         return name
 

@@ -1,62 +1,61 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds a pipeline from names: the model, the scheduler, and the adapters of each network."""
+"""Builds a pipeline from names: the model and the adapters of each network."""
 
 from __future__ import annotations
 
 import copy
 import inspect
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
-from diffusers import (
-    DDIMParallelScheduler,
-    DDIMScheduler,
-    DiffusionPipeline,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import is_accelerate_available
 from torch import nn
 
 from msdda_fast.adapters.files import AdapterFile
+from msdda_fast.adapters.formats import StableDiffusionFormat
 from msdda_fast.adapters.injection import peft_names
 from msdda_fast.adapters.layers import check_can_switch
 from msdda_fast.adapters.sources import adapter_file, fetch, hub_options, locate
 from msdda_fast.adapters.switching import adapter_names
 from msdda_fast.adapters.variant import Variant
-from msdda_fast.errors import InvalidSchedule, UnknownObjective
+from msdda_fast.errors import UnknownObjective
 from msdda_fast.files import read_json
 from msdda_fast.objective import Objective
 from msdda_fast.pipelines.carried_over import carried_over
+from msdda_fast.pipelines.dtypes import Dtypes, cast, check_dtypes
 from msdda_fast.pipelines.manifest import OBJECTIVES_FILE, check_names, parse_objectives
 from msdda_fast.pipelines.runnable import check_own_network
 from msdda_fast.pipelines.scheduler_config import check_scheduler_file
+from msdda_fast.pipelines.schedulers import check_scheduler_name
 
-__all__ = ["LoadPlan", "attach", "attach_loaded", "ddim_scheduler", "plan", "shared_components"]
+__all__ = ["LoadPlan", "attach", "attach_loaded", "plan", "shared_components"]
 
-logger = logging.getLogger(__name__)
-
-_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _PIPELINES = ("StableDiffusionPipeline", "MSDDAPipeline")
-_DDIM = ("DDIMScheduler", "DDIMParallelScheduler")
-#: What folders of Stable Diffusion name as their scheduler, and means the same noise schedule.
-_REBUILT = ("PNDMScheduler", "DDPMScheduler")
 _BASE = {"base": Objective.base()}
+#: Options of `DiffusionPipeline.from_pretrained` with which the result would be another pipeline.
+_UNSUPPORTED = {
+    "dduf_file": "a DDUF archive has no place for objectives; unpack it and load the folder",
+    "custom_pipeline": "MSDDAPipeline is the pipeline",
+}
 
 
 class HoldsObjectives(Protocol):
     """The parts of a Stable Diffusion pipeline that loading needs."""
 
-    unet: UNet2DConditionModel
+    unet: UNet2DConditionModel | None
     text_encoder: nn.Module | None
 
     @property
     def components(self) -> Mapping[str, Any]:
         """Modules by name."""
+
+    @property
+    def variants(self) -> Mapping[str, Variant]:
+        """The network and the active adapter of each objective."""
 
     def set_objectives(
         self, objectives: Mapping[str, Objective], variants: Mapping[str, Variant]
@@ -74,61 +73,29 @@ class LoadPlan:
     Attributes:
         model: Local folder or hub id of the base.
         options: Arguments of `DiffusionPipeline.from_pretrained`.
-        dtype: Dtype of all components.
+        dtype: Dtype of all components, or by component.
         objectives: Objectives by name, in order.
         adapters: Adapter files by objective.
     """
 
     model: str
     options: dict[str, Any]
-    dtype: torch.dtype
+    dtype: Dtypes
     objectives: dict[str, Objective]
     adapters: dict[str, Path]
-
-
-def ddim_scheduler(scheduler: Any) -> DDIMScheduler:  # noqa: ANN401 - any diffusers scheduler
-    """Return a DDIM scheduler with the noise schedule of `scheduler`, which is not changed.
-
-    A DDIM scheduler is returned unchanged. PNDM and DDPM, which Stable Diffusion folders name, have
-    the same noise schedule: they are rebuilt as DDIM, and a warning is logged.
-
-    Raises:
-        InvalidSchedule: A scheduler of another kind, which would not sample as its name says.
-    """
-    if isinstance(scheduler, (DDIMScheduler, DDIMParallelScheduler)):
-        return scheduler
-    kind = type(scheduler).__name__
-    check_scheduler_name(kind)
-    logger.warning("%s is not DDIM: sampling with DDIMScheduler.from_config", kind)
-    # DDIM clips unless told not to; the latent-space schedulers it replaces never do
-    clip_sample = scheduler.config.get("clip_sample", False)
-    return DDIMScheduler.from_config(scheduler.config, clip_sample=clip_sample)
-
-
-def check_scheduler_name(kind: str) -> None:
-    """Raise `InvalidSchedule` unless `ddim_scheduler` accepts schedulers of this class."""
-    if kind not in (*_DDIM, *_REBUILT):
-        raise InvalidSchedule(
-            f"{kind} is not supported: Stable Diffusion is sampled with DDIM only. To sample its "
-            "noise schedule with DDIM, use DDIMScheduler.from_config(scheduler.config) as the "
-            "pipeline's scheduler (from_pretrained takes scheduler=)"
-        )
 
 
 def plan(
     model: str | Path,
     objectives: Mapping[str, Objective] | None,
-    dtype: torch.dtype | None,
-    torch_dtype: torch.dtype | None,
+    dtype: Dtypes | None,
+    torch_dtype: Dtypes | None,
     options: Mapping[str, Any],
 ) -> LoadPlan:
     """Check whatever can be checked before loading starts; arguments as in `from_pretrained`."""
-    if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
-        raise ValueError(f"dtype is {dtype} and torch_dtype is {torch_dtype}; give only one")
-    dtype = dtype or torch_dtype or torch.float32
-    if dtype not in _DTYPES:
-        accepted = ", ".join(map(str, _DTYPES))
-        raise ValueError(f"dtype must be one of {accepted}, got {dtype!r}")
+    for name, reason in _UNSUPPORTED.items():
+        if options.get(name) is not None:
+            raise ValueError(f"{name}= is not supported: {reason}")
     place = locate(model)
     index = _model_file(place, "model_index.json", options)
     if index is None:
@@ -137,11 +104,18 @@ def plan(
     kind = listed.get("_class_name")
     if kind not in _PIPELINES:
         raise ValueError(f"{model} is a {kind}; supported: {', '.join(_PIPELINES)}")
-    if "scheduler" not in options:
+    if "scheduler" not in options and listed.get("scheduler") != [None, None]:
         check_scheduler_name(_class_name(index, listed.get("scheduler")))
         if file := _model_file(place, "scheduler/scheduler_config.json", options, required=False):
             check_scheduler_file(file)
-    if objectives is None:
+    has_unet = options.get("unet", listed.get("unet", [None])[-1]) is not None
+    if not has_unet and objectives is not None:
+        raise ValueError("without a unet (None), a pipeline encodes prompts and has no objectives")
+    parts = [name for name, entry in listed.items() if isinstance(entry, list)]
+    dtype = check_dtypes(dtype, torch_dtype, parts) or torch.float32
+    if not has_unet:
+        objectives = _BASE
+    elif objectives is None:
         manifest = _model_file(place, OBJECTIVES_FILE, options, required=False)
         objectives = parse_objectives(manifest.read_bytes(), place) if manifest else _BASE
     check_names(objectives)
@@ -175,9 +149,14 @@ def _model_file(
 
 def attach(pipe: P, plan: LoadPlan) -> P:
     """Put the planned adapters and networks into a loaded pipeline, after checking all of them."""
-    adapters = [AdapterFile.read(name, file, pipe.unet) for name, file in plan.adapters.items()]
+    if pipe.unet is None:
+        cast(pipe, plan.dtype)
+        return pipe
+    kind = StableDiffusionFormat(pipe.unet)
+    networks = {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
+    adapters = [AdapterFile.read(name, file, kind) for name, file in plan.adapters.items()]
     for adapter in adapters:
-        adapter.check(pipe.unet, pipe.text_encoder)
+        adapter.check(networks)
     objectives = {
         name: replace(objective, unet=_network(name, objective, plan))
         for name, objective in plan.objectives.items()
@@ -185,18 +164,10 @@ def attach(pipe: P, plan: LoadPlan) -> P:
     names = peft_names(plan.adapters, pipe.unet, pipe.text_encoder)
     variants = _variants(pipe.unet, objectives, names)
     for adapter in adapters:
-        adapter.put_into(pipe.unet, pipe.text_encoder, names[adapter.name])
+        adapter.put_into(networks, names[adapter.name])
     pipe.set_objectives(objectives, variants)
-    for network in (*pipe.components.values(), *(variant.network for variant in variants.values())):
-        if isinstance(network, nn.Module):
-            _cast(network, plan.dtype)
+    cast(pipe, plan.dtype)
     return pipe
-
-
-def _cast(network: nn.Module, dtype: torch.dtype) -> None:
-    # diffusers warns of every cast, also of those that change nothing
-    if any(p.is_floating_point() and p.dtype != dtype for p in network.parameters()):
-        network.to(dtype=dtype)
 
 
 def _network(name: str, objective: Objective, plan: LoadPlan) -> Any:  # noqa: ANN401 - as the field
@@ -251,6 +222,12 @@ def attach_loaded(
     pipe: P, source: DiffusionPipeline, objectives: Mapping[str, Objective] | None
 ) -> P:
     """Make objectives from the adapters already loaded; see `MSDDAPipeline.from_pipe`."""
+    if pipe.unet is None:
+        if objectives is not None:
+            raise ValueError(
+                "without a unet (None), a pipeline encodes prompts and has no objectives"
+            )
+        return pipe
     loaded = adapter_names(pipe.unet, pipe.text_encoder)
     kept: dict[str, Variant] = {}
     if objectives is None:

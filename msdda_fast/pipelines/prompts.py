@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from msdda_fast.errors import InvalidShape
+from msdda_fast.integers import as_integer
 
 __all__ = ["Prompts"]
 
@@ -28,6 +29,10 @@ class Prompts:
     def batch_size(self) -> int:
         """B, the number of images."""
         return self.count * self.images_per_prompt
+
+    def needs_encoder(self, *, negative: bool) -> bool:
+        """Whether text is to be encoded; `negative`: whether negative prompts are read."""
+        return self.prompt is not None or (negative and self.negative_prompt_embeds is None)
 
     @classmethod
     def check(
@@ -52,10 +57,11 @@ class Prompts:
             ValueError: Neither or both of text and embeddings are given, or counts disagree.
             InvalidShape: Embeddings are not of shape (P, L, D).
         """
-        if isinstance(images_per_prompt, bool) or not isinstance(images_per_prompt, int):
+        copies = as_integer(images_per_prompt)
+        if copies is None:
             raise ValueError(f"num_images_per_prompt must be an int, got {images_per_prompt!r}")
-        if images_per_prompt < 1:
-            raise ValueError(f"num_images_per_prompt must be at least 1, got {images_per_prompt}")
+        if copies < 1:
+            raise ValueError(f"num_images_per_prompt must be at least 1, got {copies}")
         if (prompt is None) == (prompt_embeds is None):
             raise ValueError("give either prompt or prompt_embeds, not both")
         if negative_prompt is not None and negative_prompt_embeds is not None:
@@ -77,9 +83,7 @@ class Prompts:
                 negatives *= count
             if len(negatives) != count:
                 raise ValueError(f"{len(negatives)} negative prompts for {count} prompts")
-        return cls(
-            texts, negatives, prompt_embeds, negative_prompt_embeds, count, images_per_prompt
-        )
+        return cls(texts, negatives, prompt_embeds, negative_prompt_embeds, count, copies)
 
 
 def _texts(name: str, text: str | Sequence[str] | None) -> list[str]:

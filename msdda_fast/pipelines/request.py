@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
+from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from msdda_fast.errors import InvalidSchedule, InvalidShape, UnknownObjective
+from msdda_fast.integers import as_integer
 from msdda_fast.levels import ETA
 from msdda_fast.objective import Objective
 from msdda_fast.weights import as_host_float64
@@ -17,6 +20,7 @@ from msdda_fast.weights import as_host_float64
 __all__ = [
     "check_latents",
     "check_output_type",
+    "check_parts",
     "check_steps",
     "latent_shape",
     "objective_etas",
@@ -27,7 +31,13 @@ __all__ = [
 DEFAULT_GUIDANCE = 7.5
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
-#: Arguments of stock pipelines that have another name here, or no meaning.
+#: Arguments of stock pipelines, with what they stand for when they are not given.
+_STOCK = {
+    name: parameter.default
+    for name, parameter in inspect.signature(StableDiffusionPipeline.__call__).parameters.items()
+    if parameter.default is not inspect.Parameter.empty
+} | {"callback": None, "callback_steps": None}
+#: Of these, the ones that have another name here, or no meaning.
 _REFUSED = {
     "eta": "every objective has its own: give etas={name: value} or Objective(..., eta=value)",
     "timesteps": "the DDIM grid follows from num_inference_steps and the scheduler's spacing",
@@ -43,16 +53,29 @@ _REFUSED = {
 
 
 def refuse(arguments: Mapping[str, Any]) -> None:
-    """Refuse every argument that the call does not have.
+    """Refuse every argument that the call does not have; a stock one may be given its default.
 
     Raises:
         ValueError: A stock pipeline's argument is not supported; the message says what to use.
         TypeError: Any other name.
     """
-    for name in arguments:
-        if name in _REFUSED:
-            raise ValueError(f"{name}= is not supported: {_REFUSED[name]}")
-        raise TypeError(f"unexpected argument {name!r}")
+    for name, value in arguments.items():
+        if name not in _STOCK:
+            raise TypeError(f"unexpected argument {name!r}")
+        default = _STOCK[name]
+        if value is not default and not (isinstance(value, Real) and value == default):
+            hint = _REFUSED.get(name, "it has no meaning here")
+            raise ValueError(f"{name}= is not supported: {hint}")
+
+
+def check_parts(pipe: object, *names: str) -> None:
+    """Raise `ValueError` if a component that the call needs was left out."""
+    for name in names:
+        if getattr(pipe, name) is None:
+            raise ValueError(
+                f"this pipeline has no {name} ({name}=None), which the call needs; load the "
+                "pipeline with it"
+            )
 
 
 def latent_shape(
@@ -72,9 +95,9 @@ def latent_shape(
     unit = max(8, vae_scale_factor)
     sides = []
     for name, given, own in zip(("height", "width"), (height, width), native, strict=True):
-        side = own * vae_scale_factor if given is None else given
-        if isinstance(side, bool) or not isinstance(side, int) or side < unit or side % unit:
-            raise InvalidShape(f"{name} must be a positive multiple of {unit}, got {side!r}")
+        side = own * vae_scale_factor if given is None else as_integer(given)
+        if side is None or side < unit or side % unit:
+            raise InvalidShape(f"{name} must be a positive multiple of {unit}, got {given!r}")
         sides.append(side // vae_scale_factor)
     return (batch_size, unet_config.in_channels, sides[0], sides[1])
 
@@ -98,10 +121,12 @@ def check_output_type(output_type: str) -> None:
         raise ValueError(f"output_type {output_type!r} is not one of {', '.join(OUTPUT_TYPES)}")
 
 
-def check_steps(num_steps: int) -> None:
-    """Raise `InvalidSchedule` unless `num_steps` is a positive integer."""
-    if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
+def check_steps(num_steps: int) -> int:
+    """Return `num_steps` as an `int`; raise `InvalidSchedule` unless it is a positive integer."""
+    steps = as_integer(num_steps)
+    if steps is None or steps < 1:
         raise InvalidSchedule(f"num_inference_steps must be a positive integer, got {num_steps!r}")
+    return steps
 
 
 def objective_etas(
@@ -144,8 +169,9 @@ def objective_guidance(
         DEFAULT_GUIDANCE if objective.guidance_scale is None else objective.guidance_scale
         for objective in objectives.values()
     ]
-    if isinstance(guidance_scale, (float, int, Real)):
-        guidance_scale = [float(guidance_scale)] * len(own)
+    if guidance_scale is not None and not isinstance(guidance_scale, Mapping):
+        scale = as_host_float64(guidance_scale, "guidance_scale")
+        guidance_scale = scale.expand(len(own)) if scale.ndim == 0 else scale
     values = _by_name("guidance_scale", objectives, guidance_scale, own)
     for name, value in zip(objectives, values, strict=True):
         if not 1.0 <= value < float("inf"):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import re
 import shutil
@@ -24,7 +25,7 @@ from msdda_fast.errors import AdapterMismatch
 from msdda_fast.objective import Objective
 from msdda_fast.pipelines.manifest import OBJECTIVES_FILE, dump_objectives
 
-__all__ = ["save"]
+__all__ = ["load_in_float32", "save"]
 
 #: Written last: a folder with an index has everything the index lists.
 _INDICES = (OBJECTIVES_FILE, "model_index.json")
@@ -101,6 +102,7 @@ def _write(pipe: Savable, stage: Path, options: dict[str, Any]) -> None:
     )
     stock.register_to_config(requires_safety_checker=pipe.config.requires_safety_checker)
     stock.save_pretrained(stage, **options)
+    load_in_float32(stage)
     places = {}
     folders = _folders(pipe.variants)
     for name, variant in pipe.variants.items():
@@ -113,6 +115,20 @@ def _write(pipe: Savable, stage: Path, options: dict[str, Any]) -> None:
             _write_adapter(pipe, variant.adapter, stage / place)
             places[name] = place
     (stage / OBJECTIVES_FILE).write_text(dump_objectives(pipe.objectives, places), "utf-8")
+
+
+def load_in_float32(folder: Path) -> None:
+    """Let the networks of a written folder load in one dtype, float32, unless a reader asks.
+
+    diffusers reads its networks so, whatever dtype the files have. Networks of transformers load
+    in the dtype that their config names, by default the one they were saved in: a folder saved in
+    float16 would give stock diffusers a text encoder that does not fit its UNet.
+    """
+    for config in folder.glob("*/config.json"):
+        entries = json.loads(config.read_text("utf-8"))
+        for key in {"dtype", "torch_dtype"} & set(entries):  # the second in transformers 4
+            entries[key] = "float32"
+            config.write_text(json.dumps(entries, indent=2) + "\n", "utf-8")
 
 
 def _folders(names: Iterable[str]) -> dict[str, str]:

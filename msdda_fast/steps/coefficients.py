@@ -161,6 +161,21 @@ class CoefficientTable:
         """
         return mixture(self.share[k].to(self.rows))
 
+    def guided(self, scale: float) -> CoefficientTable:
+        """The table with another guidance scale g for every sample and objective, up to rounding.
+
+        `u + g (c - u)` has the coefficients (1 - g) a and g a of the same a, whatever g is.
+        """
+        layout = Layout(self.num_objectives, self.clip_range is not None)
+        pairs = [(layout.uncond, layout.cond)]
+        if layout.clips:
+            pairs.append((layout.x0_uncond, layout.x0_cond))
+        rows = self.rows.clone()
+        for uncond, cond in pairs:
+            both = rows[..., uncond] + rows[..., cond]
+            rows[..., uncond], rows[..., cond] = (1 - scale) * both, scale * both
+        return replace(self, rows=rows, needs_uncond=scale != 1)
+
     @property
     def active(self) -> list[bool]:
         """Whether each objective has influence on some sample at some step."""

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from msdda_fast.errors import InvalidSchedule
+from msdda_fast.integers import as_integer
 from msdda_fast.levels import ETA, LevelRange
 from msdda_fast.steps.rules import PredictionTerms, StepTerms, canonical_step
 
@@ -196,19 +197,20 @@ def set_to(scheduler: Scheduler, num_steps: int | None) -> tuple[Scheduler, int]
             )
         return scheduler, int(set_steps)
     num_train_steps = int(scheduler.config.num_train_timesteps)
-    if not 1 <= num_steps <= num_train_steps:
+    steps = as_integer(num_steps)
+    if steps is None or not 1 <= steps <= num_train_steps:
         raise InvalidSchedule(
-            f"num_steps is {num_steps}, expected 1 to {num_train_steps}, the training steps"
+            f"num_steps is {num_steps!r}, expected 1 to {num_train_steps}, the training steps"
         )
     scheduler = copy.copy(scheduler)
     try:
-        scheduler.set_timesteps(num_steps)
+        scheduler.set_timesteps(steps)
     except ValueError as error:
         raise InvalidSchedule(
             f"{type(scheduler).__name__} refuses {num_steps} steps ({error}); to set its timesteps "
             f"otherwise, call its set_timesteps and give num_steps=None"
         ) from error
-    return scheduler, num_steps
+    return scheduler, steps
 
 
 def grid_between(
@@ -236,14 +238,21 @@ def grid_between(
         )
     alpha_bar = _alpha_bar(scheduler)
     alpha_bar_t = alpha_bar[timesteps]
+    alpha_bar_prev = torch.where(previous >= 0, alpha_bar[previous.clamp(min=0)], final)
+    # NaN fails too: one training step with rescale_betas_zero_snr, for one
+    in_order = (alpha_bar_t >= 0) & (alpha_bar_t < 1) & (alpha_bar_prev > 0) & (alpha_bar_prev <= 1)
+    if not bool((in_order & (alpha_bar_t <= alpha_bar_prev)).all()):
+        here, after = alpha_bar_t[0].item(), alpha_bar_prev[0].item()
+        raise InvalidSchedule(
+            f"{name}: alphas_cumprod must lie in [0, 1) and fall with the timestep, but the first "
+            f"step goes from {here:g} to {after:g}; check the betas of the scheduler's config"
+        )
     if prediction_type == "epsilon" and (alpha_bar_t == 0).any():
         raise InvalidSchedule(
             "alpha_bar is 0 at the first step (rescale_betas_zero_snr), where an epsilon "
             "prediction says nothing of x_0; use v_prediction or sample"
         )
     clips = getattr(config, "clip_sample", False)
-    alpha_bar_prev = torch.where(previous >= 0, alpha_bar[previous.clamp(min=0)], final)
-    _check_noise(alpha_bar_t, alpha_bar_prev, timesteps)
     return DDIMGrid(
         timesteps=timesteps,
         alpha_bar_t=alpha_bar_t,
@@ -257,23 +266,16 @@ def _alpha_bar(scheduler: Scheduler) -> Tensor:
     return scheduler.alphas_cumprod.detach().to("cpu", torch.float64)
 
 
-def _check_noise(alpha_bar_t: Tensor, alpha_bar_prev: Tensor, timesteps: Tensor) -> None:
-    """Check that every step has noise, and no less than the next; false for NaN too."""
-    noisy = (alpha_bar_t >= 0) & (alpha_bar_t < 1) & (alpha_bar_prev >= alpha_bar_t)
-    if not noisy.all():
-        first = int(noisy.logical_not().nonzero()[0])
-        raise InvalidSchedule(
-            f"alpha_bar is {alpha_bar_t[first]:g} at timestep {timesteps[first]} and "
-            f"{alpha_bar_prev[first]:g} after that step, expected to grow in [0, 1]: the "
-            "scheduler's betas must lie in (0, 1]"
-        )
-
-
 def _timesteps(scheduler: Scheduler, num_steps: int, num_train_steps: int) -> Tensor:
     timesteps = scheduler.timesteps.cpu()
-    # "trailing" rounds a surplus step -1 into existence at some T, 61 of 1000 for one
-    timesteps = timesteps[timesteps >= 0]
     listed = timesteps.tolist()
+    if listed and listed[-1] < 0:
+        # its arange yields one element too many by rounding, at T = 61 of 1000 for one
+        raise InvalidSchedule(
+            f"diffusers' {scheduler.config.timestep_spacing!r} spacing ends num_steps={num_steps} "
+            f"with a surplus timestep {listed[-1]}, which reads the noisiest entry of the schedule "
+            "and spoils the image; use one step more or less, or another timestep_spacing"
+        )
     if timesteps.is_floating_point() or len(listed) != num_steps or (timesteps.diff() >= 0).any():
         raise InvalidSchedule(
             f"{type(scheduler).__name__} gives {len(listed)} timesteps ({timesteps.dtype}, "

@@ -53,7 +53,10 @@ def coefficient_table(
 
     Schedulers of diffusers that have a rule (`steps.schedulers.RULES`): DDIM, DDPM (fixed_small),
     EulerAncestralDiscrete, LCM, TCD, FlowMatchEulerDiscrete, FlowMatchLCM and LTXEulerAncestralRF.
-    DDIM, DDPM and LCM may clip x_0 (`clip_sample`). The scheduler is copied, never changed.
+    DDIM, DDPM and LCM may clip x_0 (`clip_sample`). The scheduler is copied, never changed. As in
+    diffusers, DDIM steps from t to `t - num_train // num_steps`, also where that is not the next
+    timestep. Refused is what diffusers' "trailing" spacing makes of some T (61 of 1000): a surplus
+    timestep -1.
 
     Args:
         scheduler: One of them; anything of another library with the config and `alphas_cumprod` of
@@ -173,7 +176,12 @@ def rule_table(
         rows[..., layout.x0_uncond] = output * (1 - guidance)
         rows[..., layout.x0_cond] = output * guidance
         rows[..., layout.x0_scale] = clean.scale * share
-    _check_finite(rows, guidance)
+    if not bool((rows.abs() <= torch.finfo(dtype).max).all()):  # NaN fails too
+        raise InvalidSchedule(
+            f"the coefficients of these steps do not fit {dtype}: {rows.abs().max():g} is the "
+            f"largest, with guidance_scale {guidance.abs().max():g} and {rule.levels.name} "
+            f"{level.tolist()}"
+        )
     timesteps = rule.timesteps.to(dtype) if rule.timesteps.is_floating_point() else rule.timesteps
     scale = rule.input_scale
     return CoefficientTable(
@@ -186,17 +194,6 @@ def rule_table(
         std=std,
         needs_uncond=bool(((share != 0) & (guidance != 1)).any()),
     )
-
-
-def _check_finite(rows: Tensor, guidance: Tensor) -> None:
-    """Check that float32, in which most states are, can hold every coefficient."""
-    held = (rows.abs() <= torch.finfo(torch.float32).max).flatten(1).all(1)  # false for NaN too
-    if not held.all():
-        step = int(held.logical_not().nonzero()[0])
-        raise InvalidSchedule(
-            f"step {step} has coefficients that are not finite in float32; guidance_scale is up to "
-            f"{guidance.abs().max():g}, and the rest is the scheduler's"
-        )
 
 
 def _mixing(fusion: Fusion | None, rule: Rule, level: Tensor) -> MixingRule | None:

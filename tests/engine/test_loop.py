@@ -150,6 +150,21 @@ def test_eager_differentiates() -> None:
     assert x_T.grad is not None and x_T.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("fusion", ["posterior", "eps"])
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_an_empty_batch_is_drawn_without_a_denoiser(backend, fusion) -> None:
+    def never(x: Tensor, t: Tensor) -> Tensor:
+        raise AssertionError
+
+    etas = dict(etas=[1.0, 0.8], scheduler=sd15_scheduler(), num_steps=3, backend=backend)
+    for given, state in ((torch.float16, torch.float32), (torch.float64, torch.float64)):
+        x_T = torch.zeros(0, 4, 8, 8, dtype=given)
+        x_0 = denoise([never, never], x_T, fusion=fusion, seeds=[], **etas)
+        assert (x_0.shape, x_0.dtype) == (x_T.shape, state)
+    with pytest.raises(InvalidWeights):
+        denoise([never, never], x_T, weights=[0.6, 0.6], **etas)
+
+
 class TestRefusals:
     @pytest.fixture
     def forbidden(self):

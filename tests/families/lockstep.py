@@ -176,7 +176,8 @@ def unequal_levels(weights: Tensor, seeds: Sequence[int], moments, levels) -> Fu
             if one.scheduler.step_index is None:
                 one.scheduler._init_step_index(one.arguments["timestep"])
         k = met[0].scheduler.step_index
-        means, stds = zip(*(moments(one, k, lev) for one, lev in zip(met, levels, strict=True)))
+        pairs = [moments(one, k, level) for one, level in zip(met, levels, strict=True)]
+        means, stds = zip(*pairs, strict=True)
         last = max(stds) == 0  # Euler ancestral: the common factor cancels
         variances = torch.tensor(levels if last else stds).double() ** 2
         mean, variance = fuse_posteriors(torch.stack(means), variances, weights.T)

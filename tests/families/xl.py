@@ -132,7 +132,7 @@ def _ip_adapter_weights(network: nn.Module) -> dict:
     """Random weights in the format of the published IP-Adapters, by diffusers' own reading."""
     attention = {}
     key = 1
-    for path, processor in network.attn_processors.items():
+    for path in network.attn_processors:
         if path.endswith("attn1.processor"):
             continue
         module = network.get_submodule(path.removesuffix(".processor"))

@@ -641,6 +641,24 @@ class TestSavePretrained:
         actual = stock("a red dog", generator=torch.manual_seed(0), **request).images
         assert torch.equal(actual, expected)
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+    def test_stock_diffusers_draws_with_what_was_saved_in_half_precision(
+        self, tiny, tmp_path, dtype
+    ):
+        tiny.shared(dtype).save_pretrained(tmp_path / "model")
+        stock = quiet(StableDiffusionPipeline.from_pretrained(tmp_path / "model"))
+        networks = (stock.unet, stock.vae, stock.text_encoder)
+        assert {p.dtype for network in networks for p in network.parameters()} == {torch.float32}
+        ours = mf.MSDDAPipeline.from_pretrained(
+            tmp_path / "model", objectives={"base": mf.Objective.base()}
+        )
+        request = dict(num_inference_steps=2, guidance_scale=3.0, output_type="latent")
+        expected = stock(PROMPTS, generator=torch.manual_seed(0), eta=1.0, **request).images
+        assert_close(ours(PROMPTS, generator=torch.manual_seed(0), **request).images, expected)
+        kept = tiny.shared(dtype).text_encoder.state_dict()  # float32 holds the same numbers
+        for key, value in stock.text_encoder.state_dict().items():
+            assert torch.equal(value.to(dtype), kept[key]), key
+
     def test_a_failed_save_leaves_the_folder_as_it_was(self, pipe, tmp_path, monkeypatch):
         folder = tmp_path / "saved"
         pipe.save_pretrained(folder)

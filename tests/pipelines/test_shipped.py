@@ -37,9 +37,11 @@ def test_components_are_stock_classes_in_float32(shipped):
     assert shipped.scheduler.alphas_cumprod[0] == pytest.approx(0.99915)
 
 
-def test_stock_diffusers_loads_it(shipped):
+def test_stock_diffusers_draws_with_it_and_is_told_no_dtype(shipped):
     folder = assets.resolve(NAME)
-    stock = quiet(StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32))
+    stock = quiet(StableDiffusionPipeline.from_pretrained(folder))
+    networks = (stock.unet, stock.vae, stock.text_encoder)
+    assert {p.dtype for network in networks for p in network.parameters()} == {torch.float32}
     stock.load_lora_weights(folder / "aesthetic", adapter_name="aesthetic")
     request = dict(num_inference_steps=3, guidance_scale=3.0, output_type="latent")
     expected = stock(PROMPTS, generator=torch.manual_seed(0), eta=1.0, **request).images

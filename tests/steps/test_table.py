@@ -9,7 +9,13 @@ import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
-from msdda_fast import InvalidSchedule, InvalidShape, InvalidWeights, ZeroVariance
+from msdda_fast import (
+    InvalidSchedule,
+    InvalidShape,
+    InvalidWeights,
+    ZeroVariance,
+    fused_ddim_step,
+)
 from msdda_fast.steps.coefficients import CoefficientTable
 from msdda_fast.steps.shares import fusion_shares
 from msdda_fast.steps.table import coefficient_table
@@ -194,12 +200,70 @@ def test_table_indexing_and_moving() -> None:
     assert moved.share.device.type == "cpu"
 
 
-@pytest.mark.parametrize("num_steps", [61, 103], ids=str)  # diffusers adds timestep -1 there
-def test_trailing_spacing_has_no_surplus_step(num_steps: int) -> None:
-    scheduler = sd15_scheduler(timestep_spacing="trailing", steps_offset=0)
-    table = coefficient_table(scheduler, num_steps, etas=[1.0], weights=[1.0])
-    assert len(table) == len(table.timesteps) == num_steps
-    assert table.timesteps[-1] > 0
+class TestTrailingSpacing:
+    """T of which 1000 training steps are no multiple: as diffusers does it, or not at all."""
+
+    @pytest.mark.parametrize("num_steps", [61, 103, 499], ids=str)
+    def test_a_surplus_timestep_of_diffusers_is_refused(self, num_steps: int) -> None:
+        scheduler = sd15_scheduler(timestep_spacing="trailing", steps_offset=0)
+        scheduler.set_timesteps(num_steps)
+        assert scheduler.timesteps[-1] == -1 and len(scheduler.timesteps) == num_steps + 1
+        with pytest.raises(InvalidSchedule, match=rf"'trailing'.*num_steps={num_steps}.*-1"):
+            coefficient_table(scheduler, num_steps, etas=[1.0], weights=[1.0])
+
+    @pytest.mark.parametrize("num_steps", [3, 7, 60, 62, 333], ids=str)
+    def test_every_step_is_that_of_diffusers(self, num_steps: int) -> None:
+        scheduler = sd15_scheduler(timestep_spacing="trailing", steps_offset=0)
+        table = coefficient_table(scheduler, num_steps, etas=[0.8], weights=[1.0])
+        scheduler.set_timesteps(num_steps)
+        assert table.timesteps.equal(scheduler.timesteps) and len(table) == num_steps
+        x, output, z = torch.randn(3, 1, 4, 2, generator=torch.manual_seed(0)).unbind()
+        for k, t in enumerate(scheduler.timesteps):
+            expected = scheduler.step(output, t, x, eta=0.8, variance_noise=z).prev_sample
+            actual = fused_ddim_step(x, output[None, None], table[k], noise=z)
+            assert torch.allclose(actual, expected, rtol=1e-4, atol=1e-4), k
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("fusion", ["posterior", "eps"])
+@pytest.mark.parametrize("train", [1, 2, 1000], ids=str)
+def test_one_step_of_a_cosine_schedule_is_that_of_diffusers(train, fusion, spacing) -> None:
+    settings = dict(beta_schedule="squaredcos_cap_v2", timestep_spacing=spacing, clip_sample=False)
+    scheduler = DDIMScheduler(num_train_timesteps=train, **settings)
+    table = coefficient_table(scheduler, 1, etas=[1, 0.8], weights=[0.3, 0.7], fusion=fusion)
+    scheduler.set_timesteps(1)
+    x, output, z = torch.randn(3, 1, 4, 2, generator=torch.manual_seed(0)).unbind()
+    expected = scheduler.step(output, scheduler.timesteps[0], x, eta=1.0, variance_noise=z)
+    actual = fused_ddim_step(x, [output[None], output[None]], table[0], noise=z)
+    # differences of numbers up to 1 / sqrt(alpha_bar), 2e4
+    assert torch.allclose(actual, expected.prev_sample, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(num_train_timesteps=1, rescale_betas_zero_snr=True, prediction_type="v_prediction"),
+        dict(beta_start=float("nan")),
+        dict(beta_start=0.0, beta_end=0.0),
+        dict(beta_start=-0.1, beta_end=-0.01),
+        dict(beta_start=2.0, beta_end=3.0),
+    ],
+    ids=["one rescaled", "NaN", "zero", "negative", "above 1"],
+)
+@pytest.mark.parametrize("fusion", ["posterior", "eps"])
+def test_a_noise_schedule_that_is_none_is_refused(settings, fusion) -> None:
+    scheduler = DDIMScheduler(**{"clip_sample": False, **settings})
+    with pytest.raises(InvalidSchedule, match=r"alphas_cumprod must lie in \[0, 1\)"):
+        coefficient_table(scheduler, 1, etas=[1.0], weights=[1.0], fusion=fusion)
+
+
+def test_coefficients_beyond_their_dtype_are_refused() -> None:
+    build = dict(etas=[1.0], weights=[1.0], guidance_scale=1e300)
+    with pytest.raises(InvalidSchedule, match=r"do not fit torch.float32.*guidance_scale 1e\+300"):
+        coefficient_table(sd15_scheduler(), 2, **build)
+    assert (
+        coefficient_table(sd15_scheduler(), 2, **build, dtype=torch.float64).rows.isfinite().all()
+    )
 
 
 @pytest.mark.parametrize("spacing", ["leading", "linspace"])
@@ -331,7 +395,7 @@ class TestRefusals:
     def test_guidance_beyond_float32(self) -> None:
         far = dict(etas=[1.0], weights=[1.0], guidance_scale=1e300)
         for dtype in (torch.float32, torch.float64):
-            with pytest.raises(InvalidSchedule, match=r"not finite in float32; guidance.*1e\+300"):
+            with pytest.raises(InvalidSchedule, match=r"do not fit .*guidance_scale 1e\+300"):
                 coefficient_table(sd15_scheduler(), 5, dtype=dtype, **far)
 
     @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.int8])
@@ -351,7 +415,7 @@ class TestRefusals:
         ):
             if beta == 0 and 0 < scheduler.alphas_cumprod[0] < 1:
                 continue  # the steps in between stay where they are
-            with pytest.raises(InvalidSchedule, match=r"alpha_bar is .* at timestep .*betas"):
+            with pytest.raises(InvalidSchedule, match=r"alphas_cumprod must lie.*betas"):
                 coefficient_table(scheduler, 100, etas=[1.0], weights=[1.0])
 
     def test_thresholding(self) -> None:

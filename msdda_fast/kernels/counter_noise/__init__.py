@@ -4,18 +4,19 @@
 `kernels.raw` declares the raw function of each backend.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from msdda_fast.errors import InvalidShape
+from msdda_fast.integers import as_integer
 from msdda_fast.kernels import registry
 from msdda_fast.kernels.library import as_tensor, register_in_place
 from msdda_fast.tracing import is_watched, values_are_readable
 from msdda_fast.types import SeedsLike
 
-__all__ = ["STREAM_INITIAL", "STREAM_STEP", "as_seeds", "as_step", "counter_noise"]
+__all__ = ["STREAM_INITIAL", "STREAM_STEP", "as_seeds", "as_step", "counter_noise", "seed_list"]
 
 STREAM_INITIAL = 0
 STREAM_STEP = 1
@@ -31,19 +32,34 @@ def as_seeds(seeds: SeedsLike, batch_size: int, device: torch.device) -> Tensor:
         ValueError: A seed is not an integer of 64 bits, signed or unsigned.
     """
     if not isinstance(seeds, Tensor):
-        values = [_int64(seed) for seed in seeds]
+        values = [seed - 2**64 if seed >= 2**63 else seed for seed in seed_list(seeds)]
         seeds = torch.tensor(values, dtype=torch.int64, device=device)
     if seeds.dtype != torch.int64:
-        raise ValueError(f"seeds must be int64, got {seeds.dtype}")
+        if seeds.is_floating_point() or seeds.is_complex() or seeds.dtype == torch.bool:
+            raise ValueError(f"seeds must be integers, got {seeds.dtype}")
+        seeds = seeds.to(torch.int64)  # uint64 keeps its bits
     if seeds.shape != (batch_size,):
         raise InvalidShape(f"seeds have shape {tuple(seeds.shape)}, expected ({batch_size},)")
     return seeds.to(device).contiguous()
 
 
-def _int64(seed: int) -> int:
-    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
-        raise ValueError(f"a seed must be an integer in [-2^63, 2^64), got {seed!r}")
-    return seed - 2**64 if seed >= 2**63 else seed
+def seed_list(seeds: SeedsLike) -> list[int]:
+    """Seeds, (B,) of Python, numpy or torch, as a list of B ints.
+
+    Raises:
+        InvalidShape: `seeds` are not one after another.
+        ValueError: A seed is not an integer of 64 bits, signed or unsigned.
+    """
+    listed = seeds.tolist() if hasattr(seeds, "tolist") else seeds  # numpy's; torch's
+    if not isinstance(listed, Iterable):
+        raise InvalidShape(f"seeds must be one integer per sample, (B,), got {seeds!r}")
+    values = []
+    for seed in listed:
+        value = as_integer(seed)
+        if value is None or not -(2**63) <= value < 2**64:
+            raise ValueError(f"a seed must be an integer in [-2^63, 2^64), got {seed!r}")
+        values.append(value)
+    return values
 
 
 def as_step(step: int | Tensor) -> int | Tensor:
@@ -58,14 +74,15 @@ def as_step(step: int | Tensor) -> int | Tensor:
             )
         if values_are_readable(step):
             _check_word("step", int(step))
-    else:
-        _check_word("step", step)
-    return step
+        return step
+    return _check_word("step", step)
 
 
-def _check_word(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**32:
+def _check_word(name: str, value: int) -> int:
+    word = as_integer(value)
+    if word is None or not 0 <= word < 2**32:
         raise ValueError(f"{name} must be an integer in [0, 2^32), got {value!r}")
+    return word
 
 
 def counter_noise(
@@ -105,7 +122,7 @@ def counter_noise(
         raise InvalidShape(f"shape must be (B, C, ...), got {shape}")
     if dtype not in _DTYPES:
         raise ValueError(f"dtype must be one of {_DTYPES}, got {dtype}")
-    _check_word("stream", stream)
+    stream = _check_word("stream", stream)
     if device is None:
         device = seeds.device if isinstance(seeds, Tensor) else "cpu"
     out = torch.empty(shape, dtype=dtype, device=device)

@@ -20,6 +20,7 @@ from msdda_fast.kernels.fused_step._inputs import (
     pick,
     randomness,
 )
+from msdda_fast.kernels.fused_step._memory import finish, has_address, readable
 from msdda_fast.kernels.fused_step._posteriors import (
     as_numbers,
     fused_coefficients,
@@ -88,7 +89,7 @@ def fast_fuse_step(
             none of the three: torch's default generator.
         return_moments: Return a `FusedStep` with the fused mean and variance.
         backend: "auto", "eager" (differentiates), "native" or "triton".
-        out: (B, *S), any float dtype: the result goes here.
+        out: (B, *S), any float dtype: the result goes here; it may overlap the inputs.
         zero_variance: What to do where a variance of 0 meets other active objectives: "error";
             "dominate": those with zero variance decide, sharing by weight (the literal limit);
             "ratio": likewise, sharing by w_i / c_i^2.
@@ -99,13 +100,15 @@ def fast_fuse_step(
         x_prev (B, *S) in latent units, in the dtype of `means` (or `out`); or a `FusedStep`.
 
     Raises:
-        InvalidShape: A wrong shape (both are given), device or dtype.
+        InvalidShape: A wrong shape (both are given), device or dtype; memory that was freed, or in
+            `out` shared.
         InvalidWeights: Weights off the simplex or not finite; no positive precision.
         ZeroVariance: See `zero_variance`.
         InvalidSchedule: A policy or rates outside of the above.
         ValueError: A variance that is negative or not finite; more than one source of noise; a
             seed or step outside of its range.
-        BackendUnavailable: The backend cannot run here; an input requires grad without "eager".
+        BackendUnavailable: The backend cannot run here; an input requires grad, or has a tangent,
+            without "eager".
     """
     means = by_objective(means, "means")
     if not means:
@@ -122,8 +125,13 @@ def fast_fuse_step(
     var = with_all_axes(var, "variances", count, first)
     weight = with_all_axes(weight, "weights", count, first)
     z = randomness(first, noise, seeds, step, generator)
-    target = check_out(out, first)
-    raw = pick(backend, [*means, var, weight, z.noise])
+    if addresses := has_address(first):
+        means = [readable(mean, f"means[{m}]") for m, mean in enumerate(means)]
+        var, weight = readable(var, "variances"), readable(weight, "weights")
+        z = z.readable()
+    inputs = [*means, var, weight, z.noise]
+    target = check_out(out, first, inputs, addresses=addresses)
+    raw = pick(backend, inputs if out is None else [*inputs, out])
     var, weight = prepare(
         var,
         weight,
@@ -141,7 +149,7 @@ def fast_fuse_step(
         if not return_moments:
             row = torch.cat([mean_row[:, :-1], std[:, None]], dim=1).to(dtype)
             raw.run(target, None, branches, row, **z._asdict())
-            return target
+            return finish(target, out)
         mu = torch.empty_like(first, dtype=dtype, requires_grad=False)
         raw.run(mu, None, branches, mean_row.to(dtype))
         row = torch.stack([torch.ones_like(std), std], dim=1).to(dtype)
@@ -151,12 +159,12 @@ def fast_fuse_step(
         var, weight = var.to(dtype), weight.to(dtype)
         if not return_moments:
             raw.run_moments(target, means, var, weight, **z._asdict())
-            return target
+            return finish(target, out)
         mu = torch.empty_like(first, dtype=dtype, requires_grad=False)
         fused_variance = torch.empty_like(mu)
         raw.run_moments(target, means, var, weight, mean=mu, variance=fused_variance, **z._asdict())
     variance_shape = fused_variance.shape[:kept_axes]
-    return FusedStep(target, mu, fused_variance.to(dtype).reshape(variance_shape))
+    return FusedStep(finish(target, out), mu, fused_variance.to(dtype).reshape(variance_shape))
 
 
 def fused_ddim_step(
@@ -190,17 +198,19 @@ def fused_ddim_step(
         generator: Instead: `torch.randn` with this generator, or one generator per sample. With
             none of the three: torch's default generator.
         backend: "auto", "eager" (differentiates), "native" or "triton".
-        out: (B, *S), any float dtype: the result goes here; may be `x_t`.
+        out: (B, *S), any float dtype: the result goes here; it may be `x_t` or overlap the inputs.
 
     Returns:
         x_prev (B, *S) in latent units, in the dtype of `x_t` (or `out`).
 
     Raises:
-        InvalidShape: A wrong shape (both are given), device or dtype; an output that is missing
-            although a coefficient of it is not 0 (seen for coefficients on the CPU only).
+        InvalidShape: A wrong shape (both are given), device or dtype; memory that was freed, or in
+            `out` shared; an output that is missing although a coefficient of it is not 0 (seen for
+            coefficients on the CPU only).
         InvalidSchedule: A clip range that is not positive and finite.
         ValueError: More than one source of noise; a seed or step outside of its range.
-        BackendUnavailable: The backend cannot run here; an input requires grad without "eager".
+        BackendUnavailable: The backend cannot run here; an input requires grad, or has a tangent,
+            without "eager".
     """
     count, shape = coefficients.num_objectives, x_t.shape
     check_alike(x_t, "x_t", shape, x_t.device)
@@ -240,10 +250,17 @@ def fused_ddim_step(
     if output_dtype == torch.float64 and x_t.dtype != torch.float64:
         raise InvalidShape(f"outputs are float64, wider than x_t in {x_t.dtype}; make x_t float64")
     z = randomness(x_t, noise, seeds, step, generator)
-    target = check_out(out, x_t)
-    raw = pick(backend, [x_t, *branches, row, z.noise])
+    if addresses := has_address(x_t):
+        x_t, row, z = readable(x_t, "x_t"), readable(row, "coefficients"), z.readable()
+        branches = [
+            output if output is None else readable(output, f"outputs[{m}]")
+            for m, output in enumerate(branches)
+        ]
+    inputs = [x_t, *branches, row, z.noise]
+    target = check_out(out, x_t, inputs, addresses=addresses)
+    raw = pick(backend, inputs if out is None else [*inputs, out])
     raw.run(target, x_t, branches, row, clip_range=clip_range, **z._asdict())
-    return target
+    return finish(target, out)
 
 
 def _check_unused(row: Tensor, layout: Layout, m: int, *, whole: bool) -> None:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks at the door of the fused step: everything is refused here, by name, before any work."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
 
@@ -10,9 +12,11 @@ from torch import Tensor
 from msdda_fast.errors import BackendUnavailable, InvalidShape
 from msdda_fast.kernels import registry
 from msdda_fast.kernels.counter_noise import as_seeds, as_step
+from msdda_fast.kernels.fused_step._memory import apart, check_distinct, readable
 from msdda_fast.kernels.fused_step._ops import Operators
 from msdda_fast.kernels.randomness import check_one_source, draw
 from msdda_fast.kernels.raw import FusedStepBackend
+from msdda_fast.torch_private import has_tangent, in_function_transform
 from msdda_fast.tracing import is_watched
 from msdda_fast.types import GeneratorLike, SeedsLike
 
@@ -36,6 +40,14 @@ class Randomness(NamedTuple):
     noise: Tensor | None
     seeds: Tensor | None
     step: int | Tensor
+
+    def readable(self) -> Randomness:
+        """The same, as kernels read it; see `_memory.readable`."""
+        return Randomness(
+            None if self.noise is None else readable(self.noise, "noise"),
+            None if self.seeds is None else readable(self.seeds, "seeds"),
+            self.step,
+        )
 
 
 def randomness(
@@ -91,16 +103,22 @@ def check_alike(
         raise InvalidShape(f"{name} has dtype {tensor.dtype}, expected {accepted}")
 
 
-def check_out(out: Tensor | None, like: Tensor) -> Tensor:
-    """`out` if it can take the result, else a new tensor with shape, dtype and layout of `like`."""
+def check_out(
+    out: Tensor | None, like: Tensor, inputs: Sequence[Tensor | None], *, addresses: bool
+) -> Tensor:
+    """Where to write the result: `out`, or a new tensor with shape, dtype and layout of `like`.
+
+    A new one also where `out` overlaps the inputs; see `apart`. `addresses`: tensors have some.
+    """
     if out is None:
         return torch.empty_like(like, requires_grad=False)
     check_alike(out, "out", like.shape, like.device)
-    if any(stride == 0 and n > 1 for n, stride in zip(out.shape, out.stride(), strict=True)):
-        raise InvalidShape(f"out has strides {out.stride()}: several elements share their memory")
     if out.requires_grad and torch.is_grad_enabled():
         raise ValueError("out requires grad; steps do not differentiate through out")
-    return out
+    if not addresses:
+        return out
+    check_distinct(out)
+    return apart(out, inputs)
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -113,9 +131,15 @@ def pick(backend: str, inputs: Sequence[Tensor | None]) -> FusedStepBackend:
     """The backend for these inputs: its module, or operators under a tracer.
 
     Raises:
-        BackendUnavailable: The backend cannot run, or an input requires grad and it is not "eager".
+        BackendUnavailable: The backend cannot run; or it is not "eager", and an input requires grad
+            or has a tangent, or `torch.func` transforms the call.
     """
     tensors = [tensor for tensor in inputs if tensor is not None]
+    if backend != "eager" and (in_function_transform() or has_tangent(tensors)):
+        raise BackendUnavailable(
+            f"backend {backend!r} has no derivatives, and forward-mode differentiation or another "
+            'transform of torch.func is under way; use backend="eager", which can be transformed'
+        )
     if backend != "eager" and torch.is_grad_enabled():
         if any(tensor.requires_grad for tensor in tensors):
             raise BackendUnavailable(

@@ -70,6 +70,10 @@ class CapturedGeneration:
         """Continue from another state, between two steps."""
         self._step.buffers.replace_x(x)
 
+    def replace_table(self, table: CoefficientTable) -> None:
+        """Continue with other coefficients of the same steps, between two steps."""
+        self._step.buffers.replace_table(table)
+
     def replace_prompt(self, prompt_embeds: Tensor) -> None:
         """Continue with other embeddings (M, K, B, L, D), between two steps.
 

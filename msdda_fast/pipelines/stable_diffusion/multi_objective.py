@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every pipeline with objectives can do: load, save, move and prepare."""
+"""What every pipeline with objectives can do: load, save, move, prepare and decode."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,8 +22,10 @@ from msdda_fast.engine.parallel import ObjectiveParallel
 from msdda_fast.errors import InvalidMode
 from msdda_fast.objective import Objective
 from msdda_fast.pipelines import loading, saving
+from msdda_fast.pipelines.dtypes import Dtypes
 from msdda_fast.pipelines.runnable import check_runnable
 from msdda_fast.pipelines.stable_diffusion.adapter_methods import AdapterMethods
+from msdda_fast.pipelines.stable_diffusion.decoding import decode
 from msdda_fast.pipelines.stable_diffusion.exclusive import exclusively
 from msdda_fast.pipelines.stable_diffusion.forward import Forward, ForwardSettings, Runner
 from msdda_fast.pipelines.stable_diffusion.held_adapters import HeldAdapters
@@ -49,8 +52,8 @@ class MultiObjectivePipeline(AdapterMethods, DiffusionPipeline):  # type: ignore
         pretrained_model_name_or_path: str | Path,
         *,
         objectives: Mapping[str, Objective] | None = None,
-        dtype: torch.dtype | None = None,
-        torch_dtype: torch.dtype | None = None,
+        dtype: Dtypes | None = None,
+        torch_dtype: Dtypes | None = None,
         **options: Any,  # noqa: ANN401 - diffusers' own: components, revision, cache_dir, ...
     ) -> Self:
         """Load a model and its objectives.
@@ -60,8 +63,10 @@ class MultiObjectivePipeline(AdapterMethods, DiffusionPipeline):  # type: ignore
                 model `msdda-fast/emoji`.
             objectives: Objectives by name, in order; None: those of the model's `objectives.json`,
                 or only the base model if there is no such file.
-            dtype: Dtype of all components; float32 by default. `torch_dtype` is its older name.
-            options: Everything else that `DiffusionPipeline.from_pretrained` takes.
+            dtype: Dtype of all components, float32 by default, or a mapping from their names, in
+                which "default" stands for the others. `torch_dtype` is its older name.
+            options: Everything else that `DiffusionPipeline.from_pretrained` takes. A component
+                given as None is left out: without the unet, such a pipeline encodes prompts only.
 
         Raises:
             FileNotFoundError: The model, an adapter or a network is missing.
@@ -83,8 +88,10 @@ class MultiObjectivePipeline(AdapterMethods, DiffusionPipeline):  # type: ignore
         """Write a `StableDiffusionPipeline` folder with the objectives beside it.
 
         The base is written without its adapters, so stock diffusers loads the folder too; adapters
-        and full networks go to `objectives/<name>/`, and `objectives.json` lists them. Everything
-        is written next to the folder first: a failed save does not change it.
+        and full networks go to `objectives/<name>/`, and `objectives.json` lists them. Weights are
+        written in the dtype they have; whoever loads the folder gets float32 unless another dtype
+        is asked for. Everything is written next to the folder first: a failed save does not change
+        it.
 
         Args:
             save_directory: Created if missing; files of an earlier save are replaced.
@@ -239,6 +246,23 @@ class MultiObjectivePipeline(AdapterMethods, DiffusionPipeline):  # type: ignore
                 variant.network.to(*args, **kwargs)
         return self
 
+    def to_images(self, x_0: Tensor, output_type: str = "pil") -> tuple[Any, list[bool] | None]:
+        """Turn latents into images and the safety checker's flags.
+
+        Args:
+            x_0: (B, C, h, w), as sampled.
+            output_type: As in the call; "latent" returns `x_0` itself.
+
+        Returns: The images, and for each whether it was blackened (None without a safety checker).
+        """
+        if output_type == "latent":
+            return x_0, None
+        image, flagged = self.run_safety_checker(decode(self.vae, x_0), x_0.device, self.vae.dtype)
+        # a flagged image is black already; it must not be rescaled from [-1, 1]
+        normalised = [True] * len(image) if flagged is None else [not flag for flag in flagged]
+        images = self.image_processor.postprocess(image, output_type, do_denormalize=normalised)
+        return images, flagged
+
     def prepare(
         self,
         batch_size: int = 1,
@@ -267,7 +291,7 @@ class MultiObjectivePipeline(AdapterMethods, DiffusionPipeline):  # type: ignore
             self.set_progress_bar_config(disable=True)
             try:
                 self(
-                    [""] * batch_size,
+                    [""] * operator.index(batch_size),
                     height,
                     width,
                     num_inference_steps,

@@ -28,16 +28,17 @@ from msdda_fast.adapters.variant import Variant
 from msdda_fast.engine.noise import image_seeds, noise_source
 from msdda_fast.objective import Objective
 from msdda_fast.pipelines import loading, request
+from msdda_fast.pipelines.dtypes import Dtypes, cast, check_dtypes
 from msdda_fast.pipelines.prompts import Prompts
+from msdda_fast.pipelines.schedulers import ddim_scheduler
 from msdda_fast.pipelines.stable_diffusion.callback import Callback, StepCallback
-from msdda_fast.pipelines.stable_diffusion.decoding import decode
 from msdda_fast.pipelines.stable_diffusion.exclusive import one_at_a_time
 from msdda_fast.pipelines.stable_diffusion.modes import Mode, check_mode
 from msdda_fast.pipelines.stable_diffusion.multi_objective import MultiObjectivePipeline
 from msdda_fast.pipelines.stable_diffusion.output import MSDDAPipelineOutput
 from msdda_fast.pipelines.stable_diffusion.sampling import PromptedGeneration, Request, sample
 from msdda_fast.steps.table import coefficient_table
-from msdda_fast.types import Fusion, GeneratorLike, WeightSchedule, ZeroVariancePolicy
+from msdda_fast.types import Fusion, GeneratorLike, SeedsLike, WeightSchedule, ZeroVariancePolicy
 from msdda_fast.weights import preference_schedule
 
 __all__ = ["MSDDAPipeline"]
@@ -58,7 +59,8 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
     `from_pretrained` or `from_pipe` for more.
 
     Args:
-        vae, text_encoder, tokenizer, unet: As in `StableDiffusionPipeline`.
+        vae, text_encoder, tokenizer, unet: As in `StableDiffusionPipeline`; None leaves one out,
+            and what needs it is refused: without unet or scheduler, prompts can be encoded.
         scheduler: DDIM; PNDM and DDPM, which Stable Diffusion folders name, are rebuilt as DDIM
             from their config, and others are refused.
         safety_checker, feature_extractor, image_encoder, requires_safety_checker: Optional, as in
@@ -82,7 +84,7 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
             text_encoder=text_encoder,
             tokenizer=tokenizer,
             unet=unet,
-            scheduler=loading.ddim_scheduler(scheduler),
+            scheduler=None if scheduler is None else ddim_scheduler(scheduler),
             safety_checker=safety_checker,
             feature_extractor=feature_extractor,
             image_encoder=image_encoder,
@@ -96,9 +98,11 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
         pipeline: DiffusionPipeline,
         *,
         objectives: Mapping[str, Objective] | None = None,
+        dtype: Dtypes | None = None,
+        torch_dtype: Dtypes | None = None,
         **components: Any,  # noqa: ANN401 - modules by name
     ) -> Self:
-        """Share the modules of a loaded pipeline, which is not changed and stays usable.
+        """Share the modules of a loaded pipeline, which stays usable and is not changed.
 
         Args:
             pipeline: A `StableDiffusionPipeline`, with adapters loaded by `load_lora_weights`.
@@ -106,6 +110,9 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
                 left out when it is the objective's own name. None: the pipeline's objectives whose
                 adapters it still holds and the adapters loaded into it since, else every loaded
                 adapter, all at eta = 1, else the base model.
+            dtype: None: every module keeps its own. Else as in `from_pretrained`; the modules are
+                cast in place, so those of `pipeline` are too, as in diffusers. `torch_dtype` is its
+                older name.
             components: Modules to use in place of the pipeline's.
 
         Raises:
@@ -115,6 +122,7 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
             ValueError: Invalid objectives, or a pipeline without Stable Diffusion's modules.
         """
         modules = loading.shared_components(pipeline, components)
+        dtype = check_dtypes(dtype, torch_dtype, list(modules))
         pipe = cls(**modules, requires_safety_checker=False)
         pipe.register_to_config(
             requires_safety_checker=pipeline.config.get("requires_safety_checker", True),
@@ -123,7 +131,10 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
         pipe._shares_networks = True
         if (settings := getattr(pipeline, "forward_settings", None)) is not None:
             pipe.set_forward(**vars(settings))
-        return loading.attach_loaded(pipe, pipeline, objectives)
+        loading.attach_loaded(pipe, pipeline, objectives)
+        if dtype is not None:
+            cast(pipe, dtype)
+        return pipe
 
     @torch.no_grad()
     @one_at_a_time
@@ -136,7 +147,7 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
         *,
         weights: WeightSchedule = None,
         mode: Mode = "exact",
-        seed: int | Sequence[int] | None = None,
+        seed: int | SeedsLike | None = None,
         etas: Mapping[str, float] | Sequence[float] | None = None,
         guidance_scale: float | Mapping[str, float] | Sequence[float] | None = None,
         negative_prompt: str | list[str] | None = None,
@@ -172,7 +183,8 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
             mode: "exact", or for speed an approximation that reports an estimate of its error:
                 "merged" runs one network with the adapters merged by precision, the limit of
                 Rewarded Soups; "hybrid" is merged, and exact in the last fifth of the steps.
-            seed: Counter-based noise: image i gets the seed `seed + i`; a list has one per image.
+            seed: Counter-based noise: image i gets the seed `seed + i`; a list or array has one per
+                image, each in [-2^63, 2^64).
             etas: eta in [0, 1] by objective, in place of the objectives' own.
             guidance_scale: >= 1, for all objectives, by name, or (M,); 1 is no guidance. None: the
                 objective's own, or 7.5.
@@ -191,7 +203,8 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
                 "latent": x_0 (B, C, h, w), float32.
             return_dict: Return an `MSDDAPipelineOutput`; else the tuple (images, flags).
             callback_on_step_end: Called after step k as `f(pipe, k, t, tensors)`; what it returns
-                in its dict replaces those tensors.
+                in its dict replaces those tensors, and a `pipe._guidance_scale` that it sets is
+                that of all objectives from the next step on, as `SDCFGCutoffCallback` does.
             callback_on_step_end_tensor_inputs: Which tensors it gets: "latents" (B, C, h, w),
                 "prompt_embeds" and "negative_prompt_embeds", both (M, B, L, D).
 
@@ -210,12 +223,15 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
             PipelineBusy: A callback called the pipeline that calls it. Other threads wait instead.
             ZeroVariance: A prompt mixes eta = 0 with eta > 0 under `zero_variance="error"`.
             NotFinite: Sampling ended in NaN or infinity.
-            ValueError: Prompts that contradict each other; seed and generator together; an argument
-                of stock pipelines that has no meaning here, among them `eta`.
+            ValueError: Prompts that contradict each other; seed and generator together; a component
+                that is None and needed; an argument of stock pipelines that has no meaning here,
+                among them `eta`, at another value than its default there.
         """
         request.refuse(refused)
         request.check_output_type(output_type)
-        request.check_steps(num_inference_steps)
+        decoder = [] if output_type == "latent" else ["vae"]
+        request.check_parts(self, "unet", "scheduler", *decoder)
+        num_inference_steps = request.check_steps(num_inference_steps)
         check_mode(mode, in_parallel=self.parallel is not None)
         callback = Callback.check(callback_on_step_end, callback_on_step_end_tensor_inputs)
         prompts = Prompts.check(
@@ -226,9 +242,9 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
             images_per_prompt=num_images_per_prompt,
             embed_width=self.unet.config.cross_attention_dim,
         )
-        scheduler = loading.ddim_scheduler(self.scheduler)  # users assign others to a pipeline
-        if scheduler is not self.scheduler:
-            self.register_modules(scheduler=scheduler)
+        if (scheduler := ddim_scheduler(self.scheduler)) is not self.scheduler:
+            self.register_modules(scheduler=scheduler)  # users assign others to a pipeline
+        guidance = request.objective_guidance(self._objectives, guidance_scale)
         table = coefficient_table(
             scheduler,
             num_inference_steps,
@@ -241,13 +257,15 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
                 images_per_prompt=num_images_per_prompt,
                 extrapolate=extrapolate,
             ),
-            guidance_scale=request.objective_guidance(self._objectives, guidance_scale),
+            guidance_scale=guidance,
             zero_variance=zero_variance,
             rates=rates,
             extrapolate=extrapolate,
             fusion=fusion,
             dtype=torch.float64,
         )
+        if prompts.needs_encoder(negative=table.needs_uncond):
+            request.check_parts(self, "text_encoder", "tokenizer")
         shape = request.latent_shape(
             prompts.batch_size, self.unet.config, self.vae_scale_factor, height, width
         )
@@ -259,11 +277,12 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
         table = table.to(device, torch.promote_types(networks.dtype, torch.float32))
 
         self._interrupt, self._num_timesteps = False, len(table)
+        self._guidance_scale = max(guidance)  # callbacks read it, and may set another
         with self.progress_bar(total=len(table)) as bar:
 
             def watch(k: int, generation: PromptedGeneration, embeds: Tensor) -> bool:
                 if callback is not None:
-                    callback(self, k, table.timesteps[k], generation, embeds)
+                    callback(self, k, table, generation, embeds)
                 bar.update()
                 return not self._interrupt
 
@@ -276,20 +295,3 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
         return MSDDAPipelineOutput(
             images=images, nsfw_content_detected=flagged, step_kl_estimate=step_kl
         )
-
-    def to_images(self, x_0: Tensor, output_type: str = "pil") -> tuple[Any, list[bool] | None]:
-        """Turn latents into images and the safety checker's flags.
-
-        Args:
-            x_0: (B, C, h, w), as sampled.
-            output_type: As in the call; "latent" returns `x_0` itself.
-
-        Returns: The images, and for each whether it was blackened (None without a safety checker).
-        """
-        if output_type == "latent":
-            return x_0, None
-        image, flagged = self.run_safety_checker(decode(self.vae, x_0), x_0.device, self.vae.dtype)
-        # a flagged image is black already; it must not be rescaled from [-1, 1]
-        normalised = [True] * len(image) if flagged is None else [not flag for flag in flagged]
-        images = self.image_processor.postprocess(image, output_type, do_denormalize=normalised)
-        return images, flagged

@@ -73,10 +73,13 @@ class Networks:
 
 
 class PromptedGeneration(loop.Generation, Protocol):
-    """A generation whose state and prompts may be replaced between two steps."""
+    """A generation whose state, coefficients and prompts may be replaced between two steps."""
 
     def replace_x(self, x: Tensor) -> None:
         """Continue from another state (B, C, h, w)."""
+
+    def replace_table(self, table: CoefficientTable) -> None:
+        """Continue with other coefficients of the same T steps."""
 
     def replace_prompt(self, prompt_embeds: Tensor) -> None:
         """Continue with other embeddings (M, K, B, L, D), in the order (uncond, cond)."""
