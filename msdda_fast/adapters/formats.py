@@ -86,7 +86,9 @@ class StableDiffusionFormat:
 
     def default(self, keys: Iterable[str]) -> str:
         """Return the network whose name all keys lack, or "" if they say it themselves."""
-        return _default(keys, self.networks, self.networks[0], (*_KOHYA, _COMFY, _COMFY_TEXT))
+        return _default(
+            keys, self.networks, self.networks[0], (*_KOHYA, _COMFY, _COMFY_TEXT, *self.networks)
+        )
 
     def parts(self, state_dict: Mapping[str, Tensor]) -> dict[str, Part]:
         """Return the factors of an adapter by network; see `Format`."""
@@ -116,7 +118,7 @@ class StockFormat:
 
     def default(self, keys: Iterable[str]) -> str:
         """Return the network whose name all keys lack, or "" if they say it themselves."""
-        return _default(keys, self.networks, self.networks[0], (*_KOHYA, _COMFY))
+        return _default(keys, self.networks, self.networks[0], (*_KOHYA, _COMFY, "text_encoder"))
 
     def parts(self, state_dict: Mapping[str, Tensor]) -> dict[str, Part]:
         """Return the factors of an adapter by network; see `Format`."""

@@ -67,9 +67,7 @@ class NetworkState:
     def __init__(self, network: nn.Module, variants: Iterable[Variant]) -> None:
         variants = list(variants)
         modules = [module for _, module in own_modules(network)]
-        self._attributes: list[_Attributes] = []
-        self._hooks: list[dict[Any, Any]] = []
-        self._watch_forwards(modules)
+        self._forwards = _Forwards(modules)
         self._sizes = [(holder, len(holder)) for holder in _holders(modules)]
         self._places = [
             _Place(holder, name, item)
@@ -100,7 +98,7 @@ class NetworkState:
             return False
         if versions_of(self._weights) != self._versions:
             return False
-        if any(self._hooks) or any(_differ(attributes) for attributes in self._attributes):
+        if not self._forwards.are_current():
             return False
         if [layer.merged_adapters for layer in self._tuners] != self._merged:
             return False
@@ -109,12 +107,6 @@ class NetworkState:
         if not torch.equal(_together(self._samples), self._sampled):
             return False
         return self._adapters.is_current()
-
-    def _watch_forwards(self, modules: Iterable[nn.Module]) -> None:
-        for module in modules:
-            held = vars(module)
-            self._attributes.append(_Attributes(held, {**held}, module, type(module)))
-            self._hooks.extend(hooks_of(module))
 
 
 class AdapterState:
@@ -127,6 +119,7 @@ class AdapterState:
 
     def __init__(self, layers: Iterable[BaseTunerLayer], variants: Iterable[Variant]) -> None:
         self._layers = list(layers)
+        self._forwards = _Forwards(())
         self._places: list[_Place] = []
         self._adapters: list[_Adapter] = []
         self._factors: list[Tensor] = []
@@ -138,7 +131,7 @@ class AdapterState:
 
     def is_current(self) -> bool:
         """Return whether factors and scales are still the same numbers."""
-        if not _in_place(self._places):
+        if not _in_place(self._places) or not self._forwards.are_current():
             return False
         for variant, layers, scales in self._adapters:
             if [scaling(layer, variant) for layer in layers] != scales:
@@ -156,7 +149,7 @@ class AdapterState:
                 part = parts.get(name)
                 self._places.append(_Place(parts, name, part))  # None: no such adapter there
                 if part is not None:
-                    self._watch_forwards([part])
+                    self._forwards.watch([part])
                     parameters = held_by(part)[1]
                     self._places.append(_Place(parameters, "weight", part.weight))
                     self._factors.append(part.weight)
@@ -164,6 +157,24 @@ class AdapterState:
                 layers.append(layer)
         scales = [scaling(layer, variant) for layer in layers]
         self._adapters.append(_Adapter(variant, layers, scales))
+
+
+class _Forwards:
+    """What modules do when they are called: their classes, attributes and hooks."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._attributes: list[_Attributes] = []
+        self._hooks: list[dict[Any, Any]] = []
+        self.watch(modules)
+
+    def watch(self, modules: Iterable[nn.Module]) -> None:
+        for module in modules:
+            held = vars(module)
+            self._attributes.append(_Attributes(held, {**held}, module, type(module)))
+            self._hooks.extend(hooks_of(module))
+
+    def are_current(self) -> bool:
+        return not any(self._hooks) and not any(_differ(one) for one in self._attributes)
 
 
 def _in_place(places: Iterable[_Place]) -> bool:

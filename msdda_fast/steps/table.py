@@ -176,9 +176,10 @@ def rule_table(
         rows[..., layout.x0_uncond] = output * (1 - guidance)
         rows[..., layout.x0_cond] = output * guidance
         rows[..., layout.x0_scale] = clean.scale * share
-    if not bool((rows.abs() <= torch.finfo(dtype).max).all()):  # NaN fails too
+    narrow = min(dtype, torch.float32, key=lambda kind: torch.finfo(kind).max)  # of most states
+    if not bool((rows.abs() <= torch.finfo(narrow).max).all()):  # NaN fails too
         raise InvalidSchedule(
-            f"the coefficients of these steps do not fit {dtype}: {rows.abs().max():g} is the "
+            f"the coefficients of these steps do not fit {narrow}: {rows.abs().max():g} is the "
             f"largest, with guidance_scale {guidance.abs().max():g} and {rule.levels.name} "
             f"{level.tolist()}"
         )
