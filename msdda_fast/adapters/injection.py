@@ -77,9 +77,9 @@ def inject(
             low_cpu_mem_usage=True,
             state_dict={f"{path}.lora_A.weight": f.down for path, f in factors.items()},
         )
-    network._hf_peft_config_loaded = True  # as diffusers' loader does
+    network._hf_peft_config_loaded = True  # type: ignore[assignment]  # as diffusers' loader does
     for path, f in factors.items():
-        _fill(network.get_submodule(path), name, f, alphas[path])  # type: ignore[arg-type]
+        _fill(network.get_submodule(path), name, f, alphas[path])
     vars(config).update(patterns)  # for whoever saves the network's adapters with peft
 
 

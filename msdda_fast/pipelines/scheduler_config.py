@@ -47,5 +47,6 @@ def _betas(config: Mapping[str, Any]) -> list[tuple[str, object]]:
 
 def _number(value: object) -> float:
     """Return the value, or NaN if it is no number, which lies in no range."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return value if is_number else math.nan
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return value
+    return math.nan
