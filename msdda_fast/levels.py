@@ -52,8 +52,11 @@ class LevelRange:
 
     def check_one(self, level: float, owner: str) -> None:
         """Raise `InvalidSchedule` unless `level` is in the range; `owner` starts the message."""
-        if self.low <= level <= self.high and level < math.inf:  # false for NaN too
-            return
+        try:
+            if self.low <= level <= self.high and level < math.inf:  # false for NaN too
+                return
+        except TypeError:  # no number: told below
+            pass
         if self.low == self.high:
             raise InvalidSchedule(
                 f"{owner}: {self.name} is {self.meaning}, and got {level!r}: leave it out"
@@ -207,6 +210,8 @@ def read_levels(levels: NoiseLevels) -> Levels:
         InvalidSchedule: Objectives differ in more than their level.
         InvalidShape: Something else than numbers.
     """
+    if isinstance(levels, FlowNoise):
+        raise InvalidShape(f"levels are {levels!r}, expected a list of M, one for each objective")
     given = list(levels) if isinstance(levels, Sequence) else []
     if not any(isinstance(level, FlowNoise) for level in given):
         return Levels(as_host_float64(levels, "levels"), None)

@@ -6,7 +6,7 @@ import math
 import pytest
 
 import msdda_fast as mf
-from msdda_fast import InvalidSchedule, Objective
+from msdda_fast import InvalidSchedule, InvalidShape, Objective
 from msdda_fast.levels import ETA, LevelRange, noise_from_json, noise_to_json, read_levels
 from msdda_fast.pipelines.manifest import dump_objectives, parse_objectives
 from msdda_fast.pipelines.request import objective_etas
@@ -40,6 +40,18 @@ def test_only_what_is_not_the_default_is_written_down() -> None:
 def test_noise_that_cannot_be_read(entry) -> None:
     with pytest.raises(InvalidSchedule, match="is none of FlowSDE, DanceSDE, CPS, FlowDDIM"):
         noise_from_json(entry)
+
+
+@pytest.mark.parametrize("level", ["0.7", None, [0.7]])
+def test_a_level_is_a_number(level) -> None:
+    for make in (mf.FlowSDE, lambda level: Objective(eta=level)):
+        with pytest.raises(InvalidSchedule, match=r"must lie in \[0, .* got"):
+            make(level)
+
+
+def test_one_level_for_all_is_no_list_of_them() -> None:
+    with pytest.raises(InvalidShape, match=r"levels are FlowSDE\(level=0.7.* expected a list of M"):
+        read_levels(mf.FlowSDE(0.7))
 
 
 @pytest.mark.parametrize("noise", [0.7, "FlowSDE", mf.FlowSDE])

@@ -142,10 +142,12 @@ def levels_of(
     name, given = ("levels", levels) if etas is None else ("etas", etas)
     if given is None:
         entry = entry_of(scheduler)
-        if entry is None or entry.level is None or count is None:
+        if entry is None or entry.level is None:
             raise InvalidSchedule(
                 f"{type(scheduler).__name__} needs a level of each objective: etas=[...]"
             )
+        if count is None:
+            raise InvalidShape("how many objectives are there? Give weights= or levels=")
         return Levels(torch.full((count,), entry.level(scheduler), dtype=torch.float64), None)
     found = read_levels(given)
     if count is not None and (shape := tuple(found.values.shape)) != (count,):

@@ -284,6 +284,10 @@ class TestRefusals:
         with pytest.raises(InvalidSchedule, match=f"{name} needs a level of each objective"):
             mf.coefficient_table(scheduler(name), T, weights=[0.3, 0.7])
 
+    def test_nobody_says_how_many_objectives_there_are(self) -> None:
+        with pytest.raises(InvalidShape, match="how many objectives are there"):
+            mf.coefficient_table(scheduler("LCMScheduler"), T, weights=None)
+
     @pytest.mark.parametrize(
         ("name", "low"), [("TCDScheduler", 1.2), ("LTXEulerAncestralRFScheduler", -0.1)]
     )
