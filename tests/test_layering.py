@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "msdda_fast"
 
 #: Level 0 in order: each module may import those before it.
-LEVEL_0 = ("errors", "types", "files", "torch_private", "tracing", "objective", "weights")
+LEVEL_0 = ("errors", "types", "files", "resume", "torch_private", "tracing", "objective", "weights")
 
 MODELS = {"batched", "adapters", "engine", "kernels", "steps", "lora", "assets", *LEVEL_0}
 USES = {"pipelines", "rewards", *MODELS}

@@ -4,13 +4,14 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
+from msdda_fast.errors import ResumeMismatch
 from msdda_fast.evaluation import runs
 from msdda_fast.evaluation.runs import Comparison, Entry, collect_scores, run_comparison, strip_of
 from msdda_fast.evaluation.scores import merge_scores, read_scores
-from msdda_fast.evaluation.settings import SettingsConflict
 from msdda_fast.methods.msdda import MSDDA
 from msdda_fast.methods.sd import SD
 
@@ -52,7 +53,7 @@ def test_every_image_is_the_methods_own(pipe, tmp_path):
             "unet_forwards": 2 * 2 * 2, "unet_backwards": 0, "decodes": 1, "reward_calls": 0
         }  # fmt: skip
         assert rows["SD", "", None, "", 2, prompt, 1].costs["unet_forwards"] == 2 * 2
-        stored = torch.from_numpy(runs.np.array(strip_of(tmp_path, ENTRIES[1], 0)[i]))
+        stored = torch.from_numpy(np.array(strip_of(tmp_path, ENTRIES[1], 0)[i]))
         assert torch.equal(stored.permute(2, 0, 1) / 255, images[i])
 
 
@@ -129,7 +130,7 @@ def test_other_settings_of_a_method_are_other_shards():
 def test_other_settings_of_the_comparison_are_refused(pipe, tmp_path, calls, change, message):
     run_comparison(pipe, COMPARISON, ENTRIES[:1], tmp_path)
     calls.clear()
-    with pytest.raises(SettingsConflict, match=message):
+    with pytest.raises(ResumeMismatch, match=message):
         run_comparison(pipe, replace(COMPARISON, **change), ENTRIES[:1], tmp_path)
     assert calls == []
 

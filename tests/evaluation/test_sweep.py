@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 import msdda_fast as mf
+from msdda_fast.errors import ResumeMismatch
 from msdda_fast.evaluation.cells import Cell
-from msdda_fast.evaluation.settings import SettingsConflict
 from msdda_fast.evaluation.sweep import Sweep, run_sweep
 from msdda_fast.rewards.aesthetic import Aesthetic
 
@@ -119,7 +119,7 @@ def test_more_prompts_weights_and_seeds_add_cells(pipe, tmp_path, calls):
 def test_other_settings_are_refused_and_named(pipe, tmp_path, calls, change):
     run_sweep(pipe, sweep(), tmp_path)
     calls.clear()
-    with pytest.raises(SettingsConflict, match=next(iter(change))):
+    with pytest.raises(ResumeMismatch, match=next(iter(change))):
         run_sweep(pipe, sweep(**change), tmp_path)
     assert calls == []
 
@@ -129,7 +129,7 @@ def test_other_weights_of_the_model_are_refused(tiny, pipe, tmp_path):
     changed = tiny.load()
     with torch.no_grad():
         changed.unet.conv_in.weight[0, 0, 0, 0] += 1e-3
-    with pytest.raises(SettingsConflict, match="model was"):
+    with pytest.raises(ResumeMismatch, match=r"model\.unet was"):
         run_sweep(changed, sweep(), tmp_path)
 
 
