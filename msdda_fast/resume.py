@@ -3,8 +3,8 @@
 
 A *fingerprint* is a mapping of JSON values with everything that a result depends on: settings as
 they are, and digests of networks, adapters, rewards and files. A folder of results holds one as
-`settings.json`, written before the first result and by one process only, and each result carries
-its own. `bind` compares them all before any work.
+`settings.json`, made with the first result and by one process only, and each result carries its
+own. `check` compares them all before any work.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from functools import cache, partial
+from inspect import unwrap
 from pathlib import Path
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -39,35 +41,6 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _DEEPEST = 4  # objects within objects in which a digest looks for tensors
 
 
-def bind(
-    folder: Path,
-    wanted: Fingerprint,
-    *,
-    record: str = RECORD,
-    results: Iterable[Result] = (),
-    unmarked: Iterable[Path] = (),
-) -> None:
-    """Make `folder` the place of results with the fingerprint `wanted`, or check that it is.
-
-    Of several processes that bind a new folder together one makes its record, and the others are
-    compared with it.
-
-    Args:
-        folder: Created if missing.
-        wanted: What all results of the folder have in common.
-        record: Name of the record.
-        results: The results that are there and carry fingerprints.
-        unmarked: Files whose fingerprint is the record alone; some may be missing.
-
-    Raises:
-        ResumeMismatch: The record or a result differs or has no fingerprint.
-    """
-    check(folder, wanted, record=record, results=results, unmarked=unmarked)
-    file = folder / record
-    if not file.exists() and not _create(file, mark(wanted)):
-        require_same(file, _read(file), mark(wanted))
-
-
 def check(
     folder: Path,
     wanted: Fingerprint,
@@ -76,7 +49,18 @@ def check(
     results: Iterable[Result] = (),
     unmarked: Iterable[Path] = (),
 ) -> None:
-    """Do what `bind` does, except that a folder without a record stays without."""
+    """Check, before any work, that what `folder` holds was made with the fingerprint `wanted`.
+
+    Args:
+        folder: It may be missing.
+        wanted: What all results of the folder have in common.
+        record: Name of the record.
+        results: The results that are there and carry fingerprints.
+        unmarked: Files whose fingerprint is the record alone; some may be missing.
+
+    Raises:
+        ResumeMismatch: The record or a result differs or has no fingerprint.
+    """
     file = folder / record
     if file.exists():
         require_same(file, _read(file), mark(wanted))
@@ -89,8 +73,22 @@ def check(
         require_same(path, stored, mark(own))
 
 
+def bind(folder: Path, wanted: Fingerprint, *, record: str = RECORD) -> None:
+    """Make `folder` the place of results with the fingerprint `wanted`, before each is written.
+
+    Of several processes that fill a new folder together the first makes its record, and the others
+    are compared with it.
+
+    Raises:
+        ResumeMismatch: The record differs.
+    """
+    file = folder / record
+    if file.exists() or not _create(file, mark(wanted)):
+        require_same(file, _read(file), mark(wanted))
+
+
 def mark(own: Fingerprint) -> dict[str, Any]:
-    """Return the fingerprint that a result carries, for `bind` to find it again."""
+    """Return the fingerprint that a result carries, for `check` to find it again."""
     return {"format": FORMAT, **own}
 
 
@@ -104,7 +102,7 @@ def require_same(place: Path, stored: Fingerprint | None, wanted: Fingerprint) -
         raise ResumeMismatch(
             f"{place} has no fingerprint of its settings; delete it, or choose another folder"
         )
-    old, new = dict(_flat(stored)), dict(_flat(json.loads(json.dumps(wanted))))
+    old, new = (dict(_flat(json.loads(json.dumps(given)))) for given in (stored, wanted))
     differ = [
         f"{key} was {old.get(key, _ABSENT)}, is {new.get(key, _ABSENT)}"
         for key in dict.fromkeys(("format", *new, *old))
@@ -128,8 +126,8 @@ def digest(*values: object) -> str:
     """Return 16 hexadecimal digits that change with the content of `values`.
 
     Counted are tensors with shape and dtype, modules by their state, paths by the files' bytes,
-    plain values and collections, functions by their code, and other objects by class and
-    attributes. Of what an object's attributes refer to, only tensors, modules and paths count:
+    plain values, collections and dataclasses, functions by their code, and other objects by class
+    and attributes. Of what an object's attributes refer to, only tensors, modules and paths count:
     the rest may be caches.
     """
     sha = hashlib.sha256()
@@ -187,6 +185,8 @@ def _parts(value: Any, depth: int, within: tuple[int, ...]) -> Iterator[bytes | 
         for key, entry in value.items():
             yield f"{key!r}=".encode()
             yield from _parts(entry, depth, inside)
+    elif is_dataclass(value):
+        yield from _parts({f.name: getattr(value, f.name) for f in fields(value)}, depth, inside)
     elif isinstance(value, set | frozenset):
         yield repr(sorted(map(repr, value))).encode()
     elif isinstance(value, Sequence):
@@ -198,6 +198,7 @@ def _parts(value: Any, depth: int, within: tuple[int, ...]) -> Iterator[bytes | 
     elif isinstance(value, partial):
         yield from _parts((value.func, value.args, value.keywords), depth, inside)
     elif isinstance(value, FunctionType):
+        value = unwrap(value)
         cells = (cell.cell_contents for cell in value.__closure__ or ())
         plain = [cell for cell in cells if isinstance(cell, (*_PLAIN, Tensor, nn.Module))]
         yield f"{value.__module__}.{value.__qualname__}".encode()

@@ -23,10 +23,11 @@ from msdda_fast.assets import resolve
 from msdda_fast.emoji.align import ALIGNMENT
 from msdda_fast.emoji.evaluate import interval
 from msdda_fast.emoji.prompts import TEST_PROMPTS
-from msdda_fast.emoji.sampling import DTYPE, NUM_STEPS, sampler
+from msdda_fast.emoji.sampling import DTYPE, NUM_STEPS, sampler, sampler_settings
 from msdda_fast.files import write_atomically
 from msdda_fast.objective import Objective
 from msdda_fast.pipelines.stable_diffusion.pipeline import MSDDAPipeline
+from msdda_fast.resume import require_same
 from msdda_fast.rewards import load_reward
 from msdda_fast.rewards.judge import Judge
 from msdda_fast.training import collect
@@ -66,8 +67,9 @@ def sample(name: str, folder: Path, seeds: int, work: Path) -> Scores:
     weights = (folder / "pytorch_lora_weights.safetensors").read_bytes()
     out = work / f"{name}-{hashlib.sha256(weights).hexdigest()[:12]}"
     found = collect(
-        sampler(pipe, {name: 1.0}), rewards, TEST_PROMPTS, range(seeds), out, batch_size=40
-    )
+        sampler(pipe, {name: 1.0}), rewards, TEST_PROMPTS, range(seeds), out,
+        batch_size=40, settings=sampler_settings(pipe, {name: 1.0}),
+    )  # fmt: skip
     return {key: values.view(-1, seeds) for key, values in found.scores.items()}
 
 
@@ -121,17 +123,20 @@ def main(
     folders = dict(text.split("=", 1) for text in adapters if "=" in text)
     if len(folders) != len(adapters) or not set(folders) <= set(REWARDS):
         raise typer.BadParameter(f"must be NAME=FOLDER, with NAME one of {', '.join(REWARDS)}")
-    target = results / "dpok.json"
-    found = json.loads(target.read_text())["adapters"] if target.is_file() else {}
-    for name, folder in folders.items():
-        found[name] = compare(
-            name, Path(folder), seeds, results / "emoji_samples.csv", work
-        )  # fmt: skip
     setting = {
         "prompts": len(TEST_PROMPTS), "steps": NUM_STEPS,
         "dtype": str(DTYPE).removeprefix("torch."), "torch": torch.__version__,
         "intervals": "95% bootstrap over seeds within prompts; differences are paired",
     }  # fmt: skip
+    target, found = results / "dpok.json", {}
+    if target.is_file():
+        stored = json.loads(target.read_text())
+        require_same(target, stored["setting"], setting)
+        found = stored["adapters"]
+    for name, folder in folders.items():
+        found[name] = compare(
+            name, Path(folder), seeds, results / "emoji_samples.csv", work
+        )  # fmt: skip
     text = json.dumps({"setting": setting, "adapters": found}, indent=1) + "\n"
     write_atomically(target, lambda partial: partial.write_text(text))
     for name, figures in found.items():

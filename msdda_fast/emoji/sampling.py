@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from msdda_fast.pipelines.identity import model_identity
 from msdda_fast.pipelines.stable_diffusion.decoding import decode as vae_decode
 from msdda_fast.pipelines.stable_diffusion.pipeline import MSDDAPipeline
 from msdda_fast.rewards import load_reward
@@ -35,6 +37,16 @@ def sampler(pipe: MSDDAPipeline, weights: Mapping[str, float]) -> SampleFn:
         return latents, decode(pipe, latents)
 
     return sample
+
+
+def sampler_settings(pipe: MSDDAPipeline, weights: Mapping[str, float]) -> dict[str, Any]:
+    """Return what the samples of `sampler` depend on, for `collect`."""
+    return {
+        **model_identity(pipe),
+        "weights": dict(weights),
+        "num_inference_steps": NUM_STEPS,
+        "guidance_scale": GUIDANCE_SCALE,
+    }
 
 
 def decode(pipe: MSDDAPipeline, latents: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ class SweepFolder:
     """A folder of finished cells, bound to the settings that made them.
 
     Args:
-        path: Created if missing.
+        path: Created with the first cell.
         settings: JSON values; everything but prompts, weights and seeds that an image depends on.
         cells: The cells that will be read; those that are there are compared.
 
@@ -60,16 +60,21 @@ class SweepFolder:
         self._cells = path / "cells"
         kept = [cell for cell in cells if self.has(cell)]
         found = ((self._file(cell), self._mark(cell), self._identity(cell)) for cell in kept)
-        resume.bind(path, settings, results=found)
+        resume.check(path, settings, results=found)
 
     def has(self, cell: Cell) -> bool:
         """Whether the cell is finished."""
         return self._file(cell).exists()
 
     def add(self, cell: Cell, image: Image.Image) -> bool:
-        """Store a finished cell, unless it is stored already; return whether it was not."""
+        """Store a finished cell, unless it is stored already; return whether it was not.
+
+        Raises:
+            ResumeMismatch: Another process filled the folder with cells of other settings.
+        """
         if self.has(cell):
             return False
+        self.bind()
         text = PngInfo()
         mark = json.dumps(resume.mark(self._identity(cell)))
         text.add_text(_CHUNK, mark, zip=True)
@@ -77,6 +82,14 @@ class SweepFolder:
             self._file(cell), lambda file: image.save(file, format="PNG", pnginfo=text)
         )
         return True
+
+    def bind(self) -> None:
+        """Make this the folder of these settings.
+
+        Raises:
+            ResumeMismatch: It became that of others in the meantime.
+        """
+        resume.bind(self.path, self._settings)
 
     def load(self, cell: Cell) -> Image.Image:
         """Read a finished cell.

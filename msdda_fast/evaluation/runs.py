@@ -161,9 +161,7 @@ def run_comparison(
     )
     if out is not None:
         resume.check(out, common, unmarked=[scores_file(out)])
-    resume.bind(folder, common, results=found)
-    if out is not None:
-        resume.bind(out, common, unmarked=[scores_file(out)])
+    resume.check(folder, common, results=found)
     count = len(comparison.prompts)
     mine = [shard for number, shard in enumerate(shards) if number % parts == index]
     finished = sum(file.exists() for _, _, file in mine)
@@ -179,9 +177,12 @@ def run_comparison(
     else:
         drawn = elsewhere(missing)
     for (entry, seed), shard in drawn:
+        resume.bind(folder, common)
         keep(_file(folder, entry, seed), shard, of(entry, seed), scored_by)
         finished += 1
         progress(finished * count, len(mine) * count)
+    for place in filter(None, (folder, out)):
+        resume.bind(place, common)
 
 
 def collect_scores(

@@ -136,6 +136,7 @@ def run_sweep(
         reward(torch.zeros(len(sweep.prompts), 3, 64, 64), sweep.prompts)
     store = SweepFolder(folder, _settings(pipe, sweep), sweep.cells)
     _draw_missing(elsewhere or _here(pipe, sweep), sweep, store, progress)
+    store.bind()
 
     other = next(name for name in names if name != sweep.toward)
     grid = labelled_grid(

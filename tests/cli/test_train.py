@@ -71,6 +71,7 @@ def test_step_dpo_from_a_folder_of_pairs(tiny, tmp_path):
     assert done.exit_code == 0, done.output
     assert {p.name for p in folder.iterdir()} == {
         "latents.safetensors", "log.jsonl", "checkpoint.pt", "curves.png", "step-000003", WEIGHTS,
+        "settings.json",
     }  # fmt: skip
     assert {tuple(t.shape) for t in load_file(folder / "latents.safetensors").values()} == {
         (4, 8, 8)

@@ -133,7 +133,7 @@ def test_another_configuration_or_other_data_is_refused(tmp_path, change):
     train(tmp_path, steps=2)
     before = (tmp_path / "checkpoint.pt").read_bytes()
     (name,) = change
-    with pytest.raises(ResumeMismatch, match=rf"holds another run: {name} is .* there and .* here"):
+    with pytest.raises(ResumeMismatch, match=rf"made otherwise: {name} was .*, is .*"):
         train(tmp_path, steps=4, **change)
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
