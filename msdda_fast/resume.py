@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import cache, partial
@@ -35,6 +36,7 @@ Result = tuple[Path, Fingerprint | None, Fingerprint]
 RECORD = "settings.json"
 #: Raised when equal settings would give other results, or results in other files.
 FORMAT = 1
+_one_thread = threading.Lock()
 _SHOWN = 3  # differences in one message
 _ABSENT = "absent"
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
@@ -83,7 +85,7 @@ def bind(folder: Path, wanted: Fingerprint, *, record: str = RECORD) -> None:
         ResumeMismatch: The record differs.
     """
     file = folder / record
-    if file.exists() or not _create(file, mark(wanted)):
+    if not _create(file, mark(wanted)):
         require_same(file, _read(file), mark(wanted))
 
 
@@ -257,9 +259,12 @@ def _create(file: Path, wanted: Fingerprint) -> bool:
             if lost:
                 raise
 
-    try:
-        write_atomically(file, write)
-    except Exception:
-        if not lost:
-            raise
+    with _one_thread:  # of a process, whose threads may write under one temporary name
+        if file.exists():
+            return False
+        try:
+            write_atomically(file, write)
+        except Exception:
+            if not lost:
+                raise
     return not lost
