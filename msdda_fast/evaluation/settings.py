@@ -24,11 +24,11 @@ __all__ = ["comparison_identity", "shard_identity", "write_json"]
 def comparison_identity(pipe: MSDDAPipeline, comparison: Comparison) -> dict[str, Any]:
     """Return what all shards of a comparison depend on, objectives' own rewards included."""
     return {
-        **model_identity(pipe),
-        "prompts": list(comparison.prompts),
         "num_inference_steps": comparison.num_inference_steps,
         "guidance_scale": comparison.guidance_scale,
         "rewards": {n: named(r) for n, r in comparison.rewards.items() if n in pipe.objectives},
+        "prompts": list(comparison.prompts),
+        **model_identity(pipe),
     }
 
 

@@ -242,10 +242,10 @@ def _batches(sweep: Sweep, store: SweepFolder) -> Iterator[list[Cell]]:
 def _settings(pipe: MSDDAPipeline, sweep: Sweep) -> dict[str, Any]:
     """Return everything that an image depends on besides prompt, weight and seed."""
     return {
-        **model_identity(pipe),
         "toward": sweep.toward,
         "num_inference_steps": sweep.num_inference_steps,
         "guidance_scale": sweep.guidance_scale,
+        **model_identity(pipe),
     }
 
 

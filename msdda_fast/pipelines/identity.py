@@ -24,21 +24,21 @@ _UNCOUNTED = ("transformers_version", "architectures", "dtype", "torch_dtype")
 
 def model_identity(pipe: MSDDAPipeline) -> dict[str, Any]:
     """Return digests of the base's parts and of each objective, and the settings of both."""
-    return {
-        "model": {
-            name: _part(part) for name, part in sorted(pipe.components.items()) if part is not None
-        },
-        "scheduler": _config(pipe.scheduler.config),
+    return {  # the causes first: another dtype changes every digest
         "dtype": str(pipe.unet.dtype).removeprefix("torch."),
         "device": pipe._execution_device.type,
+        "scheduler": _config(pipe.scheduler.config),
         "objectives": {
             name: {
-                "adapter": _adapter_digest(variant),
-                "network": None if variant.network is pipe.unet else base_digest(variant.network),
                 "eta": pipe.objectives[name].eta,
                 "guidance_scale": pipe.objectives[name].guidance_scale,
+                "adapter": _adapter_digest(variant),
+                "network": None if variant.network is pipe.unet else base_digest(variant.network),
             }
             for name, variant in pipe.variants.items()
+        },
+        "model": {
+            name: _part(part) for name, part in sorted(pipe.components.items()) if part is not None
         },
     }
 
