@@ -14,6 +14,7 @@ import torch
 from msdda_fast import resume
 from msdda_fast.files import write_atomically
 from msdda_fast.training.log import read_rows
+from msdda_fast.training.storage import canonical
 
 CHECKPOINT_EVERY = 100  # steps
 
@@ -46,7 +47,7 @@ class Checkpoint:
             return
         state = {name: part.state_dict() for name, part in self._parts.items()}
         state |= {"step": finished, "settings": self._settings}
-        write_atomically(self._path, lambda partial: torch.save(state, partial))
+        write_atomically(self._path, lambda partial: torch.save(canonical(state), partial))
 
     def restore(self) -> int:
         """Load the state if there is one and return the number of finished steps.

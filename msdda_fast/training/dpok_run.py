@@ -27,6 +27,7 @@ from msdda_fast.training.dpok import dpok_loss, kl_term
 from msdda_fast.training.dpok_config import DPOKConfig
 from msdda_fast.training.policy import DDIMPolicy, Transitions, gaussian_log_prob
 from msdda_fast.training.rollout import DecodeFn, roll_out
+from msdda_fast.training.storage import canonical
 from msdda_fast.training.value import ValueNetwork
 from msdda_fast.types import Scheduler
 
@@ -213,6 +214,7 @@ class DPOKRun:
             "buffer": {name: column.clone() for name, column in self.buffer.columns().items()},
             "generator": self.generator.get_state(),
         }
+        state = canonical(state)
         write_atomically(self.path, lambda partial: torch.save(state, partial))
 
     def resume(self) -> int:

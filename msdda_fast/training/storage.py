@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save
 from torch import Tensor
@@ -29,3 +31,18 @@ def write_tensors(
     text += b" " * (-len(text) % _LENGTH)
     length = len(text).to_bytes(_LENGTH, "little")
     write_atomically(path, lambda partial: partial.write_bytes(length + text + data[start:]))
+
+
+def canonical(state: Any) -> Any:  # noqa: ANN401 - what torch.save takes
+    """Return a state in which equal texts are one object, and no two containers are.
+
+    Which of them are is part of a pickle's bytes, and differs between a state that was made and the
+    same state read back.
+    """
+    if isinstance(state, str):
+        return sys.intern(state)
+    if isinstance(state, Mapping):
+        return {canonical(key): canonical(value) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)([canonical(value) for value in state])
+    return state

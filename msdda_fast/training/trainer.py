@@ -27,6 +27,7 @@ from msdda_fast.training.log import RunLog
 from msdda_fast.training.noising import NoisedPairs, NoiseSchedule
 from msdda_fast.training.pairs import PreferencePairs
 from msdda_fast.training.progress import training_bar
+from msdda_fast.training.storage import canonical
 
 CHECKPOINT_NAME = "checkpoint.pt"
 # May differ between a run and its continuation: none of them alters a step already made.
@@ -172,6 +173,7 @@ class _Run:
             "average": self.average,
             "generator": self.generator.get_state(),
         }
+        state = canonical(state)
         write_atomically(self.path, lambda partial: torch.save(state, partial))
 
     def resume(self) -> int:

@@ -237,7 +237,7 @@ def test_scores_of_another_folder_of_images_are_not_mixed(pipe, tiny, tmp_path, 
     run_comparison(pipe, OWN, ENTRIES[1:], tmp_path / "float32", out=out)
     calls.clear()
     half = tiny.shared(torch.bfloat16)
-    with pytest.raises(ResumeMismatch, match="out.*dtype was 'float32', is 'bfloat16'"):
+    with pytest.raises(ResumeMismatch, match=r"out.*dtype was 'float32', is 'bfloat16'"):
         run_comparison(half, OWN, ENTRIES[1:], tmp_path / "bfloat16", out=out)
     assert calls == [] and not (tmp_path / "bfloat16").exists()
     (out / "settings.json").unlink()
