@@ -90,7 +90,4 @@ SECOND_LOOKS = {
         "tests/training/test_step_dpo.py and test_pair_files.py"
     ),
     "tests/training/test_alignment.py": "tests/training/test_step_dpo.py",
-    "tests/training/test_dpok_trainer.py::test_another_configuration": (
-        "tests/training/test_trainer.py"
-    ),
 }
