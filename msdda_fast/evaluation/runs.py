@@ -136,7 +136,8 @@ def run_comparison(
         folder: Folder of finished shards; a later call continues, or adds entries, seeds and
             rewards without a weight.
         part: (i, n): of n processes that share the folder, this is number i.
-        out: Folder of scores from this and earlier calls, bound to the same settings.
+        out: Folder of scores from this and earlier calls, bound to the same settings and order of
+            objectives.
         elsewhere: Draws shards in place of `pipe`, with the same model.
         progress: Called with the numbers of finished and of all images.
 
@@ -159,8 +160,9 @@ def run_comparison(
         for entry, seed, file in shards
         if file.exists()
     )
+    table = common | {"toward": list(entries[0].weights) if entries else []}
     if out is not None:
-        resume.check(out, common, unmarked=[scores_file(out)])
+        resume.check(out, table, unmarked=[scores_file(out)])
     resume.check(folder, common, results=found)
     count = len(comparison.prompts)
     mine = [shard for number, shard in enumerate(shards) if number % parts == index]
@@ -181,8 +183,9 @@ def run_comparison(
         keep(_file(folder, entry, seed), shard, of(entry, seed), scored_by)
         finished += 1
         progress(finished * count, len(mine) * count)
-    for place in filter(None, (folder, out)):
-        resume.bind(place, common)
+    resume.bind(folder, common)
+    if out is not None:
+        resume.bind(out, table)
 
 
 def collect_scores(

@@ -240,6 +240,9 @@ def test_scores_of_another_folder_of_images_are_not_mixed(pipe, tiny, tmp_path, 
     with pytest.raises(ResumeMismatch, match=r"out.*dtype was 'float32', is 'bfloat16'"):
         run_comparison(half, OWN, ENTRIES[1:], tmp_path / "bfloat16", out=out)
     assert calls == [] and not (tmp_path / "bfloat16").exists()
+    turned = [replace(ENTRIES[1], weights={"cool": 0.7, "warm": 0.3})]
+    with pytest.raises(ResumeMismatch, match=r"toward\[0\] was 'warm', is 'cool'"):
+        run_comparison(pipe, OWN, turned, tmp_path / "float32", out=out)
     (out / "settings.json").unlink()
     (out / "scores.csv").touch()  # as results from before there were records
     with pytest.raises(ResumeMismatch, match=r"scores\.csv is there without settings\.json"):

@@ -155,6 +155,16 @@ def test_other_settings_are_refused_and_named(
     assert calls == [] and contents(folder) == before
 
 
+def test_other_objectives_are_refused_and_named(pipe, finished, tmp_path, calls):
+    shutil.copytree(finished, tmp_path / "copy")
+    objectives = {"warm": mf.Objective(), "cool": mf.Objective(eta=0.5)}
+    with pytest.raises(ResumeMismatch, match=r"objectives\.cool\.eta was 0\.8, is 0\.5"):
+        run_sweep(
+            mf.MSDDAPipeline.from_pipe(pipe, objectives=objectives), SMALLEST, tmp_path / "copy"
+        )
+    assert calls == []
+
+
 def test_a_lost_record_is_made_again_from_the_cells(pipe, finished, tmp_path, calls):
     folder = tmp_path / "copy"
     shutil.copytree(finished, folder)
