@@ -275,16 +275,16 @@ def _ranked(
 ) -> tuple[MSDDAPipeline, Any]:  # fmt: skip
     from msdda_fast.rewards import load_reward
     from msdda_fast.training import collect, preference_pairs
-    from msdda_fast.training.codec import sample_fn, sample_settings
+    from msdda_fast.training.codec import sample_fn
 
     judge = load_reward(reward)
     pipe = _base(model, eta, device)
-    how: dict[str, Any] = {"num_steps": num_steps, "guidance_scale": guidance_scale}
     samples = collect(
-        sample_fn(pipe, **how), {reward: judge}, texts, range(seeds), folder / "samples",
-        settings=sample_settings(pipe, **how), progress=shown,
+        sample_fn(pipe, num_steps=num_steps, guidance_scale=guidance_scale),
+        {reward: judge}, texts, range(seeds), folder / "samples", progress=shown,
     )  # fmt: skip
-    return pipe, preference_pairs(samples.latents, samples.scores[reward], samples.prompt_index)
+    ranked = preference_pairs(samples.latents, samples.scores[reward], samples.prompt_index)
+    return pipe, ranked
 
 
 def _announce(what: str, folder: Path) -> None:

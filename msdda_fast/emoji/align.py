@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from msdda_fast.emoji.prompts import alignment_prompts
-from msdda_fast.emoji.sampling import DTYPE, sampler, sampler_settings, score
+from msdda_fast.emoji.sampling import DTYPE, sampler, score
 from msdda_fast.objective import Objective
 from msdda_fast.pipelines.stable_diffusion.pipeline import MSDDAPipeline
 from msdda_fast.rewards import REWARDS, load_reward
@@ -122,15 +122,13 @@ def base_policy(eta: float) -> dict[str, Objective]:
 def base_samples(base: Path, eta: float, work: Path) -> Collection:
     """Sample the base model on `PROMPTS` x `SEEDS` and score it by `REWARDS`; resumes."""
     pipe = MSDDAPipeline.from_pretrained(base, objectives=base_policy(eta), dtype=DTYPE)
-    weights = {"base": 1.0}
     return collect(
-        sampler(pipe, weights),
+        sampler(pipe, {"base": 1.0}),
         {reward: load_reward(reward) for reward in REWARDS},
         PROMPTS,
         SEEDS,
         work / f"samples-eta-{eta:g}",
         batch_size=50,
-        settings=sampler_settings(pipe, weights),
     )
 
 

@@ -45,8 +45,8 @@ class Checkpoint:
         """Write the state after every `CHECKPOINT_EVERY`-th and the last step, atomically."""
         if finished % CHECKPOINT_EVERY and finished != of:
             return
-        state = {name: part.state_dict() for name, part in self._parts.items()}
-        state |= {"step": finished, "settings": self._settings}
+        parts = {name: part.state_dict() for name, part in self._parts.items()}
+        state = {"step": finished, "settings": self._settings, **parts}
         write_atomically(self._path, lambda partial: torch.save(canonical(state), partial))
 
     def restore(self) -> int:

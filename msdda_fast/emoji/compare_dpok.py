@@ -23,7 +23,7 @@ from msdda_fast.assets import resolve
 from msdda_fast.emoji.align import ALIGNMENT
 from msdda_fast.emoji.evaluate import interval
 from msdda_fast.emoji.prompts import TEST_PROMPTS
-from msdda_fast.emoji.sampling import DTYPE, NUM_STEPS, sampler, sampler_settings
+from msdda_fast.emoji.sampling import DTYPE, NUM_STEPS, sampler
 from msdda_fast.files import write_atomically
 from msdda_fast.objective import Objective
 from msdda_fast.pipelines.stable_diffusion.pipeline import MSDDAPipeline
@@ -67,9 +67,8 @@ def sample(name: str, folder: Path, seeds: int, work: Path) -> Scores:
     weights = (folder / "pytorch_lora_weights.safetensors").read_bytes()
     out = work / f"{name}-{hashlib.sha256(weights).hexdigest()[:12]}"
     found = collect(
-        sampler(pipe, {name: 1.0}), rewards, TEST_PROMPTS, range(seeds), out,
-        batch_size=40, settings=sampler_settings(pipe, {name: 1.0}),
-    )  # fmt: skip
+        sampler(pipe, {name: 1.0}), rewards, TEST_PROMPTS, range(seeds), out, batch_size=40
+    )
     return {key: values.view(-1, seeds) for key, values in found.scores.items()}
 
 

@@ -26,14 +26,7 @@ from torch import Tensor
 from msdda_fast.assets import resolve
 from msdda_fast.emoji.align import ALIGNMENT
 from msdda_fast.emoji.prompts import TEST_PROMPTS
-from msdda_fast.emoji.sampling import (
-    DTYPE,
-    GUIDANCE_SCALE,
-    NUM_STEPS,
-    sampler,
-    sampler_settings,
-    score,
-)
+from msdda_fast.emoji.sampling import DTYPE, GUIDANCE_SCALE, NUM_STEPS, sampler, score
 from msdda_fast.files import write_atomically
 from msdda_fast.objective import Objective
 from msdda_fast.pipelines.stable_diffusion.pipeline import MSDDAPipeline
@@ -87,10 +80,7 @@ def sample_arm(model: Path, arm: Arm, work: Path, seeds: range = SEEDS) -> Colle
     rewards: dict[str, Any] = {name: load_reward(name) for name in REWARDS}
     rewards |= {f"judge {what}": Judge(what) for what in ("object", "color")}
     folder = work / arm.name.replace(" ", "").replace(",", "-")
-    return collect(
-        sampler(pipe, arm.weights), rewards, TEST_PROMPTS, seeds, folder,
-        batch_size=32, settings=sampler_settings(pipe, arm.weights),
-    )  # fmt: skip
+    return collect(sampler(pipe, arm.weights), rewards, TEST_PROMPTS, seeds, folder, batch_size=32)
 
 
 def sample_three(model: Path, work: Path) -> dict[str, Collection]:

@@ -95,8 +95,8 @@ class Comparison:
         rewards: By name; all score every image, and methods see those that have a weight.
         num_inference_steps: T.
         guidance_scale: The scale of every model; None: the objectives' own.
-        batch_size: Images per call; None: all prompts of a shard. Noise is bitwise the same
-            whatever shares the batch, and the image is the same up to the rounding of the networks.
+        batch_size: Images per call; None: all prompts of a shard. Whatever shares the batch, the
+            noise is the same to the bit and the image to the last rounding.
     """
 
     prompts: Sequence[str]

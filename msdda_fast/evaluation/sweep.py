@@ -43,8 +43,8 @@ class Sweep:
         num_inference_steps: T.
         guidance_scale: >= 1; None: the model's own.
         rewards: Names for `load_reward`.
-        batch_size: Images per call of the pipeline. Noise is bitwise the same whatever shares the
-            batch, and the image is the same up to the rounding of the networks.
+        batch_size: Images per call of the pipeline. Whatever shares the batch, the noise is the
+            same to the bit and the image to the last rounding.
 
     Raises:
         InvalidWeights: A weight is outside [0, 1].

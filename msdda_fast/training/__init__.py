@@ -3,7 +3,7 @@
 
 from msdda_fast.errors import ResumeMismatch
 from msdda_fast.training.adapter import add_lora, load_lora, save_lora
-from msdda_fast.training.collect import Collection, collect, load_collection
+from msdda_fast.training.collect import Collection, Sampler, collect, load_collection
 from msdda_fast.training.config import StepDPOConfig
 from msdda_fast.training.dpok import DPOKLoss, dpok_loss
 from msdda_fast.training.dpok_config import DPOKConfig
@@ -21,6 +21,7 @@ __all__ = [
     "InvalidPairs",
     "PreferencePairs",
     "ResumeMismatch",
+    "Sampler",
     "StepDPOConfig",
     "StepDPOLoss",
     "Task",

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from torch import Tensor
 from msdda_fast.pipelines.identity import base_digest, model_identity
 from msdda_fast.pipelines.stable_diffusion.decoding import decode as vae_decode
 from msdda_fast.pipelines.stable_diffusion.pipeline import MSDDAPipeline
-from msdda_fast.training.collect import SampleFn
+from msdda_fast.training.collect import Sampler
 
 BATCH = 16  # images through the autoencoder at once
 
@@ -71,7 +70,7 @@ def codec_id(pipe: MSDDAPipeline) -> str:
     return base_digest(pipe.vae)
 
 
-def sample_fn(pipe: MSDDAPipeline, *, num_steps: int, guidance_scale: float) -> SampleFn:
+def sample_fn(pipe: MSDDAPipeline, *, num_steps: int, guidance_scale: float) -> Sampler:
     """Return a function from prompts and seeds to latents and images of the only objective."""
     pipe.set_progress_bar_config(disable=True)
     (name,) = pipe.objectives
@@ -89,14 +88,8 @@ def sample_fn(pipe: MSDDAPipeline, *, num_steps: int, guidance_scale: float) -> 
         ).images
         return latents, decode(latents)
 
-    return sample
-
-
-def sample_settings(
-    pipe: MSDDAPipeline, *, num_steps: int, guidance_scale: float
-) -> dict[str, Any]:
-    """Return what the samples of `sample_fn` depend on, for `collect`."""
-    return {**model_identity(pipe), "num_steps": num_steps, "guidance_scale": guidance_scale}
+    settings = {"num_steps": num_steps, "guidance_scale": guidance_scale, **model_identity(pipe)}
+    return Sampler(sample, settings)
 
 
 @torch.no_grad()

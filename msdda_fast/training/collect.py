@@ -30,6 +30,23 @@ SampleFn = Callable[[Sequence[str], Sequence[int]], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
+class Sampler:
+    """A function that draws samples, with what they depend on besides prompts and seeds.
+
+    Attributes:
+        draw: The function.
+        settings: JSON values: the model (see `model_identity`), steps, guidance.
+    """
+
+    draw: SampleFn
+    settings: Mapping[str, Any]
+
+    def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Draw samples."""
+        return self.draw(prompts, seeds)
+
+
+@dataclass(frozen=True, slots=True)
 class Collection:
     """N scored samples, ordered by prompt and then by seed."""
 
@@ -47,7 +64,6 @@ def collect(
     out_dir: str | Path,
     *,
     batch_size: int = 16,
-    settings: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> Collection:
     """Sample every prompt with every seed, score the images by every reward, keep the latents.
@@ -57,13 +73,12 @@ def collect(
 
     Args:
         sample_fn: Draws x_0 from the policy, for prompts and seeds of equal length up to
-            `batch_size`; equal calls should give equal samples.
+            `batch_size`; equal calls should give equal samples. Of a `Sampler` the settings are
+            kept and compared; other functions are taken for the same whenever they are called.
         rewards: By name; each gets images in [0, 1] and their prompts.
         prompts, seeds: Without repetition; N = len(prompts) * len(seeds).
         out_dir: One folder per policy; created if missing.
         batch_size: Rows per call and shard.
-        settings: What the samples depend on besides prompts and seeds, as JSON values: the model
-            (see `model_identity`), steps, guidance.
         progress: Show a progress bar with the time left.
 
     Raises:
@@ -80,7 +95,7 @@ def collect(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     manifest = {
-        **(settings or {}),
+        **(sample_fn.settings if isinstance(sample_fn, Sampler) else {}),
         "batch_size": batch_size,
         "seeds": list(seeds),
         "prompts": list(prompts),

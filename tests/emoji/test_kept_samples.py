@@ -19,8 +19,8 @@ def settings(tiny, monkeypatch):  # noqa: F811 - the fixture
     """The settings that each call of `collect` was given; no call samples."""
     given = []
 
-    def collect(*_, settings, **__):
-        given.append(settings)
+    def collect(sampler, *_, **__):
+        given.append(sampler.settings)
         raise InterruptedError
 
     for module in (align, compare_dpok, evaluate):

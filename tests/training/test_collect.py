@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from msdda_fast.errors import InvalidShape
-from msdda_fast.training import ResumeMismatch, collect, load_collection
+from msdda_fast.training import ResumeMismatch, Sampler, collect, load_collection
 
 from .conftest import SHAPE
 
@@ -47,9 +47,10 @@ REWARDS = {"brightness": brightness, "words": words}
 def run(
     out_dir, policy=None, rewards=REWARDS, prompts=PROMPTS, seeds=SEEDS, batch_size=2, settings=None
 ):
+    draw = policy or Policy()
     return collect(
-        policy or Policy(), rewards, prompts, seeds, out_dir,
-        batch_size=batch_size, settings=settings, progress=False,
+        draw if settings is None else Sampler(draw, settings), rewards, prompts, seeds, out_dir,
+        batch_size=batch_size, progress=False,
     )  # fmt: skip
 
 
