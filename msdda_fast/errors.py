@@ -25,6 +25,7 @@ __all__ = [
     "RankLost",
     "RanksDiffer",
     "RequestTimeout",
+    "ResumeMismatch",
     "RewardUnavailable",
     "UnfaithfulMerge",
     "UnknownObjective",
@@ -105,6 +106,10 @@ class AssetsMissing(MSDDAError, FileNotFoundError):
 
 class RewardUnavailable(MSDDAError, RuntimeError):
     """A reward's package or checkpoint is missing; the message gives the command to get it."""
+
+
+class ResumeMismatch(MSDDAError, ValueError):
+    """Kept results were made with other settings; the message says which, and what to do."""
 
 
 class RankLost(MSDDAError, RuntimeError):

@@ -62,7 +62,6 @@ SECOND_LOOKS = {
     "tests/serve/test_faults.py::test_a_failed_batch_is_answered": _SERVE,
     "tests/serve/test_faults.py::test_nothing_is_served_before_it_is_warm": _SERVE,
     "tests/serve/test_api.py::TestForOperators::test_logs_are_json": _SERVE,
-    "tests/evaluation/test_sweep.py::test_other_weights_of_the_model": _SHARDS,
     "tests/evaluation/test_sweep.py::test_the_grid_has_a_row_per_prompt": _SHARDS,
     "tests/evaluation/test_report.py::test_the_page_stands_alone": "tests/cli/test_compare.py",
     "tests/evaluation/test_compare.py::test_parts_write_shards": "tests/evaluation/test_runs.py",
@@ -90,7 +89,4 @@ SECOND_LOOKS = {
         "tests/training/test_step_dpo.py and test_pair_files.py"
     ),
     "tests/training/test_alignment.py": "tests/training/test_step_dpo.py",
-    "tests/training/test_dpok_trainer.py::test_another_configuration": (
-        "tests/training/test_trainer.py"
-    ),
 }

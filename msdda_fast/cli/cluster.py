@@ -15,7 +15,8 @@ from msdda_fast.cli.session import DType, load
 
 if TYPE_CHECKING:
     from msdda_fast.evaluation.ray_tasks import RayTasks
-    from msdda_fast.evaluation.runs import Comparison, Entry, Shard
+    from msdda_fast.evaluation.runs import Comparison, Entry
+    from msdda_fast.evaluation.shards import Shard
     from msdda_fast.evaluation.sweep import CellDrawer, Sweep
     from msdda_fast.pipelines import MSDDAPipeline
 

@@ -27,6 +27,7 @@ from msdda_fast.emoji.sampling import DTYPE, NUM_STEPS, sampler
 from msdda_fast.files import write_atomically
 from msdda_fast.objective import Objective
 from msdda_fast.pipelines.stable_diffusion.pipeline import MSDDAPipeline
+from msdda_fast.resume import require_same
 from msdda_fast.rewards import load_reward
 from msdda_fast.rewards.judge import Judge
 from msdda_fast.training import collect
@@ -121,17 +122,20 @@ def main(
     folders = dict(text.split("=", 1) for text in adapters if "=" in text)
     if len(folders) != len(adapters) or not set(folders) <= set(REWARDS):
         raise typer.BadParameter(f"must be NAME=FOLDER, with NAME one of {', '.join(REWARDS)}")
-    target = results / "dpok.json"
-    found = json.loads(target.read_text())["adapters"] if target.is_file() else {}
-    for name, folder in folders.items():
-        found[name] = compare(
-            name, Path(folder), seeds, results / "emoji_samples.csv", work
-        )  # fmt: skip
     setting = {
         "prompts": len(TEST_PROMPTS), "steps": NUM_STEPS,
         "dtype": str(DTYPE).removeprefix("torch."), "torch": torch.__version__,
         "intervals": "95% bootstrap over seeds within prompts; differences are paired",
     }  # fmt: skip
+    target, found = results / "dpok.json", {}
+    if target.is_file():
+        stored = json.loads(target.read_text())
+        require_same(target, stored["setting"], setting)
+        found = stored["adapters"]
+    for name, folder in folders.items():
+        found[name] = compare(
+            name, Path(folder), seeds, results / "emoji_samples.csv", work
+        )  # fmt: skip
     text = json.dumps({"setting": setting, "adapters": found}, indent=1) + "\n"
     write_atomically(target, lambda partial: partial.write_text(text))
     for name, figures in found.items():

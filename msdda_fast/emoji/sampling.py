@@ -8,17 +8,18 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from msdda_fast.pipelines.identity import model_identity
 from msdda_fast.pipelines.stable_diffusion.decoding import decode as vae_decode
 from msdda_fast.pipelines.stable_diffusion.pipeline import MSDDAPipeline
 from msdda_fast.rewards import load_reward
-from msdda_fast.training.collect import Collection, SampleFn
+from msdda_fast.training.collect import Collection, Sampler
 
 NUM_STEPS = 25
 DTYPE = torch.bfloat16  # of the networks; latents stay float32 between steps
 GUIDANCE_SCALE = 1.0  # none: the policy that DPO trains is the one that is sampled
 
 
-def sampler(pipe: MSDDAPipeline, weights: Mapping[str, float]) -> SampleFn:
+def sampler(pipe: MSDDAPipeline, weights: Mapping[str, float]) -> Sampler:
     """Return a function (prompts, seeds) -> (latents, images in [0, 1]) with fixed preferences."""
     pipe.set_progress_bar_config(disable=True)
 
@@ -34,7 +35,13 @@ def sampler(pipe: MSDDAPipeline, weights: Mapping[str, float]) -> SampleFn:
         ).images
         return latents, decode(pipe, latents)
 
-    return sample
+    settings = {
+        "weights": dict(weights),
+        "num_inference_steps": NUM_STEPS,
+        "guidance_scale": GUIDANCE_SCALE,
+        **model_identity(pipe),
+    }
+    return Sampler(sample, settings)
 
 
 def decode(pipe: MSDDAPipeline, latents: Tensor) -> Tensor:

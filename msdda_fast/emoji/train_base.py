@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from msdda_fast import resume
 from msdda_fast.emoji.architectures import Autoencoder
 from msdda_fast.emoji.captions import CaptionSampler
 from msdda_fast.emoji.checkpoint import Checkpoint, TrainingLog
@@ -24,6 +25,8 @@ class Tokenizer(Protocol):
     """The part of a CLIPTokenizer that is used."""
 
     model_max_length: int
+
+    def get_vocab(self) -> dict[str, int]: ...
 
     def __call__(
         self, text: list[str], *, padding: str, max_length: int, truncation: bool
@@ -44,6 +47,14 @@ def cache_latents(
 ) -> tuple[Tensor, Tensor]:
     """Render `NUM_SCENES` captioned scenes once; return latents (N, 4, 16, 16), ids (N, L)."""
     path = work / "latents.pt"
+    settings = resume.mark(
+        {
+            "scenes": NUM_SCENES,
+            "autoencoder": resume.digest(vae),
+            "renderer": resume.digest(renderer),
+            "words": resume.digest(sorted(tokenizer.get_vocab().items())),
+        }
+    )
     if not path.is_file():
         sampler, generator = CaptionSampler(seed=1), torch.Generator().manual_seed(1)
         pairs = [sampler() for _ in range(NUM_SCENES)]
@@ -53,9 +64,10 @@ def cache_latents(
             with torch.autocast("cpu", torch.bfloat16):
                 chunks.append(vae.encode(2 * images - 1).latents.half())
         ids = tokenize(tokenizer, [text for text, _ in pairs])
-        cache = {"latents": torch.cat(chunks), "ids": ids}
+        cache = {"latents": torch.cat(chunks), "ids": ids, "settings": settings}
         write_atomically(path, lambda partial: torch.save(cache, partial))
     stored = torch.load(path, weights_only=True)
+    resume.require_same(path, stored.get("settings"), settings)
     return stored["latents"], stored["ids"]
 
 
@@ -92,8 +104,17 @@ def train_base(
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=1e-3, total_steps=steps, pct_start=0.05, cycle_momentum=False
     )
+    settings = {
+        "steps": steps, "batch": batch, "start": resume.digest(model),
+        "data": resume.digest(latents, ids, empty_id),
+    }  # fmt: skip
     checkpoint = Checkpoint(
-        work / "base.pt", model=model, average=average, optimizer=optimizer, schedule=schedule
+        work / "base.pt",
+        settings,
+        model=model,
+        average=average,
+        optimizer=optimizer,
+        schedule=schedule,
     )
     log = TrainingLog(work / "base.jsonl", start := checkpoint.restore())
     for step in range(start, steps):

@@ -8,13 +8,14 @@ and from the base model; it measures their accuracy on drawings that they have n
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from msdda_fast import resume
 from msdda_fast.emoji.architectures import Autoencoder
 from msdda_fast.emoji.checkpoint import Checkpoint, TrainingLog
 from msdda_fast.emoji.render import Jitter, Renderer
@@ -61,8 +62,12 @@ def train_scorer(
     renderer = Renderer(recipe.styles, WIDE)
     optimizer = torch.optim.AdamW(scorer.parameters(), lr=3e-3, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
+    settings = {
+        **asdict(recipe), "steps": steps, "batch": batch, "autoencoder": resume.digest(vae),
+        "scenes": resume.digest(renderer),
+    }  # fmt: skip
     checkpoint = Checkpoint(
-        work / f"{recipe.name}.pt", model=scorer, optimizer=optimizer, schedule=schedule
+        work / f"{recipe.name}.pt", settings, model=scorer, optimizer=optimizer, schedule=schedule
     )
     log = TrainingLog(work / f"{recipe.name}.jsonl", start := checkpoint.restore())
     for step in range(start, steps):

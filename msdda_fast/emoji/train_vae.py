@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from msdda_fast import resume
 from msdda_fast.emoji.architectures import Autoencoder
 from msdda_fast.emoji.checkpoint import Checkpoint, TrainingLog
 from msdda_fast.emoji.render import Renderer
@@ -47,7 +48,13 @@ def _train(
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=1.5e-3, total_steps=steps, pct_start=0.03
     )
-    checkpoint = Checkpoint(work / f"{name}.pt", model=vae, optimizer=optimizer, schedule=schedule)
+    settings = {
+        "steps": steps, "batch": batch, "start": resume.digest(vae),
+        "scenes": resume.digest(renderer),
+    }  # fmt: skip
+    checkpoint = Checkpoint(
+        work / f"{name}.pt", settings, model=vae, optimizer=optimizer, schedule=schedule
+    )
     log = TrainingLog(work / f"{name}.jsonl", start := checkpoint.restore())
     for step in range(start, steps):
         generator = torch.Generator().manual_seed(step)

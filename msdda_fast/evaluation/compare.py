@@ -53,7 +53,7 @@ def compare(
         comparison: What all systems have in common.
         plan: Systems, preferences and seeds.
         work: Folder of the finished shards; see `run_comparison`.
-        out: Folder of the results. Scores from earlier calls are kept.
+        out: Folder of the results. Scores from earlier calls with the same settings are kept.
         title: Title of the page.
         reference: Reference point of the hypervolume, by objective; None: -1 for each.
         part: (i, n): draw only part i of n. Only a call with (0, 1) writes results.
@@ -65,10 +65,12 @@ def compare(
     Raises: As `run_comparison` and `write_report`.
     """
     entries = plan.entries()
+    whole = part == (0, 1)
     run_comparison(
-        pipe, comparison, entries, work, part=part, elsewhere=elsewhere, progress=progress
-    )
-    if part != (0, 1):
+        pipe, comparison, entries, work,
+        part=part, out=out if whole else None, elsewhere=elsewhere, progress=progress,
+    )  # fmt: skip
+    if not whole:
         return None
     merge_scores(scores_file(out), collect_scores(comparison, entries, work))
     _write_grids(comparison, plan, entries, work, out)

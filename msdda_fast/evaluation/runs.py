@@ -1,30 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draw and score the images of a comparison, shard by shard; finished shards are never redone.
 
-A shard is one entry and one seed: one image of every prompt. It consists of two files, the scores
-and a strip of the images; the scores are written last, so a shard with scores is complete.
+A shard is one entry and one seed: one image of every prompt.
 """
 
 from __future__ import annotations
 
 import io
-import json
 import re
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from msdda_fast.evaluation.scores import COSTS, Score
-from msdda_fast.evaluation.settings import bind_settings, model_settings, write_json
-from msdda_fast.files import write_atomically
+from msdda_fast import resume
+from msdda_fast.evaluation.scores import COSTS, Score, scores_file
+from msdda_fast.evaluation.settings import comparison_identity, shard_identity, write_json
+from msdda_fast.evaluation.shards import (
+    Shard,
+    cut,
+    fingerprints,
+    keep,
+    pixels_of,
+    read_record,
+    strip,
+)
 from msdda_fast.methods.method import Drawn, Method
 from msdda_fast.pipelines import MSDDAPipeline
 from msdda_fast.rewards import Reward
@@ -33,7 +40,6 @@ __all__ = [
     "Comparison",
     "Elsewhere",
     "Entry",
-    "Shard",
     "collect_scores",
     "draw_shard",
     "run_comparison",
@@ -89,7 +95,8 @@ class Comparison:
         rewards: By name; all score every image, and methods see those that have a weight.
         num_inference_steps: T.
         guidance_scale: The scale of every model; None: the objectives' own.
-        batch_size: Images per call; None: all prompts of a shard.
+        batch_size: Images per call; None: all prompts of a shard. Whatever shares the batch, the
+            noise is the same to the bit and the image to the last rounding.
     """
 
     prompts: Sequence[str]
@@ -105,13 +112,6 @@ class Comparison:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
 
 
-class Shard(NamedTuple):
-    """The contents of a shard's two files."""
-
-    record: dict[str, Any]
-    strip: bytes
-
-
 #: Draws shards of (entry, seed) in another place, and yields them in any order.
 Elsewhere = Callable[[Sequence[tuple[Entry, int]]], Iterable[tuple[tuple[Entry, int], Shard]]]
 
@@ -123,6 +123,7 @@ def run_comparison(
     folder: Path,
     *,
     part: tuple[int, int] = (0, 1),
+    out: Path | None = None,
     elsewhere: Elsewhere | None = None,
     progress: Callable[[int, int], None] = lambda finished, total: None,
 ) -> None:
@@ -132,13 +133,16 @@ def run_comparison(
         pipe: Its objectives are the aligned models.
         comparison: What all entries have in common.
         entries: What to draw.
-        folder: Folder of finished shards; a later call continues, or adds entries and seeds.
+        folder: Folder of finished shards; a later call continues, or adds entries, seeds and
+            rewards without a weight.
         part: (i, n): of n processes that share the folder, this is number i.
+        out: Folder of scores from this and earlier calls, bound to the same settings and order of
+            objectives.
         elsewhere: Draws shards in place of `pipe`, with the same model.
         progress: Called with the numbers of finished and of all images.
 
     Raises:
-        SettingsConflict: The folder holds shards of another model, prompts or settings.
+        ResumeMismatch: A folder holds results of another model, prompts, rewards or settings.
         ValueError: A reward cannot score a prompt, or `part` is invalid.
     """
     index, parts = part
@@ -147,23 +151,26 @@ def run_comparison(
     blank = torch.zeros(len(comparison.prompts), 3, 64, 64)
     for reward in comparison.rewards.values():  # found before hours of drawing
         reward(blank, comparison.prompts)
-    bind_settings(
-        folder,
-        {
-            **model_settings(pipe),
-            "prompts": list(comparison.prompts),
-            "num_inference_steps": comparison.num_inference_steps,
-            "guidance_scale": comparison.guidance_scale,
-        },
-    )
-    count = len(comparison.prompts)
+    common = comparison_identity(pipe, comparison)
+    of = partial(shard_identity, common, comparison)
+    scored_by = {name: resume.named(reward) for name, reward in comparison.rewards.items()}
     shards = list(_shards(folder, entries))
+    found = (
+        (file, *fingerprints(read_record(file), of(entry, seed), scored_by))
+        for entry, seed, file in shards
+        if file.exists()
+    )
+    table = common | {"toward": list(entries[0].weights) if entries else []}
+    if out is not None:
+        resume.check(out, table, unmarked=[scores_file(out)])
+    resume.check(folder, common, results=found)
+    count = len(comparison.prompts)
     mine = [shard for number, shard in enumerate(shards) if number % parts == index]
     finished = sum(file.exists() for _, _, file in mine)
     progress(finished * count, len(mine) * count)
     for _, _, file in mine:
         if file.exists():
-            _score_again(comparison, file)
+            _score_again(comparison, file, scored_by)
     missing = [(entry, seed) for entry, seed, file in mine if not file.exists()]
     if elsewhere is None:
         drawn: Iterable[tuple[tuple[Entry, int], Shard]] = (
@@ -172,9 +179,13 @@ def run_comparison(
     else:
         drawn = elsewhere(missing)
     for (entry, seed), shard in drawn:
-        _keep(shard, _file(folder, entry, seed))
+        resume.bind(folder, common)
+        keep(_file(folder, entry, seed), shard, of(entry, seed), scored_by)
         finished += 1
         progress(finished * count, len(mine) * count)
+    resume.bind(folder, common)
+    if out is not None:
+        resume.bind(out, table)
 
 
 def collect_scores(
@@ -184,7 +195,7 @@ def collect_scores(
     for entry, seed, file in _shards(folder, entries):
         if not file.exists():
             continue
-        shard = json.loads(file.read_text("utf-8"))
+        shard = read_record(file)
         for i, prompt in enumerate(comparison.prompts):
             yield Score(
                 method=entry.method.name,
@@ -207,7 +218,7 @@ def strip_of(folder: Path, entry: Entry, seed: int) -> list[Image.Image]:
         FileNotFoundError: The shard is not finished.
     """
     file = next(file for e, s, file in _shards(folder, [entry]) if s == seed)
-    return _cut(file, len(json.loads(file.read_text("utf-8"))["prompts"]))
+    return cut(file, len(read_record(file)["prompts"]))
 
 
 def _shards(folder: Path, entries: Sequence[Entry]) -> Iterator[tuple[Entry, int, Path]]:
@@ -243,7 +254,6 @@ def draw_shard(pipe: MSDDAPipeline, comparison: Comparison, entry: Entry, seed: 
         )
     seconds = (time.perf_counter() - start) / len(prompts)
     pixels = (255 * torch.cat([d.images for d in drawn]).cpu()).round().to(torch.uint8)
-    strip = _strip(pixels)
     record: dict[str, Any] = {
         "entry": entry.folder_name,
         "method": repr(entry.method),
@@ -254,26 +264,20 @@ def draw_shard(pipe: MSDDAPipeline, comparison: Comparison, entry: Entry, seed: 
         "costs": {n: sum(asdict(d.cost)[n] for d in drawn) / len(prompts) for n in COSTS},
     }
     png = io.BytesIO()
-    strip.save(png, format="PNG")
+    strip(pixels).save(png, format="PNG")
     return Shard(record, png.getvalue())
 
 
-def _keep(shard: Shard, file: Path) -> None:
-    write_atomically(file.with_suffix(".png"), lambda partial: partial.write_bytes(shard.strip))
-    write_json(file, shard.record)
-
-
-def _score_again(comparison: Comparison, file: Path) -> None:
+def _score_again(comparison: Comparison, file: Path, scored_by: Mapping[str, str]) -> None:
     """Add the rewards that a finished shard lacks."""
-    shard = json.loads(file.read_text("utf-8"))
-    missing = {n: r for n, r in comparison.rewards.items() if n not in shard["rewards"]}
+    record = read_record(file)
+    missing = {n: r for n, r in comparison.rewards.items() if n not in record["rewards"]}
     if not missing:
         return
-    prompts = shard["prompts"]
-    images = [torch.from_numpy(np.array(image)) for image in _cut(file, len(prompts))]
-    pixels = torch.stack(images).permute(0, 3, 1, 2).contiguous()
-    shard["rewards"] |= _score(missing, pixels, prompts)
-    write_json(file, shard)
+    prompts = record["prompts"]
+    record["rewards"] |= _score(missing, pixels_of(file, len(prompts)), prompts)
+    record["scored_by"] |= {name: scored_by[name] for name in missing}
+    write_json(file, record)
 
 
 @torch.no_grad()
@@ -282,15 +286,3 @@ def _score(
 ) -> dict[str, list[float]]:
     images = pixels.float() / 255
     return {name: reward(images, prompts).tolist() for name, reward in rewards.items()}
-
-
-def _cut(file: Path, count: int) -> list[Image.Image]:
-    with Image.open(file.with_suffix(".png")) as strip:
-        width = strip.width // count
-        return [strip.crop((i * width, 0, (i + 1) * width, strip.height)) for i in range(count)]
-
-
-def _strip(pixels: Tensor) -> Image.Image:
-    """Return images (B, 3, H, W) uint8 side by side as one."""
-    row = torch.cat(list(pixels), dim=-1).permute(1, 2, 0).contiguous()
-    return Image.fromarray(row.numpy())

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from msdda_fast.files import write_atomically
 
-__all__ = ["COSTS", "Score", "merge_scores", "read_scores", "scores_file"]
+__all__ = ["COSTS", "Score", "merge_scores", "read_scores", "scores_file", "write_scores"]
 
 _KEY = ("method", "variant", "w", "weights", "steps", "prompt", "seed")
 COSTS = ("unet_forwards", "unet_backwards", "decodes", "reward_calls")
@@ -90,12 +90,17 @@ def merge_scores(file: Path, new: Iterable[Score]) -> list[Score]:
     """
     merged = {row.key: row for row in (read_scores(file) if file.exists() else [])}
     merged |= {row.key: row for row in new}
-    rows = sorted(merged.values(), key=_order)
-    data = _to_csv(rows).encode()
+    return write_scores(file, merged.values())
+
+
+def write_scores(file: Path, rows: Iterable[Score]) -> list[Score]:
+    """Replace a file by one with these rows, and return them in its order."""
+    ordered = sorted(rows, key=_order)
+    data = _to_csv(ordered).encode()
     if file.suffix == ".gz":
         data = gzip.compress(data, mtime=0)  # the same rows make the same file
     write_atomically(file, lambda partial: partial.write_bytes(data))
-    return rows
+    return ordered
 
 
 def _order(row: Score) -> tuple[object, ...]:

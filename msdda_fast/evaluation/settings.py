@@ -1,80 +1,63 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings of a results folder, which must not mix results of different settings."""
+"""The fingerprints of a comparison's results, and JSON files."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
-from msdda_fast.errors import MSDDAError
 from msdda_fast.files import write_atomically
-from msdda_fast.pipelines import MSDDAPipeline
+from msdda_fast.methods.morl_oracle import MORLOracle
+from msdda_fast.pipelines.identity import model_identity
+from msdda_fast.resume import file_digest, named
 
-__all__ = ["SettingsConflict", "bind_settings", "model_checksum", "model_settings", "write_json"]
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
+    from msdda_fast.evaluation.runs import Comparison, Entry
+    from msdda_fast.pipelines import MSDDAPipeline
 
-class SettingsConflict(MSDDAError, ValueError):
-    """A folder holds results of other settings."""
-
-
-def bind_settings(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Write `settings` to `settings.json` in a new folder, or compare them with those stored.
-
-    Args:
-        folder: Created if missing.
-        settings: JSON values; everything that a result depends on and its file name omits.
-
-    Raises:
-        SettingsConflict: The folder was made with other settings; the message names them.
-    """
-    record = folder / "settings.json"
-    wanted = json.loads(json.dumps(settings))
-    if not record.exists():
-        write_json(record, wanted)
-        return
-    stored = json.loads(record.read_text("utf-8"))
-    differ = [
-        f"{key} was {stored.get(key)!r}, is {wanted.get(key)!r}"
-        for key in sorted({*stored, *wanted})
-        if stored.get(key) != wanted.get(key)
-    ]
-    if differ:
-        raise SettingsConflict(
-            f"{folder} holds results of other settings ({'; '.join(differ)}); "
-            "use these settings again, or another folder"
-        )
+__all__ = ["comparison_identity", "shard_identity", "write_json"]
 
 
-def model_settings(pipe: MSDDAPipeline) -> dict[str, Any]:
-    """Return everything about the model that an image depends on."""
+def comparison_identity(pipe: MSDDAPipeline, comparison: Comparison) -> dict[str, Any]:
+    """Return what all shards of a comparison depend on, objectives' own rewards included."""
     return {
-        "model": model_checksum(pipe),
-        "dtype": str(pipe.unet.dtype),
-        "scheduler": {key: str(value) for key, value in pipe.scheduler.config.items()},
-        "objectives": {
-            name: {"eta": o.eta, "scale": o.scale, "guidance_scale": o.guidance_scale}
-            for name, o in pipe.objectives.items()
-        },
+        "num_inference_steps": comparison.num_inference_steps,
+        "guidance_scale": comparison.guidance_scale,
+        "rewards": {n: named(r) for n, r in comparison.rewards.items() if n in pipe.objectives},
+        "prompts": list(comparison.prompts),
+        **model_identity(pipe),
     }
 
 
-def model_checksum(pipe: MSDDAPipeline) -> str:
-    """Return the SHA-256 over the weights of every network, adapters included."""
-    digest = hashlib.sha256()
-    networks = [v.network for v in pipe.variants.values() if v.network is not pipe.unet]
-    for module in (*pipe.components.values(), *networks):
-        if isinstance(module, nn.Module):
-            for name, parameter in module.named_parameters():
-                digest.update(f"{name} {tuple(parameter.shape)}".encode())
-                flat = parameter.detach().cpu().contiguous().flatten()
-                digest.update(flat.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+def shard_identity(
+    common: Mapping[str, Any], comparison: Comparison, entry: Entry, seed: int
+) -> dict[str, Any]:
+    """Return what the images of one shard depend on; scores have fingerprints of their own.
+
+    Args:
+        common: `comparison_identity` of the comparison.
+        comparison, entry, seed: The shard.
+    """
+    guiding = [name for name in entry.weights if name in comparison.rewards]
+    return {
+        **common,
+        "method": repr(entry.method),
+        "weights": dict(entry.weights),
+        "guided_by": guiding if entry.method.needs_rewards else [],
+        "adapters": _adapters(entry),
+        "seed": seed,
+    }
+
+
+def _adapters(entry: Entry) -> dict[str, str]:
+    """Return digests of the adapters that a method loads itself, by preference."""
+    if not isinstance(entry.method, MORLOracle):
+        return {}
+    paths = {f"{w!r}": Path(path) for w, path in entry.method.adapters.items()}
+    return {w: file_digest(path) if path.exists() else str(path) for w, path in paths.items()}
 
 
 def write_json(file: Path, value: Any) -> None:  # noqa: ANN401 - any JSON value

@@ -18,10 +18,11 @@ from PIL import Image
 from msdda_fast.errors import InvalidWeights, UnknownObjective
 from msdda_fast.evaluation.cells import Cell, SweepFolder
 from msdda_fast.evaluation.grid import labelled_grid
-from msdda_fast.evaluation.settings import model_settings, write_json
+from msdda_fast.evaluation.settings import write_json
 from msdda_fast.files import write_atomically
 from msdda_fast.objective import Objective
 from msdda_fast.pipelines import MSDDAPipeline
+from msdda_fast.pipelines.identity import model_identity
 from msdda_fast.rewards import load_reward
 
 __all__ = ["CellDrawer", "Sweep", "SweepResult", "run_sweep"]
@@ -42,7 +43,8 @@ class Sweep:
         num_inference_steps: T.
         guidance_scale: >= 1; None: the model's own.
         rewards: Names for `load_reward`.
-        batch_size: Images per call of the pipeline; no image depends on it.
+        batch_size: Images per call of the pipeline. Whatever shares the batch, the noise is the
+            same to the bit and the image to the last rounding.
 
     Raises:
         InvalidWeights: A weight is outside [0, 1].
@@ -114,6 +116,7 @@ def run_sweep(
         pipe: A pipeline with two objectives, one of them `sweep.toward`.
         sweep: What to draw.
         folder: Folder of finished cells; a later call continues, or adds prompts, weights, seeds.
+            After a kill the same call draws the same batches, and ends with the same bits.
         elsewhere: Draws cells in place of `pipe`, with the same model.
         progress: Called with the numbers of finished and of all cells, first before any is drawn.
 
@@ -121,7 +124,7 @@ def run_sweep(
         UnknownObjective: `sweep.toward` is not an objective of the pipeline.
         ValueError: The pipeline does not have two objectives; or a reward is unknown or cannot
             score a prompt.
-        SettingsConflict: The folder holds cells of another model or other settings.
+        ResumeMismatch: The folder holds cells of another model or other settings.
     """
     names = list(pipe.objectives)
     if sweep.toward not in names:
@@ -131,8 +134,9 @@ def run_sweep(
     rewards = [load_reward(name) for name in sweep.rewards]
     for reward in rewards:  # a prompt that cannot be judged is found before hours of drawing
         reward(torch.zeros(len(sweep.prompts), 3, 64, 64), sweep.prompts)
-    store = SweepFolder(folder, _settings(pipe, sweep))
+    store = SweepFolder(folder, _settings(pipe, sweep), sweep.cells)
     _draw_missing(elsewhere or _here(pipe, sweep), sweep, store, progress)
+    store.bind()
 
     other = next(name for name in names if name != sweep.toward)
     grid = labelled_grid(
@@ -218,26 +222,30 @@ def _draw_missing(
     progress(finished, total)
     for batch, images in elsewhere(list(_batches(sweep, store))):
         for cell, image in zip(batch, images, strict=True):
-            store.add(cell, image)
-        finished += len(batch)
+            finished += store.add(cell, image)
         progress(finished, total)
 
 
 def _batches(sweep: Sweep, store: SweepFolder) -> Iterator[list[Cell]]:
-    """Yield the missing cells in batches of one column."""
+    """Yield batches of one column that lack a cell.
+
+    Batches are of all cells, finished or not: what is drawn after a kill rounds as without one.
+    """
     for weight in sweep.columns:
-        missing = [c for c in sweep.cells if c.weight == weight and not store.has(c)]
-        for start in range(0, len(missing), sweep.batch_size):
-            yield missing[start : start + sweep.batch_size]
+        column = [cell for cell in sweep.cells if cell.weight == weight]
+        for start in range(0, len(column), sweep.batch_size):
+            batch = column[start : start + sweep.batch_size]
+            if not all(store.has(cell) for cell in batch):
+                yield batch
 
 
 def _settings(pipe: MSDDAPipeline, sweep: Sweep) -> dict[str, Any]:
     """Return everything that an image depends on besides prompt, weight and seed."""
     return {
-        **model_settings(pipe),
         "toward": sweep.toward,
         "num_inference_steps": sweep.num_inference_steps,
         "guidance_scale": sweep.guidance_scale,
+        **model_identity(pipe),
     }
 
 

@@ -15,7 +15,7 @@ from itertools import groupby
 from pathlib import Path
 
 from msdda_fast.evaluation.runs import Comparison, Entry, collect_scores, run_comparison
-from msdda_fast.evaluation.scores import merge_scores
+from msdda_fast.evaluation.scores import write_scores
 from msdda_fast.evaluation.settings import write_json
 from msdda_fast.evaluation.statistics import Interval, arms_of, mean_reward
 from msdda_fast.methods.das import DAS
@@ -57,6 +57,9 @@ def tune(
 ) -> dict[str, Interval]:
     """Draw every candidate; write tuning.csv, and the best of each system to tuned.json.
 
+    Both are of these candidates, this preference and these seeds only, whatever else was drawn
+    into the folder before.
+
     Args:
         pipe: Its objectives are the aligned models.
         comparison: What all candidates have in common, with training prompts.
@@ -71,7 +74,7 @@ def tune(
     methods = candidates() if methods is None else methods
     entries = [Entry(method, _setting(method), weights, seeds) for method in methods]
     run_comparison(pipe, comparison, entries, folder, part=part, progress=progress)
-    rows = merge_scores(folder / "tuning.csv", collect_scores(comparison, entries, folder))
+    rows = write_scores(folder / "tuning.csv", collect_scores(comparison, entries, folder))
     arms = {arm.system: mean_reward(arm.scalarised(weights)) for arm in arms_of(rows)}
     scored = [
         (method, arms[method.name, _setting(method)])

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Align an adapter to a reward: `collect` samples, rank them into pairs, train, save a LoRA."""
 
+from msdda_fast.errors import ResumeMismatch
 from msdda_fast.training.adapter import add_lora, load_lora, save_lora
-from msdda_fast.training.collect import Collection, collect, load_collection
+from msdda_fast.training.collect import Collection, Sampler, collect, load_collection
 from msdda_fast.training.config import StepDPOConfig
 from msdda_fast.training.dpok import DPOKLoss, dpok_loss
 from msdda_fast.training.dpok_config import DPOKConfig
@@ -11,7 +12,6 @@ from msdda_fast.training.dpok_trainer import train_dpok
 from msdda_fast.training.pair_files import InvalidPairs, encode_pairs, read_pairs
 from msdda_fast.training.pairs import PreferencePairs, preference_pairs
 from msdda_fast.training.step_dpo import StepDPOLoss, step_dpo_loss
-from msdda_fast.training.storage import ResumeMismatch
 from msdda_fast.training.trainer import train_step_dpo
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "InvalidPairs",
     "PreferencePairs",
     "ResumeMismatch",
+    "Sampler",
     "StepDPOConfig",
     "StepDPOLoss",
     "Task",

@@ -17,11 +17,11 @@ from peft import (
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from msdda_fast.errors import AdapterMismatch
-from msdda_fast.files import write_atomically
+from msdda_fast.pipelines.identity import base_digest
+from msdda_fast.training.storage import write_tensors
 
 ATTENTION_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
@@ -99,6 +99,19 @@ def base_model(unet: nn.Module) -> Iterator[nn.Module]:
             layer.enable_adapters(True)
 
 
+def network_identity(unet: nn.Module, weight_dtype: torch.dtype) -> dict[str, object]:
+    """Return what a training run depends on in its network: the base, and the adapter's form."""
+    config: LoraConfig = vars(unet)["peft_config"][_ADAPTER]
+    return {
+        "base": base_digest(unet),
+        "rank": config.r,
+        "lora_alpha": config.lora_alpha,
+        "target_modules": sorted(config.target_modules),
+        "device": next(unet.parameters()).device.type,
+        "weight_dtype": str(weight_dtype).removeprefix("torch."),
+    }
+
+
 def lora_state(unet: nn.Module) -> dict[str, Tensor]:
     """Return the adapter's tensors by peft name, e.g. `mid_block.….to_q.lora_A.weight`."""
     state: dict[str, Tensor] = get_peft_model_state_dict(unet, adapter_name=_ADAPTER)
@@ -134,7 +147,7 @@ def save_lora(unet: nn.Module, folder: str | Path, *, dtype: torch.dtype = torch
         for name, tensor in lora_state(unet).items()
     }
     path = Path(folder) / WEIGHT_NAME
-    write_atomically(path, lambda partial: save_file(tensors, partial, metadata=metadata))
+    write_tensors(path, tensors, metadata)
     return path
 
 

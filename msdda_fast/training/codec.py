@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from msdda_fast.pipelines.identity import base_digest, model_identity
 from msdda_fast.pipelines.stable_diffusion.decoding import decode as vae_decode
 from msdda_fast.pipelines.stable_diffusion.pipeline import MSDDAPipeline
-from msdda_fast.training.collect import SampleFn
-from msdda_fast.training.storage import digest
+from msdda_fast.training.collect import Sampler
 
 BATCH = 16  # images through the autoencoder at once
 
@@ -30,9 +30,10 @@ def decoder(pipe: MSDDAPipeline) -> Callable[[Tensor], Tensor]:
     Images are float32, rounded to 8 bits: a reward sees what a file would contain.
     """
 
+    vae = pipe.vae  # in the closure: a run's fingerprint counts it
+
     @torch.no_grad()
     def decode(latents: Tensor) -> Tensor:
-        vae = pipe.vae
         images = [vae_decode(vae, part.to(vae.device)) for part in torch.split(latents, BATCH)]
         return ((torch.cat(images).float() / 2 + 0.5).clamp(0, 1) * 255).round() / 255
 
@@ -66,11 +67,10 @@ def image_size(pipe: MSDDAPipeline) -> tuple[int, int]:
 
 def codec_id(pipe: MSDDAPipeline) -> str:
     """Return a digest of the autoencoder, which decides the latents of an image."""
-    scale = torch.tensor(pipe.vae.config.scaling_factor)
-    return digest(scale, *pipe.vae.state_dict().values())
+    return base_digest(pipe.vae)
 
 
-def sample_fn(pipe: MSDDAPipeline, *, num_steps: int, guidance_scale: float) -> SampleFn:
+def sample_fn(pipe: MSDDAPipeline, *, num_steps: int, guidance_scale: float) -> Sampler:
     """Return a function from prompts and seeds to latents and images of the only objective."""
     pipe.set_progress_bar_config(disable=True)
     (name,) = pipe.objectives
@@ -88,7 +88,8 @@ def sample_fn(pipe: MSDDAPipeline, *, num_steps: int, guidance_scale: float) -> 
         ).images
         return latents, decode(latents)
 
-    return sample
+    settings = {"num_steps": num_steps, "guidance_scale": guidance_scale, **model_identity(pipe)}
+    return Sampler(sample, settings)
 
 
 @torch.no_grad()

@@ -6,25 +6,44 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import track
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
+from msdda_fast import resume
 from msdda_fast.errors import InvalidShape
-from msdda_fast.files import write_atomically
 from msdda_fast.rewards import Reward
-from msdda_fast.training.storage import require_same
+from msdda_fast.training.storage import write_tensors
 
 MANIFEST_NAME = "collection.json"
 _SCORE = "score."
+_MARK = "settings"  # key of the fingerprint in a shard's metadata
 
 SampleFn = Callable[[Sequence[str], Sequence[int]], tuple[Tensor, Tensor]]
 """b prompts and b seeds -> clean latents (b, C, H, W), images (b, 3, height, width) in [0, 1]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampler:
+    """A function that draws samples, with what they depend on besides prompts and seeds.
+
+    Attributes:
+        draw: The function.
+        settings: JSON values: the model (see `model_identity`), steps, guidance.
+    """
+
+    draw: SampleFn
+    settings: Mapping[str, Any]
+
+    def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Draw samples."""
+        return self.draw(prompts, seeds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +73,8 @@ def collect(
 
     Args:
         sample_fn: Draws x_0 from the policy, for prompts and seeds of equal length up to
-            `batch_size`; equal calls should give equal samples.
+            `batch_size`; equal calls should give equal samples. Of a `Sampler` the settings are
+            kept and compared; other functions are taken for the same whenever they are called.
         rewards: By name; each gets images in [0, 1] and their prompts.
         prompts, seeds: Without repetition; N = len(prompts) * len(seeds).
         out_dir: One folder per policy; created if missing.
@@ -65,7 +85,8 @@ def collect(
         ValueError: Prompts, seeds or rewards are empty or repeat, the batch size is below 1, images
             are outside [0, 1], or a value is not finite.
         InvalidShape: `sample_fn` or a reward returned the wrong number of rows.
-        ResumeMismatch: `out_dir` holds samples of other prompts, seeds, rewards or batches.
+        ResumeMismatch: `out_dir` holds samples of other settings, prompts, seeds, rewards or
+            batches.
     """
     out_dir = Path(out_dir)
     for name, values in (("prompts", prompts), ("seeds", seeds), ("rewards", list(rewards))):
@@ -74,26 +95,25 @@ def collect(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     manifest = {
-        "prompts": list(prompts),
-        "seeds": list(seeds),
-        "rewards": list(rewards),
+        **(sample_fn.settings if isinstance(sample_fn, Sampler) else {}),
         "batch_size": batch_size,
+        "seeds": list(seeds),
+        "prompts": list(prompts),
+        "rewards": {name: resume.named(reward) for name, reward in rewards.items()},
     }
-    path = out_dir / MANIFEST_NAME
-    if path.is_file():
-        require_same(out_dir, json.loads(path.read_text()), manifest)
-    else:
-        write_atomically(path, lambda file: file.write_text(json.dumps(manifest, indent=1)))
-
     jobs = [(index, seed) for index in range(len(prompts)) for seed in seeds]
     starts = range(0, len(jobs), batch_size)
     shards = [out_dir / f"shard-{number:05d}.safetensors" for number in range(len(starts))]
+    kept = ((shard, _mark(shard), manifest) for shard in shards if shard.is_file())
+    resume.check(out_dir, manifest, record=MANIFEST_NAME, results=kept)
     missing = [(shard, at) for shard, at in zip(shards, starts, strict=True) if not shard.is_file()]
     terminal = Console(stderr=True)
     for shard, at in track(missing, "collecting", console=terminal, disable=not progress):
         batch = jobs[at : at + batch_size]
         tensors = _sample_and_score(sample_fn, rewards, prompts, batch)
-        write_atomically(shard, partial(save_file, tensors))
+        resume.bind(out_dir, manifest, record=MANIFEST_NAME)
+        write_tensors(shard, tensors, {_MARK: json.dumps(resume.mark(manifest))})
+    resume.bind(out_dir, manifest, record=MANIFEST_NAME)
     return _read(shards, list(rewards))
 
 
@@ -108,7 +128,14 @@ def load_collection(out_dir: str | Path) -> Collection:
     rows = len(manifest["prompts"]) * len(manifest["seeds"])
     count = -(-rows // manifest["batch_size"])
     shards = [out_dir / f"shard-{number:05d}.safetensors" for number in range(count)]
-    return _read(shards, manifest["rewards"])
+    return _read(shards, list(manifest["rewards"]))
+
+
+def _mark(shard: Path) -> dict[str, Any] | None:
+    """Return the fingerprint that a shard carries."""
+    with safe_open(shard, framework="pt") as file:
+        text = (file.metadata() or {}).get(_MARK)
+    return None if text is None else json.loads(text)
 
 
 @torch.no_grad()

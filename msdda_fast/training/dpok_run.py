@@ -13,14 +13,21 @@ from accelerate import Accelerator  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torch.nn import functional
 
+from msdda_fast import resume
 from msdda_fast.files import write_atomically
 from msdda_fast.rewards import Reward
-from msdda_fast.training.adapter import base_model, lora_parameters, lora_state, restore_lora
+from msdda_fast.training.adapter import (
+    base_model,
+    lora_parameters,
+    lora_state,
+    network_identity,
+    restore_lora,
+)
 from msdda_fast.training.dpok import dpok_loss, kl_term
 from msdda_fast.training.dpok_config import DPOKConfig
 from msdda_fast.training.policy import DDIMPolicy, Transitions, gaussian_log_prob
 from msdda_fast.training.rollout import DecodeFn, roll_out
-from msdda_fast.training.storage import digest, require_same
+from msdda_fast.training.storage import canonical
 from msdda_fast.training.value import ValueNetwork
 from msdda_fast.types import Scheduler
 
@@ -50,6 +57,7 @@ class DPOKRun:
         scheduler: Scheduler,
         task: Task,
         config: DPOKConfig,
+        weight_dtype: torch.dtype,
         out_dir: Path,
         accelerator: Accelerator,
     ) -> None:
@@ -90,11 +98,15 @@ class DPOKRun:
         self.generator = torch.Generator().manual_seed(config.seed)
         self.buffer: Transitions | None = None
         fixed = {k: v for k, v in asdict(config).items() if k not in _FREE_FIELDS}
-        self.identity = fixed | {
-            "reward": task.reward.name,
+        self.identity = {
+            **fixed,
+            "reward": resume.named(task.reward),
+            "decode": resume.named(task.decode),
+            "latent_shape": list(task.latent_shape),
             "prompts": prompts,
-            "prompt_embeds": digest(task.prompt_embeds),
-            "alphas_cumprod": digest(scheduler.alphas_cumprod),
+            "prompt_embeds": resume.digest(task.prompt_embeds, task.null_embeds),
+            "alphas_cumprod": resume.digest(scheduler.alphas_cumprod),
+            **network_identity(unet, weight_dtype),
         }
 
     def advance(self, loop: int) -> dict[str, float]:
@@ -185,11 +197,15 @@ class DPOKRun:
                 f"loop {loop}: gradient norm {norm}; a smaller lr than {self.config.lr} may help"
             )
 
+    def bind(self) -> None:
+        """Make the folder that of this run, before a result is written."""
+        resume.bind(self.path.parent, self.identity)
+
     def save(self, loop: int) -> None:
         """Write the checkpoint after `loop`, atomically."""
         assert self.buffer is not None
         state = {
-            "identity": self.identity,
+            "identity": resume.mark(self.identity),
             "loop": loop,
             "adapter": lora_state(self.unet),
             "optimizer": self.optimizer.state_dict(),
@@ -198,15 +214,18 @@ class DPOKRun:
             "buffer": {name: column.clone() for name, column in self.buffer.columns().items()},
             "generator": self.generator.get_state(),
         }
+        state = canonical(state)
         write_atomically(self.path, lambda partial: torch.save(state, partial))
 
     def resume(self) -> int:
         """Restore the checkpoint, if there is one, and return the number of loops done."""
         if not self.path.is_file():
+            resume.check(self.path.parent, self.identity)
             return 0
         # The generator's state must stay on the CPU; the rest is copied to where it belongs.
         state = torch.load(self.path, map_location="cpu", weights_only=True)
-        require_same(self.path.parent, state["identity"], self.identity)
+        kept = (self.path, state["identity"], self.identity)
+        resume.check(self.path.parent, self.identity, results=[kept])
         if state["loop"] > self.config.loops:
             raise ValueError(
                 f"{self.path} has done {state['loop']} loops; loops = {self.config.loops} is fewer"

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ from msdda_fast.training.adapter import save_lora
 from msdda_fast.training.curves import LiveCurves
 from msdda_fast.training.dpok_config import DPOKConfig
 from msdda_fast.training.dpok_run import DPOKRun, Task
-from msdda_fast.training.log import open_log
+from msdda_fast.training.log import RunLog
 from msdda_fast.training.progress import training_bar
 from msdda_fast.types import Scheduler
 
@@ -36,8 +35,9 @@ def train_dpok(
     `out_dir` receives `log.jsonl` (reward, losses, KL, share of clipped transitions, gradient
     norm), `curves.png`, redrawn during training, `checkpoint.pt`, a LoRA folder `loop-000100/` at
     each checkpoint, and at the end `pytorch_lora_weights.safetensors`. Called again with the same
-    arguments after a kill, it continues from the last checkpoint and ends with exactly the bits of
-    an uninterrupted run; with larger `loops` it continues the run.
+    arguments after a kill, it continues from the last checkpoint and ends with exactly the files
+    of an uninterrupted run on the same machine, but for the `seconds` of the log; with larger
+    `loops` it continues the run.
 
     Args:
         unet: Called as a diffusers UNet; trained in evaluation mode, so that dropout is not
@@ -61,26 +61,33 @@ def train_dpok(
             that is not finite, or fewer loops than already done.
         InvalidShape: Embeddings or rewards have the wrong shape.
         InvalidSchedule: With this scheduler or eta no step is a Gaussian.
-        ResumeMismatch: `out_dir` holds a run with another configuration or other data.
+        ResumeMismatch: `out_dir` holds a run of another network, configuration or other data.
         FloatingPointError: A loss or gradient is not finite; the last checkpoint is kept.
     """
     out_dir = Path(out_dir)
     title = f"DPOK, {task.reward.name}, eta {config.eta:g}"
     picture = LiveCurves(out_dir, title, enabled=curves)
-    run = DPOKRun(unet, scheduler, task, config, out_dir, _accelerator(accelerator, config))
+    run = DPOKRun(
+        unet, scheduler, task, config, weight_dtype, out_dir, _accelerator(accelerator, config)
+    )
     start = run.resume()
-    with training_bar("DPOK", enabled=progress) as bar, open_log(out_dir, start, "loop") as log:
+    log = RunLog(out_dir, start, "loop")
+    with training_bar("DPOK", enabled=progress) as bar:
         shown = bar.add_task("", total=config.loops, completed=start, status="")
         for loop in range(start + 1, config.loops + 1):
             row = run.advance(loop)
+            if loop == start + 1:
+                run.bind()
             status = f"reward {row['reward']:+.3f}, kl {row['kl']:.2g}"
             bar.update(shown, advance=1, status=status)
-            log.write(json.dumps({"loop": loop, **row}) + "\n")
+            log.write({"loop": loop, **row})
             is_last = loop == config.loops
             if is_last or loop % config.checkpoint_every == 0:
                 save_lora(unet, out_dir / f"loop-{loop:06d}", dtype=weight_dtype)
                 run.save(loop)
-            picture.refresh(now=is_last)
+            picture.refresh()
+    run.bind()
+    picture.refresh(now=True)
     return save_lora(unet, out_dir, dtype=weight_dtype)
 
 

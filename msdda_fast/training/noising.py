@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from msdda_fast.errors import InvalidShape
+from msdda_fast.resume import digest
 from msdda_fast.training.adapter import base_model
 from msdda_fast.training.config import StepDPOConfig
 from msdda_fast.training.pairs import PreferencePairs
@@ -20,7 +21,6 @@ from msdda_fast.training.step_dpo import (
     step_dpo_loss,
     to_epsilon,
 )
-from msdda_fast.training.storage import digest
 
 
 class SchedulerConfig(Protocol):

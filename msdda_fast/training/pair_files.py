@@ -27,12 +27,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from rich.console import Console
 from rich.progress import track
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from msdda_fast.errors import MSDDAError
-from msdda_fast.files import write_atomically
 from msdda_fast.training.pairs import PreferencePairs
+from msdda_fast.training.storage import write_tensors
 
 TABLES = ("pairs.jsonl", "pairs.csv")
 COLUMNS = ("prompt", "chosen", "rejected")
@@ -189,7 +188,7 @@ def encode_pairs(
         latents |= {keys[path]: row.cpu() for path, row in zip(part, encoded, strict=True)}
     if missing:
         tensors = {key: row.contiguous().clone() for key, row in latents.items()}
-        write_atomically(cache, lambda partial: save_file(tensors, partial, metadata=identity))
+        write_tensors(cache, tensors, identity)
     prompts = list(dict.fromkeys(row.prompt for row in rows))
     pairs = PreferencePairs(
         torch.stack([latents[keys[row.chosen]] for row in rows]),

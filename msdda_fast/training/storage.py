@@ -1,45 +1,48 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keep two different runs from sharing one folder."""
+"""Files of tensors whose bytes depend on nothing but their content."""
 
 from __future__ import annotations
 
-import hashlib
+import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-import torch
+from safetensors.torch import save
 from torch import Tensor
 
-from msdda_fast.errors import MSDDAError
+from msdda_fast.files import write_atomically
+
+_LENGTH = 8  # bytes that give the length of the header, which is a multiple of it
 
 
-class ResumeMismatch(MSDDAError, ValueError):
-    """The folder holds the work of a run with another configuration or other data."""
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file atomically; equal content makes equal bytes.
 
-
-def digest(*tensors: Tensor) -> str:
-    """Return the SHA-256 over shapes, dtypes and bytes of `tensors`, as 64 hexadecimal digits."""
-    sha = hashlib.sha256()
-    for tensor in tensors:
-        sha.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
-        flat = tensor.detach().cpu().contiguous().flatten()
-        sha.update(flat.view(torch.uint8).numpy().tobytes())
-    return sha.hexdigest()
-
-
-def require_same(folder: Path, stored: Mapping[str, object], wanted: Mapping[str, object]) -> None:
-    """Check that the run stored in `folder` is the wanted one.
-
-    Raises:
-        ResumeMismatch: Entries differ; the message lists each with both values.
+    safetensors itself writes the entries of the metadata in a random order.
     """
-    different = [
-        f"{key} is {stored.get(key)!r} there and {wanted.get(key)!r} here"
-        for key in sorted({*stored, *wanted})
-        if stored.get(key) != wanted.get(key)
-    ]
-    if different:
-        raise ResumeMismatch(
-            f"{folder} holds another run: {'; '.join(different)}. "
-            "Use the same values to resume it, or another folder to start a new run."
-        )
+    data = save(dict(tensors), dict(metadata or {}))
+    start = _LENGTH + int.from_bytes(data[:_LENGTH], "little")
+    header = json.loads(data[_LENGTH:start])
+    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _LENGTH)
+    length = len(text).to_bytes(_LENGTH, "little")
+    write_atomically(path, lambda partial: partial.write_bytes(length + text + data[start:]))
+
+
+def canonical(state: Any) -> Any:  # noqa: ANN401 - what torch.save takes
+    """Return a state in which equal texts are one object, and no two containers are.
+
+    Which of them are is part of a pickle's bytes, and differs between a state that was made and the
+    same state read back.
+    """
+    if isinstance(state, str):
+        return sys.intern(state)
+    if isinstance(state, Mapping):
+        return {canonical(key): canonical(value) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)([canonical(value) for value in state])
+    return state

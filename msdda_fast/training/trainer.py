@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,15 +12,22 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from msdda_fast import resume
 from msdda_fast.files import write_atomically
-from msdda_fast.training.adapter import lora_parameters, lora_state, restore_lora, save_lora
+from msdda_fast.training.adapter import (
+    lora_parameters,
+    lora_state,
+    network_identity,
+    restore_lora,
+    save_lora,
+)
 from msdda_fast.training.config import StepDPOConfig
 from msdda_fast.training.curves import LiveCurves
-from msdda_fast.training.log import open_log
+from msdda_fast.training.log import RunLog
 from msdda_fast.training.noising import NoisedPairs, NoiseSchedule
 from msdda_fast.training.pairs import PreferencePairs
 from msdda_fast.training.progress import training_bar
-from msdda_fast.training.storage import require_same
+from msdda_fast.training.storage import canonical
 
 CHECKPOINT_NAME = "checkpoint.pt"
 # May differ between a run and its continuation: none of them alters a step already made.
@@ -47,7 +53,8 @@ def train_step_dpo(
     during training, `checkpoint.pt`, a LoRA folder `step-000100/` at each checkpoint, and at the
     end `pytorch_lora_weights.safetensors`.
     Called again with the same arguments after a kill, it continues from the last checkpoint and
-    ends with exactly the bits of an uninterrupted run; with a larger `steps` it continues the run.
+    ends with exactly the files of an uninterrupted run on the same machine, but for the `seconds`
+    of the log; with a larger `steps` it continues the run.
 
     Args:
         unet: Called as a diffusers UNet; trained in evaluation mode, so that dropout is not
@@ -69,32 +76,34 @@ def train_step_dpo(
         ValueError: No trainable LoRA layer, an unknown prediction type, a prompt index without
             embedding, prompt dropout without `null_embeds`, or fewer steps than already done.
         InvalidShape: The embeddings have the wrong shape.
-        ResumeMismatch: `out_dir` holds a run with another configuration or other data.
+        ResumeMismatch: `out_dir` holds a run of another network, configuration or other data.
         FloatingPointError: A loss or gradient is not finite; the last checkpoint is kept.
     """
     out_dir = Path(out_dir)
     picture = LiveCurves(out_dir, f"Step-level DPO, gamma {config.gamma:g}", enabled=curves)
     batches = NoisedPairs(scheduler, pairs, prompt_embeds, null_embeds, config)
-    run = _Run(unet, batches, config, out_dir)
+    run = _Run(unet, batches, config, weight_dtype, out_dir)
     start = run.resume()
     unet.eval()
-    with (
-        training_bar("step-level DPO", enabled=progress) as bar,
-        open_log(out_dir, start, "step") as log,
-    ):
+    log = RunLog(out_dir, start, "step")
+    with training_bar("step-level DPO", enabled=progress) as bar:
         task = bar.add_task("", total=config.steps, completed=start, status="")
         for step in range(start + 1, config.steps + 1):
             row = run.advance(step)
+            if step == start + 1:
+                run.bind()
             status = f"loss {row['loss']:.3f}, accuracy {row['accuracy']:.2f}"
             bar.update(task, advance=1, status=status)
             is_last = step == config.steps
             if is_last or step % config.log_every == 0:
-                log.write(json.dumps({"step": step, **row}) + "\n")
+                log.write({"step": step, **row})
             if is_last or step % config.checkpoint_every == 0:
                 with run.averaged():
                     save_lora(unet, out_dir / f"step-{step:06d}", dtype=weight_dtype)
                 run.save(step)
-            picture.refresh(now=is_last)
+            picture.refresh()
+    run.bind()
+    picture.refresh(now=True)
     run.keep_average()
     return save_lora(unet, out_dir, dtype=weight_dtype)
 
@@ -103,7 +112,12 @@ class _Run:
     """The state that a checkpoint holds: adapter, optimiser, moving average, random generator."""
 
     def __init__(
-        self, unet: nn.Module, batches: NoisedPairs, config: StepDPOConfig, out_dir: Path
+        self,
+        unet: nn.Module,
+        batches: NoisedPairs,
+        config: StepDPOConfig,
+        weight_dtype: torch.dtype,
+        out_dir: Path,
     ) -> None:
         self.unet, self.batches, self.config = unet, batches, config
         self.path = out_dir / CHECKPOINT_NAME
@@ -112,7 +126,7 @@ class _Run:
         self.generator = torch.Generator().manual_seed(config.seed)
         self.average = [p.detach().clone() for p in self.parameters if config.ema_decay > 0.0]
         fixed = {k: v for k, v in asdict(config).items() if k not in _FREE_FIELDS}
-        self.identity = fixed | batches.fingerprint()
+        self.identity = fixed | batches.fingerprint() | network_identity(unet, weight_dtype)
 
     def advance(self, step: int) -> dict[str, float]:
         """Do one optimiser step, the `step`-th from 1, and return its row of the log."""
@@ -145,25 +159,32 @@ class _Run:
                 mean.lerp_(parameter, 1.0 - keep)
         return row | {"seconds": round(time.perf_counter() - began, 4)}
 
+    def bind(self) -> None:
+        """Make the folder that of this run, before a result is written."""
+        resume.bind(self.path.parent, self.identity)
+
     def save(self, step: int) -> None:
         """Write the checkpoint after `step`, atomically."""
         state = {
-            "identity": self.identity,
+            "identity": resume.mark(self.identity),
             "step": step,
             "adapter": lora_state(self.unet),
             "optimizer": self.optimizer.state_dict(),
             "average": self.average,
             "generator": self.generator.get_state(),
         }
+        state = canonical(state)
         write_atomically(self.path, lambda partial: torch.save(state, partial))
 
     def resume(self) -> int:
         """Restore the checkpoint, if there is one, and return the number of steps done."""
         if not self.path.is_file():
+            resume.check(self.path.parent, self.identity)
             return 0
         # The generator's state must stay on the CPU; the rest is copied to where it belongs.
         state = torch.load(self.path, map_location="cpu", weights_only=True)
-        require_same(self.path.parent, state["identity"], self.identity)
+        kept = (self.path, state["identity"], self.identity)
+        resume.check(self.path.parent, self.identity, results=[kept])
         if state["step"] > self.config.steps:
             raise ValueError(
                 f"{self.path} has done {state['step']} steps; steps = {self.config.steps} is fewer"

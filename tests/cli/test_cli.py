@@ -133,9 +133,7 @@ class TestSweep:
         assert run(*sweep_of("unused", tmp_path)).exit_code == 0
         done = run(*sweep_of("unused", tmp_path), "--steps", 3)
         assert done.exit_code == 2
-        assert (
-            "SettingsConflict" in done.stderr and "num_inference_steps was 2, is 3" in done.stderr
-        )
+        assert "ResumeMismatch" in done.stderr and "num_inference_steps was 2, is 3" in done.stderr
 
     @pytest.mark.full  # the exit is tested below, resuming in tests/evaluation
     def test_ctrl_c_keeps_finished_cells_and_says_how_to_resume(self, tiny, loaded, tmp_path):

@@ -2,6 +2,7 @@
 """`msdda-fast compare` and `tune`: what they write and say, and how they exit."""
 
 import json
+import shutil
 from collections import Counter
 
 import pytest
@@ -116,6 +117,46 @@ def test_bad_input_is_one_line_and_no_work(loaded, tmp_path, calls, more, messag
     assert done.exit_code == 2
     assert message in " ".join(done.output.split())
     assert calls == [] and not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def compared(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compared")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli_compare, "load", lambda *_: tiny.shared())
+        patch.setattr(cli_compare, "QUICK_STEPS", 1)
+        for name, more in (("whole", []), ("quick", ["--quick"])):
+            prompts = ["--prompts", _one(folder)]
+            done = run(*compare_of(folder / name, "--systems", "MSDDA", *prompts, *more))
+            assert done.exit_code == 0, done.output
+    return folder
+
+
+@pytest.mark.parametrize("quick", [False, True], ids=["whole", "quick"])
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--reward", "warm=warmth"], "rewards.warm was 'aesthetic "),
+        (["--steps", 2], "num_inference_steps was 1, is 2"),
+        (["--guidance", 2], "guidance_scale was 1.0, is 2.0"),
+        (["--toward", "cool"], "toward[0] was 'warm', is 'cool'"),
+        (["--prompts", "other"], "prompts[0] was 'a dog', is 'a cat'"),
+    ],
+)
+def test_a_folder_of_other_settings_is_refused(
+    loaded, compared, tmp_path, monkeypatch, calls, more, message, quick
+):
+    monkeypatch.setattr(cli_compare, "QUICK_STEPS", more[1] if "--steps" in more else 1)
+    shutil.copytree(compared / ("quick" if quick else "whole"), tmp_path / "out")
+    (tmp_path / "other").write_text("a cat\n")
+    given = ["--systems", "MSDDA", *more, *["--quick"] * quick]
+    if "--prompts" in more:
+        given[given.index("other")] = tmp_path / "other"
+    else:
+        given += ["--prompts", compared / "one.txt"]
+    done = run(*compare_of(tmp_path / "out", *given))
+    assert done.exit_code == 2 and calls == []
+    assert "ResumeMismatch" in done.output and message in " ".join(done.output.split())
 
 
 def test_missing_packages_are_named_with_the_way_to_get_them(loaded, tmp_path, monkeypatch):

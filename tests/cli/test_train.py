@@ -2,6 +2,7 @@
 """`msdda-fast train`: from the command line to a LoRA folder that diffusers loads."""
 
 import json
+from itertools import chain
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+import msdda_fast as mf
+from msdda_fast import training
 from msdda_fast.cli import app as cli
 from msdda_fast.cli import train as cli_train
 
@@ -71,6 +74,7 @@ def test_step_dpo_from_a_folder_of_pairs(tiny, tmp_path):
     assert done.exit_code == 0, done.output
     assert {p.name for p in folder.iterdir()} == {
         "latents.safetensors", "log.jsonl", "checkpoint.pt", "curves.png", "step-000003", WEIGHTS,
+        "settings.json",
     }  # fmt: skip
     assert {tuple(t.shape) for t in load_file(folder / "latents.safetensors").values()} == {
         (4, 8, 8)
@@ -89,6 +93,63 @@ def test_step_dpo_on_the_models_own_samples(tiny, prompts, tmp_path):
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     assert (tmp_path / "run" / WEIGHTS).is_file()
+
+
+STEP_DPO = {
+    "--model": "tiny", "--reward": "aesthetic", "--prompts": "prompts.txt", "--steps": 2,
+    "--seeds-per-prompt": 3, "--denoising-steps": 1, "--guidance": 1, "--eta": 1,
+}  # fmt: skip
+
+
+@pytest.fixture
+def ranked(tiny, tiny_kl, prompts, tmp_path, monkeypatch):
+    """`step-dpo --reward` up to where the training would begin, on a pipeline in memory."""
+    models = {"tiny": tiny, "other": tiny_kl}
+
+    def load(model, objectives, dtype, device):
+        eta = float(objectives[0].split(":")[-1])
+        base = {"policy": mf.Objective.base(eta=eta)}
+        return mf.MSDDAPipeline.from_pipe(models[model].shared(), objectives=base)
+
+    monkeypatch.setattr(cli_train, "load", load)
+    monkeypatch.setattr(training, "add_lora", lambda *_, **__: None)
+    trained = []
+    monkeypatch.setattr(
+        training, "train_step_dpo", lambda *a, **_: trained.append(a[2]) or tmp_path / "x"
+    )
+
+    def start(**changes):
+        options = STEP_DPO | {"--prompts": prompts} | changes
+        return run("step-dpo", "-o", tmp_path / "run", *chain.from_iterable(options.items()))
+
+    start.trained = trained
+    return start
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--model", "other", "was made otherwise: scheduler."),
+        ("--reward", "warmth", "rewards.warmth was absent"),
+        ("--prompts", "more", "prompts[2] was absent, is 'a blue dog'"),
+        ("--seeds-per-prompt", 4, "seeds[3] was absent, is 3"),
+        ("--denoising-steps", 2, "num_steps was 1, is 2"),
+        ("--guidance", 2, "guidance_scale was 1.0, is 2.0"),
+        ("--eta", 0.5, "objectives.policy.eta was 1.0, is 0.5"),
+    ],
+)
+def test_step_dpo_refuses_samples_that_were_drawn_otherwise(
+    ranked, prompts, tmp_path, calls, option, value, message
+):
+    assert ranked().exit_code == 0 and len(ranked.trained) == 1
+    calls.clear()
+    assert ranked().exit_code == 0 and calls == []  # the kept samples
+    if option == "--prompts":
+        value = tmp_path / value
+        value.write_text(prompts.read_text() + "a blue dog\n")
+    done = ranked(**{option: value})
+    assert done.exit_code == 2 and calls == [] and len(ranked.trained) == 2
+    assert "ResumeMismatch" in done.stderr and message in " ".join(done.stderr.split())
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import torch
 
 from msdda_fast.emoji import architectures, checkpoint, train_base, train_scorer, train_vae
 from msdda_fast.emoji.render import Renderer
+from msdda_fast.errors import ResumeMismatch
 from tests.tiny_model import WIDTH, small_unet
 
 
@@ -77,6 +78,8 @@ def test_denoiser_and_text_encoder(tmp_path, monkeypatch):
             train(tmp_path / "killed")
     resumed = train(tmp_path / "killed")
     assert all(torch.equal(a, b) for a, b in zip(straight, resumed, strict=True))
+    checkpoints = [(tmp_path / name / "base.pt").read_bytes() for name in ("straight", "killed")]
+    assert checkpoints[0] == checkpoints[1]
 
 
 def test_the_log_has_each_step_once_after_a_kill(tmp_path):
@@ -89,6 +92,47 @@ def test_the_log_has_each_step_once_after_a_kill(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 4, 6, 8]
     assert [row["loss"] for row in rows] == [0.5, 2.5, 4.5, 6.5]
+
+
+def test_a_row_that_a_kill_has_torn_is_left_out(tmp_path):
+    file = tmp_path / "log.jsonl"
+    file.write_text('{"step": 2, "seconds": 1.0}\n{"step": 4, "sec')
+    checkpoint.TrainingLog(file, start=4, every=2).add(5, loss=1.0)
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 6] and rows[1]["seconds"] >= 1.0
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
+    def part(settings):
+        return checkpoint.Checkpoint(tmp_path / "part.pt", settings, layer=torch.nn.Linear(1, 1))
+
+    part({"steps": 2, "styles": ("noto",)}).save_when_due(2, of=2)
+    assert part({"steps": 2, "styles": ["noto"]}).restore() == 2
+    with pytest.raises(ResumeMismatch, match=r"part\.pt was made otherwise: steps was 2, is 3"):
+        part({"steps": 3, "styles": ("noto",)}).restore()
+    state = torch.load(tmp_path / "part.pt", weights_only=True)
+    del state["settings"]
+    torch.save(state, tmp_path / "part.pt")
+    with pytest.raises(ResumeMismatch, match=r"part\.pt has no fingerprint"):
+        part({"steps": 2}).restore()
+
+
+@pytest.mark.full  # renders and encodes
+def test_latents_of_another_autoencoder_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_base, "NUM_SCENES", 2)
+    words = {"a", "an", "and", "red"}
+    tokenizer, renderer = architectures.word_tokenizer(words), Renderer(("noto",))
+    vae = architectures.small_vae()
+    latents, _ = train_base.cache_latents(vae, tokenizer, renderer, tmp_path)
+    again, _ = train_base.cache_latents(vae, tokenizer, renderer, tmp_path)
+    assert torch.equal(latents, again)
+    other = architectures.small_vae()
+    with pytest.raises(ResumeMismatch, match="autoencoder was"):
+        train_base.cache_latents(other, tokenizer, renderer, tmp_path)
+    with pytest.raises(ResumeMismatch, match="words was"):
+        train_base.cache_latents(
+            vae, architectures.word_tokenizer({*words, "blue"}), renderer, tmp_path
+        )
 
 
 def test_the_tokenizer_keeps_words_whole_and_survives_saving(tmp_path):

@@ -1,16 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every system of the plan runs on one pipeline, and what is written holds them all."""
 
+import contextlib
+import csv
+import json
+from dataclasses import replace
+
 import pytest
 import torch
 from PIL import Image
 
-from msdda_fast.errors import UnknownObjective
+from msdda_fast import resume
+from msdda_fast.errors import ResumeMismatch, UnknownObjective
 from msdda_fast.evaluation import tuning
 from msdda_fast.evaluation.compare import compare, report_scores
 from msdda_fast.evaluation.plan import Plan, published_searches
 from msdda_fast.evaluation.runs import Comparison
 from msdda_fast.evaluation.scores import read_scores
+from msdda_fast.evaluation.settings import comparison_identity
 from msdda_fast.evaluation.tuning import candidates, load_tuned, tune
 from msdda_fast.methods.code import CoDe
 from msdda_fast.methods.rgg import RGG
@@ -77,6 +84,44 @@ def test_parts_write_shards_and_the_whole_writes_results(pipe, tmp_path):
     assert compare(pipe, COMPARISON, plan, tmp_path / "w", out, title="T").exists()
 
 
+def without_seconds(file):
+    """Rows of a table without the column of times, which is the only one of its kind."""
+    rows = list(csv.DictReader(file.read_text().splitlines()))
+    return [{name: cell for name, cell in row.items() if name != "seconds"} for row in rows]
+
+
+def test_a_comparison_killed_and_resumed_differs_in_nothing_but_seconds(pipe, tmp_path):
+    """Whatever comes before a shard, its images and scores are the same to the bit."""
+
+    def run(name, stop=None):
+        def progress(finished, total):
+            if finished == stop:
+                raise KeyboardInterrupt
+
+        plan = Plan(**SMALL, systems=["SD", "MSDDA", "DB-MPA-LS", "Best-of-N"])
+        place = tmp_path / name
+        with contextlib.suppress(KeyboardInterrupt):
+            compare(pipe, COMPARISON, plan, place / "work", place, title="Tiny", progress=progress)
+        return place
+
+    straight = run("straight")
+    for stop in (2, 8, None):
+        killed = run("killed", stop)
+    files = {path.relative_to(straight) for path in straight.rglob("*") if path.is_file()}
+    assert {path.relative_to(killed) for path in killed.rglob("*") if path.is_file()} == files
+    timed = {"scores.csv", "table.csv", "table.md", "report.html"}
+    for file in files:
+        one, other = straight / file, killed / file
+        if "shards" in file.parts and file.suffix == ".json":
+            records = [json.loads(path.read_text()) for path in (one, other)]
+            assert all(record.pop("seconds") > 0 for record in records)
+            assert records[0] == records[1]
+        elif file.suffix == ".csv":
+            assert without_seconds(one) == without_seconds(other)
+        elif file.name not in timed:
+            assert one.read_bytes() == other.read_bytes(), file
+
+
 @pytest.mark.full  # a whole comparison
 def test_the_report_needs_nothing_but_the_scores(pipe, tmp_path):
     plan = Plan(**SMALL, systems=["SD", "MSDDA", "RS"])
@@ -118,6 +163,33 @@ def test_tuning_keeps_the_best_of_each_system(pipe, tmp_path, monkeypatch):
     assert tuned["RGG", "tuned"] == RGG(norm="none", alpha=best[1])
     assert tuned["CoDe", "tuned"] == methods[2]
     assert (tmp_path / "tuning.csv").exists()
+
+
+def test_tuning_ranks_by_this_preference_and_these_seeds_only(pipe, tmp_path):
+    methods = [CoDe(num_particles=2, block=1)]
+    first, second = {"warm": 0.5, "cool": 0.5}, {"warm": 0.9, "cool": 0.1}
+    tune(pipe, COMPARISON, first, [0], tmp_path / "both", methods=methods)
+    again = tune(pipe, COMPARISON, second, [1], tmp_path / "both", methods=methods)
+    assert again == tune(pipe, COMPARISON, second, [1], tmp_path / "fresh", methods=methods)
+    rows = read_scores(tmp_path / "both" / "tuning.csv")
+    assert {(row.w, row.seed) for row in rows} == {(0.9, 1)}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_inference_steps": 3}, "num_inference_steps was 2, is 3"),
+        ({"guidance_scale": 2.0}, r"guidance_scale was 1\.0, is 2\.0"),
+        ({"prompts": ["a dog"]}, r"prompts\[1\] was 'a cat'"),
+        ({"rewards": REWARDS | {"cool": Channel("cool", 1)}}, r"rewards\.cool was 'cool \w+'"),
+    ],
+)
+def test_tuning_refuses_a_folder_of_other_settings(pipe, tmp_path, calls, change, message):
+    common = comparison_identity(pipe, COMPARISON)
+    resume.bind(tmp_path, common)
+    with pytest.raises(ResumeMismatch, match=message):
+        tune(pipe, replace(COMPARISON, **change), {"warm": 0.5, "cool": 0.5}, [0], tmp_path)
+    assert calls == []
 
 
 @pytest.mark.parametrize(

@@ -2,15 +2,20 @@
 """A comparison is drawn shard by shard; what is finished stays, and its scores add up."""
 
 import json
+import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from msdda_fast.errors import ResumeMismatch
 from msdda_fast.evaluation import runs
 from msdda_fast.evaluation.runs import Comparison, Entry, collect_scores, run_comparison, strip_of
 from msdda_fast.evaluation.scores import merge_scores, read_scores
-from msdda_fast.evaluation.settings import SettingsConflict
+from msdda_fast.methods.best_of_n import BestOfN
+from msdda_fast.methods.morl_oracle import MORLOracle
 from msdda_fast.methods.msdda import MSDDA
 from msdda_fast.methods.sd import SD
 
@@ -21,8 +26,15 @@ WEIGHTS = {"warm": 0.3, "cool": 0.7}
 class Red:
     name, differentiable = "red", True
 
+    def __init__(self, offset=0.0):
+        self._offset = offset
+
     def __call__(self, images, prompts):
-        return images[:, 0].mean((1, 2)) + torch.tensor([float(len(p)) for p in prompts])
+        return (
+            self._offset
+            + images[:, 0].mean((1, 2))
+            + torch.tensor([float(len(p)) for p in prompts])
+        )
 
 
 class Dark(Red):
@@ -52,7 +64,7 @@ def test_every_image_is_the_methods_own(pipe, tmp_path):
             "unet_forwards": 2 * 2 * 2, "unet_backwards": 0, "decodes": 1, "reward_calls": 0
         }  # fmt: skip
         assert rows["SD", "", None, "", 2, prompt, 1].costs["unet_forwards"] == 2 * 2
-        stored = torch.from_numpy(runs.np.array(strip_of(tmp_path, ENTRIES[1], 0)[i]))
+        stored = torch.from_numpy(np.array(strip_of(tmp_path, ENTRIES[1], 0)[i]))
         assert torch.equal(stored.permute(2, 0, 1) / 255, images[i])
 
 
@@ -122,15 +134,119 @@ def test_other_settings_of_a_method_are_other_shards():
     assert len(names) == 8
 
 
+OWN = Comparison(prompts=PROMPTS, rewards={"warm": Red(), "red": Red()}, num_inference_steps=1)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    run_comparison(tiny.shared(), OWN, ENTRIES[1:], folder)
+    return folder
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("record", [True, False], ids=["", "record-lost"])
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"num_inference_steps": 3}, "num_inference_steps was 2"), ({"prompts": ["a"]}, "prompts")],
+    [
+        ({"num_inference_steps": 3}, "num_inference_steps was 1, is 3"),
+        ({"guidance_scale": 2.0}, r"guidance_scale was None, is 2\.0"),
+        ({"prompts": ["a dog"]}, r"prompts\[1\] was 'a cat', is absent"),
+        # the columns keep their names: other rewards stand behind them
+        ({"rewards": {"warm": Dark(), "red": Red()}}, r"rewards\.warm was 'red \w+', is 'dark"),
+        ({"rewards": {"warm": Red(), "red": Dark()}}, r"scored_by\.red was 'red \w+', is 'dark"),
+        ({"rewards": {"warm": Red(1.0), "red": Red()}}, r"rewards\.warm was 'red \w+', is 'red "),
+    ],
 )
-def test_other_settings_of_the_comparison_are_refused(pipe, tmp_path, calls, change, message):
-    run_comparison(pipe, COMPARISON, ENTRIES[:1], tmp_path)
+def test_other_settings_of_the_comparison_are_refused(
+    pipe, finished, tmp_path, calls, change, message, record
+):
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    if not record:
+        (folder / "settings.json").unlink()
+    before = contents(folder)
+    with pytest.raises(ResumeMismatch, match=message):
+        run_comparison(pipe, replace(OWN, **change), ENTRIES[1:], folder, out=tmp_path / "out")
+    assert calls == [] and contents(folder) == before and not (tmp_path / "out").exists()
+
+
+def test_a_lost_record_is_made_again_from_the_shards(pipe, finished, tmp_path, calls):
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    (folder / "settings.json").unlink()
+    run_comparison(pipe, replace(OWN, batch_size=1), ENTRIES[1:], folder)
+    assert calls == []
+    kept = [file.read_bytes() for file in (folder / "settings.json", finished / "settings.json")]
+    assert kept[0] == kept[1]
+
+
+def test_shards_of_an_earlier_version_are_refused(pipe, finished, tmp_path, calls):
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    (shard,) = (folder / "shards").rglob("*.json")
+    record = json.loads(shard.read_text())
+    del record["settings"], record["scored_by"]
+    shard.write_text(json.dumps(record))
+    with pytest.raises(ResumeMismatch, match=rf"{shard.name} has no fingerprint.*delete it"):
+        run_comparison(pipe, OWN, ENTRIES[1:], folder)
+    assert calls == []
+
+
+def test_preferences_that_print_alike_are_told_apart(pipe, finished, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    close = {"warm": 0.3 + 1e-9, "cool": 0.7 - 1e-9}
+    with pytest.raises(ResumeMismatch, match=r"weights\.warm was 0\.3, is 0\.300000001"):
+        run_comparison(pipe, OWN, [replace(ENTRIES[1], weights=close)], folder)
+
+
+def test_an_adapter_of_the_oracle_that_was_trained_again_is_noticed(pipe, tiny, tmp_path, calls):
+    adapter = tmp_path / "adapter"
+    shutil.copytree(tiny.warm, adapter)
+    method = MORLOracle(objective="warm", adapters={0.3: adapter})
+    oracle = [Entry(method, "", WEIGHTS, seeds=[0])]
+    run_comparison(pipe, OWN, oracle, tmp_path / "work")
     calls.clear()
-    with pytest.raises(SettingsConflict, match=message):
-        run_comparison(pipe, replace(COMPARISON, **change), ENTRIES[:1], tmp_path)
+    run_comparison(pipe, OWN, oracle, tmp_path / "work")
+    (weights,) = adapter.glob("*.safetensors")
+    tensors = {name: 2 * tensor for name, tensor in load_file(weights).items()}
+    save_file(tensors, weights)
+    with pytest.raises(ResumeMismatch, match=r"adapters\.0\.3 was '\w+', is '\w+'"):
+        run_comparison(pipe, OWN, oracle, tmp_path / "work")
+    assert calls == []
+
+
+def test_what_guides_a_search_may_not_come_later(pipe, tmp_path, calls):
+    search = [Entry(BestOfN(num_particles=2), "", {"warm": 1.0}, seeds=[0])]
+    run_comparison(pipe, OWN, search, tmp_path)
+    calls.clear()
+    both = [replace(search[0], weights={"warm": 1.0, "red": 0.0})]
+    with pytest.raises(ResumeMismatch):
+        shard = runs._file(tmp_path, both[0], 0)
+        shutil.copytree(runs._file(tmp_path, search[0], 0).parent, shard.parent)
+        run_comparison(pipe, OWN, both, tmp_path)
+    assert calls == []
+
+
+def test_scores_of_another_folder_of_images_are_not_mixed(pipe, tiny, tmp_path, calls):
+    out = tmp_path / "out"
+    run_comparison(pipe, OWN, ENTRIES[1:], tmp_path / "float32", out=out)
+    calls.clear()
+    half = tiny.shared(torch.bfloat16)
+    with pytest.raises(ResumeMismatch, match=r"out.*dtype was 'float32', is 'bfloat16'"):
+        run_comparison(half, OWN, ENTRIES[1:], tmp_path / "bfloat16", out=out)
+    assert calls == [] and not (tmp_path / "bfloat16").exists()
+    turned = [replace(ENTRIES[1], weights={"cool": 0.7, "warm": 0.3})]
+    with pytest.raises(ResumeMismatch, match=r"toward\[0\] was 'warm', is 'cool'"):
+        run_comparison(pipe, OWN, turned, tmp_path / "float32", out=out)
+    (out / "settings.json").unlink()
+    (out / "scores.csv").touch()  # as results from before there were records
+    with pytest.raises(ResumeMismatch, match=r"scores\.csv is there without settings\.json"):
+        run_comparison(pipe, OWN, ENTRIES[1:], tmp_path / "float32", out=out)
     assert calls == []
 
 

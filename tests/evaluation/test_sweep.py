@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """A sweep draws every cell once, whatever interrupts it, and never mixes settings."""
 
+import contextlib
 import json
+import random
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,8 +13,9 @@ import torch
 from PIL import Image
 
 import msdda_fast as mf
+from msdda_fast.errors import ResumeMismatch
+from msdda_fast.evaluation import cells
 from msdda_fast.evaluation.cells import Cell
-from msdda_fast.evaluation.settings import SettingsConflict
 from msdda_fast.evaluation.sweep import Sweep, run_sweep
 from msdda_fast.rewards.aesthetic import Aesthetic
 
@@ -27,6 +32,15 @@ def sweep(**changes) -> Sweep:
         rewards=("aesthetic",),
     )
     return Sweep(**{**options, **changes})
+
+
+SMALLEST = sweep(prompts=PROMPTS[:1], weights=(1.0,))
+
+
+def contents(folder) -> dict:
+    return {
+        path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
 
 
 def read(result) -> dict:
@@ -112,25 +126,127 @@ def test_more_prompts_weights_and_seeds_add_cells(pipe, tmp_path, calls):
     assert len(list(tmp_path.glob("cells/*.png"))) == 4
 
 
-@pytest.mark.sweep(change=1)
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    run_sweep(tiny.shared(), SMALLEST, folder)
+    return folder
+
+
+@pytest.mark.parametrize("record", [True, False], ids=["", "record-lost"])
 @pytest.mark.parametrize(
-    "change", [{"num_inference_steps": 3}, {"guidance_scale": 3.0}, {"toward": "warm"}]
+    ("change", "message"),
+    [
+        ({"num_inference_steps": 3}, "num_inference_steps was 2, is 3"),
+        ({"guidance_scale": 3.0}, r"guidance_scale was 2\.0, is 3\.0"),
+        ({"toward": "warm"}, "toward was 'cool', is 'warm'"),
+    ],
 )
-def test_other_settings_are_refused_and_named(pipe, tmp_path, calls, change):
-    run_sweep(pipe, sweep(), tmp_path)
-    calls.clear()
-    with pytest.raises(SettingsConflict, match=next(iter(change))):
-        run_sweep(pipe, sweep(**change), tmp_path)
+def test_other_settings_are_refused_and_named(
+    pipe, finished, tmp_path, calls, change, message, record
+):
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    if not record:
+        (folder / "settings.json").unlink()
+    before = contents(folder)
+    with pytest.raises(ResumeMismatch, match=message):
+        run_sweep(pipe, replace(SMALLEST, **change), folder)
+    assert calls == [] and contents(folder) == before
+
+
+def test_other_objectives_are_refused_and_named(pipe, finished, tmp_path, calls):
+    shutil.copytree(finished, tmp_path / "copy")
+    objectives = {"warm": mf.Objective(), "cool": mf.Objective(eta=0.5)}
+    with pytest.raises(ResumeMismatch, match=r"objectives\.cool\.eta was 0\.8, is 0\.5"):
+        run_sweep(
+            mf.MSDDAPipeline.from_pipe(pipe, objectives=objectives), SMALLEST, tmp_path / "copy"
+        )
     assert calls == []
 
 
-def test_other_weights_of_the_model_are_refused(tiny, pipe, tmp_path):
-    run_sweep(pipe, sweep(), tmp_path)
-    changed = tiny.load()
-    with torch.no_grad():
-        changed.unet.conv_in.weight[0, 0, 0, 0] += 1e-3
-    with pytest.raises(SettingsConflict, match="model was"):
-        run_sweep(changed, sweep(), tmp_path)
+def test_a_lost_record_is_made_again_from_the_cells(pipe, finished, tmp_path, calls):
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    (folder / "settings.json").unlink()
+    run_sweep(pipe, replace(SMALLEST, batch_size=1), folder)
+    assert calls == [] and contents(folder) == contents(finished)
+
+
+def test_a_cell_under_the_name_of_another_is_refused(pipe, finished, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    names = [Cell(PROMPTS[0], 1.0, seed).file_name for seed in (0, 1)]
+    (folder / "cells" / names[0]).rename(folder / "cells" / names[1])
+    with pytest.raises(ResumeMismatch, match=f"{names[1]} was made otherwise: seed was 0, is 1"):
+        run_sweep(pipe, replace(SMALLEST, seeds=(1,)), folder)
+    Image.new("RGB", (32, 32)).save(folder / "cells" / names[1])
+    with pytest.raises(ResumeMismatch, match=f"{names[1]} has no fingerprint"):
+        run_sweep(pipe, replace(SMALLEST, seeds=(1,)), folder)
+
+
+def test_of_two_sweeps_that_start_together_with_other_settings_one_loses(pipe, tmp_path):
+    """The other starts, and finishes, after this one has found the folder empty."""
+    slow = replace(SMALLEST, num_inference_steps=3)
+
+    def meanwhile(finished, total):
+        if finished == 0:
+            run_sweep(pipe, SMALLEST, tmp_path)
+
+    with pytest.raises(ResumeMismatch, match="num_inference_steps was 2, is 3"):
+        run_sweep(pipe, slow, tmp_path, progress=meanwhile)
+    run_sweep(pipe, SMALLEST, tmp_path, progress=lambda done, total: done == total or pytest.fail())
+
+
+def test_a_sweep_that_never_drew_leaves_the_folder_to_others(pipe, tmp_path):
+    def stop(finished, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(pipe, replace(SMALLEST, num_inference_steps=3), tmp_path / "new", progress=stop)
+    run_sweep(pipe, SMALLEST, tmp_path / "new")
+
+
+def test_a_batch_that_was_cut_short_is_drawn_whole_again_in_the_same_company(pipe, tmp_path):
+    drawn, asked = sweep(seeds=(0, 1), weights=(0.5,), batch_size=3), []
+
+    def draw(batches):
+        asked.append(batches)
+        yield from ((batch, [Image.new("RGB", (8, 8))] * len(batch)) for batch in batches)
+
+    run_sweep(pipe, drawn, tmp_path, elsewhere=draw)
+    batches = asked.pop()
+    assert [len(batch) for batch in batches] == [3, 1, 3, 1]
+    for cell in (batches[0][1], batches[3][0]):
+        (tmp_path / "cells" / cell.file_name).unlink()
+    run_sweep(pipe, drawn, tmp_path, elsewhere=draw)
+    assert asked == [[batches[0], batches[3]]]
+
+
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.full)])
+def test_killed_at_any_file_and_resumed_it_ends_with_the_bits_of_a_straight_run(
+    pipe, tmp_path, monkeypatch, seed
+):
+    drawn = sweep(seeds=(0, 1), weights=(0.5,), batch_size=3)
+    run_sweep(pipe, drawn, tmp_path / "straight")
+    pick, killed, real = random.Random(seed), 0, cells.write_atomically
+    for _ in range(3):
+        left = iter([None] * pick.randrange(1, 4))
+
+        def dies(path, write, left=left):
+            if next(left, 0) == 0:
+                raise KeyboardInterrupt
+            real(path, write)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(cells, "write_atomically", dies)
+            with contextlib.suppress(KeyboardInterrupt):
+                run_sweep(pipe, drawn, tmp_path / "killed")
+                killed -= 1
+            killed += 1
+    assert killed
+    run_sweep(pipe, drawn, tmp_path / "killed")
+    assert contents(tmp_path / "killed") == contents(tmp_path / "straight")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A denoiser of two layers that records what it sees, and a tiny genuine UNet."""
 
+import json
+import random
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +22,41 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+def log_of(out_dir):
+    """The rows of the log without the time they took."""
+    rows = [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+def assert_same_run(one, other):
+    """Equal files, byte by byte, but for the seconds of the log."""
+    assert log_of(one) == log_of(other)
+    found, wanted = (
+        {
+            path.relative_to(folder): path.read_bytes()
+            for path in folder.rglob("*")
+            if path.is_file() and path.name != "log.jsonl"
+        }
+        for folder in (one, other)
+    )
+    assert found.keys() == wanted.keys()
+    assert [path for path in found if found[path] != wanted[path]] == []
+
+
+def die_at_random(monkeypatch, function, seed, last):
+    """Let the call of a module's or class's function at a random place up to `last` raise."""
+    owner, name = function
+    real, calls = getattr(owner, name), iter(range(1, 10_000))
+    fatal = random.Random(seed).randint(1, last)
+
+    def dies(*arguments, **options):
+        if next(calls) == fatal:
+            raise KeyboardInterrupt
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, dies)
 
 
 class TinyDenoiser(nn.Module):

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Collecting: every prompt with every seed, scored; a kill costs the shard in work."""
 
-import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from msdda_fast.errors import InvalidShape
-from msdda_fast.training import ResumeMismatch, collect, load_collection
+from msdda_fast.training import ResumeMismatch, Sampler, collect, load_collection
 
 from .conftest import SHAPE
 
@@ -44,10 +44,14 @@ def words(images, prompts):
 REWARDS = {"brightness": brightness, "words": words}
 
 
-def run(out_dir, policy=None, rewards=REWARDS, prompts=PROMPTS, seeds=SEEDS, batch_size=2):
+def run(
+    out_dir, policy=None, rewards=REWARDS, prompts=PROMPTS, seeds=SEEDS, batch_size=2, settings=None
+):
+    draw = policy or Policy()
     return collect(
-        policy or Policy(), rewards, prompts, seeds, out_dir, batch_size=batch_size, progress=False
-    )
+        draw if settings is None else Sampler(draw, settings), rewards, prompts, seeds, out_dir,
+        batch_size=batch_size, progress=False,
+    )  # fmt: skip
 
 
 def same(one, other):
@@ -91,35 +95,42 @@ def test_after_a_kill_only_the_missing_shards_are_sampled(tmp_path):
 
 
 def test_kill_while_writing_a_shard_leaves_no_shard(tmp_path, monkeypatch):
-    # the package's `collect` is the function, which hides the module of that name
-    module = sys.modules[collect.__module__]
-    real = module.save_file
+    real = Path.write_bytes
 
-    def save_half(tensors, path):
-        real(tensors, path)
-        path.write_bytes(path.read_bytes()[:50])
+    def write_half(path, data):
+        real(path, data[:50])
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "save_file", save_half)
+        patch.setattr(Path, "write_bytes", write_half)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path)
     same(run(tmp_path), run(tmp_path / "straight"))
 
 
 @pytest.mark.parametrize(
-    ("key", "change"),
+    ("text", "change"),
     [
-        ("prompts", {"prompts": PROMPTS[:2]}),
-        ("seeds", {"seeds": [5, 6]}),
-        ("rewards", {"rewards": {"words": words}}),
-        ("batch_size", {"batch_size": 3}),
+        (r"prompts\[2\] was 'a green cat', is absent", {"prompts": PROMPTS[:2]}),
+        (r"seeds\[2\] was 7, is absent", {"seeds": [5, 6]}),
+        (r"rewards.brightness was 'brightness \w+', is absent", {"rewards": {"words": words}}),
+        (r"words was 'words \w+', is 'brightness", {"rewards": REWARDS | {"words": brightness}}),
+        ("batch_size was 2, is 3", {"batch_size": 3}),
+        (r"model\.unet was '1a', is '2b'", {"settings": {"model": {"unet": "2b"}}}),
     ],
 )
-def test_another_collection_is_refused(tmp_path, key, change):
-    run(tmp_path)
-    with pytest.raises(ResumeMismatch, match=f"holds another run: {key} is .* there and .* here"):
-        run(tmp_path, **change)
+@pytest.mark.parametrize("record", [True, False], ids=["", "record-lost"])
+def test_another_collection_is_refused(tmp_path, text, change, record):
+    settings = {"model": {"unet": "1a"}}
+    run(tmp_path, settings=settings)
+    if not record:
+        (tmp_path / "collection.json").unlink()
+    kept = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    policy = Policy()
+    with pytest.raises(ResumeMismatch, match=text):
+        run(tmp_path, policy, **{"settings": settings} | change)
+    assert policy.calls == 0
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == kept
 
 
 def test_bad_input_is_named(tmp_path):

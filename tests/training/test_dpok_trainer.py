@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The DPOK trainer: the reward rises, a kill costs nothing, other runs are left alone."""
 
-import json
-from dataclasses import replace
+import contextlib
+import shutil
+from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,13 +14,23 @@ from diffusers import DDIMScheduler
 from PIL import Image
 from safetensors.torch import load_file
 
+from msdda_fast import files
 from msdda_fast.errors import BackendUnavailable, InvalidShape
 from msdda_fast.training import DPOKConfig, ResumeMismatch, Task, add_lora, train_dpok
 from msdda_fast.training import curves as curves_module
 from msdda_fast.training import dpok_run as run_module
+from msdda_fast.training import dpok_trainer as trainer_module
 from msdda_fast.training.rollout import relative_to_prompt
 
-from .conftest import SHAPE, TinyDenoiser, make_embeds, make_unet
+from .conftest import (
+    SHAPE,
+    TinyDenoiser,
+    assert_same_run,
+    die_at_random,
+    log_of,
+    make_embeds,
+    make_unet,
+)
 from .test_alignment import GaussianPolicy
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -42,11 +54,12 @@ class Brightness:
     name, differentiable = "brightness", True
 
     def __init__(self, die_at=None, value=None):
-        self.calls, self.die_at, self.value = 0, die_at, value
+        self.value = value
+        self.life = SimpleNamespace(calls=0, die_at=die_at)  # no fingerprint counts what is in here
 
     def __call__(self, images, prompts):
-        self.calls += 1
-        if self.calls == self.die_at:
+        self.life.calls += 1
+        if self.life.calls == self.life.die_at:
             raise KeyboardInterrupt
         return images.mean(dim=(1, 2, 3)) if self.value is None else self.value
 
@@ -62,26 +75,18 @@ def task(reward=None, **changes):
     return replace(made, **changes)
 
 
-def train(out_dir, work=None, network=None, curves=False, accelerator=None, **config):
+def train(
+    out_dir, work=None, network=None, curves=False, accelerator=None, rank=4, dtype=torch.float32,
+    **config,
+):  # fmt: skip
     """Train a fresh network, as a new process would, and return it."""
     network = network or TinyDenoiser()
-    add_lora(network)
+    add_lora(network, rank=rank)
     train_dpok(
-        network, SCHEDULER, work or task(), DPOKConfig(**SMALL | config),
-        out_dir, accelerator=accelerator, curves=curves, progress=False,
+        network, SCHEDULER, work or task(), DPOKConfig(**SMALL | config), out_dir,
+        accelerator=accelerator, weight_dtype=dtype, curves=curves, progress=False,
     )  # fmt: skip
     return network
-
-
-def log_of(out_dir):
-    rows = [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
-
-
-def assert_same_run(one, other):
-    a, b = load_file(one / WEIGHTS), load_file(other / WEIGHTS)
-    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-    assert log_of(one) == log_of(other)
 
 
 @pytest.fixture
@@ -148,27 +153,102 @@ def test_longer_run_continues_and_a_finished_one_is_only_read_back(tmp_path):
     train(tmp_path / "straight")
     train(tmp_path / "parts", loops=3)
     train(tmp_path / "parts")
+    shutil.rmtree(tmp_path / "parts" / "loop-000003")  # a checkpoint that the other never made
     assert_same_run(tmp_path / "straight", tmp_path / "parts")
     reward = Brightness()
     train(tmp_path / "parts", task(reward))
-    assert reward.calls == 0
+    assert reward.life.calls == 0
     assert_same_run(tmp_path / "straight", tmp_path / "parts")
+
+
+DEADLY = {
+    "loss": (run_module, "dpok_loss"),
+    "adapter": (trainer_module, "save_lora"),
+    "write": (files.os, "replace"),
+    "log": (trainer_module.RunLog, "write"),
+}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_killed_at_random_again_and_again_it_ends_with_the_files_of_a_straight_run(
+    tmp_path, monkeypatch, seed
+):
+    train(tmp_path / "straight")
+    for life in range(3):
+        with monkeypatch.context() as patch:
+            place = sorted(DEADLY)[(seed + life) % len(DEADLY)]
+            die_at_random(patch, DEADLY[place], 10 * seed + life, last=3)
+            with contextlib.suppress(KeyboardInterrupt):
+                train(tmp_path / "killed")
+    train(tmp_path / "killed")
+    assert_same_run(tmp_path / "straight", tmp_path / "killed")
+
+
+FREE = {"loops": 5, "checkpoint_every": 1}  # alter no loop that was made
+CHANGES = {
+    "num_steps": 4, "eta": 0.8, "trained_steps": 2, "guidance_scale": 2.0, "prompts_per_loop": 1,
+    "samples_per_prompt": 3, "rollout_batch_size": 2, "buffer_size": 10, "advantage": "prompt",
+    "policy_steps": 1, "batch_size": 2, "accumulation_steps": 1, "lr": 2e-2, "reward_weight": 1.0,
+    "kl_weight": 0.2, "kl": "exact", "clip": 1e-3, "grad_clip": 1.0, "value_batches": 1,
+    "value_batch_size": 4, "value_lr": 1e-3, "mixed_precision": "bf16", "seed": 1,
+}  # fmt: skip
+
+
+def other_base():
+    network = TinyDenoiser()
+    network.text.weight.data[0, 0] += 1
+    return network
+
+
+def test_every_field_of_the_configuration_is_free_or_compared():
+    names = {field.name for field in fields(DPOKConfig)}
+    assert names == FREE.keys() | CHANGES.keys()
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("started")
+    train(folder, loops=2)
+    return folder
 
 
 @pytest.mark.parametrize(
     ("name", "change"),
-    [("lr", {"lr": 2e-2}), ("eta", {"eta": 0.8}), ("kl", {"kl": "exact"}), ("seed", {"seed": 1})],
+    [
+        *((name, {name: value}) for name, value in CHANGES.items()),
+        (r"prompts\[0\]", {"work": task(prompts=PROMPTS[::-1])}),
+        ("prompt_embeds", {"work": task(prompt_embeds=2 * make_embeds())}),
+        ("decode", {"work": task(decode=lambda latents: latents[:, :3].cos().abs())}),
+        ("reward", {"work": task(Contrast())}),
+        ("reward", {"work": task(Brightness(value=torch.ones(3)))}),
+        ("base", {"network": other_base}),
+        ("rank", {"rank": 2}),
+        ("weight_dtype", {"dtype": torch.float16}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_another_configuration_is_refused_and_the_run_kept(tmp_path, name, change):
-    train(tmp_path, loops=2)
-    before = (tmp_path / "checkpoint.pt").read_bytes()
-    with pytest.raises(ResumeMismatch, match=rf"holds another run: {name} is .* there and .* here"):
-        train(tmp_path, **change)
-    with pytest.raises(ResumeMismatch, match="prompts is"):
-        train(tmp_path, task(prompts=PROMPTS[::-1]))
+def test_another_configuration_network_or_task_is_refused_and_the_run_kept(
+    started, tmp_path, fresh_accelerate, name, change
+):
+    folder = tmp_path / "copy"
+    shutil.copytree(started, folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    change = {key: value() if key == "network" else value for key, value in change.items()}
+    change.setdefault("work", task(null_embeds=None))
+    if name == "guidance_scale":
+        change["work"] = task(null_embeds=make_embeds()[0])
+    with pytest.raises(
+        ResumeMismatch, match=rf"made otherwise: .*{name} was .*, is .*Use the earl"
+    ):
+        train(folder, **change)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_fewer_loops_than_made_are_refused_and_what_alters_none_may_change(started, tmp_path):
+    shutil.copytree(started, tmp_path / "copy")
     with pytest.raises(ValueError, match="has done 2 loops; loops = 1 is fewer"):
-        train(tmp_path, loops=1)
-    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+        train(tmp_path / "copy", loops=1)
+    train(tmp_path / "copy", **FREE)
 
 
 def test_first_update_of_a_loop_is_on_policy_and_the_base_model_is_at_no_distance(tmp_path):
@@ -202,6 +282,7 @@ def test_checkpoints_are_lora_folders_and_the_curves_a_picture(tmp_path):
     train(tmp_path, loops=3, curves=True)
     assert {path.name for path in tmp_path.iterdir()} == {
         "loop-000002", "loop-000003", "checkpoint.pt", "curves.png", "log.jsonl", WEIGHTS,
+        "settings.json",
     }  # fmt: skip
     last, final = load_file(tmp_path / "loop-000003" / WEIGHTS), load_file(tmp_path / WEIGHTS)
     assert all(torch.equal(last[key], final[key]) for key in final)

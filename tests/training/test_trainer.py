@@ -1,12 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """The trainer: learns a preference, survives a kill bit for bit, refuses to mix runs."""
 
-import json
+import contextlib
+import dataclasses
+import os
+import shutil
+import signal
+import time
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from msdda_fast import files
 from msdda_fast.training import (
     PreferencePairs,
     ResumeMismatch,
@@ -14,39 +20,38 @@ from msdda_fast.training import (
     add_lora,
     train_step_dpo,
 )
+from msdda_fast.training import log as log_module
 from msdda_fast.training import trainer as trainer_module
 from msdda_fast.training.adapter import lora_state
 from msdda_fast.training.noising import NoisedPairs
 
-from .conftest import SHAPE, TinyDenoiser, make_embeds, make_pairs, make_scheduler, make_unet
+from .conftest import (
+    SHAPE,
+    TinyDenoiser,
+    assert_same_run,
+    die_at_random,
+    log_of,
+    make_embeds,
+    make_pairs,
+    make_scheduler,
+    make_unet,
+)
+
+WEIGHTS = "pytorch_lora_weights.safetensors"
 
 
-def train(out_dir, network=None, pairs=None, **config):
+def train(out_dir, network=None, pairs=None, curves=False, rank=4, dtype=torch.float32, **config):
     """Train a fresh network, as a new process would, and return it."""
     if network is None:
         network = TinyDenoiser()
-    add_lora(network)
+    add_lora(network, rank=rank)
     config = StepDPOConfig(**({"steps": 6, "batch_size": 4, "lr": 1e-2} | config))
     null = torch.zeros_like(make_embeds()[0])
     train_step_dpo(
         network, make_scheduler(), pairs or make_pairs(), make_embeds(), config, out_dir,
-        null_embeds=null, curves=False, progress=False,
+        null_embeds=null, weight_dtype=dtype, curves=curves, progress=False,
     )  # fmt: skip
     return network
-
-
-def log_of(out_dir):
-    """The rows of the log without the time they took."""
-    rows = [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
-
-
-def assert_same_run(one, other):
-    name = "pytorch_lora_weights.safetensors"
-    a, b = load_file(one / name), load_file(other / name)
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[key], b[key]) for key in a)
-    assert log_of(one) == log_of(other)
 
 
 def kill_at(monkeypatch, step):
@@ -83,6 +88,7 @@ def test_continued_run_ends_with_the_bits_of_a_straight_one(tmp_path, ema_decay)
     train(tmp_path / "straight", **options)
     train(tmp_path / "parts", steps=3, **options)
     train(tmp_path / "parts", steps=6, **options)
+    shutil.rmtree(tmp_path / "parts" / "step-000003")  # a checkpoint that the other never made
     assert_same_run(tmp_path / "straight", tmp_path / "parts")
 
 
@@ -118,6 +124,66 @@ def test_kill_while_writing_a_checkpoint_leaves_the_one_before(tmp_path, monkeyp
     assert_same_run(tmp_path / "straight", tmp_path / "killed")
 
 
+DEADLY = {
+    "step": (NoisedPairs, "loss"),
+    "adapter": (trainer_module, "save_lora"),
+    "write": (files.os, "replace"),
+    "log": (log_module.RunLog, "write"),
+}
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_killed_at_random_again_and_again_it_ends_with_the_files_of_a_straight_run(
+    tmp_path, monkeypatch, seed
+):
+    options = {"steps": 7, "checkpoint_every": 2, "prompt_dropout": 0.3, "ema_decay": 0.9}
+    train(tmp_path / "straight", **options)
+    for life in range(3):
+        with monkeypatch.context() as patch:
+            place = sorted(DEADLY)[(seed + life) % len(DEADLY)]
+            die_at_random(patch, DEADLY[place], 10 * seed + life, last=4)
+            with contextlib.suppress(KeyboardInterrupt):
+                train(tmp_path / "killed", **options)
+    train(tmp_path / "killed", **options)
+    assert_same_run(tmp_path / "straight", tmp_path / "killed")
+
+
+def test_curves_are_those_of_a_straight_run_though_the_last_checkpoint_was_all_there_was(
+    tmp_path, monkeypatch
+):
+    train(tmp_path / "straight", steps=2, curves=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer_module.LiveCurves, "refresh", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(tmp_path / "killed", steps=2, curves=True, checkpoint_every=1)
+        with pytest.raises(ZeroDivisionError):
+            train(tmp_path / "killed", steps=2, curves=True)
+    train(tmp_path / "killed", steps=2, curves=True)
+    shutil.rmtree(tmp_path / "killed" / "step-000001")
+    assert_same_run(tmp_path / "straight", tmp_path / "killed")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_run_ended_by_sigkill_resumes_with_the_same_files(tmp_path, monkeypatch):
+    options = {"steps": 60, "checkpoint_every": 7}
+    train(tmp_path / "straight", **options)
+    if (child := os.fork()) == 0:
+        real = NoisedPairs.loss
+        NoisedPairs.loss = lambda *args: (time.sleep(0.01), real(*args))[1]
+        train(tmp_path / "killed", **options)
+        os._exit(0)
+    log = tmp_path / "killed" / "log.jsonl"
+    while not log.exists() or log.read_bytes().count(b"\n") < 17:
+        assert os.waitpid(child, os.WNOHANG) == (0, 0)
+        time.sleep(0.002)
+    os.kill(child, signal.SIGKILL)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    assert not (tmp_path / "killed" / WEIGHTS).exists()
+    train(tmp_path / "killed", **options)
+    assert_same_run(tmp_path / "straight", tmp_path / "killed")
+
+
 def test_finished_run_is_only_read_back(tmp_path, monkeypatch):
     train(tmp_path)
     before = log_of(tmp_path)
@@ -126,16 +192,84 @@ def test_finished_run_is_only_read_back(tmp_path, monkeypatch):
     assert log_of(tmp_path) == before
 
 
+def other_base():
+    network = TinyDenoiser()
+    network.text.weight.data[0, 0] += 1
+    return network
+
+
+FREE = {"steps": 4, "log_every": 2, "checkpoint_every": 3}  # alter no step that was made
+CHANGES = {
+    "lr": 2e-2, "batch_size": 5, "beta_dpo": 1.0, "gamma": 0.0, "shared_noise": False,
+    "snr_weighting": "exact", "eta": 0.5, "min_timestep": 1, "prompt_dropout": 0.1,
+    "warmup_steps": 1, "grad_clip": 2.0, "ema_decay": 0.5, "bf16": True, "seed": 1,
+}  # fmt: skip
+
+
+def test_every_field_of_the_configuration_is_free_or_compared():
+    names = {field.name for field in dataclasses.fields(StepDPOConfig)}
+    assert names == FREE.keys() | CHANGES.keys()
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("started")
+    train(folder, steps=2)
+    return folder
+
+
+@pytest.mark.parametrize("kept", ["all", "checkpoint.pt", "settings.json"])
 @pytest.mark.parametrize(
-    "change", [{"lr": 2e-2}, {"gamma": 0.0}, {"seed": 1}, {"pairs": make_pairs(10)}], ids=str
+    ("name", "change"),
+    [
+        *((name, {name: value}) for name, value in CHANGES.items()),
+        ("pairs", {"pairs": make_pairs(10)}),
+        ("base", {"network": other_base}),
+        ("rank", {"rank": 2}),
+        ("weight_dtype", {"dtype": torch.float16}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_another_configuration_or_other_data_is_refused(tmp_path, change):
+def test_another_configuration_network_or_other_data_is_refused(
+    started, tmp_path, name, change, kept
+):
+    """Also when only the checkpoint is there, or only the record of the settings."""
+    folder = tmp_path / "copy"
+    shutil.copytree(started, folder)
+    for file in ("checkpoint.pt", "settings.json"):
+        if kept not in ("all", file):
+            (folder / file).unlink()
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    change = {key: value() if callable(value) else value for key, value in change.items()}
+    with pytest.raises(ResumeMismatch, match=rf"made otherwise: {name} was .*, is .*Use the earl"):
+        train(folder, **{"steps": 4} | change)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_what_alters_no_step_may_change(started, tmp_path, name):
+    shutil.copytree(started, tmp_path / "copy")
+    train(tmp_path / "copy", **{"steps": 3} | {name: FREE[name]})
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused(started, tmp_path):
+    shutil.copytree(started, tmp_path / "copy")
+    state = torch.load(tmp_path / "copy" / "checkpoint.pt", weights_only=True)
+    del state["identity"]["format"]
+    torch.save(state, tmp_path / "copy" / "checkpoint.pt")
+    with pytest.raises(
+        ResumeMismatch, match=r"checkpoint\.pt was made otherwise: format was absent"
+    ):
+        train(tmp_path / "copy")
+
+
+def test_a_run_that_failed_before_its_first_step_leaves_the_folder_to_others(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        kill_at(patch, step=1)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path, lr=1.0)
+    assert not list(tmp_path.iterdir())
     train(tmp_path, steps=2)
-    before = (tmp_path / "checkpoint.pt").read_bytes()
-    (name,) = change
-    with pytest.raises(ResumeMismatch, match=rf"holds another run: {name} is .* there and .* here"):
-        train(tmp_path, steps=4, **change)
-    assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
 
 def test_fewer_steps_than_made_are_refused(tmp_path):

@@ -170,7 +170,8 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
 
         Everything is checked before the first network runs. B = images = prompts x
         `num_images_per_prompt`, M = objectives, in the order of `objectives`. An image depends on
-        its own seed, prompt and weights, never on what shares its batch.
+        its own seed, prompt and weights only: whatever shares the batch, the noise is the same to
+        the bit and the image to the last rounding.
 
         Args:
             prompt: P texts, or one.
