@@ -138,7 +138,7 @@ def denoise(
     Args:
         denoisers: M callables; architectures may differ, noise schedule and latent space may not.
         x_T: (B, *S), standard normal. The state is float64 when `x_T` is, else float32. With B = 0
-            everything is checked, no denoiser is called, and x_0 is as empty.
+            no denoiser is called, and x_0 is as empty.
         scheduler: A diffusers DDIM scheduler, copied; see `coefficient_table`.
         num_steps: T, in [1, num_train_timesteps].
         weights: Preferences: None (uniform), (M,), (B, M) or (T, B, M), rows on the simplex, or a

@@ -136,10 +136,10 @@ def ddim_grid(scheduler: Scheduler, num_steps: int) -> DDIMGrid:
     """
     config, alphas_cumprod = scheduler.config, scheduler.alphas_cumprod
     num_train_steps = int(config.num_train_timesteps)
-    steps = as_integer(num_steps)
-    if steps is None or not 1 <= steps <= num_train_steps:
+    given, num_steps = num_steps, as_integer(num_steps) or 0
+    if not 1 <= num_steps <= num_train_steps:
         raise InvalidSchedule(
-            f"num_steps is {num_steps!r}, expected 1 to {num_train_steps}, the training steps"
+            f"num_steps is {given!r}, expected 1 to {num_train_steps}, the training steps"
         )
     kind = type(scheduler)
     name = kind.__name__
@@ -157,11 +157,11 @@ def ddim_grid(scheduler: Scheduler, num_steps: int) -> DDIMGrid:
             f"prediction_type is {prediction_type!r}, expected one of {PREDICTION_TYPES}"
         )
 
-    timesteps = _timesteps(scheduler, steps, num_train_steps)
+    timesteps = _timesteps(scheduler, num_steps, num_train_steps)
     alpha_bar = alphas_cumprod.detach().to("cpu", torch.float64)
     final = torch.ones((), dtype=torch.float64) if config.set_alpha_to_one else alpha_bar[0]
     # diffusers subtracts the stride instead of taking the next timestep; linspace tells them apart
-    previous = timesteps - num_train_steps // steps
+    previous = timesteps - num_train_steps // num_steps
     alpha_bar_t = alpha_bar[timesteps]
     alpha_bar_prev = torch.where(previous >= 0, alpha_bar[previous.clamp(min=0)], final)
     # NaN fails too: one training step with rescale_betas_zero_snr, for one
