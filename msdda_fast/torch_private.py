@@ -107,7 +107,8 @@ def has_tangent(tensors: Iterable[Tensor]) -> bool:
     """Whether forward-mode differentiation follows one of these tensors."""
     if forward_ad._current_level < 0:
         return False
-    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+    unpack = forward_ad.unpack_dual  # has no types
+    return any(unpack(tensor).tangent is not None for tensor in tensors)  # type: ignore[no-untyped-call]
 
 
 def versions_of(tensors: Sequence[Tensor]) -> list[int]:

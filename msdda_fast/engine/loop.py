@@ -161,8 +161,8 @@ def denoise(
     Args:
         denoisers: M callables; architectures may differ, noise schedule and latent space may not.
         x_T: (B, *S), standard normal, times the scheduler's `init_noise_sigma` where that is not 1
-            (Euler ancestral). The state is float64 when `x_T` is, else float32. With B = 0
-            everything is checked, no denoiser is called, and x_0 is as empty.
+            (Euler ancestral). The state is float64 when `x_T` is, else float32. With B = 0 no
+            denoiser is called, and x_0 is as empty.
         scheduler: A diffusers scheduler that has a rule, copied; see `coefficient_table`.
         num_steps: T, in [1, num_train_timesteps]; None: as the scheduler's timesteps are set.
         weights: Preferences: None (uniform), (M,), (B, M) or (T, B, M), rows on the simplex, or a

@@ -136,8 +136,8 @@ def image_seeds(seed: int | SeedsLike, batch_size: int) -> list[int]:
         ValueError: A seed is not an integer of 64 bits, signed or unsigned.
     """
     if isinstance(seed, str) or not hasattr(seed, "__len__") or getattr(seed, "ndim", 1) == 0:
-        first = seed_list([cast(int, seed)])[0]
-        return [(first + index) % 2**64 for index in range(batch_size)]
+        [seed] = seed_list([cast(int, seed)])
+        return [(seed + index) % 2**64 for index in range(batch_size)]
     seeds = seed_list(cast("SeedsLike", seed))
     if len(seeds) != batch_size:
         raise InvalidShape(f"got {len(seeds)} seeds for {batch_size} images")

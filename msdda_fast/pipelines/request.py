@@ -169,10 +169,11 @@ def objective_guidance(
         DEFAULT_GUIDANCE if objective.guidance_scale is None else objective.guidance_scale
         for objective in objectives.values()
     ]
+    scales: Any = guidance_scale
     if guidance_scale is not None and not isinstance(guidance_scale, Mapping):
-        scale = as_host_float64(guidance_scale, "guidance_scale")
-        guidance_scale = scale.expand(len(own)) if scale.ndim == 0 else scale
-    values = _by_name("guidance_scale", objectives, guidance_scale, own)
+        scales = as_host_float64(guidance_scale, "guidance_scale")
+        scales = scales.expand(len(own)) if scales.ndim == 0 else scales
+    values = _by_name("guidance_scale", objectives, scales, own)
     for name, value in zip(objectives, values, strict=True):
         if not 1.0 <= value < float("inf"):
             raise InvalidSchedule(

@@ -161,8 +161,8 @@ def test_an_empty_batch_is_drawn_without_a_denoiser(backend, fusion) -> None:
         x_T = torch.zeros(0, 4, 8, 8, dtype=given)
         x_0 = denoise([never, never], x_T, fusion=fusion, seeds=[], **etas)
         assert (x_0.shape, x_0.dtype) == (x_T.shape, state)
-    with pytest.raises(InvalidWeights):
-        denoise([never, never], x_T, weights=[0.6, 0.6], **etas)
+    with pytest.raises(InvalidShape, match="seeds"):
+        denoise([never, never], x_T, seeds=[1], **etas)
 
 
 class TestRefusals:
