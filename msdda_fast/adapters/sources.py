@@ -15,7 +15,7 @@ from msdda_fast import assets
 from msdda_fast.lora.adapter import DEFAULT_WEIGHT_NAME, find_adapter_file
 from msdda_fast.objective import Objective
 
-__all__ = ["adapter_file", "fetch", "hub_options", "locate"]
+__all__ = ["adapter_files", "fetch", "hub_options", "locate"]
 
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 #: Options of diffusers' `from_pretrained` that say how to reach the hub, not what to load.
@@ -63,15 +63,20 @@ def fetch(
         raise _unreachable(repo, error) from error
 
 
-def adapter_file(objective: Objective, options: Mapping[str, Any]) -> Path:
-    """Return the local safetensors file of an objective's adapter, downloading it if needed.
+def adapter_files(objective: Objective, options: Mapping[str, Any]) -> list[Path]:
+    """Return the local safetensors file of each of an objective's adapters, downloaded if needed.
+
+    A `weight_name` or `subfolder` of the objective is that of every source.
 
     Raises:
         FileNotFoundError: There is no such file, folder or repository.
         ValueError: The file is not safetensors, or several files match.
     """
-    assert objective.source is not None
-    place = locate(objective.source)
+    return [_adapter_file(source, objective, options) for source in objective.sources]
+
+
+def _adapter_file(source: str | Path, objective: Objective, options: Mapping[str, Any]) -> Path:
+    place = locate(source)
     if isinstance(place, Path):
         return find_adapter_file(
             place, weight_name=objective.weight_name, subfolder=objective.subfolder

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from msdda_fast.adapters.files import AdapterFile
 from msdda_fast.adapters.formats import StableDiffusionFormat
 from msdda_fast.adapters.soup import make_soup, temporarily
-from msdda_fast.adapters.sources import adapter_file
+from msdda_fast.adapters.sources import adapter_files
 from msdda_fast.adapters.switching import AdapterSwitch, adapter_names
 from msdda_fast.adapters.variant import Variant
 from msdda_fast.engine.noise import image_seeds
@@ -211,7 +211,7 @@ class PipelineModel:
     def load(self, path: str | Path) -> str:
         """Make a model of the base and the adapter at `path`, and return its name."""
         name = self._new_name("loaded")
-        file = adapter_file(Objective(path), {})
+        (file,) = adapter_files(Objective(path), {})
         self._put(
             AdapterFile.read(name, file, StableDiffusionFormat(self._pipe.unet)), self._pipe.unet
         )

@@ -14,6 +14,7 @@ import functools
 import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from msdda_fast.adapters.variant import AdapterSet
 from msdda_fast.errors import AdapterMismatch, UnknownObjective, UnsupportedNetwork
 from msdda_fast.levels import NoiseLevels
 from msdda_fast.objective import Objective
+from msdda_fast.pipelines.attach_files import DENOISERS, save_objectives
 from msdda_fast.pipelines.batch import Batch
 from msdda_fast.pipelines.call_levels import call_levels
 from msdda_fast.pipelines.fused_scheduler import with_fusing
@@ -39,9 +41,6 @@ from msdda_fast.types import Fusion, WeightSchedule, ZeroVariancePolicy
 
 __all__ = ["WithObjectives", "attach"]
 
-#: Components that predict what a scheduler's step takes.
-_DENOISERS = ("unet", "transformer", "transformer_2", "prior", "decoder")
-
 
 class WithObjectives:
     """Mixin before the class of a stock pipeline; `attach` makes the class."""
@@ -55,6 +54,27 @@ class WithObjectives:
     def objectives(self) -> dict[str, Objective]:
         """The objectives by name, in the order of the columns of `weights`."""
         return dict(self._objectives)
+
+    @property
+    def adapter_sets(self) -> dict[str, AdapterSet]:
+        """The adapters of each objective: names in peft, and factors on their updates."""
+        return dict(self._sets)
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:  # noqa: ANN401
+        """Write a folder of the stock class, with the objectives beside it.
+
+        The base is written without its adapters, so stock diffusers loads the folder too; adapters
+        go to `objectives/<name>/`, several of one objective as one, and `objectives.json` lists
+        them. A failed save does not change the folder.
+
+        Args:
+            save_directory: Made if missing; files of an earlier save are replaced.
+            options: As in diffusers.
+
+        Raises:
+            AdapterMismatch: An adapter is no plain LoRA.
+        """
+        save_objectives(self, Path(save_directory), **options)
 
     def detach(self) -> DiffusionPipeline:
         """Return the stock pipeline, on the same networks and scheduler."""
@@ -166,14 +186,17 @@ class WithObjectives:
 
 
 def attach(
-    pipeline: DiffusionPipeline, objectives: Mapping[str, Objective] | None = None
+    pipeline: DiffusionPipeline,
+    objectives: Mapping[str, Objective] | None = None,
+    sets: Mapping[str, AdapterSet] | None = None,
 ) -> WithObjectives:
     """Return a pipeline of the same class with objectives, on the same networks and scheduler.
 
     Args:
         pipeline: Any loaded pipeline of diffusers; it is not changed, and stays usable.
-        objectives: By name, in order; a source is the name of a loaded adapter. None: every loaded
-            adapter, or the base model.
+        objectives: By name, in order; a source is the name of a loaded adapter. None: those that
+            the pipeline has, else every loaded adapter, else the base model.
+        sets: The adapters of each objective, whose sources then are files.
 
     Raises:
         UnknownObjective: A source is not a loaded adapter.
@@ -181,22 +204,27 @@ def attach(
         ValueError: Invalid objectives, or ones with networks or guidance of their own.
     """
     parts = pipeline.components
-    if not any(isinstance(parts.get(name), nn.Module) for name in _DENOISERS):
+    if not any(isinstance(parts.get(name), nn.Module) for name in DENOISERS):
         raise UnsupportedNetwork(
-            f"{type(pipeline).__name__} has no denoiser that is known ({', '.join(_DENOISERS)}); "
+            f"{type(pipeline).__name__} has no denoiser that is known ({', '.join(DENOISERS)}); "
             f"its components are {', '.join(parts)}"
         )
     if not hasattr(parts.get("scheduler"), "step"):
         raise UnsupportedNetwork(f"{type(pipeline).__name__} has no scheduler with a step to fuse")
     loaded = _loaded(pipeline)
+    if objectives is None and isinstance(pipeline, WithObjectives):
+        objectives, sets = pipeline.objectives, pipeline.adapter_sets
     if objectives is None:
         objectives = {name: Objective(name) for name in loaded} or {"base": Objective.base()}
     check_names(objectives)
-    sets = {name: _set(name, objective, loaded) for name, objective in objectives.items()}
+    for name, objective in objectives.items():
+        _check_objective(name, objective)
+    if sets is None:
+        sets = {name: _set(name, objective, loaded) for name, objective in objectives.items()}
     stock: Any = getattr(pipeline, "stock_class", type(pipeline))
     attached: Any = copy.copy(pipeline)
     attached.__class__ = _attached_class(stock)
-    attached._objectives, attached._sets, attached._hooks = dict(objectives), sets, {}
+    attached._objectives, attached._sets, attached._hooks = dict(objectives), dict(sets), {}
     made: WithObjectives = attached
     return made
 
@@ -206,7 +234,7 @@ def _loaded(pipeline: Any) -> list[str]:  # noqa: ANN401 - a pipeline
     return adapter_names(*(part for part in parts if isinstance(part, nn.Module)))
 
 
-def _set(name: str, objective: Objective, loaded: Sequence[str]) -> AdapterSet:
+def _check_objective(name: str, objective: Objective) -> None:
     if objective.unet is not None:
         raise ValueError(
             f"objective {name!r} is a network of its own, which only Stable Diffusion 1 and 2 can "
@@ -217,6 +245,9 @@ def _set(name: str, objective: Objective, loaded: Sequence[str]) -> AdapterSet:
             f"objective {name!r} has a guidance_scale of its own, but the pipeline's loop guides "
             "all objectives alike: give guidance_scale in the call"
         )
+
+
+def _set(name: str, objective: Objective, loaded: Sequence[str]) -> AdapterSet:
     adapters = tuple(zip(objective.sources, objective.scales, strict=True))
     for source, _ in adapters:
         if str(source) not in loaded:

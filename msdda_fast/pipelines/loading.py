@@ -16,10 +16,10 @@ from diffusers.utils import is_accelerate_available
 from torch import nn
 
 from msdda_fast.adapters.files import AdapterFile
-from msdda_fast.adapters.formats import StableDiffusionFormat
+from msdda_fast.adapters.formats import Format, StableDiffusionFormat
 from msdda_fast.adapters.injection import peft_names
 from msdda_fast.adapters.layers import check_can_switch
-from msdda_fast.adapters.sources import adapter_file, fetch, hub_options, locate
+from msdda_fast.adapters.sources import adapter_files, fetch, hub_options, locate
 from msdda_fast.adapters.switching import adapter_names
 from msdda_fast.adapters.variant import Variant
 from msdda_fast.errors import UnknownObjective
@@ -32,9 +32,19 @@ from msdda_fast.pipelines.runnable import check_own_network
 from msdda_fast.pipelines.scheduler_config import check_scheduler_file
 from msdda_fast.pipelines.schedulers import check_scheduler_name
 
-__all__ = ["LoadPlan", "attach", "attach_loaded", "plan", "shared_components"]
+__all__ = [
+    "STABLE_DIFFUSION",
+    "LoadPlan",
+    "adapter_scale",
+    "attach",
+    "attach_loaded",
+    "plan",
+    "read_adapters",
+    "shared_components",
+]
 
-_PIPELINES = ("StableDiffusionPipeline", "MSDDAPipeline")
+#: Classes of pipelines that Stable Diffusion 1 and 2 are saved as.
+STABLE_DIFFUSION = ("StableDiffusionPipeline", "MSDDAPipeline")
 _BASE = {"base": Objective.base()}
 #: Options of `DiffusionPipeline.from_pretrained` with which the result would be another pipeline.
 _UNSUPPORTED = {
@@ -72,6 +82,7 @@ class LoadPlan:
 
     Attributes:
         model: Local folder or hub id of the base.
+        kind: Name of its class.
         options: Arguments of `DiffusionPipeline.from_pretrained`.
         dtype: Dtype of all components, or by component.
         objectives: Objectives by name, in order.
@@ -79,10 +90,11 @@ class LoadPlan:
     """
 
     model: str
+    kind: str
     options: dict[str, Any]
     dtype: Dtypes
     objectives: dict[str, Objective]
-    adapters: dict[str, Path]
+    adapters: dict[str, list[Path]]
 
 
 def plan(
@@ -101,14 +113,14 @@ def plan(
     if index is None:
         raise FileNotFoundError(f"{place} is not a diffusers pipeline: it has no model_index.json")
     listed = read_json(index, "a diffusers pipeline's index")
-    kind = listed.get("_class_name")
-    if kind not in _PIPELINES:
-        raise ValueError(f"{model} is a {kind}; supported: {', '.join(_PIPELINES)}")
+    kind = str(listed.get("_class_name"))
+    ours = kind in STABLE_DIFFUSION
     if "scheduler" not in options and listed.get("scheduler") != [None, None]:
-        check_scheduler_name(_class_name(index, listed.get("scheduler")))
+        if ours:
+            check_scheduler_name(_class_name(index, listed.get("scheduler")))
         if file := _model_file(place, "scheduler/scheduler_config.json", options, required=False):
             check_scheduler_file(file)
-    has_unet = options.get("unet", listed.get("unet", [None])[-1]) is not None
+    has_unet = not ours or options.get("unet", listed.get("unet", [None])[-1]) is not None
     if not has_unet and objectives is not None:
         raise ValueError("without a unet (None), a pipeline encodes prompts and has no objectives")
     parts = [name for name, entry in listed.items() if isinstance(entry, list)]
@@ -121,15 +133,39 @@ def plan(
     check_names(objectives)
     return LoadPlan(
         model=str(place),
+        kind=kind,
         options={"dtype": dtype, "low_cpu_mem_usage": is_accelerate_available(), **options},
         dtype=dtype,
         objectives=dict(objectives),
         adapters={
-            name: adapter_file(objective, hub_options(options))
+            name: adapter_files(objective, hub_options(options))
             for name, objective in objectives.items()
             if objective.source is not None
         },
     )
+
+
+def read_adapters(
+    plan: LoadPlan, kind: Format, networks: Mapping[str, nn.Module | None]
+) -> list[AdapterFile]:
+    """Read and check the adapter of each objective; several that act together become one.
+
+    Raises:
+        AdapterMismatch, InvalidAdapter: See `AdapterFile`.
+    """
+    found = []
+    for name, files in plan.adapters.items():
+        parts = [AdapterFile.read(name, file, kind) for file in files]
+        for part in parts:
+            part.check(networks)
+        scales = plan.objectives[name].scales
+        found.append(parts[0] if len(parts) == 1 else AdapterFile.together(name, parts, scales))
+    return found
+
+
+def adapter_scale(objective: Objective) -> float:
+    """Return the factor on an objective's adapter; several were scaled when they became one."""
+    return objective.scales[0] if len(objective.sources) == 1 else 1.0
 
 
 def _class_name(index: Path, component: Any) -> str:  # noqa: ANN401 - of a stranger's JSON
@@ -152,11 +188,8 @@ def attach(pipe: P, plan: LoadPlan) -> P:
     if pipe.unet is None:
         cast(pipe, plan.dtype)
         return pipe
-    kind = StableDiffusionFormat(pipe.unet)
     networks = {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
-    adapters = [AdapterFile.read(name, file, kind) for name, file in plan.adapters.items()]
-    for adapter in adapters:
-        adapter.check(networks)
+    adapters = read_adapters(plan, StableDiffusionFormat(pipe.unet), networks)
     objectives = {
         name: replace(objective, unet=_network(name, objective, plan))
         for name, objective in plan.objectives.items()
@@ -192,7 +225,7 @@ def _variants(
         variants[name] = Variant(
             unet if own is None else own,
             adapters.get(name),
-            objective.scale,
+            adapter_scale(objective),
             as_it_is=own is not None and own is not unet,
         )
     return variants
@@ -237,6 +270,11 @@ def attach_loaded(
     for name, objective in objectives.items():
         if objective.unet is not None or name in kept:
             continue
+        if len(objective.sources) > 1:
+            raise ValueError(
+                f"objective {name!r} is of several adapters, which become one when they are read: "
+                f"give their files to from_pretrained"
+            )
         if objective.source is not None and str(objective.source) not in loaded:
             raise UnknownObjective(
                 f"objective {name!r}: {str(objective.source)!r} is not an adapter of this "

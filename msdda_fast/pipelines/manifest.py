@@ -23,7 +23,10 @@ __all__ = ["OBJECTIVES_FILE", "check_names", "dump_objectives", "parse_objective
 
 OBJECTIVES_FILE = "objectives.json"
 _FIELDS = tuple(field.name for field in fields(Objective))
-_NUMBERS = ("eta", "scale", "guidance_scale")
+_KINDS: dict[str, tuple[Any, str]] = {
+    **dict.fromkeys(("eta", "scale", "guidance_scale"), (Real, "a number")),
+    "noise": (dict, "an object"),
+}
 
 
 def check_names(objectives: Mapping[str, Objective]) -> None:
@@ -68,7 +71,7 @@ def parse_objectives(text: str | bytes, origin: str | Path) -> dict[str, Objecti
         try:
             for field, value in entry.items():
                 _check_type(field, value)
-            if isinstance(noise := entry.get("noise"), dict):
+            if (noise := entry.get("noise")) is not None:
                 entry = {**entry, "noise": noise_from_json(noise)}
             objective = Objective(**entry)
             _check_inside(objective, origin)
@@ -82,7 +85,7 @@ def parse_objectives(text: str | bytes, origin: str | Path) -> dict[str, Objecti
 def _check_type(field: str, value: object) -> None:
     if value is None and field not in ("eta", "scale"):
         return
-    kind, meaning = (Real, "a number") if field in _NUMBERS else (str, "a text")
+    kind, meaning = _KINDS.get(field, (str, "a text"))
     if not isinstance(value, kind) or isinstance(value, bool):
         raise ValueError(f"{field} must be {meaning}, got {value!r:.80}")
 
@@ -115,7 +118,7 @@ def _inside(objective: Objective, origin: str | Path) -> Objective:
     """Resolve a relative source or unet within the folder or repository `origin`."""
     if isinstance(origin, Path):
         if objective.source is not None:
-            return replace(objective, source=str(origin / objective.source))
+            return replace(objective, source=str(origin / str(objective.source)))
         if isinstance(objective.unet, str):
             return replace(objective, unet=str(origin / objective.unet))
         return objective

@@ -8,7 +8,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -63,11 +64,21 @@ def save(pipe: Savable, folder: Path, **options: Any) -> None:  # noqa: ANN401 -
     """
     for name, variant in pipe.variants.items():
         _check_savable(name, variant)
+    with staged(folder) as stage:
+        _write(pipe, stage, options)
+
+
+@contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """Give a folder to write into, whose files take their places in `folder` at the end.
+
+    A failure leaves `folder` as it was.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     stage = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     stage.mkdir()
     try:
-        _write(pipe, stage, options)
+        yield stage
         _move(stage, folder)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
@@ -95,8 +106,8 @@ def _write(pipe: Savable, stage: Path, options: dict[str, Any]) -> None:
         **{
             **pipe.components,
             "scheduler": copy.deepcopy(pipe.scheduler),  # construction may edit its config
-            "unet": _without_adapters(pipe.unet),
-            "text_encoder": _without_adapters(pipe.text_encoder),
+            "unet": without_adapters(pipe.unet),
+            "text_encoder": without_adapters(pipe.text_encoder),
         },
         requires_safety_checker=False,
     )
@@ -104,11 +115,11 @@ def _write(pipe: Savable, stage: Path, options: dict[str, Any]) -> None:
     stock.save_pretrained(stage, **options)
     load_in_float32(stage)
     places = {}
-    folders = _folders(pipe.variants)
+    folders = folders_of(pipe.variants)
     for name, variant in pipe.variants.items():
         place = f"objectives/{folders[name]}"
         if variant.network is not pipe.unet:
-            network: Any = _without_adapters(variant.network)
+            network: Any = without_adapters(variant.network)
             network.save_pretrained(stage / place)
             places[name] = place
         elif variant.adapter is not None:
@@ -131,7 +142,7 @@ def load_in_float32(folder: Path) -> None:
             config.write_text(json.dumps(entries, indent=2) + "\n", "utf-8")
 
 
-def _folders(names: Iterable[str]) -> dict[str, str]:
+def folders_of(names: Iterable[str]) -> dict[str, str]:
     """Return a folder for each objective: its name, where every file system takes that."""
     folders: dict[str, str] = {}
     taken: set[str] = set()
@@ -146,7 +157,7 @@ def _folders(names: Iterable[str]) -> dict[str, str]:
     return folders
 
 
-def _without_adapters(network: Any) -> Any:  # noqa: ANN401 - a network of any class, or None
+def without_adapters(network: Any) -> Any:  # noqa: ANN401 - a network of any class, or None
     """Return a network with the same weights (shared, not copied) and no adapters.
 
     Weights that adapters are fused into stay so.

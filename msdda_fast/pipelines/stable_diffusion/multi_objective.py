@@ -22,6 +22,8 @@ from msdda_fast.engine.parallel import ObjectiveParallel
 from msdda_fast.errors import InvalidMode
 from msdda_fast.objective import Objective
 from msdda_fast.pipelines import loading, saving
+from msdda_fast.pipelines.attach import attach
+from msdda_fast.pipelines.attach_files import load_objectives
 from msdda_fast.pipelines.dtypes import Dtypes
 from msdda_fast.pipelines.runnable import check_runnable
 from msdda_fast.pipelines.stable_diffusion.adapter_methods import AdapterMethods
@@ -58,6 +60,9 @@ class MultiObjectivePipeline(AdapterMethods, DiffusionPipeline):  # type: ignore
     ) -> Self:
         """Load a model and its objectives.
 
+        Stable Diffusion 1 and 2 come back as this class; any other pipeline of diffusers as its own
+        class with objectives (`pipelines.attach`).
+
         Args:
             pretrained_model_name_or_path: Hub id, local folder in diffusers' layout, or the shipped
                 model `msdda-fast/emoji`.
@@ -75,6 +80,10 @@ class MultiObjectivePipeline(AdapterMethods, DiffusionPipeline):  # type: ignore
                 another kind of pipeline.
         """
         plan = loading.plan(pretrained_model_name_or_path, objectives, dtype, torch_dtype, options)
+        if plan.kind not in loading.STABLE_DIFFUSION:
+            stock = DiffusionPipeline.from_pretrained(plan.model, **plan.options)
+            attached: Any = attach(stock, plan.objectives, load_objectives(stock, plan))
+            return attached  # type: ignore[no-any-return]
         pipe: Self = super().from_pretrained(plan.model, **plan.options)
         return loading.attach(pipe, plan)
 

@@ -28,6 +28,7 @@ from msdda_fast.adapters.variant import Variant
 from msdda_fast.engine.noise import image_seeds, noise_source
 from msdda_fast.objective import Objective
 from msdda_fast.pipelines import loading, request
+from msdda_fast.pipelines.attach import attach
 from msdda_fast.pipelines.dtypes import Dtypes, cast, check_dtypes
 from msdda_fast.pipelines.prompts import Prompts
 from msdda_fast.pipelines.schedulers import ddim_scheduler
@@ -104,8 +105,11 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
     ) -> Self:
         """Share the modules of a loaded pipeline, which stays usable and is not changed.
 
+        A `StableDiffusionPipeline` gives this class; any other pipeline (image to image, SDXL,
+        flow models, video, ...) its own class with objectives (`pipelines.attach`).
+
         Args:
-            pipeline: A `StableDiffusionPipeline`, with adapters loaded by `load_lora_weights`.
+            pipeline: Any of diffusers, with adapters loaded by `load_lora_weights`.
             objectives: Objectives by name. `source` is the name of a loaded adapter, and may be
                 left out when it is the objective's own name. None: the pipeline's objectives whose
                 adapters it still holds and the adapters loaded into it since, else every loaded
@@ -121,6 +125,14 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
             UnsupportedNetwork: A network needs more than latents, a timestep and a text.
             ValueError: Invalid objectives, or a pipeline without Stable Diffusion's modules.
         """
+        if type(pipeline) is not StableDiffusionPipeline and not isinstance(pipeline, cls):
+            if components or dtype is not None or torch_dtype is not None:
+                raise ValueError(
+                    f"{type(pipeline).__name__} gets objectives as it is: give it other components "
+                    "or dtypes before"
+                )
+            attached: Any = attach(pipeline, objectives)
+            return attached  # type: ignore[no-any-return]
         modules = loading.shared_components(pipeline, components)
         dtype = check_dtypes(dtype, torch_dtype, list(modules))
         pipe = cls(**modules, requires_safety_checker=False)
