@@ -73,7 +73,9 @@ class ReplicaService(Service):
         """Always False: Ray replaces replicas that have failed."""
         return False
 
-    async def submit(self, request: ImageRequest, count: int) -> list[Future[GeneratedImage]]:
+    async def submit(
+        self, request: ImageRequest, count: int, client: str
+    ) -> list[Future[GeneratedImage]]:
         """Send the request to replicas until one accepts it; return a future per image."""
         order = Order(self._drawer, request, count)
         for future in order.futures:

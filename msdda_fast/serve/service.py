@@ -40,6 +40,9 @@ class Service(ABC):
         sizes: The served sizes, "WIDTHxHEIGHT", the default first.
         objectives: The model's objectives, by the names that weights use.
 
+    Raises:
+        ValueError: An image of one of the sizes exceeds `max_cost`.
+
     Attributes:
         metrics: The metrics of this app.
     """
@@ -52,6 +55,12 @@ class Service(ABC):
         objectives: Mapping[str, Objective],
     ) -> None:
         self.settings, self.sizes = settings, list(sizes)
+        for size in self.sizes:
+            if settings.cost(1, settings.steps, size, self.sizes[0]) > settings.max_cost:
+                raise ValueError(
+                    f"max_cost={settings.max_cost:g} admits no image of {size} with "
+                    f"{settings.steps} steps"
+                )
         self._objectives = objectives
         self.metrics = Metrics()
 
@@ -69,8 +78,10 @@ class Service(ABC):
         """Whether this process can never serve again."""
 
     @abstractmethod
-    async def submit(self, request: ImageRequest, count: int) -> list[Future[GeneratedImage]]:
-        """Queue `count` images and return a future for each.
+    async def submit(
+        self, request: ImageRequest, count: int, client: str
+    ) -> list[Future[GeneratedImage]]:
+        """Queue `count` images for a client and return a future for each.
 
         Raises:
             Refusal: The request is invalid, or cannot be accepted now.
@@ -97,7 +108,7 @@ class Service(ABC):
             {"id": name, "eta": o.eta, "guidance_scale": o.guidance_scale}
             for name, o in self._objectives.items()
         ]
-        limits = ("max_steps", "max_images", "max_prompt_chars")
+        limits = ("max_steps", "max_images", "max_cost", "max_prompt_chars")
         return {
             "object": "list",
             "data": data,
@@ -117,7 +128,7 @@ class EngineService(Service):
 
     Raises:
         InvalidShape: The model cannot draw one of the sizes in the settings.
-        ValueError: A request may have more images than the queue.
+        ValueError: A request may have more images than the queue, or none of one of the sizes.
 
     Attributes:
         is_warm: Whether everything has been built and captured.
@@ -167,7 +178,9 @@ class EngineService(Service):
         """Whether warming up or the engine failed."""
         return (self.failure or self.engine.stats().failure) is not None
 
-    async def submit(self, request: ImageRequest, count: int) -> list[Future[GeneratedImage]]:
+    async def submit(
+        self, request: ImageRequest, count: int, client: str
+    ) -> list[Future[GeneratedImage]]:
         """Queue `count` images of the engine and return a future for each."""
         if not self.is_warm:
             raise Refusal(

@@ -500,7 +500,7 @@ FAULTS = (
         "serve-blames-itself",
         "A wrong field is answered with 500.",
         "msdda_fast/serve/refusals.py",
-        "return cls(422, message, param=param",
+        "return cls(400, message, param=param",
         "return cls(500, message, param=param",
         ("tests/serve/test_api.py", "tests/serve/test_fields.py"),
     ),
