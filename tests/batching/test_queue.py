@@ -89,27 +89,27 @@ def test_all_are_put_or_none(queue, put):
 
 
 class TestClients:
-    def test_take_turns_in_a_batch(self, queue, put):
+    @pytest.fixture(autouse=True)
+    def no_waits(self, queue):
+        queue._changed.wait = pytest.fail
+
+    def test_take_turns_in_a_batch(self, queue, put, clock):
         (first, second, third), (small,) = put("a", 3, client="greedy"), put("a", client="small")
         assert queue.take().batch == [first, small, second]
+        clock.now += 2.0
         assert queue.take().batch == [third]
 
     def test_take_turns_from_batch_to_batch_whatever_the_shapes(self, queue, put):
-        greedy = put("a", 2, client="greedy")
-        (small,) = put("b", client="small")
+        greedy, small = put("a", 2, client="greedy"), put("b", client="small")
         late = put("c", client="late")
-        put_again = []
+        assert queue.take().batch == greedy
+        greedy = put("a", 3, client="greedy")
+        assert [queue.take().batch for _ in range(3)] == [small, late, greedy]
 
-        def next_batch():
-            batch = queue.take().batch
-            put_again.extend(put("a", len(batch), client="greedy"))
-            return batch
-
-        assert [next_batch() for _ in range(4)] == [greedy, [small], late, put_again[:3]]
-
-    def test_keep_to_their_own_order(self, queue, put):
+    def test_keep_to_their_own_order(self, queue, put, clock):
         one, two = put("a", client="x") + put("b", client="x")
         other = put("b", client="y")
+        clock.now += 2.0
         assert [queue.take().batch for _ in range(2)] == [[one], [*other, two]]
 
     def test_wait_for_company_from_when_the_first_of_them_came(self, queue, put, clock):
@@ -119,7 +119,6 @@ class TestClients:
         clock.now += 1.5
         put("b", client="x")
         clock.now += 0.5
-        queue._changed.wait = pytest.fail
         assert [ticket.client for ticket in queue.take().batch] == ["y", "x"]
 
     def test_have_a_bound_of_their_own(self, queue, put):
