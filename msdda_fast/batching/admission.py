@@ -48,6 +48,7 @@ class Admission:
         request: ImageRequest,
         count: int = 1,
         *,
+        client: str | None = None,
         zero_variance: ZeroVariancePolicy = "error",
     ) -> list[Ticket]:
         """Check a request for `count` images, with consecutive seeds, and return their tickets.
@@ -55,6 +56,7 @@ class Admission:
         Args:
             request: What to draw.
             count: How many images.
+            client: Who asks; see `Engine.submit_images`.
             zero_variance: What to do where eta = 0 is mixed with eta > 0; see
                 `msdda_fast.steps.shares.fusion_shares`.
 
@@ -86,6 +88,7 @@ class Admission:
                 expires=expires,
                 on_step=request.on_step,
                 preview_steps=previews,
+                client=client,
             )
             for index, seed in enumerate(seeds)
         ]

@@ -18,7 +18,7 @@ from msdda_fast.batching.request import GeneratedImage, ImageRequest
 from msdda_fast.batching.stats import EngineStats, Tally
 from msdda_fast.batching.ticket import Chore, Ticket
 from msdda_fast.batching.worker import Worker
-from msdda_fast.errors import QueueFull
+from msdda_fast.errors import InvalidRequest, QueueFull
 from msdda_fast.pipelines.request import check_output_type, latent_shape
 from msdda_fast.pipelines.stable_diffusion.pipeline import MSDDAPipeline
 
@@ -35,10 +35,10 @@ class Engine:
             image = (await asyncio.wrap_future(engine.submit(request))).image   # in a coroutine
 
     Requests with the same height, width and number of steps share a batch, whatever their prompts,
-    weights, seeds and guidance; first come, first served. An image gets the same noise bits as when
-    drawn alone. It differs from that image by rounding only (1 level of 255), since other batch
-    sizes sum in another order. On the CPU, in batches of one size, it is the same to the bit
-    whichever requests share the batch.
+    weights, seeds and guidance. Clients named in `submit` take turns; within one, first come, first
+    served. An image gets the same noise bits as when drawn alone. It differs from that image by
+    rounding only (1 level of 255), since other batch sizes sum in another order. On the CPU, in
+    batches of one size, it is the same to the bit whichever requests share the batch.
 
     Batches are padded to a few sizes, so that a GPU captures each once, in `prepare`.
 
@@ -49,6 +49,7 @@ class Engine:
         max_wait_ms: Longest time that a request waits for others to share its batch, milliseconds;
             it waits longer only for earlier batches.
         queue_limit: Most images in the queue.
+        client_limit: Most images of one client in the queue, up to `queue_limit`. None: half of it.
         batch_sizes: Sizes that batches are padded to, increasing up to `max_batch`. None: powers of
             two, and `max_batch`.
         output_type: Type of the images, as in the pipeline's call.
@@ -64,6 +65,7 @@ class Engine:
         max_batch: int = 8,
         max_wait_ms: float = 20.0,
         queue_limit: int = 64,
+        client_limit: int | None = None,
         batch_sizes: Sequence[int] | None = None,
         output_type: str = "pil",
     ) -> None:
@@ -71,6 +73,12 @@ class Engine:
             raise ValueError(
                 "max_batch and queue_limit must be at least 1 and max_wait_ms at least 0, got "
                 f"{max_batch}, {queue_limit} and {max_wait_ms}"
+            )
+        if client_limit is None:
+            client_limit = (queue_limit + 1) // 2
+        if not 1 <= client_limit <= queue_limit:
+            raise ValueError(
+                f"client_limit must be from 1 to queue_limit={queue_limit}, got {client_limit}"
             )
         if pipe.parallel is not None:
             raise ValueError("an engine runs in one process: call disable_parallel() first")
@@ -80,7 +88,10 @@ class Engine:
         self._pipe = drawer.pipe
         self._admission = Admission(self._pipe)
         self._queue = TicketQueue(
-            max_batch=max_batch, max_wait_s=max_wait_ms / 1e3, limit=queue_limit
+            max_batch=max_batch,
+            max_wait_s=max_wait_ms / 1e3,
+            limit=queue_limit,
+            client_limit=client_limit,
         )
         self._tally = Tally()
         self._worker = Worker(
@@ -99,21 +110,36 @@ class Engine:
         return self._queue.limit
 
     @property
+    def client_limit(self) -> int:
+        """Most images of one client in the queue."""
+        return self._queue.client_limit
+
+    @property
     def native_size(self) -> tuple[int, int]:
         """Default width and height of the model's images, in pixels."""
         config, factor = self._pipe.unet.config, self._pipe.vae_scale_factor
         *_, rows, columns = latent_shape(1, config, factor, None, None)
         return columns * factor, rows * factor
 
-    def submit(self, request: ImageRequest) -> Future[GeneratedImage]:
+    def submit(self, request: ImageRequest, *, client: str | None = None) -> Future[GeneratedImage]:
         """Submit a request for one image; arguments and errors as in `submit_images`."""
-        return self.submit_images(request, 1)[0]
+        return self.submit_images(request, 1, client=client)[0]
 
-    def submit_images(self, request: ImageRequest, count: int) -> list[Future[GeneratedImage]]:
+    def submit_images(
+        self, request: ImageRequest, count: int, *, client: str | None = None
+    ) -> list[Future[GeneratedImage]]:
         """Submit a request for `count` images, with consecutive seeds.
 
         All are admitted, or none. A future can be cancelled until its image is done: it leaves the
         queue at once, and a batch with no open request left ends at its next step.
+
+        Args:
+            request: What to draw.
+            count: How many images.
+            client: Who asks. Clients take turns, and each may have `client_limit` images waiting,
+                but no more than there are places left in the queue: one client cannot keep others
+                out. The name stands in error messages. None: takes turns as one more client, but
+                without that limit.
 
         Returns: One future per image. Instead of an image it may hold `RequestTimeout`,
             `EngineClosed`, `EngineFailed`, or the exception that `on_step` raised.
@@ -121,17 +147,23 @@ class Engine:
         Raises:
             UnknownObjective, InvalidWeights, InvalidSchedule, InvalidShape, ZeroVariance,
             InvalidRequest: The request is invalid; `field` of the error names the wrong field.
-            ValueError: `count` is below 1 or above `queue_limit`.
-            QueueFull: The queue has no room for `count` more images.
+            ValueError: `count` is below 1, or more than may ever wait.
+            QueueFull: The queue has no room for `count` more images, or for so many of this client:
+                `client` of the error says which, `retry_after_s` when to try again.
             EngineClosed: The engine was closed, or has failed.
         """
-        if not 1 <= count <= self.queue_limit:
-            raise ValueError(f"count must be from 1 to {self.queue_limit}, got {count}")
+        if client is not None and not (isinstance(client, str) and client):
+            raise InvalidRequest(f"client must be a name or None, got {client!r}")
+        most = self.queue_limit if client is None else self.client_limit
+        if not 1 <= count <= most:
+            raise ValueError(f"count must be from 1 to {most}, got {count}")
         try:
-            self._queue.check_room(count)  # first, so that a refusal costs next to nothing
-            tickets = self._admission.tickets(request, count)
+            self._queue.check_room(count, client)  # first: a refusal costs next to nothing
+            tickets = self._admission.tickets(request, count, client=client)
             self._queue.put(tickets)
-        except QueueFull:
+        except QueueFull as error:
+            ahead = len(self._queue) + self._worker.drawing
+            error.retry_after_s = self._tally.seconds_to_draw(ahead)
             self._tally.count("refused", count)
             raise
         for ticket in tickets:

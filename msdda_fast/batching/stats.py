@@ -66,6 +66,13 @@ class Tally:
             self.rows += rows
             self.drawing_s += seconds
 
+    def seconds_to_draw(self, images: int) -> float:
+        """Estimate how long `images` take, by the batches so far; 1 s for each before the first."""
+        with self._lock:
+            if not (drawn := sum(size * times for size, times in self.batch_sizes.items())):
+                return float(images)
+            return images * self.drawing_s / drawn
+
     def snapshot(
         self, *, waiting: int, drawing: int, failure: str | None, is_closed: bool
     ) -> EngineStats:

@@ -37,6 +37,7 @@ class Ticket:
         arrived: When it was submitted, in seconds of `time.monotonic`.
         expires: When it expires, likewise; infinity: never.
         on_step, preview_steps: As in `ImageRequest`.
+        client: Whose turn it takes in the queue; None: nobody's in particular.
     """
 
     prompt: str
@@ -49,6 +50,7 @@ class Ticket:
     expires: float
     on_step: Callable[[Progress], object] | None
     preview_steps: Collection[int]
+    client: str | None
     future: Future[GeneratedImage] = field(default_factory=Future)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _is_claimed: bool = False

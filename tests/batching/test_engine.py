@@ -251,10 +251,44 @@ class TestRefused:
             engine.submit(request())
         plug.pull()
 
+    def test_a_client_with_too_many_by_its_name_and_when_to_come_back(self, start):
+        engine = start(queue_limit=4)
+        plug = Plug(engine)
+        engine.submit_images(request(), 2, client="greedy")
+        with pytest.raises(mf.QueueFull, match="client 'greedy' has 2 images") as raised:
+            engine.submit(request(), client="greedy")
+        # nothing was drawn yet: a second for each of the two, and for the one being drawn
+        assert (raised.value.client, raised.value.retry_after_s) == ("greedy", 3.0)
+        engine.submit(request(), client="small")
+        plug.pull()
+
+    def test_the_time_to_come_back_follows_what_images_took(self, start):
+        engine = start(queue_limit=2)
+        for size, seconds in ((1, 0.5), (3, 3.5)):
+            engine._tally.count_batch(size, rows=4, seconds=seconds)
+        plug = Plug(engine)
+        engine.submit_images(request(), 2)
+        with pytest.raises(mf.QueueFull) as raised:
+            engine.submit(request())
+        assert (raised.value.client, raised.value.retry_after_s) == (None, 3.0)
+        plug.pull()
+
     @pytest.mark.parametrize("count", [0, 3])
     def test_more_images_than_may_ever_wait(self, start, count):
         with pytest.raises(ValueError, match="from 1 to 2"):
             start(queue_limit=2).submit_images(request(), count)
+        with pytest.raises(ValueError, match="from 1 to 2"):
+            start(queue_limit=4).submit_images(request(), count, client="one")
+
+    @pytest.mark.parametrize("limit", [0, 5])
+    def test_limits_of_clients_outside_their_range(self, start, limit):
+        with pytest.raises(ValueError, match="client_limit must be from 1 to queue_limit=4"):
+            start(queue_limit=4, client_limit=limit)
+
+    @pytest.mark.parametrize("client", [5, b"me", ""], ids=repr)
+    def test_clients_without_a_name(self, start, client):
+        with pytest.raises(mf.InvalidRequest, match="client must be a name or None"):
+            start().submit(request(), client=client)
 
     @pytest.mark.parametrize(
         "options", [{"max_batch": 0}, {"queue_limit": 0}, {"max_wait_ms": -1}], ids=str
