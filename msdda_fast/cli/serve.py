@@ -70,7 +70,7 @@ def serve(
     ] = 120.0,
     grace: Annotated[
         float, typer.Option(min=0, help="Seconds to finish accepted requests when told to stop.")
-    ] = 30.0,
+    ] = 8.0,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Also log prompts.")] = False,
     dtype: DTypeOption = DType.float32,
     device: DeviceOption = None,
@@ -78,7 +78,8 @@ def serve(
     """Serve a model over HTTP: OpenAI's images API, with weights in every request.
 
     Requests with different weights, prompts and seeds share batches. Set MSDDA_API_KEY to require
-    that key of every client, or one of several keys, one a line. A running server documents its API at /docs.
+    that key of every client, or one of several keys, one a line. A running server documents its
+    API at /docs.
 
     [dim]msdda-fast serve --port 8000[/dim]
     """
@@ -89,7 +90,7 @@ def serve(
             raise ValueError(
                 f"{error.name} is missing; install it with: pip install 'msdda-fast[serve]'"
             ) from None
-        from msdda_fast.serve.settings import ServeSettings, public_name
+        from msdda_fast.serve.settings import ServeSettings, client_limit, public_name
 
         process = Process(
             load=partial(_load, model, objective, dtype, device),
@@ -108,6 +109,7 @@ def serve(
                 "max_batch": max_batch,
                 "max_wait_ms": max_wait_ms,
                 "queue_limit": queue_limit,
+                "client_limit": client_limit(queue_limit, max_images),
             },
             host=host,
             port=port,

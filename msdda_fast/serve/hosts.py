@@ -24,7 +24,7 @@ def is_this_machine(host: str) -> bool:
 
 
 def address_of(peer: tuple[str, int] | list[object] | None) -> str:
-    """Return the address of a peer; of IPv6 the network of 64 bits, all of which one host may use."""
+    """Return the address of a peer; of IPv6 its network of 64 bits, all of which it may use."""
     if not peer:
         return "unknown"
     try:

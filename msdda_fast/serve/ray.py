@@ -20,7 +20,7 @@ from msdda_fast.pipelines.stable_diffusion.pipeline import MSDDAPipeline
 from msdda_fast.serve.ray_drawer import Drawer
 from msdda_fast.serve.ray_ingress import Ingress
 from msdda_fast.serve.service import lay_out
-from msdda_fast.serve.settings import ServeSettings, public_name
+from msdda_fast.serve.settings import ServeSettings, client_limit, public_name
 
 __all__ = ["ObjectiveArgs", "RayArgs", "app", "build"]
 
@@ -123,6 +123,7 @@ def build(args: RayArgs) -> Application:
         "max_batch": args.max_batch,
         "max_wait_ms": args.max_wait_ms,
         "queue_limit": args.queue_limit,
+        "client_limit": client_limit(args.queue_limit, args.max_images),
         "batch_sizes": args.batch_sizes,
     }
     replicas = drawer.bind(partial(_load, args), settings, engine)

@@ -77,7 +77,7 @@ class ReplicaService(Service):
         self, request: ImageRequest, count: int, client: str
     ) -> list[Future[GeneratedImage]]:
         """Send the request to replicas until one accepts it; return a future per image."""
-        order = Order(self._drawer, request, count)
+        order = Order(self._drawer, request, count, client)
         for future in order.futures:
             future.add_done_callback(self._note)
         try:

@@ -128,7 +128,8 @@ class EngineService(Service):
 
     Raises:
         InvalidShape: The model cannot draw one of the sizes in the settings.
-        ValueError: A request may have more images than the queue, or none of one of the sizes.
+        ValueError: A request may have more images than a client in the queue, or none of one of the
+            sizes.
 
     Attributes:
         is_warm: Whether everything has been built and captured.
@@ -138,10 +139,10 @@ class EngineService(Service):
     def __init__(self, engine: Engine, settings: ServeSettings) -> None:
         sizes = settings.sizes or ("{}x{}".format(*engine.native_size),)
         super().__init__(settings, sizes=sizes, objectives=engine.pipe.objectives)
-        if settings.max_images > engine.queue_limit:
+        if settings.max_images > engine.client_limit:
             raise ValueError(
-                f"requests may have max_images={settings.max_images}, "
-                f"but only queue_limit={engine.queue_limit} fit into the queue"
+                f"requests may have max_images={settings.max_images}, but one client only "
+                f"client_limit={engine.client_limit} images in the queue"
             )
         self.engine = engine
         config, factor = engine.pipe.unet.config, engine.pipe.vae_scale_factor
@@ -188,7 +189,7 @@ class EngineService(Service):
                 retry_after_s=5,
             )  # fmt: skip
         try:
-            return self.engine.submit_images(request, count)
+            return self.engine.submit_images(request, count, client=client)
         except MSDDAError as error:
             raise self.refusal(error) from error
 

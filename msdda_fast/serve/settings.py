@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-__all__ = ["ServeSettings", "public_name", "sides"]
+__all__ = ["ServeSettings", "client_limit", "public_name", "sides"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +71,11 @@ class ServeSettings:
         """Return n * T * pixels, with pixels in images of the default size."""
         (width, height), (own_width, own_height) = sides(size), sides(default)
         return count * steps * (width * height) / (own_width * own_height)
+
+
+def client_limit(queue_limit: int, max_images: int) -> int:
+    """Return how many images of one client may wait: half the queue, or its largest request."""
+    return min(queue_limit, max((queue_limit + 1) // 2, max_images))
 
 
 def public_name(model: str) -> str:

@@ -54,7 +54,7 @@ def test_what_cannot_be_warmed_is_unhealthy(serve, monkeypatch):
 
 
 def test_overload_is_refused_with_a_time_to_come_back_and_nothing_is_lost(serve, gate):
-    running = serve(queue_limit=2, max_batch=1)
+    running = serve(queue_limit=4, max_batch=1)
     gate.clear()
     with ThreadPoolExecutor(8) as pool:
         answers = [pool.submit(running.draw, seed=seed) for seed in range(8)]
@@ -69,8 +69,33 @@ def test_overload_is_refused_with_a_time_to_come_back_and_nothing_is_lost(serve,
     assert running.draw().status_code == 200
 
 
+def test_a_greedy_client_does_not_keep_others_out(serve):
+    running = serve(queue_limit=8, max_batch=2)
+    stopped, greedy = threading.Event(), []
+
+    def ask_for_ever():
+        while not stopped.is_set():
+            greedy.append(running.draw(steps=1).status_code)
+            time.sleep(0.02)  # or its threads keep the service itself from running
+
+    threads = [threading.Thread(target=ask_for_ever) for _ in range(12)]
+    for thread in threads:
+        thread.start()
+    try:
+        until(lambda: greedy.count(429) > 5)
+        other = httpx2.HTTPTransport(local_address="127.0.0.2")
+        with httpx2.Client(base_url=running.url, transport=other, timeout=SOON) as client:
+            body = {"prompt": "a dog", "steps": 1}
+            answers = [client.post("/v1/images/generations", json=body) for _ in range(10)]
+    finally:
+        stopped.set()
+        for thread in threads:
+            thread.join(SOON)
+    assert [answer.status_code for answer in answers] == [200] * 10
+
+
 def test_a_request_may_not_have_more_images_than_may_wait(serve):
-    with pytest.raises(ValueError, match="max_images=3, but only queue_limit=2"):
+    with pytest.raises(ValueError, match="max_images=3, but one client only client_limit=1"):
         serve(queue_limit=2, settings={"max_images": 3})
 
 

@@ -62,7 +62,7 @@ def test_the_pieces_of_a_body_count_together():
 
 
 class TestRefusedBodies:
-    LONG = {"Content-Length": "9999999"}
+    LONG = (("Content-Length", "9999999"),)
 
     def test_are_read_to_their_end_before_the_answer(self):
         asked = Asked(fine, pieces=[b"a" * 1000] * 50, headers=self.LONG)
@@ -74,7 +74,7 @@ class TestRefusedBodies:
         assert asked.status == 413 and asked.read == 6
 
     def test_are_not_asked_for(self):
-        asked = Asked(fine, headers={**self.LONG, "Expect": "100-continue"})
+        asked = Asked(fine, headers=[*self.LONG, ("Expect", "100-continue")])
         assert asked.status == 413 and asked.read == 0
 
     def test_of_callers_without_a_key(self):

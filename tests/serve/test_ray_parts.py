@@ -39,7 +39,7 @@ class Replicas:
     def options(self, **options):
         return self
 
-    def _draw(self, request, count, watched):
+    def _draw(self, request, count, watched, client):
         self.seeds.append(request.seed)
         return Stream(self._calls.pop(0))
 
@@ -70,7 +70,7 @@ def order(replicas, count=1, **request):
     """The results of an order, or what it was refused with."""
 
     async def run():
-        placed = Order(replicas, ImageRequest("a", **request), count)
+        placed = Order(replicas, ImageRequest("a", **request), count, "me")
         await placed.admitted()
         wrapped = [asyncio.wrap_future(future) for future in placed.futures]
         return await asyncio.gather(*wrapped, return_exceptions=True)
@@ -137,7 +137,7 @@ def test_a_replica_whose_engine_has_stopped_is_unhealthy(own_pipe, monkeypatch):
     monkeypatch.setattr(BatchDrawer, "sample", die)
 
     async def draw():
-        return [news async for news in drawer.draw(mf.ImageRequest("a dog"), 1, False)]
+        return [news async for news in drawer.draw(mf.ImageRequest("a dog"), 1, False, "me")]
 
     assert isinstance(asyncio.run(draw())[-1].result, EngineFailed)
     with pytest.raises(EngineFailed, match="stopped"):
