@@ -5,16 +5,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import multiprocessing
-import os
 import signal
 import socket
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection as Pipe
-from multiprocessing.connection import wait
-from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +23,7 @@ from msdda_fast.serve.hosts import is_this_machine
 from msdda_fast.serve.logs import log_to_stderr
 from msdda_fast.serve.service import EngineService
 from msdda_fast.serve.settings import ServeSettings
-from msdda_fast.serve.workers import Workers
+from msdda_fast.serve.workers import Workers, stop_with_parent
 
 if TYPE_CHECKING:
     from msdda_fast.pipelines.stable_diffusion.pipeline import MSDDAPipeline
@@ -71,8 +67,8 @@ class Process:
             SystemExit: The model could not be prepared, or the engine has failed; with code 1.
         """
         log_to_stderr()
-        if (parent := multiprocessing.parent_process()) is not None and ready is not None:
-            threading.Thread(target=_stop_after, args=(parent,), daemon=True).start()
+        if ready is not None:
+            stop_with_parent()
         settings = replace(self.settings, is_local=is_this_machine(self.host))
         engine = Engine(self.load(), **self.engine)
         try:
@@ -118,12 +114,6 @@ class Process:
             for one in sockets:
                 one.close()
             workers.stop(self.grace_s + 2 * SENDING_S)
-
-
-def _stop_after(parent: BaseProcess) -> None:
-    """Stop this process in the usual way when its parent has ended, however that came about."""
-    wait([parent.sentinel])
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 class _Server(uvicorn.Server):

@@ -19,7 +19,7 @@ from msdda_fast.batching.engine import Engine
 from msdda_fast.batching.request import GeneratedImage, ImageRequest
 from msdda_fast.batching.stats import EngineStats
 from msdda_fast.engine.buffers import padded_steps
-from msdda_fast.errors import MSDDAError
+from msdda_fast.errors import EngineClosed, MSDDAError
 from msdda_fast.objective import Objective
 from msdda_fast.pipelines.request import latent_shape
 from msdda_fast.pipelines.stable_diffusion.pipeline import MSDDAPipeline
@@ -158,6 +158,8 @@ class EngineService(Service):
             for width, height in map(sides, self.sizes):
                 for steps in kinds.values():
                     self.engine.prepare(height, width, steps)
+        except EngineClosed:
+            logger.info("closed before it was ready")
         except Exception as error:
             self.failure = f"{type(error).__name__}: {error}"
             logger.exception("warming up failed")

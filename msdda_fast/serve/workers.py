@@ -5,12 +5,16 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
+import signal
 import socket
+import threading
 import time
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from typing import Any
 
-__all__ = ["Workers"]
+__all__ = ["Workers", "stop_with_parent"]
 
 logger = logging.getLogger("msdda_fast.serve")
 
@@ -56,6 +60,18 @@ class Workers:
             if worker.process.is_alive():
                 worker.process.kill()
                 worker.process.join()
+
+
+def stop_with_parent() -> None:
+    """Stop this process in the usual way once its parent has ended, however that came about."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def stop() -> None:
+        wait([parent.sentinel])
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop, daemon=True).start()
 
 
 class _Worker:

@@ -3,7 +3,10 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -68,3 +71,19 @@ def test_all_are_gone_after_a_stop_even_those_that_do_not_listen(started):
     until(lambda: some.tend() or some._have_served)
     some.stop(0.1)
     assert not some._workers[0].process.is_alive()
+
+
+def test_none_outlives_a_killed_parent():
+    command = [sys.executable, "-m", "tests.serve.processes"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        child = int(parent.stdout.readline())
+        os.kill(child, 0)  # it is there
+        parent.kill()
+
+    def is_gone():
+        try:
+            return Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        except OSError:
+            return True
+
+    until(is_gone)
