@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, zip_longest
 
+from msdda_fast.batching.limits import Limits
 from msdda_fast.batching.ticket import Chore, Ticket
 from msdda_fast.errors import EngineClosed, QueueFull
 
@@ -31,7 +32,7 @@ class TicketQueue:
 
     Clients take turns. A batch has the oldest ticket of the client whose turn it is; then every
     client adds its next ticket of the same shape, round after round. It is handed out when it is
-    full, when its oldest ticket has waited `max_wait_s` for others to join, or when tickets of
+    full, when its oldest ticket has waited `max_wait_ms` for others to join, or when tickets of
     another shape are waiting: then there is no point in idling.
 
     Nobody fills the queue alone: a client may have `client_limit` tickets in it, and no more than
@@ -39,24 +40,16 @@ class TicketQueue:
     Tickets of no client (None) take turns as one more client, and only `limit` holds for them.
 
     Args:
-        max_batch: Most tickets in a batch.
-        max_wait_s: Longest time a ticket waits for others to join its batch, seconds.
-        limit: Most tickets in the queue; also an attribute.
-        client_limit: Most tickets of one client in the queue; also an attribute.
+        limits: Those of the engine.
         clock: Returns monotonic time in seconds.
+
+    Attributes:
+        limit, client_limit: Most tickets in the queue, and of one client.
     """
 
-    def __init__(
-        self,
-        *,
-        max_batch: int,
-        max_wait_s: float,
-        limit: int,
-        client_limit: int,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._max_batch, self._max_wait_s = max_batch, max_wait_s
-        self.limit, self.client_limit = limit, client_limit
+    def __init__(self, limits: Limits, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._max_batch, self._max_wait_s = limits.max_batch, limits.max_wait_ms / 1e3
+        self.limit, self.client_limit = limits.queue_limit, limits.client_limit
         self._clock = clock
         # the client whose turn it is comes first; one with no tickets is not there
         self._lines: dict[str | None, deque[Ticket]] = {}
@@ -167,7 +160,7 @@ class TicketQueue:
                     wait = min(company_until, *(t.expires for t in self._tickets())) - now
                 elif self._is_closed:
                     return None
-                self._changed.wait(None if wait == math.inf else wait)
+                self._changed.wait(None if wait == math.inf else min(wait, threading.TIMEOUT_MAX))
 
     def _next_batch(self) -> list[Ticket]:
         shape = next(iter(self._lines.values()))[0].shape

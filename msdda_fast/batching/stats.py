@@ -25,7 +25,8 @@ class EngineStats:
         batch_sizes: How many of those batches had 1, 2, ... images, without padding.
         rows: Images computed in them, padding included.
         drawing_s: Time spent in them, seconds.
-        failure: Why the engine failed; None: it has not.
+        failure: Why the engine failed for good; None: it has not.
+        restarting: Why the engine is being restarted; None: it is not. Requests wait meanwhile.
         is_closed: Whether the engine accepts no more requests.
     """
 
@@ -42,6 +43,7 @@ class EngineStats:
     drawing_s: float
     failure: str | None
     is_closed: bool
+    restarting: str | None = None
 
 
 @dataclass(slots=True)
@@ -74,7 +76,13 @@ class Tally:
             return images * self.drawing_s / drawn
 
     def snapshot(
-        self, *, waiting: int, drawing: int, failure: str | None, is_closed: bool
+        self,
+        *,
+        waiting: int,
+        drawing: int,
+        failure: str | None,
+        restarting: str | None,
+        is_closed: bool,
     ) -> EngineStats:
         """Return the counts together with the engine's current state."""
         with self._lock:
@@ -91,5 +99,6 @@ class Tally:
                 rows=self.rows,
                 drawing_s=self.drawing_s,
                 failure=failure,
+                restarting=restarting,
                 is_closed=is_closed,
             )

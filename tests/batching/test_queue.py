@@ -11,6 +11,7 @@ import pytest
 from msdda_fast.batching.queue import TicketQueue
 from msdda_fast.batching.ticket import Chore
 from msdda_fast.errors import EngineClosed, QueueFull
+from tests.batching.conftest import limits
 
 
 class Clock:
@@ -27,7 +28,7 @@ def clock():
 
 @pytest.fixture
 def queue(clock):
-    return TicketQueue(max_batch=3, max_wait_s=2.0, limit=6, client_limit=3, clock=clock)
+    return TicketQueue(limits(), clock=clock)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 from msdda_fast.batching.queue import TicketQueue
 from msdda_fast.errors import QueueFull
+from tests.batching.conftest import limits
 
 
 class Slow(deque):
@@ -19,7 +20,7 @@ class Slow(deque):
 
 
 def test_room_is_looked_for_and_taken_at_once():
-    line, refused = TicketQueue(max_batch=3, max_wait_s=2.0, limit=6, client_limit=6), []
+    line, refused = TicketQueue(limits(client_limit=6)), []
     line._lines[None] = Slow()
     ready = threading.Barrier(4)
 

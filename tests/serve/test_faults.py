@@ -10,6 +10,7 @@ import httpx2
 import pytest
 
 import msdda_fast as mf
+from msdda_fast.batching import worker
 from msdda_fast.batching.drawing import BatchDrawer
 from tests.serve.conftest import SOON, until
 
@@ -139,12 +140,13 @@ def test_time_is_up(serve, gate):
 
 def test_a_failed_batch_is_answered_and_the_next_one_drawn(serve, monkeypatch):
     running = serve()
-    sample, failures = BatchDrawer.sample, [OSError("/secret/path"), OSError("/secret/path")]
+    # two requests, each tried twice
+    sample, failures = BatchDrawer.sample, [OSError("/secret/path") for _ in range(4)]
 
-    def fail(self, *arguments, **options):
-        if failures:
+    def fail(self, batch, **options):
+        if failures and batch[0].prompt:  # the engine's own probe has none
             raise failures.pop()
-        return sample(self, *arguments, **options)
+        return sample(self, batch, **options)
 
     monkeypatch.setattr(BatchDrawer, "sample", fail)
     plain = running.draw()
@@ -161,8 +163,10 @@ def test_a_dead_engine_is_unhealthy_and_refuses(serve, monkeypatch):
         raise SystemExit
 
     running = serve()
+    monkeypatch.setattr(worker, "BACK_OFF_S", (0.0,))
     monkeypatch.setattr(BatchDrawer, "sample", die)
     assert running.draw().status_code == 500
+    until(lambda: running.engine.has_failed)
     assert running.draw().status_code == 503
     assert running.http.get("/health").status_code == 503
 

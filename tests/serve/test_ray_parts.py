@@ -126,6 +126,7 @@ def test_what_is_never_admitted_is_refused_once(news, error):
 
 
 def test_a_replica_whose_engine_has_stopped_is_unhealthy(own_pipe, monkeypatch):
+    from msdda_fast.batching import worker
     from msdda_fast.batching.drawing import BatchDrawer
 
     drawer = Drawer(lambda: own_pipe, ServeSettings(model="tiny", max_steps=25), {"max_batch": 1})
@@ -134,12 +135,14 @@ def test_a_replica_whose_engine_has_stopped_is_unhealthy(own_pipe, monkeypatch):
     def die(self, *arguments, **options):
         raise SystemExit
 
+    monkeypatch.setattr(worker, "BACK_OFF_S", (0.0,))
     monkeypatch.setattr(BatchDrawer, "sample", die)
 
     async def draw():
         return [news async for news in drawer.draw(mf.ImageRequest("a dog"), 1, False, "me")]
 
     assert isinstance(asyncio.run(draw())[-1].result, EngineFailed)
+    drawer._engine._worker.join(30)
     with pytest.raises(EngineFailed, match="stopped"):
         drawer.check_health()
 
