@@ -138,10 +138,10 @@ def app_of(service: Service) -> FastAPI:
 
     @app.get("/health", responses={503: {"model": ErrorBody}})
     async def health() -> dict[str, str]:
-        """Say whether this process works; on 503, replace it."""
+        """Say whether this process works, or is restarting its engine; on 503, replace it."""
         if service.has_failed:
             raise Refusal(503, "the engine failed", code="failed", kind="server_error")
-        return {"status": "ok"}
+        return {"status": "restarting" if service.is_restarting else "ok"}
 
     @app.get("/ready", responses={503: {"model": ErrorBody}})
     async def ready() -> dict[str, str]:

@@ -66,7 +66,7 @@ class ReplicaService(Service):
 
     async def is_serving(self) -> bool:
         """Return whether any replica accepts requests."""
-        return any(not stats.is_closed for stats in await self._stats())
+        return any(not s.is_closed and not s.restarting for s in await self._stats())
 
     @property
     def has_failed(self) -> bool:
@@ -124,6 +124,7 @@ def total(stats: Sequence[EngineStats]) -> EngineStats:
         batch_sizes=batch_sizes,
         rows=sum(one.rows for one in stats),
         drawing_s=sum(one.drawing_s for one in stats),
+        restarting=next((one.restarting for one in stats if one.restarting), None),
         failure=next((one.failure for one in stats if one.failure), None),
         is_closed=all(one.is_closed for one in stats),
     )

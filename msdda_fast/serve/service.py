@@ -77,6 +77,11 @@ class Service(ABC):
     def has_failed(self) -> bool:
         """Whether this process can never serve again."""
 
+    @property
+    def is_restarting(self) -> bool:
+        """Whether this process cannot draw at present, and is helping itself."""
+        return False
+
     @abstractmethod
     async def submit(
         self, request: ImageRequest, count: int, client: str
@@ -170,7 +175,8 @@ class EngineService(Service):
     @property
     def is_ready(self) -> bool:
         """Whether requests are accepted now."""
-        return self.is_warm and not self.engine.stats().is_closed
+        stats = self.engine.stats()
+        return self.is_warm and not stats.is_closed and stats.restarting is None
 
     async def is_serving(self) -> bool:
         """Return whether requests are accepted now: `is_ready`."""
@@ -180,6 +186,11 @@ class EngineService(Service):
     def has_failed(self) -> bool:
         """Whether warming up or the engine failed."""
         return (self.failure or self.engine.stats().failure) is not None
+
+    @property
+    def is_restarting(self) -> bool:
+        """Whether the engine is being started anew."""
+        return self.engine.stats().restarting is not None
 
     async def submit(
         self, request: ImageRequest, count: int, client: str

@@ -158,6 +158,26 @@ def test_a_failed_batch_is_answered_and_the_next_one_drawn(serve, monkeypatch):
     assert running.draw().status_code == 200
 
 
+def test_an_engine_that_restarts_is_healthy_but_not_ready(serve, monkeypatch):
+    running, sample, broken = serve(), BatchDrawer.sample, threading.Event()
+    monkeypatch.setattr(worker, "BACK_OFF_S", (0.2,) * 100)
+
+    def fail(self, *arguments, **options):
+        if broken.is_set():
+            raise OSError("the device is lost")
+        return sample(self, *arguments, **options)
+
+    monkeypatch.setattr(BatchDrawer, "sample", fail)
+    broken.set()
+    assert running.draw().status_code == 500
+    until(lambda: running.http.get("/health").json() == {"status": "restarting"})
+    assert running.http.get("/ready").status_code == 503
+    broken.clear()
+    until(lambda: running.http.get("/ready").status_code == 200)
+    assert running.http.get("/health").json() == {"status": "ok"}
+    assert running.draw().status_code == 200
+
+
 def test_a_dead_engine_is_unhealthy_and_refuses(serve, monkeypatch):
     def die(self, *arguments, **options):
         raise SystemExit
