@@ -129,7 +129,15 @@ class InvalidRequest(MSDDAError, ValueError):
 
 
 class QueueFull(MSDDAError, RuntimeError):
-    """The engine's queue is full; try again later."""
+    """The engine's queue has no room for the request; try again later.
+
+    Attributes:
+        client: The client that has too many images waiting; None: too many of all clients are.
+        retry_after_s: When there will be room, an estimate in seconds.
+    """
+
+    client: str | None = None
+    retry_after_s: float = 1.0
 
 
 class RequestTimeout(MSDDAError, TimeoutError):

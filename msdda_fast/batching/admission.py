@@ -4,20 +4,22 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import secrets
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from msdda_fast.batching.limits import Limits, integer
 from msdda_fast.batching.request import ImageRequest
-from msdda_fast.batching.ticket import Shape, Ticket
+from msdda_fast.batching.ticket import Shape, Ticket, described
 from msdda_fast.engine.noise import image_seeds
-from msdda_fast.errors import InvalidRequest, MSDDAError
+from msdda_fast.errors import InvalidRequest, InvalidWeights, MSDDAError
 from msdda_fast.kernels.counter_noise import as_seeds
 from msdda_fast.pipelines import request as call
 from msdda_fast.pipelines.stable_diffusion.pipeline import MSDDAPipeline
@@ -35,10 +37,11 @@ class Admission:
 
     Args:
         pipe: The pipeline whose objectives, scheduler and tokenizer requests are checked against.
+        limits: Bounds of one request.
     """
 
-    def __init__(self, pipe: MSDDAPipeline) -> None:
-        self._pipe = pipe
+    def __init__(self, pipe: MSDDAPipeline, limits: Limits) -> None:
+        self._pipe, self._limits = pipe, limits
         # tokenizers are not thread-safe, and the pipeline's own is busy with batches
         self._tokenizer = copy.deepcopy(pipe.tokenizer)
         self._tokenizing = threading.Lock()
@@ -48,6 +51,7 @@ class Admission:
         request: ImageRequest,
         count: int = 1,
         *,
+        client: str | None = None,
         zero_variance: ZeroVariancePolicy = "error",
     ) -> list[Ticket]:
         """Check a request for `count` images, with consecutive seeds, and return their tickets.
@@ -55,6 +59,7 @@ class Admission:
         Args:
             request: What to draw.
             count: How many images.
+            client: Who asks; see `Engine.submit_images`.
             zero_variance: What to do where eta = 0 is mixed with eta > 0; see
                 `msdda_fast.steps.shares.fusion_shares`.
 
@@ -62,6 +67,8 @@ class Admission:
             UnknownObjective, InvalidWeights, InvalidSchedule, InvalidShape, ZeroVariance,
             InvalidRequest: As in the pipeline's call; `field` of the error names the wrong field.
         """
+        if not isinstance(request, ImageRequest):
+            raise InvalidRequest(f"expected an ImageRequest, got {type(request).__name__}")
         now = time.monotonic()
         for name in ("prompt", "negative_prompt"):
             with _field(name):
@@ -70,8 +77,10 @@ class Admission:
             seeds = _seeds(request.seed, count)
         with _field("timeout_s"):
             expires = now + _timeout(request.timeout_s)
-        shape = self._shape(request)
-        table = self._table(request, zero_variance)
+        with _field("on_step"):
+            _check_callback(request.on_step)
+        shape = self._shape(request, count)
+        table = self._table(request, shape.steps, zero_variance)
         with _field("preview_steps"):
             previews = _previews(request.preview_steps, len(table))
         return [
@@ -86,25 +95,39 @@ class Admission:
                 expires=expires,
                 on_step=request.on_step,
                 preview_steps=previews,
+                client=client,
             )
             for index, seed in enumerate(seeds)
         ]
 
-    def _shape(self, request: ImageRequest) -> Shape:
+    def _shape(self, request: ImageRequest, count: int) -> Shape:
         config, factor = self._pipe.unet.config, self._pipe.vae_scale_factor
         with _field("height"):
             rows = call.latent_shape(1, config, factor, request.height, None)[2]
         with _field("width"):
             columns = call.latent_shape(1, config, factor, None, request.width)[3]
-        return Shape(rows * factor, columns * factor, request.num_inference_steps)
-
-    def _table(self, request: ImageRequest, zero_variance: ZeroVariancePolicy) -> CoefficientTable:
-        pipe, steps = self._pipe, request.num_inference_steps
-        objectives = pipe.objectives
+        height, width = rows * factor, columns * factor
+        with _field("height"):
+            if height * width > self._limits.max_pixels:
+                raise InvalidRequest(
+                    f"an image of {height} x {width} pixels has more than max_pixels="
+                    f"{self._limits.max_pixels}"
+                )
         with _field("num_inference_steps"):
-            if isinstance(steps, bool) or not isinstance(steps, int):
-                raise InvalidRequest(f"num_inference_steps must be an integer, got {steps!r}")
-            ddim_grid(pipe.scheduler, steps)
+            steps = integer("num_inference_steps", request.num_inference_steps)
+            ddim_grid(self._pipe.scheduler, steps)
+            if (cost := count * height * width * steps) > self._limits.max_cost:
+                raise InvalidRequest(
+                    f"{count} images x {height} x {width} pixels x {steps} steps = {cost} is more "
+                    f"than max_cost={self._limits.max_cost}: ask for fewer images, pixels or steps"
+                )
+        return Shape(height, width, steps)
+
+    def _table(
+        self, request: ImageRequest, steps: int, zero_variance: ZeroVariancePolicy
+    ) -> CoefficientTable:
+        pipe = self._pipe
+        objectives = pipe.objectives
         with _field("guidance_scale"):
             guidance = call.objective_guidance(objectives, request.guidance_scale)
         with _field("weights"):
@@ -137,12 +160,17 @@ class Admission:
 
 @contextmanager
 def _field(name: str) -> Iterator[None]:
-    """Set `field` on errors raised in the context."""
+    """Set `field` on errors raised in the context, and give those of others a name."""
     try:
         yield
     except MSDDAError as error:
         error.field = name
         raise
+    except Exception as error:  # of a callable, or of a value of an unexpected type
+        kind = InvalidWeights if name == "weights" else InvalidRequest
+        refusal = kind(f"{name} cannot be used: {described(error)}")
+        refusal.field = name
+        raise refusal from error
 
 
 def _seeds(seed: int | None, count: int) -> list[int]:
@@ -155,11 +183,20 @@ def _seeds(seed: int | None, count: int) -> list[int]:
     return [seed] if count == 1 else image_seeds(seed, count)
 
 
-def _previews(steps: Iterable[int], count: int) -> frozenset[int]:
-    chosen = frozenset(steps)
-    if unknown := chosen.difference(range(1, count + 1)):
-        raise InvalidRequest(f"preview_steps must be from 1 to {count}, got {min(unknown)}")
-    return chosen
+def _check_callback(on_step: object) -> None:
+    if on_step is None:
+        return
+    if not callable(on_step) or inspect.iscoroutinefunction(on_step):
+        raise InvalidRequest(f"on_step must be None or a plain function, got {on_step!r}")
+
+
+def _previews(steps: Collection[int], count: int) -> frozenset[int]:
+    if not isinstance(steps, Collection):  # an iterator may have no end
+        raise InvalidRequest(f"preview_steps must be a list of steps, got {steps!r}")
+    for step in steps:
+        if step not in range(1, count + 1):
+            raise InvalidRequest(f"preview_steps must be from 1 to {count}, got {step}")
+    return frozenset(steps)
 
 
 def _timeout(seconds: float | None) -> float:

@@ -36,7 +36,7 @@ class BatchDrawer:
     which is exact, so weights never require a new capture.
 
     Args:
-        pipe: Not changed; must not run at the same time as the drawer.
+        pipe: Not changed.
 
     Attributes:
         pipe: A pipeline over the same modules, with a scheduler of its own.
@@ -44,7 +44,11 @@ class BatchDrawer:
 
     def __init__(self, pipe: MSDDAPipeline) -> None:
         self.pipe = MSDDAPipeline.from_pipe(pipe)
-        settings = pipe.forward_settings
+        self.restart()
+
+    def restart(self) -> None:
+        """Give up every buffer and graph; the next batch builds them again."""
+        settings = self.pipe.forward_settings
         sharing = replace(settings.options.sharing, inactive=False)
         options = replace(settings.options, sharing=sharing)
         self._runner = Runner(replace(settings, options=options), capacity=CAPACITY)

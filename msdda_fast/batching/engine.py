@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -13,12 +15,13 @@ from typing import Self
 
 from msdda_fast.batching.admission import Admission
 from msdda_fast.batching.drawing import BatchDrawer
+from msdda_fast.batching.limits import Limits, integer
 from msdda_fast.batching.queue import TicketQueue
 from msdda_fast.batching.request import GeneratedImage, ImageRequest
 from msdda_fast.batching.stats import EngineStats, Tally
 from msdda_fast.batching.ticket import Chore, Ticket
 from msdda_fast.batching.worker import Worker
-from msdda_fast.errors import QueueFull
+from msdda_fast.errors import EngineClosed, InvalidRequest, QueueFull
 from msdda_fast.pipelines.request import check_output_type, latent_shape
 from msdda_fast.pipelines.stable_diffusion.pipeline import MSDDAPipeline
 
@@ -35,12 +38,21 @@ class Engine:
             image = (await asyncio.wrap_future(engine.submit(request))).image   # in a coroutine
 
     Requests with the same height, width and number of steps share a batch, whatever their prompts,
-    weights, seeds and guidance; first come, first served. An image gets the same noise bits as when
-    drawn alone. It differs from that image by rounding only (1 level of 255), since other batch
-    sizes sum in another order. On the CPU, in batches of one size, it is the same to the bit
-    whichever requests share the batch.
+    weights, seeds and guidance. Clients named in `submit` take turns; within one, first come, first
+    served. An image gets the same noise bits as when drawn alone. It differs from that image by
+    rounding only (1 level of 255), since other batch sizes sum in another order. On the CPU, in
+    batches of one size, it is the same to the bit whichever requests share the batch.
 
     Batches are padded to a few sizes, so that a GPU captures each once, in `prepare`.
+
+    The images of a batch that fails are drawn again, each alone, once, with `on_step` called from
+    step 1 again; only what fails twice fails. An engine that can draw nothing any more, whatever
+    the request, restarts its buffers and graphs after growing waits (`EngineStats.restarting`).
+    After a minute of those it fails for good (`has_failed`): all requests get `EngineFailed`, and
+    its process should be replaced.
+
+    An engine that is dropped without `close` draws what was admitted, then ends its thread. In a
+    forked child it refuses every request; make one there.
 
     Args:
         pipe: A pipeline with its objectives, on its device. Until the engine is closed it owns the
@@ -49,12 +61,17 @@ class Engine:
         max_wait_ms: Longest time that a request waits for others to share its batch, milliseconds;
             it waits longer only for earlier batches.
         queue_limit: Most images in the queue.
+        client_limit: Most images of one client in the queue, up to `queue_limit`. None: half of it.
+        max_pixels: Largest height x width of one image.
+        max_cost: Largest images x height x width x steps of one request. The default lets through
+            80 images of 512 x 512 pixels in 50 steps.
         batch_sizes: Sizes that batches are padded to, increasing up to `max_batch`. None: powers of
             two, and `max_batch`.
         output_type: Type of the images, as in the pipeline's call.
 
     Raises:
         ValueError: A number is out of range, or several processes share the pipeline.
+        InvalidRequest: `max_pixels` or `max_cost` rule out any image of the model's own size.
     """
 
     def __init__(
@@ -64,29 +81,45 @@ class Engine:
         max_batch: int = 8,
         max_wait_ms: float = 20.0,
         queue_limit: int = 64,
+        client_limit: int | None = None,
+        max_pixels: int = 2**22,
+        max_cost: int = 2**30,
         batch_sizes: Sequence[int] | None = None,
         output_type: str = "pil",
     ) -> None:
-        if max_batch < 1 or queue_limit < 1 or not 0 <= max_wait_ms < float("inf"):
-            raise ValueError(
-                "max_batch and queue_limit must be at least 1 and max_wait_ms at least 0, got "
-                f"{max_batch}, {queue_limit} and {max_wait_ms}"
-            )
+        limits = Limits.check(
+            max_batch=max_batch,
+            max_wait_ms=max_wait_ms,
+            queue_limit=queue_limit,
+            client_limit=client_limit,
+            max_pixels=max_pixels,
+            max_cost=max_cost,
+            batch_sizes=batch_sizes,
+        )
         if pipe.parallel is not None:
             raise ValueError("an engine runs in one process: call disable_parallel() first")
         check_output_type(output_type)
-        self._sizes = _sizes(max_batch, batch_sizes)
+        self._sizes = limits.batch_sizes
         drawer = BatchDrawer(pipe)
         self._pipe = drawer.pipe
-        self._admission = Admission(self._pipe)
-        self._queue = TicketQueue(
-            max_batch=max_batch, max_wait_s=max_wait_ms / 1e3, limit=queue_limit
-        )
+        self._admission = Admission(self._pipe, limits)
+        self._queue = TicketQueue(limits)
         self._tally = Tally()
-        self._worker = Worker(
-            drawer, self._queue, self._tally, sizes=self._sizes, output_type=output_type
+        (probe,) = self._admission.tickets(
+            ImageRequest("", seed=0, num_inference_steps=2), zero_variance="dominate"
         )
+        self._worker = Worker(
+            drawer,
+            self._queue,
+            self._tally,
+            probe=probe,
+            sizes=self._sizes,
+            output_type=output_type,
+        )
+        self._process = os.getpid()
         self._worker.start()
+        self._dropped = weakref.finalize(self, _end, self._worker, self._process)
+        self._dropped.atexit = False  # the thread is a daemon, which ends with its process
 
     @property
     def pipe(self) -> MSDDAPipeline:
@@ -94,9 +127,19 @@ class Engine:
         return self._pipe
 
     @property
+    def has_failed(self) -> bool:
+        """Whether the engine has failed for good: it draws nothing again. See `stats().failure`."""
+        return self._worker.failure is not None
+
+    @property
     def queue_limit(self) -> int:
         """Most images in the queue."""
         return self._queue.limit
+
+    @property
+    def client_limit(self) -> int:
+        """Most images of one client in the queue."""
+        return self._queue.client_limit
 
     @property
     def native_size(self) -> tuple[int, int]:
@@ -105,15 +148,25 @@ class Engine:
         *_, rows, columns = latent_shape(1, config, factor, None, None)
         return columns * factor, rows * factor
 
-    def submit(self, request: ImageRequest) -> Future[GeneratedImage]:
+    def submit(self, request: ImageRequest, *, client: str | None = None) -> Future[GeneratedImage]:
         """Submit a request for one image; arguments and errors as in `submit_images`."""
-        return self.submit_images(request, 1)[0]
+        return self.submit_images(request, 1, client=client)[0]
 
-    def submit_images(self, request: ImageRequest, count: int) -> list[Future[GeneratedImage]]:
+    def submit_images(
+        self, request: ImageRequest, count: int, *, client: str | None = None
+    ) -> list[Future[GeneratedImage]]:
         """Submit a request for `count` images, with consecutive seeds.
 
         All are admitted, or none. A future can be cancelled until its image is done: it leaves the
         queue at once, and a batch with no open request left ends at its next step.
+
+        Args:
+            request: What to draw.
+            count: How many images.
+            client: Who asks. Clients take turns, and each may have `client_limit` images waiting,
+                but no more than there are places left in the queue: one client cannot keep others
+                out. The name stands in error messages. None: takes turns as one more client, but
+                without that limit.
 
         Returns: One future per image. Instead of an image it may hold `RequestTimeout`,
             `EngineClosed`, `EngineFailed`, or the exception that `on_step` raised.
@@ -121,21 +174,29 @@ class Engine:
         Raises:
             UnknownObjective, InvalidWeights, InvalidSchedule, InvalidShape, ZeroVariance,
             InvalidRequest: The request is invalid; `field` of the error names the wrong field.
-            ValueError: `count` is below 1 or above `queue_limit`.
-            QueueFull: The queue has no room for `count` more images.
-            EngineClosed: The engine was closed, or has failed.
+            ValueError: `count` is below 1, or more than may ever wait.
+            QueueFull: The queue has no room for `count` more images, or for so many of this client:
+                `client` of the error says which, `retry_after_s` when to try again.
+            EngineClosed: The engine was closed, has failed, or belongs to the parent process.
         """
-        if not 1 <= count <= self.queue_limit:
-            raise ValueError(f"count must be from 1 to {self.queue_limit}, got {count}")
+        self._check_process()
+        count = integer("count", count)
+        if client is not None and not (isinstance(client, str) and client):
+            raise InvalidRequest(f"client must be a name or None, got {client!r}")
+        most = self.queue_limit if client is None else self.client_limit
+        if not 1 <= count <= most:
+            raise ValueError(f"count must be from 1 to {most}, got {count}")
         try:
-            self._queue.check_room(count)  # first, so that a refusal costs next to nothing
-            tickets = self._admission.tickets(request, count)
+            self._queue.check_room(count, client)  # first: a refusal costs next to nothing
+            tickets = self._admission.tickets(request, count, client=client)
             self._queue.put(tickets)
-        except QueueFull:
+        except QueueFull as error:
+            ahead = len(self._queue) + self._worker.drawing
+            error.retry_after_s = self._tally.seconds_to_draw(ahead)
             self._tally.count("refused", count)
             raise
         for ticket in tickets:
-            ticket.future.add_done_callback(partial(self._left, ticket))
+            ticket.future.add_done_callback(partial(_left, self._queue, self._tally, ticket))
         return [ticket.future for ticket in tickets]
 
     def prepare(
@@ -155,8 +216,12 @@ class Engine:
         Raises:
             InvalidShape, InvalidSchedule: As in the pipeline's call.
             CaptureError: Capture is required and fails.
-            EngineClosed: The engine was closed, or has failed.
+            InvalidRequest: The caller is `on_step`, for which this would wait.
+            EngineClosed: The engine was closed, has failed, or belongs to the parent process.
         """
+        self._check_process()
+        if self._worker is threading.current_thread():
+            raise InvalidRequest("prepare() cannot be called from on_step: it waits for that step")
         asked = ImageRequest(
             "", seed=0, num_inference_steps=num_inference_steps, height=height, width=width
         )
@@ -177,6 +242,7 @@ class Engine:
             waiting=len(self._queue),
             drawing=self._worker.drawing,
             failure=self._worker.failure,
+            restarting=self._worker.restarting,
             is_closed=self._queue.is_closed,
         )
 
@@ -186,20 +252,25 @@ class Engine:
         Args:
             drain: Draw the requests already admitted; else they fail with `EngineClosed`, and the
                 batch being drawn ends at its next step.
-            timeout_s: Longest time for draining, seconds; requests not drawn by then fail. None: no
-                limit.
+            timeout_s: >= 0, longest time that this takes, seconds; requests not drawn by then fail
+                at once, and the thread ends after the step that it is in. None: no limit.
         """
+        if timeout_s is not None and not timeout_s >= 0:
+            raise ValueError(f"timeout_s must be at least 0, got {timeout_s}")
+        if self._process != os.getpid():
+            return  # the parent's: its thread is not here, and a lock may be held for ever
         self._worker.stop(drain=drain)
         if self._worker is not threading.current_thread():
-            self._worker.join(timeout_s)
+            self._worker.join(None if timeout_s is None else min(timeout_s, threading.TIMEOUT_MAX))
             if self._worker.is_alive():
-                self.close(drain=False)
+                self._worker.stop(drain=False)
 
-    def _left(self, ticket: Ticket, future: Future[GeneratedImage]) -> None:
-        if future.cancelled():
-            ticket.claim()  # tells those who wait for it
-            self._tally.count("cancelled")
-            self._queue.remove(ticket)
+    def _check_process(self) -> None:
+        if self._process != os.getpid():
+            raise EngineClosed(
+                f"this engine belongs to process {self._process}, of which this one is a fork: "
+                f"make an engine here"
+            )
 
     def __enter__(self) -> Self:
         return self
@@ -213,10 +284,13 @@ class Engine:
         self.close(drain=kind is None)
 
 
-def _sizes(max_batch: int, sizes: Sequence[int] | None) -> list[int]:
-    if sizes is None:
-        powers = (2**i for i in range(max_batch.bit_length()))
-        return sorted({*powers, max_batch})
-    if list(sizes) != sorted(set(sizes)) or not sizes or sizes[0] < 1 or sizes[-1] != max_batch:
-        raise ValueError(f"batch_sizes must increase up to max_batch={max_batch}, got {sizes}")
-    return list(sizes)
+def _end(worker: Worker, process: int) -> None:
+    if process == os.getpid():
+        worker.stop(drain=True)
+
+
+def _left(queue: TicketQueue, tally: Tally, ticket: Ticket, future: Future[GeneratedImage]) -> None:
+    if future.cancelled():
+        ticket.claim()  # tells those who wait for it
+        tally.count("cancelled")
+        queue.remove(ticket)

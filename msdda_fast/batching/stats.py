@@ -25,7 +25,8 @@ class EngineStats:
         batch_sizes: How many of those batches had 1, 2, ... images, without padding.
         rows: Images computed in them, padding included.
         drawing_s: Time spent in them, seconds.
-        failure: Why the engine failed; None: it has not.
+        failure: Why the engine failed for good; None: it has not.
+        restarting: Why the engine is being restarted; None: it is not. Requests wait meanwhile.
         is_closed: Whether the engine accepts no more requests.
     """
 
@@ -42,6 +43,7 @@ class EngineStats:
     drawing_s: float
     failure: str | None
     is_closed: bool
+    restarting: str | None = None
 
 
 @dataclass(slots=True)
@@ -66,8 +68,21 @@ class Tally:
             self.rows += rows
             self.drawing_s += seconds
 
+    def seconds_to_draw(self, images: int) -> float:
+        """Estimate how long `images` take, by the batches so far; 1 s for each before the first."""
+        with self._lock:
+            if not (drawn := sum(size * times for size, times in self.batch_sizes.items())):
+                return float(images)
+            return images * self.drawing_s / drawn
+
     def snapshot(
-        self, *, waiting: int, drawing: int, failure: str | None, is_closed: bool
+        self,
+        *,
+        waiting: int,
+        drawing: int,
+        failure: str | None,
+        restarting: str | None,
+        is_closed: bool,
     ) -> EngineStats:
         """Return the counts together with the engine's current state."""
         with self._lock:
@@ -84,5 +99,6 @@ class Tally:
                 rows=self.rows,
                 drawing_s=self.drawing_s,
                 failure=failure,
+                restarting=restarting,
                 is_closed=is_closed,
             )

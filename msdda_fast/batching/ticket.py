@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Collection
 from concurrent.futures import Future
@@ -12,7 +13,9 @@ from typing import NamedTuple
 from msdda_fast.batching.request import GeneratedImage, Progress
 from msdda_fast.steps.coefficients import CoefficientTable
 
-__all__ = ["Chore", "Shape", "Ticket"]
+__all__ = ["Chore", "Shape", "Ticket", "described", "set_outcome"]
+
+logger = logging.getLogger(__name__)
 
 
 class Shape(NamedTuple):
@@ -37,6 +40,7 @@ class Ticket:
         arrived: When it was submitted, in seconds of `time.monotonic`.
         expires: When it expires, likewise; infinity: never.
         on_step, preview_steps: As in `ImageRequest`.
+        client: Whose turn it takes in the queue; None: nobody's in particular.
     """
 
     prompt: str
@@ -49,6 +53,7 @@ class Ticket:
     expires: float
     on_step: Callable[[Progress], object] | None
     preview_steps: Collection[int]
+    client: str | None
     future: Future[GeneratedImage] = field(default_factory=Future)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _is_claimed: bool = False
@@ -79,12 +84,29 @@ class Chore:
         self._work = work
 
     def run(self) -> None:
-        """Do the work and set the future."""
+        """Do the work and set the future; nothing it raises goes further."""
         try:
             self._work()
         except BaseException as error:
             self.future.set_exception(error)
-            if not isinstance(error, Exception):
-                raise
         else:
             self.future.set_result(None)
+
+
+def set_outcome(future: Future[GeneratedImage], outcome: GeneratedImage | Exception) -> None:
+    """Set a claimed future; what its callbacks raise is logged and goes no further."""
+    try:
+        if isinstance(outcome, Exception):
+            future.set_exception(outcome)
+        else:
+            future.set_result(outcome)
+    except BaseException:  # futures let through what is no Exception, such as SystemExit
+        logger.exception("a callback of a future raised")
+
+
+def described(error: BaseException) -> str:
+    """Return the type and message of an error, whatever its own `__str__` does."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:
+        return type(error).__name__

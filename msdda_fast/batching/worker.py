@@ -7,7 +7,9 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import CancelledError
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,31 +19,42 @@ from msdda_fast.batching.drawing import BatchDrawer
 from msdda_fast.batching.queue import TicketQueue
 from msdda_fast.batching.request import GeneratedImage, Progress
 from msdda_fast.batching.stats import Tally
-from msdda_fast.batching.ticket import Chore, Ticket
+from msdda_fast.batching.ticket import Chore, Ticket, described, set_outcome
 from msdda_fast.errors import EngineClosed, EngineFailed, RequestTimeout
 
 __all__ = ["Worker"]
 
 logger = logging.getLogger(__name__)
 
-#: So many failed batches in a row say that no batch will do.
-MOST_FAILURES = 3
+NOT_FINITE = (
+    "the latent of this image is NaN or infinite after the last step: an adapter, a weight outside "
+    "its range or float16 overflow may be the cause"
+)
+
+#: Seconds before each attempt to start the drawer anew; after the last one the engine gives up.
+BACK_OFF_S = (0.5, 1, 2, 4, 8, 16, 30)
 
 
 class Worker(threading.Thread):
     """Draws until the queue is closed and empty; every future gets an outcome in any case.
 
-    A batch that fails fails only its own tickets. `MOST_FAILURES` in a row, or an error outside a
-    batch, stop the thread, fail all waiting tickets, and close the queue.
+    The images of a batch that fails are drawn again, each alone, once: a poisoned request costs its
+    neighbours time and nothing else. If an image fails alone too, so does its request. Then a probe
+    tells whether the fault was the request's, of its size for instance. If the probe cannot be
+    drawn either, the drawer is started anew after each of `BACK_OFF_S`, until it can be; tickets
+    wait, or expire, meanwhile. After the last attempt the thread ends, fails all waiting tickets
+    and closes the queue.
 
     Args:
         drawer: Runs on this thread only.
         queue, tally: Shared with the engine.
+        probe: Any drawer that works can draw it.
         sizes: Sizes that batches are padded to, increasing.
         output_type: Type of the images, as in the pipeline's call.
 
     Attributes:
-        failure: Why the thread failed; None: it has not.
+        failure: Why the thread failed for good; None: it has not.
+        restarting: Why the drawer is being started anew; None: it is not.
     """
 
     def __init__(
@@ -50,21 +63,22 @@ class Worker(threading.Thread):
         queue: TicketQueue,
         tally: Tally,
         *,
+        probe: Ticket,
         sizes: Sequence[int],
         output_type: str,
     ) -> None:
         super().__init__(name="msdda-engine", daemon=True)
         self._drawer, self._queue, self._tally = drawer, queue, tally
-        self._sizes, self._output_type = sizes, output_type
-        self._batch: list[Ticket] = []
-        self._is_aborted = False
-        self._failures = 0
+        self._probe, self._sizes, self._output_type = probe, sizes, output_type
+        self._taken: list[Ticket] = []
+        self._aborted = threading.Event()
         self.failure: str | None = None
+        self.restarting: str | None = None
 
     @property
     def drawing(self) -> int:
         """How many images are being drawn."""
-        return len(self._batch)
+        return len(self._taken)
 
     def run(self) -> None:
         """Take and draw batches until the queue is closed and empty, or the engine fails."""
@@ -76,20 +90,23 @@ class Worker(threading.Thread):
                     if taken.chore is not None:
                         taken.chore.run()
                     if taken.batch:
-                        self._batch = taken.batch
-                        self._draw(taken.batch)
-                        self._batch = []
+                        self._taken = taken.batch
+                        self._serve(taken.batch)
+                        self._taken = []
         except BaseException as error:
             logger.exception("the engine failed and stops")
-            self.failure = f"{type(error).__name__}: {error}"
-            for item in [*self._batch, *self._queue.close(drain=False)]:
+            self.failure, self.restarting = described(error), None
+            for item in [*self._taken, *self._queue.close(drain=False)]:
                 self._fail(item, _failed("the engine failed and has stopped", error))
-            self._batch = []
+            self._taken = []
 
     def stop(self, *, drain: bool) -> None:
         """Close the queue; without `drain`, fail all tickets that wait or are being drawn."""
-        self._is_aborted = self._is_aborted or not drain
-        for item in self._queue.close(drain=drain):
+        rest = self._queue.close(drain=drain)
+        if not drain:
+            self._aborted.set()
+            rest += self._taken
+        for item in rest:
             self._fail(item, _closed())
 
     def warm(self, ticket: Ticket, size: int) -> None:
@@ -97,60 +114,112 @@ class Worker(threading.Thread):
         x = self._drawer.sample([ticket] * size, size=size, watch=lambda step, x: False)
         self._drawer.decode(x, self._output_type)
 
+    def _serve(self, batch: list[Ticket]) -> None:
+        if self._attempt(batch) is None:
+            return
+        for ticket in batch:
+            if ticket.is_open and (error := self._attempt([ticket])) is not None:
+                self._fail(ticket, _failed("the image could not be drawn, twice", error))
+                if (error := self._try_probe()) is not None:
+                    self._restart(error)
+
+    def _attempt(self, batch: list[Ticket]) -> BaseException | None:
+        """Draw a batch; return what it failed with."""
+        try:
+            self._draw(batch)
+        except BaseException as error:  # the code of hooks and patches may raise anything
+            logger.exception("a batch of %d images failed", len(batch))
+            return error.with_traceback(None)  # whose frames hold the batch's memory
+        return None
+
+    def _try_probe(self) -> BaseException | None:
+        try:
+            self.warm(self._probe, self._sizes[0])
+        except BaseException as error:
+            logger.exception("the engine can draw nothing at present")
+            return error.with_traceback(None)
+        return None
+
+    def _restart(self, reason: BaseException) -> None:
+        """Start the drawer anew until it can draw the probe.
+
+        Raises:
+            BaseException: What the probe failed with after the last attempt.
+        """
+        error: BaseException | None = reason
+        for seconds in BACK_OFF_S:
+            self.restarting = described(reason)
+            self._pause(seconds)
+            if self._aborted.is_set():
+                break
+            self._drawer.restart()
+            if (error := self._try_probe()) is None:
+                logger.info("the engine draws again")
+                break
+        else:
+            assert error is not None
+            raise error
+        self.restarting = None
+
+    def _pause(self, seconds: float) -> None:
+        """Wait, while tickets expire, until the time is up or the engine is closed."""
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0 and not self._aborted.wait(min(left, 0.1)):
+            self._expire_all()
+
     def _draw(self, batch: list[Ticket]) -> None:
         start = time.monotonic()
         size = min(size for size in self._sizes if size >= len(batch))
-        try:
-            x_0 = self._drawer.sample(batch, size=size, watch=self._watch)
-            if not any(ticket.is_open for ticket in batch):
-                return
-            images, flags = self._drawer.decode(x_0, self._output_type)
-        except Exception as error:
-            self._failures += 1
-            if self._failures == MOST_FAILURES:
-                raise
-            logger.exception("a batch of %d images failed", len(batch))
-            for ticket in batch:
-                self._fail(ticket, _failed("the batch could not be drawn", error))
+        x_0 = self._drawer.sample(batch, size=size, watch=partial(self._watch, batch))
+        if not any(ticket.is_open for ticket in batch):
             return
-        self._failures = 0
+        finite = x_0.isfinite().flatten(1).all(1)
+        rows = list(range(len(batch)))
+        if not finite.all():
+            for row in rows:
+                if not finite[row]:
+                    self._fail(batch[row], EngineFailed(NOT_FINITE))
+            rows = [row for row in rows if finite[row]]
+            if not rows:
+                return
+            x_0 = x_0[rows]
+        images, flags = self._drawer.decode(x_0, self._output_type)
         drawn_s = time.monotonic() - start
         self._tally.count_batch(len(batch), size, drawn_s)
-        for ticket, image, flag in zip(batch, images, flags, strict=True):
+        for row, image, flag in zip(rows, images, flags, strict=True):
+            ticket = batch[row]
             if ticket.claim():
                 self._tally.count("completed")
-                ticket.future.set_result(
-                    GeneratedImage(
-                        image=image,
-                        seed=ticket.seed,
-                        is_flagged=flag,
-                        batch_size=len(batch),
-                        waited_s=start - ticket.arrived,
-                        drawn_s=drawn_s,
-                    )
+                outcome = GeneratedImage(
+                    image=image,
+                    seed=ticket.seed,
+                    is_flagged=flag,
+                    batch_size=len(batch),
+                    waited_s=start - ticket.arrived,
+                    drawn_s=drawn_s,
                 )
+                set_outcome(ticket.future, outcome)
 
-    def _watch(self, step: int, x: Tensor | None) -> bool:
+    def _watch(self, batch: list[Ticket], step: int, x: Tensor | None) -> bool:
         """Expire tickets and call `on_step`; return whether any ticket of the batch is open."""
-        previews = {} if x is None else self._previews(step, x)
-        now = time.monotonic()
-        self._expire([*self._queue.late(), *(t for t in self._batch if t.expires <= now)])
-        for row, ticket in enumerate(self._batch):
-            if self._is_aborted:
+        previews = {} if x is None else self._previews(batch, step, x)
+        self._expire_all()
+        for row, ticket in enumerate(batch):
+            if self._aborted.is_set():
                 self._fail(ticket, _closed())
             if ticket.on_step is not None and ticket.is_open:
                 try:
                     steps = ticket.shape.steps
                     ticket.on_step(Progress(ticket.index, step, steps, previews.get(row)))
-                except Exception as error:
-                    self._fail(ticket, error)
-        return any(ticket.is_open for ticket in self._batch)
+                except BaseException as error:
+                    self._fail(ticket, _raised(error))
+        return any(ticket.is_open for ticket in batch)
 
-    def _previews(self, step: int, x: Tensor) -> dict[int, Any]:
+    def _previews(self, batch: list[Ticket], step: int, x: Tensor) -> dict[int, Any]:
         """Return previews by row for the tickets that want one; a failure is only logged."""
         rows = [
             row
-            for row, ticket in enumerate(self._batch)
+            for row, ticket in enumerate(batch)
             if step in ticket.preview_steps and ticket.is_open
         ]
         try:
@@ -159,6 +228,10 @@ class Worker(threading.Thread):
             logger.exception("no previews after step %d", step)
             return {}
         return dict(zip(rows, images, strict=True))
+
+    def _expire_all(self) -> None:
+        now = time.monotonic()
+        self._expire([*self._queue.late(), *(t for t in self._taken if t.expires <= now)])
 
     def _expire(self, tickets: Sequence[Ticket]) -> None:
         for ticket in tickets:
@@ -170,7 +243,7 @@ class Worker(threading.Thread):
             item.future.set_exception(error)
         elif item.claim():
             self._tally.count(outcome)
-            item.future.set_exception(error)
+            set_outcome(item.future, error)
 
 
 def _closed() -> EngineClosed:
@@ -178,6 +251,16 @@ def _closed() -> EngineClosed:
 
 
 def _failed(what: str, error: BaseException) -> EngineFailed:
-    failure = EngineFailed(f"{what}: {type(error).__name__}: {error}")
+    failure = EngineFailed(f"{what}: {described(error)}")
     failure.__cause__ = error
     return failure
+
+
+def _raised(error: BaseException) -> Exception:
+    """Return what a request ends with when its callback raised `error`.
+
+    What means something else to whoever awaits the future, such as a cancellation, is wrapped.
+    """
+    if isinstance(error, Exception) and not isinstance(error, CancelledError | StopIteration):
+        return error
+    return _failed("on_step raised", error)

@@ -59,12 +59,18 @@ def serve(
     ] = 25,
     max_steps: Annotated[int, typer.Option(min=1, help="Largest T a request may set.")] = 64,
     max_images: Annotated[int, typer.Option(min=1, help="Maximum images per request.")] = 8,
+    max_cost: Annotated[
+        float,
+        typer.Option(
+            min=1, help="Largest n * T * pixels of a request; pixels in images of default size."
+        ),
+    ] = 512.0,
     timeout: Annotated[
         float, typer.Option(help="Seconds after which a request is abandoned.")
     ] = 120.0,
     grace: Annotated[
         float, typer.Option(min=0, help="Seconds to finish accepted requests when told to stop.")
-    ] = 30.0,
+    ] = 8.0,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Also log prompts.")] = False,
     dtype: DTypeOption = DType.float32,
     device: DeviceOption = None,
@@ -72,7 +78,8 @@ def serve(
     """Serve a model over HTTP: OpenAI's images API, with weights in every request.
 
     Requests with different weights, prompts and seeds share batches. Set MSDDA_API_KEY to require
-    that key of every client. A running server documents its API at /docs.
+    that key of every client, or one of several keys, one a line. A running server documents its
+    API at /docs.
 
     [dim]msdda-fast serve --port 8000[/dim]
     """
@@ -83,16 +90,17 @@ def serve(
             raise ValueError(
                 f"{error.name} is missing; install it with: pip install 'msdda-fast[serve]'"
             ) from None
-        from msdda_fast.serve.settings import ServeSettings
+        from msdda_fast.serve.settings import ServeSettings, client_limit, public_name
 
         process = Process(
             load=partial(_load, model, objective, dtype, device),
             settings=ServeSettings(
-                model=model,
+                model=public_name(model),
                 sizes=tuple(size or ()),
                 steps=steps,
                 max_steps=max_steps,
                 max_images=max_images,
+                max_cost=max_cost,
                 timeout_s=timeout,
                 api_key=os.environ.get(API_KEY),
                 log_prompts=log_prompts,
@@ -101,6 +109,7 @@ def serve(
                 "max_batch": max_batch,
                 "max_wait_ms": max_wait_ms,
                 "queue_limit": queue_limit,
+                "client_limit": client_limit(queue_limit, max_images),
             },
             host=host,
             port=port,

@@ -19,8 +19,16 @@ from msdda_fast.serve.service import Service, encoded
 
 __all__ = ["ClientGone", "complete", "stream"]
 
-#: Seconds of silence after which a stream says that it is alive.
-KEEP_ALIVE_S = 15.0
+#: Seconds of silence after which a stream says that it is alive, and sees whether its client is.
+KEEP_ALIVE_S = 2.0
+
+#: OpenAI's client expects it in the event of a finished image.
+NO_USAGE = {
+    "input_tokens": 0,
+    "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},
+    "output_tokens": 0,
+    "total_tokens": 0,
+}
 
 
 class ClientGone(Exception):
@@ -36,7 +44,7 @@ async def complete(
         Refusal: One of the images could not be drawn.
         ClientGone: The client has disconnected.
     """
-    futures = await service.submit(request, count)
+    futures = await service.submit(request, count, connection.state.client)
     images = asyncio.gather(*map(asyncio.wrap_future, futures))
     gone = asyncio.create_task(_disconnected(connection))
     try:
@@ -56,11 +64,20 @@ async def complete(
 
 
 async def stream(
-    service: Service, request: ImageRequest, count: int, *, on_end: Callable[[Any], None]
+    service: Service,
+    request: ImageRequest,
+    count: int,
+    *,
+    client: str,
+    progress: bool,
+    on_end: Callable[[Any], None],
 ) -> AsyncIterator[str]:
-    """Queue the request and return its events: every step of every image, previews, the image.
+    """Queue the request and return its events: previews and images, in OpenAI's types.
 
     Args:
+        client: Who asks.
+        progress: Whether to send an event after every step of every image, too. It is of no type
+            that OpenAI's client knows.
         on_end: Called with the results, or with the `Refusal` that ended the stream.
 
     Raises:
@@ -73,10 +90,11 @@ async def stream(
         if not loop.is_closed():
             loop.call_soon_threadsafe(news.put_nowait, item)
 
-    futures = await service.submit(replace(request, on_step=tell), count)
+    watched = replace(request, on_step=tell) if progress or request.preview_steps else request
+    futures = await service.submit(watched, count, client)
     for index, future in enumerate(futures):
         future.add_done_callback(lambda done, index=index: tell((index, done)))  # type: ignore[misc]
-    return _events(service, request, futures, news, on_end)
+    return _events(service, request, futures, news, progress, on_end)
 
 
 async def _events(
@@ -84,6 +102,7 @@ async def _events(
     request: ImageRequest,
     futures: Sequence[Future[GeneratedImage]],
     news: asyncio.Queue[Progress | tuple[int, Future[GeneratedImage]]],
+    progress: bool,
     on_end: Callable[[Any], None],
 ) -> AsyncIterator[str]:
     results: list[GeneratedImage] = []
@@ -96,7 +115,8 @@ async def _events(
                 continue
             if isinstance(item, Progress):
                 where = {"index": item.image, "step": item.step, "steps": item.steps}
-                yield _event("image_generation.progress", where)
+                if progress:
+                    yield _event("image_generation.progress", where)
                 if item.preview is not None:
                     partial = request.preview_steps.index(item.step)
                     data = {**where, "partial_image_index": partial, **await _png(item.preview)}
@@ -121,6 +141,7 @@ async def _completed(result: GeneratedImage, index: int) -> dict[str, Any]:
     return {
         "index": index,
         **await _png(result.image),
+        "usage": NO_USAGE,
         "seed": result.seed,
         "batch_size": result.batch_size,
         "waited_s": round(result.waited_s, 4),

@@ -19,7 +19,9 @@ from msdda_fast.batching.engine import Engine
 from msdda_fast.batching.request import GeneratedImage
 from msdda_fast.serve.answers import ClientGone, complete, stream
 from msdda_fast.serve.body import ErrorBody, GenerationBody, ImagesBody
+from msdda_fast.serve.docs_page import add_docs
 from msdda_fast.serve.guard import Guard
+from msdda_fast.serve.models import add_models
 from msdda_fast.serve.refusals import Refusal, of_http, of_validation
 from msdda_fast.serve.service import EngineService, Service, encoded
 from msdda_fast.serve.settings import ServeSettings
@@ -29,7 +31,7 @@ __all__ = ["app_of", "create_app"]
 
 #: What a client may get, for the documentation.
 REFUSALS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody} for status in (400, 401, 404, 413, 422, 429, 500, 503, 504)
+    status: {"model": ErrorBody} for status in (400, 401, 403, 404, 413, 429, 500, 503, 504)
 }
 #: Each of the events of a stream; `data` is JSON, or [DONE] at the end.
 EVENT = {
@@ -74,11 +76,15 @@ def app_of(service: Service) -> FastAPI:
         version="1",
         lifespan=lifespan,
         redirect_slashes=False,
+        docs_url=None,  # FastAPI's own need scripts of another site
+        redoc_url=None,
     )
     app.state.service = service
     app.add_middleware(Guard, settings=settings, metrics=service.metrics)
     _refuse_as_openai(app, service)
     add_page(app)
+    add_docs(app)
+    add_models(app, settings.model)
 
     @app.post("/v1/images/generations", responses=ANSWERS)
     async def generate(body: GenerationBody, connection: Request) -> Response:
@@ -86,7 +92,7 @@ def app_of(service: Service) -> FastAPI:
         start, log = time.monotonic(), connection.state.log
         request = body.checked(settings, service.sizes)
         size = f"{request.width}x{request.height}"
-        log |= {"n": body.n, "size": size, "steps": request.num_inference_steps}
+        log |= {"n": body.count, "size": size, "steps": request.num_inference_steps}
         if settings.log_prompts:
             log |= {"prompt": body.prompt, "negative_prompt": body.negative_prompt}
 
@@ -100,16 +106,29 @@ def app_of(service: Service) -> FastAPI:
             log["waited_s"] = round(max(result.waited_s for result in outcome), 4)
 
         if body.stream:
-            events = await stream(service, request, body.n, on_end=ended)
+            events = await stream(
+                service,
+                request,
+                body.count,
+                client=connection.state.client,
+                progress=bool(body.progress),
+                on_end=ended,
+            )
             return StreamingResponse(events, media_type="text/event-stream")
-        results = await complete(service, request, body.n, connection)
+        results = await complete(service, request, body.count, connection)
         data = [
             {"b64_json": await asyncio.to_thread(encoded, result.image), "seed": result.seed}
             for result in results
         ]
         ended(results)
         return JSONResponse(
-            {"created": int(time.time()), "data": data, "output_format": "png", "size": size}
+            {
+                "created": int(time.time()),
+                "data": data,
+                "output_format": "png",
+                "background": "opaque",
+                "size": size,
+            }
         )
 
     @app.get("/v1/objectives", responses={401: {"model": ErrorBody}})
@@ -119,10 +138,10 @@ def app_of(service: Service) -> FastAPI:
 
     @app.get("/health", responses={503: {"model": ErrorBody}})
     async def health() -> dict[str, str]:
-        """Say whether this process works; on 503, replace it."""
+        """Say whether this process works, or is restarting its engine; on 503, replace it."""
         if service.has_failed:
             raise Refusal(503, "the engine failed", code="failed", kind="server_error")
-        return {"status": "ok"}
+        return {"status": "restarting" if service.is_restarting else "ok"}
 
     @app.get("/ready", responses={503: {"model": ErrorBody}})
     async def ready() -> dict[str, str]:
@@ -169,7 +188,3 @@ def _refuse_as_openai(app: FastAPI, service: Service) -> None:
     async def gone(request: Request, error: ClientGone) -> Response:
         request.state.log["error"] = "client_gone"
         return Response(status_code=499)  # nobody reads it
-
-    @app.exception_handler(Exception)
-    async def failed(request: Request, error: Exception) -> JSONResponse:
-        return refuse(request, service.refusal(error))

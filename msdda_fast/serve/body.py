@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from msdda_fast.batching.request import ImageRequest
 from msdda_fast.serve.refusals import Refusal
@@ -16,6 +17,12 @@ __all__ = ["ErrorBody", "GenerationBody", "ImagesBody"]
 
 #: Models are asked for less than 20; 1e30 leaves the range of float32, and gives no image at all.
 MOST_GUIDANCE = 100
+
+#: Random seeds stay below: larger integers are rounded by clients that read JSON into doubles.
+EXACT = 2**53
+
+#: OpenAI's fields for what is not drawn here. Its client may send them as null.
+NOT_HERE = frozenset(("complexity", "frame_count", "frame_duration_ms", "style", "svg"))
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -48,31 +55,38 @@ class ImagesBody(BaseModel):
     created: int = Field(description="Unix time in seconds.")
     data: list[DrawnImage]
     output_format: Literal["png"]
+    background: Literal["opaque"]
     size: str = Field(description='"WIDTHxHEIGHT" in pixels.')
 
 
 class GenerationBody(BaseModel):
     """OpenAI's fields, and those of this service: weights, seed, steps, guidance_scale,
-    negative_prompt. `GET /v1/objectives` lists the limits; unknown fields are refused.
+    negative_prompt, progress. `GET /v1/objectives` lists the limits; unknown fields are refused.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     prompt: str = Field(description="What to draw.")
     model: str | None = Field(None, description="The served model, if given.")
-    n: int = Field(1, ge=1, description="Number of images; they use consecutive seeds.")
+    n: int | None = Field(1, ge=1, description="Number of images; they use consecutive seeds.")
     size: str | None = Field(
         None, description='One of the served sizes, "WIDTHxHEIGHT" in pixels, or "auto".'
     )
-    response_format: Literal["b64_json"] | None = Field(
-        None, description="Images are part of the response; none are stored, so there are no URLs."
+    response_format: Literal["b64_json", "url"] | None = Field(
+        None, description="b64_json: no image is stored, so there are no URLs and url is refused."
     )
     output_format: Literal["png"] | None = None
-    stream: bool | None = Field(None, description="Server-sent events: progress, then images.")
+    output_compression: Literal[100] | None = Field(None, description="PNG loses nothing.")
+    quality: Literal["auto"] | None = Field(None, description="`steps` decides it.")
+    background: Literal["auto", "opaque"] | None = None
+    moderation: Literal["auto"] | None = Field(None, description="What the operator decides.")
+    stream: bool | None = Field(None, description="Server-sent events: previews, then images.")
     partial_images: int | None = Field(
         None, ge=0, le=3, description="Previews of each streamed image; fewer with very few steps."
     )
+    progress: bool | None = Field(None, description="Also stream an event after every step.")
     user: str | None = Field(None, max_length=256, description="Accepted but ignored.")
+    safety_identifier: str | None = Field(None, max_length=256, description="Accepted but ignored.")
     weights: dict[str, Number] | None = Field(
         None, description="A weight for every objective, summing to 1; uniform by default."
     )
@@ -85,6 +99,18 @@ class GenerationBody(BaseModel):
     )
     negative_prompt: str | None = Field(None, description="What guidance should steer away from.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, body: Any) -> Any:  # noqa: ANN401 - whatever JSON it is
+        if not isinstance(body, dict):
+            return body
+        return {k: v for k, v in body.items() if v is not None or k not in NOT_HERE}
+
+    @property
+    def count(self) -> int:
+        """Number of images."""
+        return 1 if self.n is None else self.n
+
     def checked(self, settings: ServeSettings, sizes: Sequence[str]) -> ImageRequest:
         """Return the request, checked against the limits of the service.
 
@@ -96,25 +122,33 @@ class GenerationBody(BaseModel):
             Refusal: A field exceeds a limit; the refusal names the field.
         """
         if self.model is not None and self.model != settings.model:
-            raise Refusal(
-                404, f"the model served here is {settings.model!r}", param="model",
-                code="model_not_found",
-            )  # fmt: skip
-        if self.n > settings.max_images:
+            raise Refusal.of_model(settings.model)
+        if self.response_format == "url":
+            raise Refusal.of_field(
+                "response_format", "no image is stored, so there are no URLs; ask for b64_json"
+            )
+        if self.count > settings.max_images:
             raise Refusal.of_field("n", f"at most {settings.max_images} images per request")
         for name in ("prompt", "negative_prompt"):
             if len(getattr(self, name) or "") > settings.max_prompt_chars:
                 raise Refusal.of_field(name, f"at most {settings.max_prompt_chars} characters")
         if self.steps is not None and self.steps > settings.max_steps:
             raise Refusal.of_field("steps", f"at most {settings.max_steps} steps")
-        if self.partial_images and not self.stream:
-            raise Refusal.of_field("partial_images", "previews are sent only with stream=true")
+        for name in ("partial_images", "progress"):
+            if getattr(self, name) and not self.stream:
+                raise Refusal.of_field(name, "these events are sent only with stream=true")
         steps = settings.steps if self.steps is None else self.steps
-        width, height = _sides(self.size, sizes)
+        size = _size(self.size, sizes)
+        if (cost := settings.cost(self.count, steps, size, sizes[0])) > settings.max_cost:
+            raise Refusal.of_field(
+                "n", f"{self.count} images of {size} with {steps} steps cost {cost:g}, more than "
+                f"{settings.max_cost:g}: ask for fewer images, fewer steps or a smaller size",
+            )  # fmt: skip
+        width, height = sides(size)
         return ImageRequest(
             self.prompt,
             weights=self.weights,
-            seed=self.seed,
+            seed=_seed(self.seed, self.count),
             num_inference_steps=steps,
             guidance_scale=self.guidance_scale,
             negative_prompt=self.negative_prompt or "",
@@ -131,9 +165,18 @@ def _preview_steps(count: int, steps: int) -> list[int]:
     return sorted(chosen & set(range(1, steps)))
 
 
-def _sides(size: str | None, sizes: Sequence[str]) -> tuple[int, int]:
-    if size in (None, "auto"):
-        size = sizes[0]
+def _size(size: str | None, sizes: Sequence[str]) -> str:
+    if size is None or size == "auto":
+        return sizes[0]
     if size not in sizes:
         raise Refusal.of_field("size", f"must be one of {', '.join(sizes)}, or auto")
-    return sides(size)
+    return size
+
+
+def _seed(seed: int | None, count: int) -> int:
+    """Return the first of `count` seeds, each of which a client can send back."""
+    if seed is None:
+        return secrets.randbelow(EXACT - count)
+    if seed + count > 2**63:
+        raise Refusal.of_field("seed", f"the last of {count} seeds would exceed 2^63 - 1")
+    return seed

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks before every route: the API key and the length of bodies. Logs every request."""
+"""Checks before every route: host, API key, length of bodies. Logs and names every request."""
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import logging
+import secrets
 import time
 from typing import Any
 
@@ -13,6 +15,7 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from msdda_fast.serve.hosts import address_of, is_this_machine
 from msdda_fast.serve.metrics import Metrics
 from msdda_fast.serve.refusals import Refusal
 from msdda_fast.serve.settings import ServeSettings
@@ -25,42 +28,72 @@ logger = logging.getLogger("msdda_fast.serve")
 MOST_PATH = 200
 
 #: What needs the key, where there is one.
-GUARDED = ("/v1/", "/metrics")
+GUARDED = ("/v1/", "/metrics", "/docs", "/openapi.json")
+
+#: Bytes of a refused body that are read and dropped: a client that is still sending when the
+#: connection closes never sees why.
+MOST_DROPPED = 64 * 2**20
 
 
 class Guard:
     """ASGI middleware that checks and logs requests.
 
+    It names each: `X-Request-ID` of the answer, `request_id` in the log. `state.client` of a
+    request is who it is drawn for: the key, if there are several, else the address.
+
     Args:
         app: The app to guard.
-        settings: The API key, if any, and the longest body.
+        settings: The API keys, the longest body, and whose name requests must give as host.
         metrics: Counts the refusals.
     """
 
     def __init__(self, app: ASGIApp, settings: ServeSettings, metrics: Metrics) -> None:
         self._app, self._settings, self._metrics = app, settings, metrics
+        self._keys = [_digest(key, "utf-8") for key in settings.keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        start, status = time.monotonic(), 0
-        fields: dict[str, Any] = {}
+        start, status, closes = time.monotonic(), 0, False
+        fields: dict[str, Any] = {"request_id": f"req_{secrets.token_hex(16)}"}
         scope.setdefault("state", {})["log"] = fields
 
         async def answer(message: Message) -> None:
             nonlocal status
-            status = message.get("status", status)
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                more = [(b"x-request-id", fields["request_id"].encode())]
+                if closes or status == 413:
+                    more.append((b"connection", b"close"))
+                message = {**message, "headers": [*message.get("headers", ()), *more]}
             await send(message)
+
+        async def refuse(refusal: Refusal) -> None:
+            fields["error"] = refusal.code
+            self._metrics.refusals.labels(refusal.code).inc()
+            challenge = {"WWW-Authenticate": "Bearer"} if refusal.status == 401 else {}
+            await refusal.response(challenge)(scope, receive, answer)
 
         try:
             refusal = self._refusal(scope)
             if refusal is None:
                 await self._app(scope, self._bounded(receive), answer)
                 return
-            self._metrics.refusals.labels(refusal.code).inc()
-            headers = {"WWW-Authenticate": "Bearer"} if refusal.status == 401 else {}
-            await refusal.response({**headers, "Connection": "close"})(scope, receive, answer)
+            closes = True
+            if refusal.code != "invalid_http" and "expect" not in Headers(scope=scope):
+                await _drop(receive)
+            await refuse(refusal)
+        except asyncio.CancelledError:  # the time for finishing is over
+            if status:
+                raise
+            closes = True
+            await refuse(Refusal.stopping(1))
+        except Exception:
+            logger.exception("a request failed")
+            if status:
+                raise  # there is no place for another answer: the connection is cut
+            await refuse(Refusal(500, "internal error", code="internal", kind="server_error"))
         finally:
             spent = time.monotonic() - start
             entry = {"method": scope["method"], "path": scope["path"][:MOST_PATH], "status": status}
@@ -69,13 +102,25 @@ class Guard:
 
     def _refusal(self, scope: Scope) -> Refusal | None:
         headers = Headers(scope=scope)
-        key = self._settings.api_key
-        if key is not None and scope["path"].startswith(GUARDED):
+        if "content-length" in headers and "transfer-encoding" in headers:
+            # two servers that read such a request may disagree on where the next one begins
+            message = "a request has Content-Length or Transfer-Encoding, not both"
+            return Refusal(400, message, code="invalid_http")
+        if self._settings.is_local and not is_this_machine(headers.get("host", "localhost")):
+            message = "this service listens on loopback only: ask for localhost, not another host"
+            return Refusal(403, message, code="foreign_host")
+        client = address_of(scope.get("client"))
+        if self._keys and scope["path"].startswith(GUARDED):
             scheme, _, token = headers.get("authorization", "").partition(" ")
             # digests are of one length: how long the comparison takes says nothing of the key
-            is_known = hmac.compare_digest(_digest(token.strip(), "latin-1"), _digest(key, "utf-8"))
+            sent = _digest(token.strip(), "latin-1")
+            known = [i for i, key in enumerate(self._keys) if hmac.compare_digest(sent, key)]
+            is_known = bool(known)
             if scheme.lower() != "bearer" or not is_known:
                 return Refusal(401, "missing or wrong API key", code="invalid_api_key")
+            if len(self._keys) > 1:
+                client = f"key {known[0]}"
+        scope["state"]["client"] = client
         length = headers.get("content-length", "0")
         most = self._settings.max_body_bytes
         # int() reads no more than some thousand digits
@@ -92,6 +137,8 @@ class Guard:
             message = await receive()
             read += len(message.get("body", b""))
             if read > self._settings.max_body_bytes:
+                if message.get("more_body"):
+                    await _drop(receive)
                 raise HTTPException(413, self._too_long())
             return message
 
@@ -99,6 +146,16 @@ class Guard:
 
     def _too_long(self) -> str:
         return f"the body is longer than {self._settings.max_body_bytes} bytes"
+
+
+async def _drop(receive: Receive) -> None:
+    """Read the rest of a body, up to a bound."""
+    read = 0
+    while read <= MOST_DROPPED:
+        message = await receive()
+        read += len(message.get("body", b""))
+        if not message.get("more_body"):
+            return
 
 
 def _digest(text: str, encoding: str) -> bytes:

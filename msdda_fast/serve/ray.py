@@ -20,7 +20,7 @@ from msdda_fast.pipelines.stable_diffusion.pipeline import MSDDAPipeline
 from msdda_fast.serve.ray_drawer import Drawer
 from msdda_fast.serve.ray_ingress import Ingress
 from msdda_fast.serve.service import lay_out
-from msdda_fast.serve.settings import ServeSettings
+from msdda_fast.serve.settings import ServeSettings, client_limit, public_name
 
 __all__ = ["ObjectiveArgs", "RayArgs", "app", "build"]
 
@@ -64,6 +64,7 @@ class RayArgs(BaseModel):
     steps: int = 25
     max_steps: int = 64
     max_images: int = 8
+    max_cost: float = 512.0
     timeout_s: float = 120.0
     grace_s: float = Field(30.0, ge=0, description="Seconds for a stopping replica to finish.")
     log_prompts: bool = False
@@ -85,11 +86,12 @@ def build(args: RayArgs) -> Application:
         ValueError: A setting is out of range; nothing has been started.
     """
     settings = ServeSettings(
-        model=args.model,
+        model=public_name(args.model),
         sizes=tuple(args.sizes),
         steps=args.steps,
         max_steps=args.max_steps,
         max_images=args.max_images,
+        max_cost=args.max_cost,
         timeout_s=args.timeout_s,
         api_key=os.environ.get("MSDDA_API_KEY"),
         log_prompts=args.log_prompts,
@@ -121,6 +123,7 @@ def build(args: RayArgs) -> Application:
         "max_batch": args.max_batch,
         "max_wait_ms": args.max_wait_ms,
         "queue_limit": args.queue_limit,
+        "client_limit": client_limit(args.queue_limit, args.max_images),
         "batch_sizes": args.batch_sizes,
     }
     replicas = drawer.bind(partial(_load, args), settings, engine)

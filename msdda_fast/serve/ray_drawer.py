@@ -86,13 +86,16 @@ class Drawer:
         if self._service.has_failed:
             raise EngineFailed(f"the engine has stopped: {self._engine.stats().failure}")
 
-    async def draw(self, request: ImageRequest, count: int, watched: bool) -> AsyncIterator[News]:
+    async def draw(
+        self, request: ImageRequest, count: int, watched: bool, client: str
+    ) -> AsyncIterator[News]:
         """Draw `count` images, and cancel them when the caller stops listening.
 
         Args:
             request: What to draw.
             count: Number of images.
             watched: Whether to report every step.
+            client: Who asks.
 
         Yields: The error that the engine refused the request with; or `Admitted`, `Progress` for
             each step if watched, and an `Outcome` for each image.
@@ -110,7 +113,7 @@ class Drawer:
 
         try:
             futures = self._engine.submit_images(
-                replace(request, on_step=tell if watched else None), count
+                replace(request, on_step=tell if watched else None), count, client=client
             )
         except MSDDAError as error:
             yield error

@@ -66,16 +66,18 @@ class ReplicaService(Service):
 
     async def is_serving(self) -> bool:
         """Return whether any replica accepts requests."""
-        return any(not stats.is_closed for stats in await self._stats())
+        return any(not s.is_closed and not s.restarting for s in await self._stats())
 
     @property
     def has_failed(self) -> bool:
         """Always False: Ray replaces replicas that have failed."""
         return False
 
-    async def submit(self, request: ImageRequest, count: int) -> list[Future[GeneratedImage]]:
+    async def submit(
+        self, request: ImageRequest, count: int, client: str
+    ) -> list[Future[GeneratedImage]]:
         """Send the request to replicas until one accepts it; return a future per image."""
-        order = Order(self._drawer, request, count)
+        order = Order(self._drawer, request, count, client)
         for future in order.futures:
             future.add_done_callback(self._note)
         try:
@@ -122,6 +124,7 @@ def total(stats: Sequence[EngineStats]) -> EngineStats:
         batch_sizes=batch_sizes,
         rows=sum(one.rows for one in stats),
         drawing_s=sum(one.drawing_s for one in stats),
+        restarting=next((one.restarting for one in stats if one.restarting), None),
         failure=next((one.failure for one in stats if one.failure), None),
         is_closed=all(one.is_closed for one in stats),
     )

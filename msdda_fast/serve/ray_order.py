@@ -38,15 +38,23 @@ class Order:
         drawer: Handle of the replicas.
         request: With or without a seed.
         count: Number of images.
+        client: Who asks.
 
     Attributes:
         futures: One per image; their outcomes are those of `Engine.submit_images`.
     """
 
-    def __init__(self, drawer: DeploymentHandle[Drawer], request: ImageRequest, count: int) -> None:
+    def __init__(
+        self,
+        drawer: DeploymentHandle[Drawer],
+        request: ImageRequest,
+        count: int,
+        client: str,
+    ) -> None:
         seed = secrets.randbits(63) if request.seed is None else request.seed
         self._drawer = drawer.options(stream=True)
         self._request = replace(request, seed=seed, on_step=None)
+        self._client = client
         self._on_step = request.on_step
         self._expires = None if request.timeout_s is None else time.monotonic() + request.timeout_s
         self._steps = [0] * count
@@ -105,7 +113,7 @@ class Order:
         if self._expires is not None:
             request = replace(request, timeout_s=max(1e-3, self._expires - time.monotonic()))
         watched = self._on_step is not None
-        asked = self._drawer.draw.remote(request, len(self.futures), watched)
+        asked = self._drawer.draw.remote(request, len(self.futures), watched, self._client)
         news = cast("DeploymentResponseGenerator[News]", asked)
         try:
             async for item in news:

@@ -14,6 +14,9 @@ from msdda_fast.errors import EngineClosed, EngineFailed, MSDDAError, QueueFull,
 
 __all__ = ["Refusal", "of_engine", "of_http", "of_validation"]
 
+#: Most characters of a message, and of the name of a field: either may repeat what a client sent.
+MOST_MESSAGE, MOST_PARAM = 200, 64
+
 #: The names that an `ImageRequest` has for what a body calls otherwise.
 _PARAMS = {"num_inference_steps": "steps", "height": "size", "width": "size"}
 
@@ -46,16 +49,31 @@ class Refusal(Exception):
 
     @classmethod
     def of_field(cls, param: str, message: str) -> Refusal:
-        """Return the refusal of an invalid field, with status 422."""
-        return cls(422, message, param=param, code="invalid_value")
+        """Return the refusal of an invalid field, with status 400."""
+        return cls(400, message, param=param, code="invalid_value")
+
+    @classmethod
+    def stopping(cls, retry_after_s: int) -> Refusal:
+        """Return the refusal of a service that shuts down, with status 503."""
+        return cls(
+            503, "the service is shutting down", code="unavailable", kind="server_error",
+            retry_after_s=retry_after_s,
+        )  # fmt: skip
+
+    @classmethod
+    def of_model(cls, served: str) -> Refusal:
+        """Return the refusal of another model than the one served, with status 404."""
+        return cls(
+            404, f"the model served here is {served!r}", param="model", code="model_not_found"
+        )
 
     @property
     def body(self) -> dict[str, Any]:
-        """The JSON body; characters from the client that are not valid Unicode are replaced."""
+        """The JSON body; what is from the client is short, and valid Unicode."""
         error = {
             "type": self.kind,
-            "message": _printable(self.message),
-            "param": None if self.param is None else _printable(self.param),
+            "message": _short(self.message, MOST_MESSAGE),
+            "param": None if self.param is None else _short(self.param, MOST_PARAM),
             "code": self.code,
         }
         return {"error": error}
@@ -77,10 +95,7 @@ def of_engine(error: MSDDAError, retry_after_s: int) -> Refusal:
         case RequestTimeout():
             return Refusal(504, str(error), code="timeout", kind="server_error")
         case EngineClosed():
-            return Refusal(
-                503, "the service is shutting down", code="unavailable", kind="server_error",
-                retry_after_s=retry_after_s,
-            )  # fmt: skip
+            return Refusal.stopping(retry_after_s)
         case EngineFailed():
             return Refusal(500, "the image could not be drawn", code="failed", kind="server_error")
         case _ if error.field is not None:
@@ -97,7 +112,7 @@ def of_validation(error: RequestValidationError) -> Refusal:
     path = [str(part) for part in first["loc"] if part != "body"]
     if not path:
         message = f"the body must be a JSON object with valid names: {first['msg']}"
-        return Refusal(422, message, code="invalid_value")
+        return Refusal(400, message, code="invalid_value")
     return Refusal.of_field(".".join(path), first["msg"].removeprefix("Value error, "))
 
 
@@ -107,5 +122,9 @@ def of_http(error: HTTPException) -> Refusal:
     return Refusal(error.status_code, str(error.detail), code=code)
 
 
-def _printable(text: str) -> str:
+def _short(text: str, most: int) -> str:
+    """Cut the middle out of a long text: the end often says what would have been right."""
+    if len(text) > most:
+        half = (most - 3) // 2
+        text = f"{text[:half]}...{text[-half:]}"
     return text.encode("utf-8", "replace").decode()

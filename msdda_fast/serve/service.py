@@ -19,7 +19,7 @@ from msdda_fast.batching.engine import Engine
 from msdda_fast.batching.request import GeneratedImage, ImageRequest
 from msdda_fast.batching.stats import EngineStats
 from msdda_fast.engine.buffers import padded_steps
-from msdda_fast.errors import MSDDAError
+from msdda_fast.errors import EngineClosed, MSDDAError
 from msdda_fast.objective import Objective
 from msdda_fast.pipelines.request import latent_shape
 from msdda_fast.pipelines.stable_diffusion.pipeline import MSDDAPipeline
@@ -40,6 +40,9 @@ class Service(ABC):
         sizes: The served sizes, "WIDTHxHEIGHT", the default first.
         objectives: The model's objectives, by the names that weights use.
 
+    Raises:
+        ValueError: An image of one of the sizes exceeds `max_cost`.
+
     Attributes:
         metrics: The metrics of this app.
     """
@@ -52,6 +55,12 @@ class Service(ABC):
         objectives: Mapping[str, Objective],
     ) -> None:
         self.settings, self.sizes = settings, list(sizes)
+        for size in self.sizes:
+            if settings.cost(1, settings.steps, size, self.sizes[0]) > settings.max_cost:
+                raise ValueError(
+                    f"max_cost={settings.max_cost:g} admits no image of {size} with "
+                    f"{settings.steps} steps"
+                )
         self._objectives = objectives
         self.metrics = Metrics()
 
@@ -68,9 +77,16 @@ class Service(ABC):
     def has_failed(self) -> bool:
         """Whether this process can never serve again."""
 
+    @property
+    def is_restarting(self) -> bool:
+        """Whether this process cannot draw at present, and is helping itself."""
+        return False
+
     @abstractmethod
-    async def submit(self, request: ImageRequest, count: int) -> list[Future[GeneratedImage]]:
-        """Queue `count` images and return a future for each.
+    async def submit(
+        self, request: ImageRequest, count: int, client: str
+    ) -> list[Future[GeneratedImage]]:
+        """Queue `count` images for a client and return a future for each.
 
         Raises:
             Refusal: The request is invalid, or cannot be accepted now.
@@ -97,7 +113,7 @@ class Service(ABC):
             {"id": name, "eta": o.eta, "guidance_scale": o.guidance_scale}
             for name, o in self._objectives.items()
         ]
-        limits = ("max_steps", "max_images", "max_prompt_chars")
+        limits = ("max_steps", "max_images", "max_cost", "max_prompt_chars")
         return {
             "object": "list",
             "data": data,
@@ -117,7 +133,8 @@ class EngineService(Service):
 
     Raises:
         InvalidShape: The model cannot draw one of the sizes in the settings.
-        ValueError: A request may have more images than the queue.
+        ValueError: A request may have more images than a client in the queue, or none of one of the
+            sizes.
 
     Attributes:
         is_warm: Whether everything has been built and captured.
@@ -127,10 +144,10 @@ class EngineService(Service):
     def __init__(self, engine: Engine, settings: ServeSettings) -> None:
         sizes = settings.sizes or ("{}x{}".format(*engine.native_size),)
         super().__init__(settings, sizes=sizes, objectives=engine.pipe.objectives)
-        if settings.max_images > engine.queue_limit:
+        if settings.max_images > engine.client_limit:
             raise ValueError(
-                f"requests may have max_images={settings.max_images}, "
-                f"but only queue_limit={engine.queue_limit} fit into the queue"
+                f"requests may have max_images={settings.max_images}, but one client only "
+                f"client_limit={engine.client_limit} images in the queue"
             )
         self.engine = engine
         config, factor = engine.pipe.unet.config, engine.pipe.vae_scale_factor
@@ -146,6 +163,8 @@ class EngineService(Service):
             for width, height in map(sides, self.sizes):
                 for steps in kinds.values():
                     self.engine.prepare(height, width, steps)
+        except EngineClosed:
+            logger.info("closed before it was ready")
         except Exception as error:
             self.failure = f"{type(error).__name__}: {error}"
             logger.exception("warming up failed")
@@ -156,7 +175,8 @@ class EngineService(Service):
     @property
     def is_ready(self) -> bool:
         """Whether requests are accepted now."""
-        return self.is_warm and not self.engine.stats().is_closed
+        stats = self.engine.stats()
+        return self.is_warm and not stats.is_closed and stats.restarting is None
 
     async def is_serving(self) -> bool:
         """Return whether requests are accepted now: `is_ready`."""
@@ -167,7 +187,14 @@ class EngineService(Service):
         """Whether warming up or the engine failed."""
         return (self.failure or self.engine.stats().failure) is not None
 
-    async def submit(self, request: ImageRequest, count: int) -> list[Future[GeneratedImage]]:
+    @property
+    def is_restarting(self) -> bool:
+        """Whether the engine is being started anew."""
+        return self.engine.stats().restarting is not None
+
+    async def submit(
+        self, request: ImageRequest, count: int, client: str
+    ) -> list[Future[GeneratedImage]]:
         """Queue `count` images of the engine and return a future for each."""
         if not self.is_warm:
             raise Refusal(
@@ -175,7 +202,7 @@ class EngineService(Service):
                 retry_after_s=5,
             )  # fmt: skip
         try:
-            return self.engine.submit_images(request, count)
+            return self.engine.submit_images(request, count, client=client)
         except MSDDAError as error:
             raise self.refusal(error) from error
 

@@ -2,6 +2,7 @@
 """Requests of strangers share batches; each gets the image that it would get alone."""
 
 import asyncio
+import itertools
 import threading
 import time
 from concurrent.futures import CancelledError, as_completed
@@ -16,10 +17,10 @@ import msdda_fast as mf
 from msdda_fast.batching.drawing import BatchDrawer
 from msdda_fast.engine import graph
 from msdda_fast.pipelines.stable_diffusion.captured import CapturedSampler
+from tests.batching.conftest import SOON, Plug, assert_close, request, together
 from tests.engine.small_world import TracedGraphs
 from tests.tiny_model import quiet
 
-SOON = 30  # seconds; every wait is bounded
 STRANGERS = [
     dict(prompt="a red dog", weights={"warm": 0.2, "cool": 0.8}, seed=3, guidance_scale=3.0),
     dict(prompt="a blue cat", weights={"warm": 1.0, "cool": 0.0}, seed=-(2**63)),
@@ -32,60 +33,6 @@ STRANGERS = [
         negative_prompt="blurry",
     ),
 ]
-
-
-def request(prompt="a red dog", **fields):
-    return mf.ImageRequest(prompt, **{"num_inference_steps": 3, "seed": 0, **fields})
-
-
-@pytest.fixture(scope="module")
-def own_pipe(tiny):
-    return quiet(mf.MSDDAPipeline.from_pipe(tiny.shared()))
-
-
-@pytest.fixture
-def start(own_pipe):
-    """Make engines, which are closed after the test, in a bounded time."""
-    made = []
-
-    def make(pipe=own_pipe, **options):
-        options = {"max_batch": 4, "output_type": "latent", "max_wait_ms": 0, **options}
-        made.append(mf.Engine(pipe, **options))
-        return made[-1]
-
-    yield make
-    for engine in made:
-        engine.close(drain=False, timeout_s=SOON)
-        assert not engine._worker.is_alive()
-
-
-class Plug:
-    """A request that holds an engine's thread in its first step until it is pulled."""
-
-    def __init__(self, engine):
-        self.reached, self.pulled = threading.Event(), threading.Event()
-        self.future = engine.submit(request(num_inference_steps=2, on_step=self._hold))
-        assert self.reached.wait(SOON)
-
-    def _hold(self, progress):
-        self.reached.set()
-        assert self.pulled.wait(SOON)
-
-    def pull(self):
-        self.pulled.set()
-
-
-def together(engine, requests):
-    """Results of requests that are all in the queue when the next batch is made."""
-    plug = Plug(engine)
-    futures = [engine.submit(one) for one in requests]
-    plug.pull()
-    return [future.result(SOON) for future in futures]
-
-
-def assert_close(actual, expected):
-    # float32, sums in another order, through three steps of guidance of a random network
-    assert (actual - expected).norm() < 2e-4 * expected.norm()
 
 
 class TestSameImage:
@@ -222,6 +169,18 @@ class TestRefused:
             ({"prompt": "a dog " * 100}, mf.InvalidRequest, "prompt"),
             ({"prompt": "\ud800"}, mf.InvalidRequest, "prompt"),
             ({"negative_prompt": "a dog " * 100}, mf.InvalidRequest, "negative_prompt"),
+            ({"height": 10**9}, mf.InvalidRequest, "height"),
+            ({"height": 32, "width": 2**18}, mf.InvalidRequest, "height"),
+            ({"height": 10**9, "width": 10**9}, mf.InvalidRequest, "height"),
+            ({"num_inference_steps": 10**9}, mf.InvalidSchedule, "num_inference_steps"),
+            ({"timeout_s": "soon"}, mf.InvalidRequest, "timeout_s"),
+            ({"on_step": 5}, mf.InvalidRequest, "on_step"),
+            ({"on_step": asyncio.sleep}, mf.InvalidRequest, "on_step"),
+            ({"preview_steps": itertools.count(1)}, mf.InvalidRequest, "preview_steps"),
+            ({"preview_steps": 2}, mf.InvalidRequest, "preview_steps"),
+            ({"weights": lambda k: [][k]}, mf.InvalidWeights, "weights"),
+            ({"weights": object()}, mf.InvalidWeights, "weights"),
+            ({"guidance_scale": "much"}, mf.MSDDAError, "guidance_scale"),
         ],
         ids=str,
     )
@@ -231,6 +190,37 @@ class TestRefused:
             engine.submit(request(**fields))
         assert raised.value.field == field
         assert engine.stats().waiting == engine.stats().batches == 0
+
+    @pytest.mark.parametrize("others", [{}, {"max_wait_ms": 1e300}], ids=str)
+    def test_times_beyond_any_clock_are_no_limit(self, start, others):
+        engine = start(**others)
+        future = engine.submit(request(timeout_s=1e300))
+        engine.close()
+        assert future.result(SOON)
+
+    def test_what_costs_more_than_one_request_may(self, start):
+        engine = start(max_pixels=32 * 32, max_cost=2 * 3 * 32 * 32)
+        assert all(f.result(SOON) for f in engine.submit_images(request(), 2))
+        with pytest.raises(mf.InvalidRequest, match=r"3 images x 32 x 32 .* max_cost=6144"):
+            engine.submit_images(request(), 3)
+        with pytest.raises(mf.InvalidRequest, match="max_cost"):
+            engine.submit(request(num_inference_steps=7))
+        with pytest.raises(mf.InvalidRequest, match="32 x 40 pixels has more than max_pixels=1024"):
+            engine.submit(request(width=40))
+
+    @pytest.mark.parametrize("options", [{"max_pixels": 0}, {"max_cost": 0}, {"max_cost": 9}])
+    def test_bounds_that_leave_nothing(self, start, options):
+        with pytest.raises(ValueError, match="max_cost"):
+            start(**options)
+
+    def test_what_is_no_request_and_no_number(self, start):
+        engine = start()
+        with pytest.raises(mf.InvalidRequest, match="expected an ImageRequest, got dict"):
+            engine.submit({"prompt": "a dog"})
+        with pytest.raises(mf.InvalidRequest, match="count must be an integer"):
+            engine.submit_images(request(), 1.5)
+        plain = request(num_inference_steps=np.int64(3))
+        assert all(f.result(SOON) for f in engine.submit_images(plain, np.int64(1)))
 
     def test_a_full_line(self, start):
         engine = start(queue_limit=2)
@@ -251,16 +241,52 @@ class TestRefused:
             engine.submit(request())
         plug.pull()
 
+    def test_a_client_with_too_many_by_its_name_and_when_to_come_back(self, start):
+        engine = start(queue_limit=4)
+        plug = Plug(engine)
+        engine.submit_images(request(), 2, client="greedy")
+        with pytest.raises(mf.QueueFull, match="client 'greedy' has 2 images") as raised:
+            engine.submit(request(), client="greedy")
+        # nothing was drawn yet: a second for each of the two, and for the one being drawn
+        assert (raised.value.client, raised.value.retry_after_s) == ("greedy", 3.0)
+        engine.submit(request(), client="small")
+        plug.pull()
+
+    def test_the_time_to_come_back_follows_what_images_took(self, start):
+        engine = start(queue_limit=2)
+        for size, seconds in ((1, 0.5), (3, 3.5)):
+            engine._tally.count_batch(size, rows=4, seconds=seconds)
+        plug = Plug(engine)
+        engine.submit_images(request(), 2)
+        with pytest.raises(mf.QueueFull) as raised:
+            engine.submit(request())
+        assert (raised.value.client, raised.value.retry_after_s) == (None, 3.0)
+        plug.pull()
+
     @pytest.mark.parametrize("count", [0, 3])
     def test_more_images_than_may_ever_wait(self, start, count):
         with pytest.raises(ValueError, match="from 1 to 2"):
             start(queue_limit=2).submit_images(request(), count)
+        with pytest.raises(ValueError, match="from 1 to 2"):
+            start(queue_limit=4).submit_images(request(), count, client="one")
+
+    @pytest.mark.parametrize("limit", [0, 5])
+    def test_limits_of_clients_outside_their_range(self, start, limit):
+        with pytest.raises(ValueError, match="client_limit must be from 1 to queue_limit=4"):
+            start(queue_limit=4, client_limit=limit)
+
+    @pytest.mark.parametrize("client", [5, b"me", ""], ids=repr)
+    def test_clients_without_a_name(self, start, client):
+        with pytest.raises(mf.InvalidRequest, match="client must be a name or None"):
+            start().submit(request(), client=client)
 
     @pytest.mark.parametrize(
-        "options", [{"max_batch": 0}, {"queue_limit": 0}, {"max_wait_ms": -1}], ids=str
+        "options",
+        [{"max_batch": 0}, {"queue_limit": 0}, {"max_wait_ms": -1}, {"max_batch": 0.5}],
+        ids=str,
     )
     def test_numbers_outside_their_range(self, start, options):
-        with pytest.raises(ValueError, match="must be at least"):
+        with pytest.raises(ValueError, match="must be at least|must be an integer"):
             start(**options)
 
     def test_a_pipeline_of_several_processes(self, start, own_pipe):
@@ -471,7 +497,7 @@ class TestClosing:
         assert isinstance(future.exception(SOON), mf.EngineClosed)
 
 
-class TestFailing:
+class TestPreparing:
     @pytest.fixture
     def failing(self, monkeypatch):
         """Batches fail with these errors, in turn, and work afterwards."""
@@ -486,36 +512,11 @@ class TestFailing:
         monkeypatch.setattr(BatchDrawer, "sample", fail)
         return errors
 
-    def test_a_failed_batch_takes_its_own_requests_with_it_and_no_other(self, start, failing):
+    def test_inside_on_step_would_wait_for_itself(self, start):
         engine = start()
-        plug = Plug(engine)
-        failing.append(MemoryError("no room"))
-        doomed = engine.submit_images(request(), 4)
-        fine = engine.submit(request())
-        plug.pull()
-        for future in doomed:
-            with pytest.raises(mf.EngineFailed, match="MemoryError: no room") as raised:
-                future.result(SOON)
-            assert isinstance(raised.value.__cause__, MemoryError)
-        assert fine.result(SOON)
-        stats = engine.stats()
-        assert (stats.failed, stats.completed, stats.is_closed) == (4, 2, False)
-
-    @pytest.mark.parametrize(
-        "errors", [[SystemExit(3)], [OSError(1), OSError(2), OSError(3)]], ids=["exit", "in a row"]
-    )
-    def test_a_dead_engine_leaves_nobody_waiting(self, start, failing, errors):
-        engine = start(max_batch=1)
-        plug = Plug(engine)
-        failing += errors
-        futures = [engine.submit(request()) for _ in range(5)]
-        plug.pull()
-        for future in futures:
-            assert isinstance(future.exception(SOON), mf.EngineFailed)
-        engine._worker.join(SOON)
-        assert type(errors[-1]).__name__ in engine.stats().failure
-        with pytest.raises(mf.EngineClosed):
-            engine.submit(request())
+        future = engine.submit(request(on_step=lambda progress: engine.prepare()))
+        with pytest.raises(mf.InvalidRequest, match=r"prepare.. cannot be called from on_step"):
+            future.result(SOON)
 
     def test_prepare_says_what_failed(self, start, failing):
         engine = start()

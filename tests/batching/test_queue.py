@@ -3,6 +3,7 @@
 
 import math
 import threading
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from msdda_fast.batching.queue import TicketQueue
 from msdda_fast.batching.ticket import Chore
 from msdda_fast.errors import EngineClosed, QueueFull
+from tests.batching.conftest import limits
 
 
 class Clock:
@@ -26,15 +28,14 @@ def clock():
 
 @pytest.fixture
 def queue(clock):
-    return TicketQueue(max_batch=3, max_wait_s=2.0, limit=6, clock=clock)
+    return TicketQueue(limits(), clock=clock)
 
 
 @pytest.fixture
 def put(queue, clock):
-    def add(shape, count=1, expires=math.inf):
-        tickets = [
-            SimpleNamespace(shape=shape, arrived=clock.now, expires=expires) for _ in range(count)
-        ]
+    def add(shape, count=1, expires=math.inf, client=None):
+        fields = dict(shape=shape, arrived=clock.now, expires=expires, client=client)
+        tickets = [SimpleNamespace(**fields) for _ in range(count)]
         queue.put(tickets)
         return tickets
 
@@ -66,7 +67,7 @@ def test_a_ticket_that_waited_behind_a_batch_does_not_wait_again(queue, put, clo
     assert queue.take().batch == [ticket]
 
 
-def test_the_oldest_is_always_served_with_the_next_of_its_shape(queue, put):
+def test_the_oldest_is_served_with_the_next_of_its_shape(queue, put):
     first, other, second = put("a") + put("b") + put("a")
     fuller = put("b", 2)
     assert queue.take().batch == [first, second]
@@ -86,6 +87,67 @@ def test_all_are_put_or_none(queue, put):
         put("a", 3)
     assert len(queue) == 4
     put("a", 2)
+
+
+class TestClients:
+    @pytest.fixture(autouse=True)
+    def no_waits(self, queue):
+        queue._changed.wait = pytest.fail
+
+    def test_take_turns_in_a_batch(self, queue, put, clock):
+        (first, second, third), (small,) = put("a", 3, client="greedy"), put("a", client="small")
+        assert queue.take().batch == [first, small, second]
+        clock.now += 2.0
+        assert queue.take().batch == [third]
+
+    def test_take_turns_from_batch_to_batch_whatever_the_shapes(self, queue, put):
+        greedy, small = put("a", 2, client="greedy"), put("b", client="small")
+        late = put("c", client="late")
+        assert queue.take().batch == greedy
+        greedy = put("a", 3, client="greedy")
+        assert [queue.take().batch for _ in range(3)] == [small, late, greedy]
+
+    def test_keep_to_their_own_order(self, queue, put, clock):
+        one, two = put("a", client="x") + put("b", client="x")
+        other = put("b", client="y")
+        clock.now += 2.0
+        assert [queue.take().batch for _ in range(2)] == [[one], [*other, two]]
+
+    def test_wait_for_company_from_when_the_first_of_them_came(self, queue, put, clock):
+        put("a", client="x")
+        put("b", client="y")
+        queue.take()
+        clock.now += 1.5
+        put("b", client="x")
+        clock.now += 0.5
+        assert [ticket.client for ticket in queue.take().batch] == ["y", "x"]
+
+    def test_have_a_bound_of_their_own(self, queue, put):
+        put("a", 3, client="greedy")
+        with pytest.raises(QueueFull, match="'greedy' has 3 images waiting and may have 3") as full:
+            put("a", client="greedy")
+        assert full.value.client == "greedy"
+        queue.take()
+        put("a", 3, client="greedy")
+
+    def test_however_many_leave_a_place_for_the_next(self, put):
+        for client in [f"greedy {i}" for i in range(5)] * 3:
+            with suppress(QueueFull):
+                put("a", client=client)
+        put("a", client="small")
+        with pytest.raises(QueueFull, match="6 of at most 6 images are waiting") as full:
+            put("a", client="next")
+        assert full.value.client is None
+
+    def test_none_is_bounded_by_the_queue_alone(self, queue, put):
+        put("a", 6)
+        assert len(queue) == 6
+
+    def test_who_leaves_is_forgotten(self, queue, put, clock):
+        gone, late = put("a", client="gone") + put("a", client="late", expires=clock.now)
+        queue.remove(gone)
+        assert queue.take().late == [late]
+        assert not queue._lines
 
 
 def test_a_removed_ticket_is_not_drawn_and_makes_room(queue, put):

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 from msdda_fast.batching.queue import TicketQueue
 from msdda_fast.errors import QueueFull
+from tests.batching.conftest import limits
 
 
 class Slow(deque):
@@ -19,14 +20,14 @@ class Slow(deque):
 
 
 def test_room_is_looked_for_and_taken_at_once():
-    line, refused = TicketQueue(max_batch=3, max_wait_s=2.0, limit=6), []
-    line._tickets = Slow()
+    line, refused = TicketQueue(limits(client_limit=6)), []
+    line._lines[None] = Slow()
     ready = threading.Barrier(4)
 
     def stand():
         ready.wait()
         try:
-            line.put([SimpleNamespace(shape="a") for _ in range(4)])
+            line.put([SimpleNamespace(shape="a", client=None) for _ in range(4)])
         except QueueFull as error:
             refused.append(error)
 

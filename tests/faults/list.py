@@ -445,11 +445,13 @@ FAULTS = (
         "Two threads look for room in the queue at the same time.",
         "msdda_fast/batching/queue.py",
         "        with self._changed:\n"
-        "            self.check_room(len(tickets))\n"
-        "            self._tickets.extend(tickets)\n"
+        "            client = tickets[0].client\n"
+        "            self.check_room(len(tickets), client)\n"
+        "            self._lines.setdefault(client, deque()).extend(tickets)\n"
         "            self._changed.notify_all()\n",
-        "        self.check_room(len(tickets))\n"
-        "        self._tickets.extend(tickets)\n"
+        "        client = tickets[0].client\n"
+        "        self.check_room(len(tickets), client)\n"
+        "        self._lines.setdefault(client, deque()).extend(tickets)\n"
         "        with self._changed:\n"
         "            self._changed.notify_all()\n",
         ("tests/batching",),
@@ -459,7 +461,7 @@ FAULTS = (
         "A batch that is handed out stays in the queue.",
         "msdda_fast/batching/queue.py",
         "                        for ticket in batch:\n"
-        "                            self._tickets.remove(ticket)\n",
+        "                            self._serve(ticket)\n",
         "",
         ("tests/batching/test_queue.py",),
     ),
@@ -483,7 +485,7 @@ FAULTS = (
         "batching-shapes-mixed",
         "Images of several sizes get into one batch.",
         "msdda_fast/batching/queue.py",
-        "if ticket.shape == shape]",
+        "if t.shape == shape]",
         "if shape]",
         ("tests/batching/test_queue.py",),
     ),
@@ -500,7 +502,7 @@ FAULTS = (
         "serve-blames-itself",
         "A wrong field is answered with 500.",
         "msdda_fast/serve/refusals.py",
-        "return cls(422, message, param=param",
+        "return cls(400, message, param=param",
         "return cls(500, message, param=param",
         ("tests/serve/test_api.py", "tests/serve/test_fields.py"),
     ),

@@ -62,7 +62,7 @@ def serve(own_pipe):
 
     def start(*, warm=True, settings=None, **options):
         options = {"max_batch": 2, "max_wait_ms": 0, **options}
-        limits = {"max_images": min(8, options.get("queue_limit", 8)), **(settings or {})}
+        limits = {"max_images": 1 if "queue_limit" in options else 8, **(settings or {})}
         running.append(Running(mf.Engine(own_pipe, **options), **limits))
         if warm:
             until(lambda: running[-1].service.is_ready)

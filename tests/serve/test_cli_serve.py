@@ -45,7 +45,12 @@ class TestOptions:
             "127.0.0.1",
             1,
         )
-        assert process.engine == {"max_batch": 3, "max_wait_ms": 5.0, "queue_limit": 9}
+        assert process.engine == {
+            "max_batch": 3,
+            "max_wait_ms": 5.0,
+            "queue_limit": 9,
+            "client_limit": 8,
+        }
         settings = process.settings
         assert (settings.sizes, settings.steps, settings.api_key) == (("64x32",), 7, "key")
         assert process.load.args[:2] == ("msdda-fast/emoji", ["a=b:0.5"])

@@ -10,6 +10,7 @@ import httpx2
 import pytest
 
 import msdda_fast as mf
+from msdda_fast.batching import worker
 from msdda_fast.batching.drawing import BatchDrawer
 from tests.serve.conftest import SOON, until
 
@@ -54,7 +55,7 @@ def test_what_cannot_be_warmed_is_unhealthy(serve, monkeypatch):
 
 
 def test_overload_is_refused_with_a_time_to_come_back_and_nothing_is_lost(serve, gate):
-    running = serve(queue_limit=2, max_batch=1)
+    running = serve(queue_limit=4, max_batch=1)
     gate.clear()
     with ThreadPoolExecutor(8) as pool:
         answers = [pool.submit(running.draw, seed=seed) for seed in range(8)]
@@ -69,8 +70,33 @@ def test_overload_is_refused_with_a_time_to_come_back_and_nothing_is_lost(serve,
     assert running.draw().status_code == 200
 
 
+def test_a_greedy_client_does_not_keep_others_out(serve):
+    running = serve(queue_limit=8, max_batch=2)
+    stopped, greedy = threading.Event(), []
+
+    def ask_for_ever():
+        while not stopped.is_set():
+            greedy.append(running.draw(steps=1).status_code)
+            time.sleep(0.02)  # or its threads keep the service itself from running
+
+    threads = [threading.Thread(target=ask_for_ever) for _ in range(12)]
+    for thread in threads:
+        thread.start()
+    try:
+        until(lambda: greedy.count(429) > 5)
+        other = httpx2.HTTPTransport(local_address="127.0.0.2")
+        with httpx2.Client(base_url=running.url, transport=other, timeout=SOON) as client:
+            body = {"prompt": "a dog", "steps": 1}
+            answers = [client.post("/v1/images/generations", json=body) for _ in range(10)]
+    finally:
+        stopped.set()
+        for thread in threads:
+            thread.join(SOON)
+    assert [answer.status_code for answer in answers] == [200] * 10
+
+
 def test_a_request_may_not_have_more_images_than_may_wait(serve):
-    with pytest.raises(ValueError, match="max_images=3, but only queue_limit=2"):
+    with pytest.raises(ValueError, match="max_images=3, but one client only client_limit=1"):
         serve(queue_limit=2, settings={"max_images": 3})
 
 
@@ -114,12 +140,13 @@ def test_time_is_up(serve, gate):
 
 def test_a_failed_batch_is_answered_and_the_next_one_drawn(serve, monkeypatch):
     running = serve()
-    sample, failures = BatchDrawer.sample, [OSError("/secret/path"), OSError("/secret/path")]
+    # two requests, each tried twice
+    sample, failures = BatchDrawer.sample, [OSError("/secret/path") for _ in range(4)]
 
-    def fail(self, *arguments, **options):
-        if failures:
+    def fail(self, batch, **options):
+        if failures and batch[0].prompt:  # the engine's own probe has none
             raise failures.pop()
-        return sample(self, *arguments, **options)
+        return sample(self, batch, **options)
 
     monkeypatch.setattr(BatchDrawer, "sample", fail)
     plain = running.draw()
@@ -131,13 +158,35 @@ def test_a_failed_batch_is_answered_and_the_next_one_drawn(serve, monkeypatch):
     assert running.draw().status_code == 200
 
 
+def test_an_engine_that_restarts_is_healthy_but_not_ready(serve, monkeypatch):
+    running, sample, broken = serve(), BatchDrawer.sample, threading.Event()
+    monkeypatch.setattr(worker, "BACK_OFF_S", (0.2,) * 100)
+
+    def fail(self, *arguments, **options):
+        if broken.is_set():
+            raise OSError("the device is lost")
+        return sample(self, *arguments, **options)
+
+    monkeypatch.setattr(BatchDrawer, "sample", fail)
+    broken.set()
+    assert running.draw().status_code == 500
+    until(lambda: running.http.get("/health").json() == {"status": "restarting"})
+    assert running.http.get("/ready").status_code == 503
+    broken.clear()
+    until(lambda: running.http.get("/ready").status_code == 200)
+    assert running.http.get("/health").json() == {"status": "ok"}
+    assert running.draw().status_code == 200
+
+
 def test_a_dead_engine_is_unhealthy_and_refuses(serve, monkeypatch):
     def die(self, *arguments, **options):
         raise SystemExit
 
     running = serve()
+    monkeypatch.setattr(worker, "BACK_OFF_S", (0.0,))
     monkeypatch.setattr(BatchDrawer, "sample", die)
     assert running.draw().status_code == 500
+    until(lambda: running.engine.has_failed)
     assert running.draw().status_code == 503
     assert running.http.get("/health").status_code == 503
 

@@ -97,9 +97,9 @@ def test_a_killed_replica_loses_no_request_and_changes_no_bit(http, own_pipe):
 @pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
 def test_refusals_of_replicas_are_those_of_one_process(http, stream):
     answer = draw(http, weights={"warm": 1}, stream=stream)
-    assert answer.status_code == 422 and answer.json()["error"]["param"] == "weights"
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "weights"
     answer = draw(http, n=99, stream=stream)
-    assert answer.status_code == 422 and answer.json()["error"]["param"] == "n"
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "n"
 
 
 def test_for_operators(http):

@@ -39,7 +39,7 @@ class Replicas:
     def options(self, **options):
         return self
 
-    def _draw(self, request, count, watched):
+    def _draw(self, request, count, watched, client):
         self.seeds.append(request.seed)
         return Stream(self._calls.pop(0))
 
@@ -70,7 +70,7 @@ def order(replicas, count=1, **request):
     """The results of an order, or what it was refused with."""
 
     async def run():
-        placed = Order(replicas, ImageRequest("a", **request), count)
+        placed = Order(replicas, ImageRequest("a", **request), count, "me")
         await placed.admitted()
         wrapped = [asyncio.wrap_future(future) for future in placed.futures]
         return await asyncio.gather(*wrapped, return_exceptions=True)
@@ -126,6 +126,7 @@ def test_what_is_never_admitted_is_refused_once(news, error):
 
 
 def test_a_replica_whose_engine_has_stopped_is_unhealthy(own_pipe, monkeypatch):
+    from msdda_fast.batching import worker
     from msdda_fast.batching.drawing import BatchDrawer
 
     drawer = Drawer(lambda: own_pipe, ServeSettings(model="tiny", max_steps=25), {"max_batch": 1})
@@ -134,12 +135,14 @@ def test_a_replica_whose_engine_has_stopped_is_unhealthy(own_pipe, monkeypatch):
     def die(self, *arguments, **options):
         raise SystemExit
 
+    monkeypatch.setattr(worker, "BACK_OFF_S", (0.0,))
     monkeypatch.setattr(BatchDrawer, "sample", die)
 
     async def draw():
-        return [news async for news in drawer.draw(mf.ImageRequest("a dog"), 1, False)]
+        return [news async for news in drawer.draw(mf.ImageRequest("a dog"), 1, False, "me")]
 
     assert isinstance(asyncio.run(draw())[-1].result, EngineFailed)
+    drawer._engine._worker.join(30)
     with pytest.raises(EngineFailed, match="stopped"):
         drawer.check_health()
 

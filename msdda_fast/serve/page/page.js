@@ -61,7 +61,7 @@ async function generate() {
   $("progress").removeAttribute("value"); // in line: nobody knows how long
   say("Drawing", "");
   try {
-    const result = await draw({ ...body, weights: balance.weights, partial_images: 3 }, mine.signal, (event) => {
+    const result = await draw({ ...body, weights: balance.weights, partial_images: 3, progress: true }, mine.signal, (event) => {
       Object.assign($("progress"), { max: event.steps, value: event.step });
       say("Drawing", `step ${event.step} of ${event.steps}`);
       if (event.b64_json) show(event);
