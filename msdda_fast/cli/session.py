@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from msdda_fast.cli import values as parse
 
@@ -19,8 +21,11 @@ if TYPE_CHECKING:
     from msdda_fast.pipelines import MSDDAPipeline
 
 SHIPPED = "msdda-fast/emoji"
-out = Console()
-err = Console(stderr=True)
+# what users type is printed as it is: no markup in it, no names of emoji
+out = Console(markup=False, emoji=False, highlight=False)
+err = Console(markup=False, emoji=False, highlight=False, stderr=True)
+#: What fails while it runs, whatever the input: memory, a full disk, a loss that is not finite.
+FAILURES = (ArithmeticError, MemoryError, RuntimeError)
 
 
 class DType(StrEnum):
@@ -66,17 +71,17 @@ def load(
     """Load the model with the objectives of --objective, or with its own.
 
     Raises:
-        ValueError: --device does not name a device.
-        BackendUnavailable: --device is a GPU, and PyTorch finds none.
+        ValueError: --device does not name a device, or --objective names one twice.
+        BackendUnavailable: --device is not here.
     """
     import torch
 
     from msdda_fast.engine import torchrun
     from msdda_fast.pipelines import MSDDAPipeline
 
-    chosen = dict(parse.objective(text) for text in objectives or []) or None
-    place = _device(device) if device else torch.device(torchrun.default_device())
-    with err.status(f"Loading {model}"):
+    chosen = parse.pairs(map(parse.objective, objectives or []), "--objective") or None
+    place = torch.device(torchrun.default_device()) if device is None else _device(device)
+    with err.status(Text(f"Loading {model}")):
         pipe = MSDDAPipeline.from_pretrained(
             model, objectives=chosen, dtype=getattr(torch, dtype.value)
         ).to(place)
@@ -92,20 +97,36 @@ def _device(name: str) -> torch.device:
 
     from msdda_fast.errors import BackendUnavailable
 
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"--device {name!r} must be cpu, cuda, cuda:1, ...") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise BackendUnavailable(f"--device {name}: PyTorch finds no CUDA GPU here; use cpu")
-    return device
+    match = re.fullmatch(r"(cpu)(?::0)?|mps|cuda(?::(\d+))?", name)
+    if match is None:
+        raise ValueError(f"--device {name!r} must be cpu, cuda, cuda:1, ... or mps")
+    if match[1]:
+        return torch.device("cpu")
+    if name == "mps":
+        there, what = int(torch.backends.mps.is_available()), "Apple GPU"
+    else:
+        there, what = torch.cuda.device_count(), "CUDA GPU"
+    if not there:
+        raise BackendUnavailable(f"--device {name}: PyTorch finds no {what} here; use cpu")
+    if int(match[2] or 0) >= there:
+        raise BackendUnavailable(f"--device {name}: the last GPU here is cuda:{there - 1}")
+    return torch.device(name)
+
+
+def check_prompts(pipe: MSDDAPipeline, prompts: Iterable[str]) -> None:
+    """Raise `InvalidRequest` if the text encoder would not read all of a prompt."""
+    from msdda_fast.pipelines.prompt_length import check_text
+
+    for prompt in prompts:
+        shown = f"{prompt[:60]!r}..." if len(prompt) > 60 else f"{prompt!r}"
+        check_text(pipe.tokenizer, prompt, f"the prompt {shown}")
 
 
 @contextmanager
 def reported(interrupted: str) -> Iterator[None]:
-    """Turn bad input into one line and exit code 2, Ctrl-C into a line and 130."""
+    """Turn bad input into a line and exit code 2, a failure into 1, Ctrl-C into 130."""
     from msdda_fast.engine import torchrun
-    from msdda_fast.errors import MSDDAError
+    from msdda_fast.errors import MSDDAError, WriteFailed
     from msdda_fast.pipelines.notices import quieten
 
     rank = torchrun.rank()
@@ -113,14 +134,15 @@ def reported(interrupted: str) -> Iterator[None]:
     try:
         quieten()  # before a command imports what draws
         yield
-    except (MSDDAError, ValueError, OSError) as error:
+    except (MSDDAError, ValueError, OSError, *FAILURES) as error:
         err.quiet = False  # what one rank cannot do, the others cannot tell
         at = f"rank {rank}: " if rank else ""
-        err.print(f"{at}[red]{type(error).__name__}[/red]: ", end="")
-        err.print(" ".join(str(error).split()), markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from None
+        err.print(at, Text(type(error).__name__, "red"), ": ", sep="", end="")
+        err.print(" ".join(str(error).split()), soft_wrap=True)
+        is_input = isinstance(error, (MSDDAError, ValueError, OSError))
+        raise typer.Exit(2 if is_input and not isinstance(error, WriteFailed) else 1) from None
     except KeyboardInterrupt:
-        err.print(f"Stopped: {interrupted}.", markup=False, highlight=False, soft_wrap=True)
+        err.print(f"Stopped: {interrupted}.", soft_wrap=True)
         raise typer.Exit(130) from None
     finally:
         torchrun.leave()

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from msdda_fast.cli import app as cli
-from msdda_fast.cli import train as cli_train
+from msdda_fast.cli import policy as cli_policy
 
 runner = CliRunner()
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -133,7 +133,7 @@ def test_ctrl_c_says_how_to_continue(tiny, prompts, tmp_path, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli_train, "load", interrupted)
+    monkeypatch.setattr(cli_policy, "load", interrupted)
     done = run(*dpok(tiny, prompts, tmp_path / "run"))
     assert done.exit_code == 130 and "run the same command again to continue" in done.stderr
 
