@@ -6,6 +6,7 @@ The folder is locked while its process lives; those of killed processes are remo
 writer in the same place. Where locks do not work (some network file systems) they stay.
 """
 
+import json
 import os
 import re
 import secrets
@@ -13,10 +14,11 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from msdda_fast.errors import InvalidOutput, WriteFailed
 
-__all__ = ["check_file", "check_folder", "write_atomically"]
+__all__ = ["check_files", "check_folder", "read_json", "write_atomically"]
 
 _PARTIAL = re.compile(r"\..+\.[0-9a-f]+\.partial")
 #: Longest name that common file systems take, in bytes.
@@ -47,14 +49,15 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         raise WriteFailed(f"cannot write {path}: {_reason(error)}") from error
 
 
-def check_file(path: Path) -> None:
-    """Check, before any work, that `write_atomically` can write `path`.
+def check_files(*paths: Path) -> None:
+    """Check, before any work, that `write_atomically` can write these files of one folder.
 
     Raises:
-        InvalidOutput: It is not a regular file, or its folder cannot be written to.
+        InvalidOutput: One is not a regular file, or the folder cannot be written to.
     """
-    _check_target(path)
-    _check_room(path.parent)
+    for path in paths:
+        _check_target(path)
+    _check_room(paths[0].parent)
 
 
 def check_folder(folder: Path) -> None:
@@ -67,6 +70,22 @@ def check_folder(folder: Path) -> None:
     """
     _check_room(folder)
     _remove_leftovers(folder, (".*.partial", "*/.*.partial", "*/*/.*.partial"))
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a file that holds one JSON object.
+
+    Raises:
+        OSError: The file does not exist or cannot be read.
+        ValueError: It holds something else; the message names it.
+    """
+    try:
+        value = json.loads(file.read_text("utf-8"))
+    except ValueError as error:  # not JSON, or not even text
+        raise ValueError(f"{file} is damaged: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} must hold a JSON object, got a {type(value).__name__}")
+    return value
 
 
 def _check_target(path: Path) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from msdda_fast import files
 from msdda_fast.errors import InvalidOutput, WriteFailed
-from msdda_fast.files import check_file, check_folder, write_atomically
+from msdda_fast.files import check_files, check_folder, write_atomically
 
 
 def put(path, text="new"):
@@ -78,14 +78,14 @@ def unfit(request, tmp_path):
 
 def test_only_regular_files_are_replaced(unfit, tmp_path):
     before = os.lstat(unfit)
-    for attempt in (check_file, put):
+    for attempt in (check_files, put):
         with pytest.raises(InvalidOutput, match=str(unfit)):
             attempt(unfit)
     assert os.lstat(unfit).st_ino == before.st_ino and os.lstat(unfit).st_mode == before.st_mode
     assert (tmp_path / "real").read_text() == "old" and not list(tmp_path.glob(".*"))
 
 
-@pytest.mark.parametrize("check", [check_file, lambda file: check_folder(file.parent)])
+@pytest.mark.parametrize("check", [check_files, lambda file: check_folder(file.parent)])
 class TestBeforeAnyWork:
     def test_nothing_is_made_where_all_is_well(self, tmp_path, check):
         check(tmp_path / "new" / "folder" / "x")
@@ -117,7 +117,7 @@ class TestBeforeAnyWork:
 
 def test_a_long_name_that_fits_is_written(tmp_path):
     file = tmp_path / ("\N{DOG}" * 62 + ".png")
-    check_file(file)
+    check_files(file)
     put(file)
     assert file.read_text() == "new"
 

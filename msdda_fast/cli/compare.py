@@ -23,7 +23,7 @@ from msdda_fast.cli.session import (
     ModelOption,
     ObjectiveOption,
     StepsOption,
-    check_prompts,
+    check_request,
     drawing_progress,
     load,
     out,
@@ -169,7 +169,7 @@ def compare(
         check_folder(work)
         there = cluster.Model(model, objective, dtype, "cuda" if ray_gpus else device)
         pipe = load(model, objective, dtype, device)
-        check_prompts(pipe, texts)
+        check_request(pipe, texts, steps, guidance)
         names = objectives(pipe, toward)
         plan = Plan(
             objectives=names,
@@ -205,12 +205,12 @@ def compare(
 
 
 def _oracle(text: str) -> tuple[float, Path]:
-    form = "W=PATH, such as 0.5=my/adapter"
+    form = "W=PATH with W in [0, 1], such as 0.5=my/adapter"
     w, path = parse.pair(text, "--oracle", Path, form)
-    try:
-        return float(w), path
-    except ValueError:
-        raise ValueError(f"--oracle {text!r} must be {form}") from None
+    weight = parse.preference(w, f"--oracle {text!r} must be {form}")
+    if not path.exists():
+        raise FileNotFoundError(f"--oracle {text!r}: no file or folder at {path}")
+    return weight, path
 
 
 def _comparison(

@@ -27,6 +27,9 @@ from msdda_fast.cli.session import (
 
 __all__ = ["generate"]
 
+#: They are drawn together.
+MOST_IMAGES = 4096
+
 
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to draw.")],
@@ -58,7 +61,7 @@ def generate(
         ),
     ] = None,
     num_images: Annotated[
-        int, typer.Option("--num-images", "-n", min=1, help="Number of images.")
+        int, typer.Option("--num-images", "-n", min=1, max=MOST_IMAGES, help="Number of images.")
     ] = 1,
     negative_prompt: Annotated[
         str | None, typer.Option(help="What guidance should steer away from.")
@@ -78,7 +81,7 @@ def generate(
     """
     with reported("no further image was written"):
         from msdda_fast.engine import torchrun
-        from msdda_fast.files import check_file, write_atomically
+        from msdda_fast.files import check_files, write_atomically
 
         weights = parse.pairs(
             (parse.pair(text, "--weight", float) for text in weight or []), "--weight"
@@ -90,8 +93,7 @@ def generate(
         if num_images > 1:
             files = [file.with_stem(f"{file.stem}-{index}") for index in range(num_images)]
         if torchrun.rank() == 0:
-            for path in files:
-                check_file(path)
+            check_files(*files)
         pipe = load(model, objective, dtype, device)
         check_prompts(pipe, filter(None, (prompt, negative_prompt)))
         if seed is None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from msdda_fast.cli import values as parse
-from msdda_fast.cli.session import SHIPPED, DType, check_prompts, load
+from msdda_fast.cli.session import SHIPPED, DType, check_prompts, check_request, load
 
 if TYPE_CHECKING:
     from msdda_fast.pipelines import MSDDAPipeline
@@ -47,6 +47,7 @@ def ranked(
 
     judge = load_reward(reward)
     pipe = base(model, eta, device, folder, texts)
+    check_request(pipe, texts, num_steps, guidance_scale)
     samples = collect(
         sample_fn(pipe, num_steps=num_steps, guidance_scale=guidance_scale),
         {reward: judge}, texts, range(seeds), folder / "samples", progress=shown,

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
+from json import JSONDecodeError
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -18,6 +19,7 @@ from msdda_fast.cli import values as parse
 if TYPE_CHECKING:
     import torch
 
+    from msdda_fast.objective import Objective
     from msdda_fast.pipelines import MSDDAPipeline
 
 SHIPPED = "msdda-fast/emoji"
@@ -49,7 +51,7 @@ ObjectiveOption = Annotated[
         "ETA is its DDIM stochasticity in [0, 1], by default 1.",
     ),
 ]
-StepsOption = Annotated[int, typer.Option("--steps", help="Denoising steps T.")]
+StepsOption = Annotated[int, typer.Option("--steps", max=1_000_000, help="Denoising steps T.")]
 GuidanceOption = Annotated[
     float | None,
     typer.Option(
@@ -77,19 +79,33 @@ def load(
     import torch
 
     from msdda_fast.engine import torchrun
-    from msdda_fast.pipelines import MSDDAPipeline
 
     chosen = parse.pairs(map(parse.objective, objectives or []), "--objective") or None
     place = torch.device(torchrun.default_device()) if device is None else _device(device)
     with err.status(Text(f"Loading {model}")):
-        pipe = MSDDAPipeline.from_pretrained(
-            model, objectives=chosen, dtype=getattr(torch, dtype.value)
-        ).to(place)
+        pipe = _pipeline(model, chosen, getattr(torch, dtype.value)).to(place)
         parallel = torchrun.join(place)
     if parallel is not None:
         pipe.enable_parallel(parallel)
     pipe.set_progress_bar_config(leave=False, disable=err.quiet or not err.is_terminal)
     return pipe
+
+
+def _pipeline(
+    model: str, objectives: Mapping[str, Objective] | None, dtype: torch.dtype
+) -> MSDDAPipeline:
+    from msdda_fast.errors import MSDDAError
+    from msdda_fast.pipelines import MSDDAPipeline
+
+    try:
+        return MSDDAPipeline.from_pretrained(model, objectives=objectives, dtype=dtype)
+    except MSDDAError:
+        raise
+    except (AttributeError, JSONDecodeError, LookupError, TypeError) as error:
+        # what libraries say of a folder whose files are damaged or do not belong together
+        raise ValueError(
+            f"--model {model} is damaged or incomplete ({type(error).__name__}: {error})"
+        ) from error
 
 
 def _device(name: str) -> torch.device:
@@ -120,6 +136,23 @@ def check_prompts(pipe: MSDDAPipeline, prompts: Iterable[str]) -> None:
     for prompt in prompts:
         shown = f"{prompt[:60]!r}..." if len(prompt) > 60 else f"{prompt!r}"
         check_text(pipe.tokenizer, prompt, f"the prompt {shown}")
+
+
+def check_request(
+    pipe: MSDDAPipeline, prompts: Iterable[str], steps: int, guidance: float | None
+) -> None:
+    """Check what every image of a run is drawn with, before a folder is bound to it.
+
+    Raises:
+        InvalidRequest: As `check_prompts`.
+        InvalidSchedule: The scheduler has no such number of steps, or --guidance is not >= 1.
+    """
+    from msdda_fast.pipelines.request import objective_guidance
+    from msdda_fast.steps.ddim import ddim_grid
+
+    check_prompts(pipe, prompts)
+    ddim_grid(pipe.scheduler, steps)
+    objective_guidance(pipe.objectives, guidance)
 
 
 @contextmanager
@@ -155,6 +188,15 @@ def drawing_progress() -> Iterator[Callable[[int, int], None]]:
     from rich.progress import TimeRemainingColumn as Remaining
 
     columns = (TextColumn("Drawing"), BarColumn(), MofNCompleteColumn(), TextColumn("ETA"))
-    with Progress(*columns, Remaining(), console=err) as bar:
-        task = bar.add_task("Drawing", total=None)
-        yield lambda finished, total: bar.update(task, completed=finished, total=total)
+    bar = Progress(*columns, Remaining(), console=err)
+    task = bar.add_task("Drawing", total=None)
+
+    def show(finished: int, total: int) -> None:
+        bar.start()  # not before, or bad input found late would be more than one line
+        bar.update(task, completed=finished, total=total)
+
+    try:
+        yield show
+    finally:
+        if bar.live.is_started:
+            bar.stop()

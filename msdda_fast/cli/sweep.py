@@ -20,7 +20,7 @@ from msdda_fast.cli.session import (
     ModelOption,
     ObjectiveOption,
     StepsOption,
-    check_prompts,
+    check_request,
     drawing_progress,
     load,
     out,
@@ -102,7 +102,7 @@ def sweep(
             check_folder(folder)
         with cluster.cluster(ray, ray_gpus) as tasks:
             pipe = load(model, objective, dtype, device)
-            check_prompts(pipe, plan.prompts)
+            check_request(pipe, plan.prompts, steps, guidance)
             elsewhere = tasks(partial(cluster.cells, there, plan))
             with torchrun.own_folder(folder, pipe.parallel) as own, drawing_progress() as progress:
                 result = run_sweep(pipe, plan, own, elsewhere=elsewhere, progress=progress)

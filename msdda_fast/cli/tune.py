@@ -27,7 +27,7 @@ from msdda_fast.cli.session import (
     ModelOption,
     ObjectiveOption,
     StepsOption,
-    check_prompts,
+    check_request,
     drawing_progress,
     load,
     out,
@@ -71,11 +71,12 @@ def tune(
 
         texts = parse.prompts(prompts) if prompts else list(TRAIN_PROMPTS[::3][:8])
         chosen_part = parse.part(part)
+        parse.preference(weight, f"--weight must lie in [0, 1], got {weight}")
         scored_by = reward_names(reward)
         chosen_seeds = parse.seeds(seeds, "--seeds")
         check_folder(folder)
         pipe = load(model, objective, dtype, device)
-        check_prompts(pipe, texts)
+        check_request(pipe, texts, steps, guidance)
         first, second = objectives(pipe, toward)[:2]
         comparison = Comparison(
             prompts=texts,

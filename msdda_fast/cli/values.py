@@ -20,6 +20,7 @@ __all__ = [
     "pair",
     "pairs",
     "part",
+    "preference",
     "prompts",
     "seed",
     "seeds",
@@ -118,6 +119,20 @@ def numbers(text: str, option: str, kind: type) -> list[Any]:
         return [kind(item) for item in text.split(",")]
     except ValueError:
         raise ValueError(f"{option} {text!r} must be comma-separated numbers") from None
+
+
+def preference(value: str | float, otherwise: str) -> float:
+    """Return a preference weight w.
+
+    Raises:
+        ValueError: It is no number in [0, 1]; with the message `otherwise`.
+    """
+    try:
+        if 0 <= (w := float(value)) <= 1:
+            return w
+    except ValueError:
+        pass
+    raise ValueError(otherwise)
 
 
 def prompts(file: Path) -> list[str]:

@@ -12,12 +12,13 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.progress import track
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from msdda_fast.errors import InvalidShape
 from msdda_fast.files import write_atomically
 from msdda_fast.rewards import Reward
+from msdda_fast.training.checkpoint import load_tensors
 from msdda_fast.training.storage import require_same
 
 MANIFEST_NAME = "collection.json"
@@ -150,7 +151,7 @@ def _sample_and_score(
 
 
 def _read(shards: Sequence[Path], rewards: Sequence[str]) -> Collection:
-    parts = [load_file(shard) for shard in shards]
+    parts = [load_tensors(shard) for shard in shards]
 
     def column(name: str) -> Tensor:
         return torch.cat([part[name] for part in parts])

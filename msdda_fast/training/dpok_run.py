@@ -16,6 +16,7 @@ from torch.nn import functional
 from msdda_fast.files import write_atomically
 from msdda_fast.rewards import Reward
 from msdda_fast.training.adapter import base_model, lora_parameters, lora_state, restore_lora
+from msdda_fast.training.checkpoint import load_checkpoint
 from msdda_fast.training.dpok import dpok_loss, kl_term
 from msdda_fast.training.dpok_config import DPOKConfig
 from msdda_fast.training.policy import DDIMPolicy, Transitions, gaussian_log_prob
@@ -205,7 +206,7 @@ class DPOKRun:
         if not self.path.is_file():
             return 0
         # The generator's state must stay on the CPU; the rest is copied to where it belongs.
-        state = torch.load(self.path, map_location="cpu", weights_only=True)
+        state = load_checkpoint(self.path)
         require_same(self.path.parent, state["identity"], self.identity)
         if state["loop"] > self.config.loops:
             raise ValueError(

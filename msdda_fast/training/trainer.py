@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from msdda_fast.files import write_atomically
 from msdda_fast.training.adapter import lora_parameters, lora_state, restore_lora, save_lora
+from msdda_fast.training.checkpoint import load_checkpoint
 from msdda_fast.training.config import StepDPOConfig
 from msdda_fast.training.curves import LiveCurves
 from msdda_fast.training.log import open_log
@@ -162,7 +163,7 @@ class _Run:
         if not self.path.is_file():
             return 0
         # The generator's state must stay on the CPU; the rest is copied to where it belongs.
-        state = torch.load(self.path, map_location="cpu", weights_only=True)
+        state = load_checkpoint(self.path)
         require_same(self.path.parent, state["identity"], self.identity)
         if state["step"] > self.config.steps:
             raise ValueError(

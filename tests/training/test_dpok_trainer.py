@@ -229,7 +229,7 @@ def test_advantage_of_a_prompt_has_mean_zero_within_it_and_one_scale_over_all():
         ({"loops": 0}, "loops must be >= 1, got 0"),
         ({"eta": 0.0}, r"eta must be in \(0, 1\], got 0.0"),
         ({"eta": 1.5}, r"eta must be in \(0, 1\], got 1.5"),
-        ({"clip": 0.0}, "clip must be > 0, got 0.0"),
+        ({"clip": 0.0}, "clip must be > 0 and finite, got 0.0"),
         ({"kl": "reverse"}, "kl must be eps or exact, got 'reverse'"),
         ({"kl_weight": -1.0}, "kl_weight must be >= 0"),
         ({"advantage": "prompt", "samples_per_prompt": 1}, "samples_per_prompt must be at least 2"),
