@@ -171,6 +171,12 @@ def test_another_configuration_is_refused_and_the_run_kept(tmp_path, name, chang
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
 
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    (tmp_path / "checkpoint.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"checkpoint\.pt is empty or damaged; delete it"):
+        train(tmp_path)
+
+
 def test_first_update_of_a_loop_is_on_policy_and_the_base_model_is_at_no_distance(tmp_path):
     train(tmp_path, network=make_unet(), loops=2, policy_steps=1, buffer_size=12)
     first, second = log_of(tmp_path)

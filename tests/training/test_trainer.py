@@ -138,6 +138,19 @@ def test_another_configuration_or_other_data_is_refused(tmp_path, change):
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
 
+@pytest.mark.parametrize("content", [b"", b"half", None], ids=["empty", "half", "of another"])
+def test_a_damaged_checkpoint_is_named_and_kept(tmp_path, content):
+    file = tmp_path / "checkpoint.pt"
+    if content is None:
+        torch.save({"step": 3}, file)
+    else:
+        file.write_bytes(content)
+    before = file.read_bytes()
+    with pytest.raises(ValueError, match=f"{file} is .*; delete it to start this run again"):
+        train(tmp_path)
+    assert file.read_bytes() == before
+
+
 def test_fewer_steps_than_made_are_refused(tmp_path):
     train(tmp_path, steps=3)
     with pytest.raises(ValueError, match="has done 3 steps; steps = 2 is fewer"):
