@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from msdda_fast import __version__
+import msdda_fast
 from msdda_fast.cli.compare import compare
 from msdda_fast.cli.doctor import doctor
 from msdda_fast.cli.generate import generate
@@ -32,7 +32,7 @@ app = typer.Typer(
 
 def _show_version(asked: bool) -> None:
     if asked:
-        typer.echo(f"msdda-fast {__version__}")
+        typer.echo(f"msdda-fast {msdda_fast.__version__}")
         raise typer.Exit
 
 

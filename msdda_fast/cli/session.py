@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ out = Console(markup=False, emoji=False, highlight=False)
 err = Console(markup=False, emoji=False, highlight=False, stderr=True)
 #: What fails while it runs, whatever the input: memory, a full disk, a loss that is not finite.
 FAILURES = (ArithmeticError, MemoryError, RuntimeError)
+DISK_ERRORS = (errno.EDQUOT, errno.EIO, errno.ENOSPC)
 
 
 class DType(StrEnum):
@@ -173,7 +175,8 @@ def reported(interrupted: str) -> Iterator[None]:
         err.print(at, Text(type(error).__name__, "red"), ": ", sep="", end="")
         err.print(" ".join(str(error).split()), soft_wrap=True)
         is_input = isinstance(error, (MSDDAError, ValueError, OSError))
-        raise typer.Exit(2 if is_input and not isinstance(error, WriteFailed) else 1) from None
+        has_failed = isinstance(error, WriteFailed) or getattr(error, "errno", None) in DISK_ERRORS
+        raise typer.Exit(2 if is_input and not has_failed else 1) from None
     except KeyboardInterrupt:
         err.print(f"Stopped: {interrupted}.", soft_wrap=True)
         raise typer.Exit(130) from None

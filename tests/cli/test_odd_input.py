@@ -279,7 +279,13 @@ class TestDisk:
 
 
 @pytest.mark.parametrize(
-    "failure", [RuntimeError("out of\nmemory"), MemoryError(), FloatingPointError("loss nan")]
+    "failure",
+    [
+        RuntimeError("out of\nmemory"),
+        MemoryError(),
+        FloatingPointError("loss nan"),
+        OSError(errno.ENOSPC, "No space left on device"),
+    ],
 )
 def test_what_fails_while_it_runs_is_one_line_and_exit_code_1(monkeypatch, tmp_path, failure):
     def fail(*_):
