@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Atomic writes: a file is complete or absent, whenever the process dies.
+"""Atomic writes: a file is complete or absent, whenever the process dies. And strangers' JSON.
 
 A file is made in a hidden folder beside its place, `.NAME.TOKEN.partial`, and renamed into place.
 The folder is locked while its process lives; those of killed processes are removed by the next
@@ -25,6 +25,7 @@ _PARTIAL = re.compile(r"\..+\.[0-9a-f]+\.partial")
 _LONGEST_NAME = 255
 #: What must fit on the disk before a run starts, in bytes; the size of a large image.
 _ROOM = 2**20
+_MAX_JSON = 32 * 2**20
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -72,20 +73,21 @@ def check_folder(folder: Path) -> None:
     _remove_leftovers(folder, (".*.partial", "*/.*.partial", "*/*/.*.partial"))
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """Read a file that holds one JSON object.
+def read_json(file: Path, kind: str) -> dict[str, Any]:
+    """Read a JSON file of at most 32 MiB that holds an object; `kind` says what it should be.
 
     Raises:
-        OSError: The file does not exist or cannot be read.
-        ValueError: It holds something else; the message names it.
+        ValueError: It does not; one line with the file's name.
     """
     try:
-        value = json.loads(file.read_text("utf-8"))
-    except ValueError as error:  # not JSON, or not even text
-        raise ValueError(f"{file} is damaged: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{file} must hold a JSON object, got a {type(value).__name__}")
-    return value
+        if (size := file.stat().st_size) > _MAX_JSON:
+            raise ValueError(f"it has {size} bytes")
+        found = json.loads(file.read_text("utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"expected an object, got {found!r:.80}")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not {kind} in JSON: {error}") from error
+    return found
 
 
 def _check_target(path: Path) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from msdda_fast import files
 from msdda_fast.errors import InvalidOutput, WriteFailed
-from msdda_fast.files import check_files, check_folder, write_atomically
+from msdda_fast.files import check_files, check_folder, read_json, write_atomically
 
 
 def put(path, text="new"):
@@ -185,3 +185,12 @@ def test_a_place_is_not_lost_when_another_takes_a_new_folder_for_a_leftover(tmp_
     monkeypatch.setattr(files, "_lock", late)
     put(tmp_path / "x")
     assert rivals and [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+@pytest.mark.parametrize("text", [b"{", b"[1]", b"\xff", b"[" * 100_000, b"null"], ids=range(5))
+def test_json_that_is_no_object(tmp_path, text):
+    file = tmp_path / "x.json"
+    file.write_bytes(text)
+    with pytest.raises(ValueError, match=r"x\.json is not a list of things in JSON") as raised:
+        read_json(file, "a list of things")
+    assert "\n" not in str(raised.value)

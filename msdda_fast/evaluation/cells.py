@@ -72,7 +72,7 @@ class SweepFolder:
         try:
             with Image.open(file) as image:
                 return image.convert("RGB")
-        except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        except UnidentifiedImageError as error:
             raise ValueError(
                 f"{file} is not an image; delete it and run the sweep again"
             ) from error

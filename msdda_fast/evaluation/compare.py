@@ -93,7 +93,7 @@ def report_scores(out: Path) -> Path:
     """
     if not (out / "protocol.json").is_file():
         raise FileNotFoundError(f"no results of a comparison in {out}: it has no protocol.json")
-    protocol = read_json(out / "protocol.json")
+    protocol = read_json(out / "protocol.json", "the protocol of a comparison")
     if missing := PROTOCOL - protocol.keys():
         raise ValueError(f"{out / 'protocol.json'} lacks {', '.join(sorted(missing))}")
     return write_report(read_scores(scores_file(out)), out, **protocol)

@@ -93,7 +93,7 @@ def load_tuned(file: Path) -> dict[tuple[str, str], Method]:
         FileNotFoundError: The file does not exist.
         ValueError: It is damaged, or names an unknown system or setting.
     """
-    settings = read_json(file)
+    settings = read_json(file, "a file of tuned settings")
     methods: dict[tuple[str, str], Method] = {}
     for name, fields in settings.items():
         if name not in _KINDS:

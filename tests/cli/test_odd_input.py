@@ -152,8 +152,8 @@ class TestLongPrompts:
         ("generate", ["-o", "x.wmf"], "must end in the suffix of an image format"),
         ("generate", ["-o", "/dev/null/x.png"], "/dev/null is not a folder"),
         ("compare", ["--tuned", "pairs/pairs.jsonl"], "unknown system 'prompt'"),
-        ("compare", ["--tuned", "list.json"], "list.json must hold a JSON object, got a list"),
-        ("compare", ["--tuned", "pairs/red.png"], "pairs/red.png is damaged"),
+        ("compare", ["--tuned", "list.json"], "list.json is not a file of tuned settings in JSON"),
+        ("compare", ["--tuned", "pairs/red.png"], "pairs/red.png is not a file of tuned settings"),
         ("tune", ["--prompts", "pairs/red.png"], "pairs/red.png is not a text file in UTF-8"),
     ],
 )  # fmt: skip
