@@ -14,6 +14,7 @@ __all__ = [
     "EngineFailed",
     "InvalidAdapter",
     "InvalidMode",
+    "InvalidOutput",
     "InvalidRequest",
     "InvalidSchedule",
     "InvalidShape",
@@ -30,6 +31,7 @@ __all__ = [
     "UnfaithfulMerge",
     "UnknownObjective",
     "UnsupportedNetwork",
+    "WriteFailed",
     "ZeroVariance",
 ]
 
@@ -102,6 +104,14 @@ class BackendUnavailable(MSDDAError, RuntimeError):
 
 class AssetsMissing(MSDDAError, FileNotFoundError):
     """Files that only a checkout of the repository has, such as the sprites, are not here."""
+
+
+class InvalidOutput(MSDDAError, OSError):
+    """A file cannot be written where it should be; found before any work."""
+
+
+class WriteFailed(MSDDAError, OSError):
+    """A file could not be written; the message says which and why. An old one is still there."""
 
 
 class RewardUnavailable(MSDDAError, RuntimeError):

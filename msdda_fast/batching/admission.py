@@ -22,6 +22,7 @@ from msdda_fast.engine.noise import image_seeds
 from msdda_fast.errors import InvalidRequest, InvalidWeights, MSDDAError
 from msdda_fast.kernels.counter_noise import as_seeds
 from msdda_fast.pipelines import request as call
+from msdda_fast.pipelines.prompt_length import check_text
 from msdda_fast.pipelines.stable_diffusion.pipeline import MSDDAPipeline
 from msdda_fast.steps.coefficients import CoefficientTable
 from msdda_fast.steps.ddim import ddim_grid
@@ -145,17 +146,8 @@ class Admission:
     def _check_text(self, text: Any) -> None:  # noqa: ANN401 - it is what is checked
         if not isinstance(text, str):
             raise InvalidRequest(f"expected text, got {type(text).__name__}")
-        most = self._tokenizer.model_max_length
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise InvalidRequest("the text is not valid Unicode") from None
         with self._tokenizing:
-            count = len(self._tokenizer(text, truncation=False, verbose=False).input_ids)
-        if count > most:
-            raise InvalidRequest(
-                f"the text has {count} tokens, but the text encoder reads at most {most}"
-            )
+            check_text(self._tokenizer, text)
 
 
 @contextmanager

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `msdda-fast`. Exit codes: 0 done, 2 bad input, 130 stopped by Ctrl-C."""
+"""The command `msdda-fast`. Exit codes: 0 done, 1 failed, 2 bad input, 130 stopped by Ctrl-C."""
 
 from __future__ import annotations
 
+import sys
+from typing import Annotated
+
 import typer
 
+import msdda_fast
 from msdda_fast.cli.compare import compare
 from msdda_fast.cli.doctor import doctor
 from msdda_fast.cli.generate import generate
@@ -24,6 +28,26 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Balance several aligned diffusion models at inference time.",
 )
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"msdda-fast {msdda_fast.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Take the options that stand before a command."""
+
+
 app.command()(generate)
 app.command()(sweep)
 app.command()(doctor)
@@ -35,4 +59,6 @@ app.command()(serve)
 
 def main() -> None:
     """Run the command line."""
+    for stream in (sys.stdout, sys.stderr):  # a path need not be text that the terminal can show
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     app()

@@ -23,6 +23,7 @@ from msdda_fast.cli.session import (
     ModelOption,
     ObjectiveOption,
     StepsOption,
+    check_request,
     drawing_progress,
     load,
     out,
@@ -144,30 +145,41 @@ def compare(
         from msdda_fast.evaluation.compare import compare, report_scores
         from msdda_fast.evaluation.plan import Plan
         from msdda_fast.evaluation.tuning import load_tuned
+        from msdda_fast.files import check_folder
 
+        check_folder(folder)
         if report_only:
             _show(report_scores(folder))
             return
         preferences = parse.numbers(weights, "--weights", float)
         chosen_part = parse.part(part)
-        texts = lines(prompts) if prompts else list(TEST_PROMPTS)
+        texts = parse.prompts(prompts) if prompts else list(TEST_PROMPTS)
         settings = load_tuned(tuned) if tuned else {}
-        oracles = dict(_oracle(text) for text in oracle or [])
+        oracles = parse.pairs(map(_oracle, oracle or []), "--oracle")
+        scored_by = reward_names(reward)
+        judges = parse.distinct(judge or [], "--judge")
+        chosen = [name.strip() for name in systems.split(",")] if systems else []
+        chosen = parse.distinct(chosen, "--systems")
+        drawn = {
+            "seeds": parse.seeds(seeds, "--seeds"),
+            "search_seeds": parse.seeds(search_seeds, "--search-seeds"),
+            "front": parse.numbers(front, "--front", float) if front else [],
+            "front_seeds": parse.seeds(front_seeds, "--front-seeds"),
+        }
+        check_folder(work)
         there = cluster.Model(model, objective, dtype, "cuda" if ray_gpus else device)
         pipe = load(model, objective, dtype, device)
+        check_request(pipe, texts, steps, guidance)
         names = objectives(pipe, toward)
         plan = Plan(
             objectives=names,
             preferences=preferences,
-            seeds=parse.seeds(seeds, "--seeds"),
-            search_seeds=parse.seeds(search_seeds, "--search-seeds"),
-            front=parse.numbers(front, "--front", float) if front else [],
-            front_seeds=parse.seeds(front_seeds, "--front-seeds"),
+            **drawn,
             simplex=SIMPLEX if len(names) == 3 else (),
             tuned=settings,
             oracles=oracles,
             factor_soup=factor_soup,
-            systems=[name.strip() for name in systems.split(",")] if systems else None,
+            systems=chosen or None,
         )
         if quick:
             few = -(-len(texts) // QUICK_PROMPTS)
@@ -177,13 +189,14 @@ def compare(
                 front_seeds=(0,), simplex=(),
             )  # fmt: skip
         compared = partial(
-            _comparison, names=names, reward=reward, judge=judge, prompts=texts,
+            _comparison, names=names, reward=scored_by, judge=judges, prompts=texts,
             num_inference_steps=steps, guidance_scale=guidance, batch_size=batch_size,
         )  # fmt: skip
         pipe.set_progress_bar_config(disable=True)
+        comparison = compared(pipe)
         with drawing_progress() as progress:
             page = compare(
-                pipe, compared(pipe), plan, work, folder, title=f"Systems compared on {model}",
+                pipe, comparison, plan, work, folder, title=f"Systems compared on {model}",
                 part=chosen_part, elsewhere=tasks(partial(cluster.shards, there, compared)),
                 progress=progress,
             )  # fmt: skip
@@ -192,25 +205,25 @@ def compare(
 
 
 def _oracle(text: str) -> tuple[float, Path]:
-    form = "W=PATH, such as 0.5=my/adapter"
+    form = "W=PATH with W in [0, 1], such as 0.5=my/adapter"
     w, path = parse.pair(text, "--oracle", Path, form)
-    try:
-        return float(w), path
-    except ValueError:
-        raise ValueError(f"--oracle {text!r} must be {form}") from None
+    weight = parse.preference(w, f"--oracle {text!r} must be {form}")
+    if not path.exists():
+        raise FileNotFoundError(f"--oracle {text!r}: no file or folder at {path}")
+    return weight, path
 
 
 def _comparison(
     pipe: MSDDAPipeline,
     *,
     names: list[str],
-    reward: list[str] | None,
-    judge: list[str] | None,
+    reward: Mapping[str, str],
+    judge: list[str],
     **settings: Any,  # noqa: ANN401 - of `Comparison`
 ) -> Comparison:
     from msdda_fast.evaluation.runs import Comparison
 
-    scored = {**rewards(judge or [], None, pipe), **rewards(names, reward, pipe)}
+    scored = {**rewards(judge, {}, pipe), **rewards(names, reward, pipe)}
     return Comparison(rewards=scored, **settings)
 
 
@@ -236,20 +249,21 @@ def objectives(pipe: MSDDAPipeline, toward: str | None) -> list[str]:
     return [first, *(name for name in names if name != first)]
 
 
-def rewards(names: list[str], given: list[str] | None, pipe: MSDDAPipeline) -> Mapping[str, Reward]:
+def reward_names(given: list[str] | None) -> dict[str, str]:
+    """Read --reward: the name of a reward by objective."""
+    form = "OBJECTIVE=REWARD, such as aesthetic=warmth"
+    return parse.pairs((parse.pair(t, "--reward", str, form) for t in given or []), "--reward")
+
+
+def rewards(
+    names: list[str], chosen: Mapping[str, str], pipe: MSDDAPipeline
+) -> Mapping[str, Reward]:
     """Return each objective's reward: the one that --reward names, or the one of the same name."""
     from msdda_fast.rewards import load_reward
 
-    form = "OBJECTIVE=REWARD, such as aesthetic=warmth"
-    chosen = dict(parse.pair(text, "--reward", str, form) for text in given or [])
     if unknown := [name for name in chosen if name not in names]:
         raise ValueError(f"--reward {unknown[0]!r} is not an objective; known: {', '.join(names)}")
     return {name: load_reward(chosen.get(name, name), device=pipe.device) for name in names}
-
-
-def lines(file: Path) -> list[str]:
-    """Return the lines of a text file that are not blank."""
-    return [line.strip() for line in file.read_text("utf-8").splitlines() if line.strip()]
 
 
 def _show(page: Path) -> None:
@@ -274,4 +288,4 @@ def _show(page: Path) -> None:
             table.add_row(label, row["images"], *means, shown, style=None if shown else "bold")
         out.print(table)
     out.print("* the 95% interval of the paired difference excludes 0")
-    out.print(page, highlight=False, soft_wrap=True)
+    out.print(page, soft_wrap=True)

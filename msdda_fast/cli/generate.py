@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from msdda_fast.cli import values as parse
 from msdda_fast.cli.session import (
@@ -19,12 +19,16 @@ from msdda_fast.cli.session import (
     ModelOption,
     ObjectiveOption,
     StepsOption,
+    check_prompts,
     load,
     out,
     reported,
 )
 
 __all__ = ["generate"]
+
+#: They are drawn together.
+MOST_IMAGES = 4096
 
 
 def generate(
@@ -40,11 +44,15 @@ def generate(
         ),
     ] = None,
     output: Annotated[
-        Path,
+        str,
         typer.Option(
-            "--output", "-o", help="PNG file; several images get -0, -1, ... before the suffix."
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="Image file, in the format of its suffix; several images get -0, -1, ... "
+            "before it.",
         ),
-    ] = Path("out.png"),
+    ] = "out.png",
     seed: Annotated[
         int | None,
         typer.Option(
@@ -53,7 +61,7 @@ def generate(
         ),
     ] = None,
     num_images: Annotated[
-        int, typer.Option("--num-images", "-n", min=1, help="Number of images.")
+        int, typer.Option("--num-images", "-n", min=1, max=MOST_IMAGES, help="Number of images.")
     ] = 1,
     negative_prompt: Annotated[
         str | None, typer.Option(help="What guidance should steer away from.")
@@ -73,15 +81,26 @@ def generate(
     """
     with reported("no further image was written"):
         from msdda_fast.engine import torchrun
-        from msdda_fast.files import write_atomically
+        from msdda_fast.files import check_files, write_atomically
 
-        weights = dict(parse.pair(text, "--weight", float) for text in weight or []) or None
+        weights = parse.pairs(
+            (parse.pair(text, "--weight", float) for text in weight or []), "--weight"
+        )
+        file, kind = parse.image_file(output, "--output")
+        if seed is not None:
+            parse.seed(seed, count=num_images)
+        files = [file]
+        if num_images > 1:
+            files = [file.with_stem(f"{file.stem}-{index}") for index in range(num_images)]
+        if torchrun.rank() == 0:
+            check_files(*files)
         pipe = load(model, objective, dtype, device)
+        check_prompts(pipe, filter(None, (prompt, negative_prompt)))
         if seed is None:
             seed = torchrun.shared_seed(pipe.parallel)
         images = pipe(
             prompt,
-            weights=weights,
+            weights=weights or None,
             seed=seed,
             num_inference_steps=steps,
             guidance_scale=guidance,
@@ -90,7 +109,6 @@ def generate(
         ).images
         if torchrun.rank() > 0:
             return
-        for index, image in enumerate(images):
-            file = output.with_stem(f"{output.stem}-{index}") if num_images > 1 else output
-            write_atomically(file, partial(image.save, format="PNG"))
-            out.print(f"{file}  [dim]seed {seed + index}[/dim]", highlight=False, soft_wrap=True)
+        for index, (path, image) in enumerate(zip(files, images, strict=True)):
+            write_atomically(path, partial(image.save, format=kind))
+            out.print(f"{path}  ", Text(f"seed {seed + index}", "dim"), sep="", soft_wrap=True)

@@ -3,24 +3,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import errno
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
+from json import JSONDecodeError
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from msdda_fast.cli import values as parse
 
 if TYPE_CHECKING:
     import torch
 
+    from msdda_fast.objective import Objective
     from msdda_fast.pipelines import MSDDAPipeline
 
 SHIPPED = "msdda-fast/emoji"
-out = Console()
-err = Console(stderr=True)
+# what users type is printed as it is: no markup in it, no names of emoji
+out = Console(markup=False, emoji=False, highlight=False)
+err = Console(markup=False, emoji=False, highlight=False, stderr=True)
+#: What fails while it runs, whatever the input: memory, a full disk, a loss that is not finite.
+FAILURES = (ArithmeticError, MemoryError, RuntimeError)
+DISK_ERRORS = (errno.EDQUOT, errno.EIO, errno.ENOSPC)
 
 
 class DType(StrEnum):
@@ -44,7 +53,7 @@ ObjectiveOption = Annotated[
         "ETA is its DDIM stochasticity in [0, 1], by default 1.",
     ),
 ]
-StepsOption = Annotated[int, typer.Option("--steps", help="Denoising steps T.")]
+StepsOption = Annotated[int, typer.Option("--steps", max=1_000_000, help="Denoising steps T.")]
 GuidanceOption = Annotated[
     float | None,
     typer.Option(
@@ -66,20 +75,17 @@ def load(
     """Load the model with the objectives of --objective, or with its own.
 
     Raises:
-        ValueError: --device does not name a device.
-        BackendUnavailable: --device is a GPU, and PyTorch finds none.
+        ValueError: --device does not name a device, or --objective names one twice.
+        BackendUnavailable: --device is not here.
     """
     import torch
 
     from msdda_fast.engine import torchrun
-    from msdda_fast.pipelines import MSDDAPipeline
 
-    chosen = dict(parse.objective(text) for text in objectives or []) or None
-    place = _device(device) if device else torch.device(torchrun.default_device())
-    with err.status(f"Loading {model}"):
-        pipe = MSDDAPipeline.from_pretrained(
-            model, objectives=chosen, dtype=getattr(torch, dtype.value)
-        ).to(place)
+    chosen = parse.pairs(map(parse.objective, objectives or []), "--objective") or None
+    place = torch.device(torchrun.default_device()) if device is None else _device(device)
+    with err.status(Text(f"Loading {model}")):
+        pipe = _pipeline(model, chosen, getattr(torch, dtype.value)).to(place)
         parallel = torchrun.join(place)
     if parallel is not None:
         pipe.enable_parallel(parallel)
@@ -87,25 +93,75 @@ def load(
     return pipe
 
 
+def _pipeline(
+    model: str, objectives: Mapping[str, Objective] | None, dtype: torch.dtype
+) -> MSDDAPipeline:
+    from msdda_fast.errors import MSDDAError
+    from msdda_fast.pipelines import MSDDAPipeline
+
+    try:
+        return MSDDAPipeline.from_pretrained(model, objectives=objectives, dtype=dtype)
+    except MSDDAError:
+        raise
+    except (AttributeError, JSONDecodeError, LookupError, TypeError) as error:
+        # what libraries say of a folder whose files are damaged or do not belong together
+        raise ValueError(
+            f"--model {model} is damaged or incomplete ({type(error).__name__}: {error})"
+        ) from error
+
+
 def _device(name: str) -> torch.device:
     import torch
 
     from msdda_fast.errors import BackendUnavailable
 
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"--device {name!r} must be cpu, cuda, cuda:1, ...") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise BackendUnavailable(f"--device {name}: PyTorch finds no CUDA GPU here; use cpu")
-    return device
+    match = re.fullmatch(r"(cpu)(?::0)?|mps|cuda(?::(\d+))?", name)
+    if match is None:
+        raise ValueError(f"--device {name!r} must be cpu, cuda, cuda:1, ... or mps")
+    if match[1]:
+        return torch.device("cpu")
+    if name == "mps":
+        there, what = int(torch.backends.mps.is_available()), "Apple GPU"
+    else:
+        there, what = torch.cuda.device_count(), "CUDA GPU"
+    if not there:
+        raise BackendUnavailable(f"--device {name}: PyTorch finds no {what} here; use cpu")
+    if int(match[2] or 0) >= there:
+        raise BackendUnavailable(f"--device {name}: the last GPU here is cuda:{there - 1}")
+    return torch.device(name)
+
+
+def check_prompts(pipe: MSDDAPipeline, prompts: Iterable[str]) -> None:
+    """Raise `InvalidRequest` if the text encoder would not read all of a prompt."""
+    from msdda_fast.pipelines.prompt_length import check_text
+
+    for prompt in prompts:
+        shown = f"{prompt[:60]!r}..." if len(prompt) > 60 else f"{prompt!r}"
+        check_text(pipe.tokenizer, prompt, f"the prompt {shown}")
+
+
+def check_request(
+    pipe: MSDDAPipeline, prompts: Iterable[str], steps: int, guidance: float | None
+) -> None:
+    """Check what every image of a run is drawn with, before a folder is bound to it.
+
+    Raises:
+        InvalidRequest: As `check_prompts`.
+        InvalidSchedule: The scheduler has no such number of steps, or --guidance is not >= 1.
+    """
+    from msdda_fast.pipelines.request import objective_guidance
+    from msdda_fast.steps.ddim import ddim_grid
+
+    check_prompts(pipe, prompts)
+    ddim_grid(pipe.scheduler, steps)
+    objective_guidance(pipe.objectives, guidance)
 
 
 @contextmanager
 def reported(interrupted: str) -> Iterator[None]:
-    """Turn bad input into one line and exit code 2, Ctrl-C into a line and 130."""
+    """Turn bad input into a line and exit code 2, a failure into 1, Ctrl-C into 130."""
     from msdda_fast.engine import torchrun
-    from msdda_fast.errors import MSDDAError
+    from msdda_fast.errors import MSDDAError, WriteFailed
     from msdda_fast.pipelines.notices import quieten
 
     rank = torchrun.rank()
@@ -113,14 +169,16 @@ def reported(interrupted: str) -> Iterator[None]:
     try:
         quieten()  # before a command imports what draws
         yield
-    except (MSDDAError, ValueError, OSError) as error:
+    except (MSDDAError, ValueError, OSError, *FAILURES) as error:
         err.quiet = False  # what one rank cannot do, the others cannot tell
         at = f"rank {rank}: " if rank else ""
-        err.print(f"{at}[red]{type(error).__name__}[/red]: ", end="")
-        err.print(" ".join(str(error).split()), markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from None
+        err.print(at, Text(type(error).__name__, "red"), ": ", sep="", end="")
+        err.print(" ".join(str(error).split()), soft_wrap=True)
+        is_input = isinstance(error, (MSDDAError, ValueError, OSError))
+        has_failed = isinstance(error, WriteFailed) or getattr(error, "errno", None) in DISK_ERRORS
+        raise typer.Exit(2 if is_input and not has_failed else 1) from None
     except KeyboardInterrupt:
-        err.print(f"Stopped: {interrupted}.", markup=False, highlight=False, soft_wrap=True)
+        err.print(f"Stopped: {interrupted}.", soft_wrap=True)
         raise typer.Exit(130) from None
     finally:
         torchrun.leave()
@@ -133,6 +191,15 @@ def drawing_progress() -> Iterator[Callable[[int, int], None]]:
     from rich.progress import TimeRemainingColumn as Remaining
 
     columns = (TextColumn("Drawing"), BarColumn(), MofNCompleteColumn(), TextColumn("ETA"))
-    with Progress(*columns, Remaining(), console=err) as bar:
-        task = bar.add_task("Drawing", total=None)
-        yield lambda finished, total: bar.update(task, completed=finished, total=total)
+    bar = Progress(*columns, Remaining(), console=err)
+    task = bar.add_task("Drawing", total=None)
+
+    def show(finished: int, total: int) -> None:
+        bar.start()  # not before, or bad input found late would be more than one line
+        bar.update(task, completed=finished, total=total)
+
+    try:
+        yield show
+    finally:
+        if bar.live.is_started:
+            bar.stop()

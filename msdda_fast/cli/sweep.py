@@ -20,6 +20,7 @@ from msdda_fast.cli.session import (
     ModelOption,
     ObjectiveOption,
     StepsOption,
+    check_request,
     drawing_progress,
     load,
     out,
@@ -84,25 +85,29 @@ def sweep(
     with reported(f"finished cells are in {folder}; run the same command again to continue"):
         from msdda_fast.engine import torchrun
         from msdda_fast.evaluation.sweep import Sweep, run_sweep
+        from msdda_fast.files import check_folder
 
         plan = Sweep(
             prompts=prompt or DEMO_PROMPTS,
             weights=parse.numbers(weights, "--weights", float),
-            seeds=parse.numbers(seeds, "--seeds", int),
+            seeds=[parse.seed(s, "--seeds") for s in parse.numbers(seeds, "--seeds", int)],
             toward=toward,
             num_inference_steps=steps,
             guidance_scale=guidance,
-            rewards=reward or ("aesthetic", "consistency"),
+            rewards=parse.distinct(reward or ("aesthetic", "consistency"), "--reward"),
             batch_size=batch_size,
         )
         there = cluster.Model(model, objective, dtype, "cuda" if ray_gpus else device)
+        if torchrun.rank() == 0:
+            check_folder(folder)
         with cluster.cluster(ray, ray_gpus) as tasks:
             pipe = load(model, objective, dtype, device)
+            check_request(pipe, plan.prompts, steps, guidance)
             elsewhere = tasks(partial(cluster.cells, there, plan))
             with torchrun.own_folder(folder, pipe.parallel) as own, drawing_progress() as progress:
                 result = run_sweep(pipe, plan, own, elsewhere=elsewhere, progress=progress)
         _print_means(plan.columns, result.means)
-        out.print(f"{result.grid}\n{result.rewards}", highlight=False, soft_wrap=True)
+        out.print(f"{result.grid}\n{result.rewards}", soft_wrap=True)
 
 
 def _print_means(columns: list[float | None], means: Any) -> None:  # noqa: ANN401

@@ -5,15 +5,13 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from msdda_fast.cli import values as parse
-from msdda_fast.cli.session import SHIPPED, DeviceOption, ModelOption, err, load, out, reported
-
-if TYPE_CHECKING:
-    from msdda_fast.pipelines import MSDDAPipeline
+from msdda_fast.cli.policy import base, ranked, training_prompts
+from msdda_fast.cli.session import SHIPPED, DeviceOption, ModelOption, err, out, reported
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -140,13 +138,14 @@ def dpok(
         }  # fmt: skip
         chosen = {name: value for name, value in given.items() if value is not None}
         chosen |= {
-            "loops": loops, "eta": eta, "seed": seed, "checkpoint_every": checkpoint_every
+            "loops": loops, "eta": eta, "seed": parse.seed(seed),
+            "checkpoint_every": checkpoint_every,
         }  # fmt: skip
         small = preset is Preset.shipped or (preset is None and model == SHIPPED)
         config = DPOKConfig.shipped(**chosen) if small else DPOKConfig(**chosen)
-        texts = _prompts(prompts, model)
+        texts = training_prompts(prompts, model)
         judge = load_reward(reward)
-        pipe = _base(model, eta, device)
+        pipe = base(model, eta, device, folder, texts)
         if gradient_checkpointing:
             pipe.unet.enable_gradient_checkpointing()
         task = Task(
@@ -225,20 +224,20 @@ def step_dpo(
             raise ValueError("--prompts goes with --reward; --pairs has its own prompts")
         config = StepDPOConfig(
             steps=steps, lr=lr, batch_size=batch_size, beta_dpo=beta, gamma=gamma, eta=eta,
-            min_timestep=min_timestep, seed=seed, checkpoint_every=checkpoint_every,
+            min_timestep=min_timestep, seed=parse.seed(seed), checkpoint_every=checkpoint_every,
         )  # fmt: skip
         shown = not err.quiet
         if pairs is not None:
             rows = read_pairs(pairs)
-            pipe = _base(model, eta, device)
+            pipe = base(model, eta, device, folder, [row.prompt for row in rows])
             data, texts = encode_pairs(
                 rows, encoder(pipe), image_size(pipe), codec_id(pipe),
                 folder / "latents.safetensors", progress=shown,
             )  # fmt: skip
         else:
             assert reward is not None  # one of the two is given
-            texts = _prompts(prompts, model)
-            pipe, data = _ranked(
+            texts = training_prompts(prompts, model)
+            pipe, data = ranked(
                 model, eta, device, reward, texts, seeds_per_prompt, denoising_steps, guidance,
                 folder, shown,
             )  # fmt: skip
@@ -251,49 +250,11 @@ def step_dpo(
         _finish(file, reward or "mine", eta)
 
 
-def _base(model: str, eta: float, device: str | None) -> MSDDAPipeline:
-    """Load the model without its adapters, in float32."""
-    from msdda_fast.cli.session import DType
-
-    return load(model, [f"policy=base:{eta}"], DType.float32, device)
-
-
-def _prompts(file: Path | None, model: str) -> list[str]:
-    """Return the prompts of a file, or the shipped model's own; other models have none."""
-    if file is not None:
-        return parse.prompts(file)
-    if model != SHIPPED:
-        raise ValueError(f"--prompts is needed for {model}: a file with one prompt per line")
-    from msdda_fast.emoji.prompts import alignment_prompts
-
-    return list(alignment_prompts(120))
-
-
-def _ranked(
-    model: str, eta: float, device: str | None, reward: str, texts: list[str], seeds: int,
-    num_steps: int, guidance_scale: float, folder: Path, shown: bool,
-) -> tuple[MSDDAPipeline, Any]:  # fmt: skip
-    from msdda_fast.rewards import load_reward
-    from msdda_fast.training import collect, preference_pairs
-    from msdda_fast.training.codec import sample_fn
-
-    judge = load_reward(reward)
-    pipe = _base(model, eta, device)
-    samples = collect(
-        sample_fn(pipe, num_steps=num_steps, guidance_scale=guidance_scale),
-        {reward: judge}, texts, range(seeds), folder / "samples", progress=shown,
-    )  # fmt: skip
-    ranked = preference_pairs(samples.latents, samples.scores[reward], samples.prompt_index)
-    return pipe, ranked
-
-
 def _announce(what: str, folder: Path) -> None:
-    err.print(f"Training {what}; watch {folder / 'curves.png'}", highlight=False, soft_wrap=True)
+    err.print(f"Training {what}; watch {folder / 'curves.png'}", soft_wrap=True)
 
 
 def _finish(file: Path, name: str, eta: float) -> None:
-    out.print(f"{file}", highlight=False, soft_wrap=True)
-    err.print(
-        f"[dim]Use it: msdda-fast generate ... --objective {name}={file.parent}:{eta:g}[/dim]",
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
+    out.print(f"{file}", soft_wrap=True)
+    use = f"Use it: msdda-fast generate ... --objective {name}={file.parent}:{eta:g}"
+    err.print(use, style="dim", soft_wrap=True)

@@ -13,9 +13,9 @@ from msdda_fast.cli.compare import (
     PartOption,
     RewardOption,
     TowardOption,
-    lines,
     objectives,
     require_packages,
+    reward_names,
     rewards,
 )
 from msdda_fast.cli.session import (
@@ -27,6 +27,7 @@ from msdda_fast.cli.session import (
     ModelOption,
     ObjectiveOption,
     StepsOption,
+    check_request,
     drawing_progress,
     load,
     out,
@@ -66,14 +67,20 @@ def tune(
         from msdda_fast.emoji.prompts import TRAIN_PROMPTS
         from msdda_fast.evaluation.runs import Comparison
         from msdda_fast.evaluation.tuning import tune
+        from msdda_fast.files import check_folder
 
-        texts = lines(prompts) if prompts else list(TRAIN_PROMPTS[::3][:8])
+        texts = parse.prompts(prompts) if prompts else list(TRAIN_PROMPTS[::3][:8])
         chosen_part = parse.part(part)
+        parse.preference(weight, f"--weight must lie in [0, 1], got {weight}")
+        scored_by = reward_names(reward)
+        chosen_seeds = parse.seeds(seeds, "--seeds")
+        check_folder(folder)
         pipe = load(model, objective, dtype, device)
+        check_request(pipe, texts, steps, guidance)
         first, second = objectives(pipe, toward)[:2]
         comparison = Comparison(
             prompts=texts,
-            rewards=rewards([first, second], reward, pipe),
+            rewards=rewards([first, second], scored_by, pipe),
             num_inference_steps=steps,
             guidance_scale=guidance,
         )
@@ -83,11 +90,11 @@ def tune(
                 pipe,
                 comparison,
                 {first: weight, second: round(1 - weight, 10)},
-                parse.seeds(seeds, "--seeds"),
+                chosen_seeds,
                 folder,
                 part=chosen_part,
                 progress=progress,
             )
         for name, score in scores.items():
             out.print(f"{score.mean:+.3f} [{score.low:+.3f}, {score.high:+.3f}]  {name}")
-        out.print(folder / "tuned.json", highlight=False, soft_wrap=True)
+        out.print(folder / "tuned.json", soft_wrap=True)

@@ -3,14 +3,31 @@
 
 from __future__ import annotations
 
+import io
 import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from msdda_fast.objective import Objective
 
-__all__ = ["numbers", "objective", "pair", "part", "prompts", "seeds"]
+__all__ = [
+    "distinct",
+    "image_file",
+    "numbers",
+    "objective",
+    "pair",
+    "pairs",
+    "part",
+    "preference",
+    "prompts",
+    "seed",
+    "seeds",
+]
+
+#: Most seeds that one option may name: more are a slip, such as 0-31 without its hyphen.
+MOST_SEEDS = 100_000
 
 
 def objective(text: str) -> tuple[str, Objective]:
@@ -27,20 +44,27 @@ def objective(text: str) -> tuple[str, Objective]:
 
     form = "NAME=PATH or NAME=PATH:ETA, such as aesthetic=my/lora:0.8"
     name, source = pair(text, "--objective", str, form)
-    match = re.fullmatch(r"(.+?)(?::(-?[0-9.]+))?", source)
+    match = re.fullmatch(r"(.+?)(?::(-?[0-9.]+))?", source, re.DOTALL)
     assert match is not None  # `pair` returns no empty value
-    path, eta = match.groups("1")
+    path, number = match.groups("1")
+    try:
+        eta = float(number)
+    except ValueError:
+        raise ValueError(f"--objective {text!r} must be {form}") from None
     if path == "base":
-        return name, Objective.base(eta=float(eta))
+        return name, Objective.base(eta=eta)
     parts = path.split("/")
     if len(parts) > 2 and all(parts) and parts[0][0] not in ".~" and not Path(path).exists():
         repository, folder = "/".join(parts[:2]), "/".join(parts[2:])
-        return name, Objective(repository, subfolder=folder, eta=float(eta))
-    return name, Objective(path, eta=float(eta))
+        return name, Objective(repository, subfolder=folder, eta=eta)
+    return name, Objective(path, eta=eta)
 
 
 def pair(
-    text: str, option: str, kind: type, form: str = "NAME=VALUE, such as consistency=0.7"
+    text: str,
+    option: str,
+    kind: Callable[[str], Any],
+    form: str = "NAME=VALUE, such as consistency=0.7",
 ) -> tuple[str, Any]:
     """Read NAME=VALUE.
 
@@ -55,11 +79,34 @@ def pair(
     """
     name, equals, value = text.partition("=")
     try:
-        if name and equals and value:
+        if name.strip() and equals and value:
             return name.strip(), kind(value)
     except ValueError:
         pass
     raise ValueError(f"{option} {text!r} must be {form}")
+
+
+def pairs(found: Iterable[tuple[Any, Any]], option: str) -> dict[Any, Any]:
+    """Collect the (name, value) of an option that is given once for each name.
+
+    Raises:
+        ValueError: A name is given twice.
+    """
+    values: dict[Any, Any] = {}
+    for name, value in found:
+        if name in values:
+            raise ValueError(f"{option} names {name!r} twice; give it once")
+        values[name] = value
+    return values
+
+
+def distinct(values: Iterable[str], option: str) -> list[str]:
+    """Return the values of an option that may be repeated, but not with the same value.
+
+    Raises:
+        ValueError: A value is given twice.
+    """
+    return list(pairs(((value, None) for value in values), option))
 
 
 def numbers(text: str, option: str, kind: type) -> list[Any]:
@@ -74,30 +121,60 @@ def numbers(text: str, option: str, kind: type) -> list[Any]:
         raise ValueError(f"{option} {text!r} must be comma-separated numbers") from None
 
 
-def prompts(file: Path) -> list[str]:
-    """Read a text file with one prompt per line; blank lines are ignored.
+def preference(value: str | float, otherwise: str) -> float:
+    """Return a preference weight w.
 
     Raises:
-        FileNotFoundError: The file does not exist.
-        ValueError: It has no prompts, or repeats one; the message names both lines.
+        ValueError: It is no number in [0, 1]; with the message `otherwise`.
     """
+    try:
+        if 0 <= (w := float(value)) <= 1:
+            return w
+    except ValueError:
+        pass
+    raise ValueError(otherwise)
+
+
+def prompts(file: Path) -> list[str]:
+    """Read a UTF-8 text file with one prompt per line; blank lines are ignored.
+
+    Raises:
+        OSError: The file does not exist or cannot be read.
+        ValueError: It is not text, has no prompts, or repeats one; the message names both lines.
+    """
+    try:
+        text = file.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not a text file in UTF-8: {error}") from None
     seen: dict[str, int] = {}
-    for number, line in enumerate(file.read_text("utf-8").splitlines(), start=1):
-        text = line.strip()
-        if text in seen:
-            raise ValueError(f"{file} line {number} repeats line {seen[text]}: {text!r}")
-        if text:
-            seen[text] = number
+    for number, line in enumerate(text.splitlines(), start=1):
+        prompt = line.strip()
+        if prompt in seen:
+            raise ValueError(f"{file} line {number} repeats line {seen[prompt]}: {prompt!r}")
+        if prompt:
+            seen[prompt] = number
     if not seen:
         raise ValueError(f"{file} has no prompts")
     return list(seen)
+
+
+def seed(value: int, option: str = "--seed", count: int = 1) -> int:
+    """Return the first of `count` consecutive seeds.
+
+    Raises:
+        ValueError: One of them has more than 64 bits.
+    """
+    if not -(2**63) <= value <= 2**64 - count:
+        raise ValueError(f"{option} {value}: seeds have 64 bits, from -2^63 to 2^64 - 1")
+    return value
 
 
 def seeds(text: str, option: str) -> list[int]:
     """Read comma-separated integers and ranges of integers, such as 0-31 or 0,1,5.
 
     Raises:
-        ValueError: An item is neither, or a range is empty.
+        ValueError: An item is neither, a range is empty, a seed is named twice or has more than 64
+            bits, or there are more than `MOST_SEEDS`.
     """
     found: list[int] = []
     for item in text.split(","):
@@ -105,8 +182,12 @@ def seeds(text: str, option: str) -> list[int]:
         first, last = (int(end or match[1]) for end in match.groups()) if match else (1, 0)
         if first > last:
             raise ValueError(f"{option} {text!r} must be numbers or ranges, such as 0-31 or 0,1,5")
+        seed(first, option)
+        seed(last, option)
+        if len(found) + last - first >= MOST_SEEDS:
+            raise ValueError(f"{option} {text!r} names more than {MOST_SEEDS} seeds")
         found += range(first, last + 1)
-    return found
+    return list(pairs(((number, None) for number in found), option))
 
 
 def part(text: str) -> tuple[int, int]:
@@ -119,3 +200,24 @@ def part(text: str) -> tuple[int, int]:
     if match is None or int(match[1]) >= int(match[2]):
         raise ValueError(f"--part {text!r} must be I/N with I = 0 to N - 1, such as 0/2")
     return int(match[1]), int(match[2])
+
+
+def image_file(text: str, option: str) -> tuple[Path, str]:
+    """Return a path and Pillow's name of the image format that its suffix stands for.
+
+    Raises:
+        ValueError: The path is a folder, or Pillow writes no images with this suffix.
+    """
+    from PIL import Image
+
+    path = Path(text)
+    if not text or text.endswith("/") or path.is_dir():
+        raise ValueError(f"{option} {text!r} is a folder; name a file in it: {path / 'out.png'}")
+    kind = Image.registered_extensions().get(path.suffix.lower(), "")
+    try:
+        Image.new("RGB", (8, 8)).save(io.BytesIO(), kind)
+    except (KeyError, OSError, ValueError):
+        raise ValueError(
+            f"{option} {text!r} must end in the suffix of an image format, such as .png or .jpg"
+        ) from None
+    return path, kind

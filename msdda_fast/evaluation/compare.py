@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -24,13 +23,15 @@ from msdda_fast.evaluation.runs import (
 from msdda_fast.evaluation.scores import merge_scores, read_scores, scores_file
 from msdda_fast.evaluation.settings import write_json
 from msdda_fast.evaluation.tables import OURS
-from msdda_fast.files import write_atomically
+from msdda_fast.files import read_json, write_atomically
 from msdda_fast.pipelines import MSDDAPipeline
 
 __all__ = ["compare", "report_scores"]
 
 #: Rows of the grids.
 GRID_PROMPTS = 5
+#: What protocol.json holds, for `write_report`.
+PROTOCOL = {"title", "setting", "objectives", "preferences", "reference"}
 
 
 def compare(
@@ -90,11 +91,13 @@ def report_scores(out: Path) -> Path:
 
     Raises:
         FileNotFoundError: One of the two is missing.
-        ValueError: As `read_scores` and `write_report`.
+        ValueError: One is damaged; or as `write_report`.
     """
     if not (out / "protocol.json").is_file():
         raise FileNotFoundError(f"no results of a comparison in {out}: it has no protocol.json")
-    protocol = json.loads((out / "protocol.json").read_text("utf-8"))
+    protocol = read_json(out / "protocol.json", "the protocol of a comparison")
+    if missing := PROTOCOL - protocol.keys():
+        raise ValueError(f"{out / 'protocol.json'} lacks {', '.join(sorted(missing))}")
     return write_report(read_scores(scores_file(out)), out, **protocol)
 
 

@@ -8,7 +8,6 @@ are not used.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
@@ -18,6 +17,7 @@ from msdda_fast.evaluation.runs import Comparison, Entry, collect_scores, run_co
 from msdda_fast.evaluation.scores import write_scores
 from msdda_fast.evaluation.settings import write_json
 from msdda_fast.evaluation.statistics import Interval, arms_of, mean_reward
+from msdda_fast.files import read_json
 from msdda_fast.methods.das import DAS
 from msdda_fast.methods.method import Method
 from msdda_fast.methods.mudm import MUDM
@@ -94,9 +94,9 @@ def load_tuned(file: Path) -> dict[tuple[str, str], Method]:
 
     Raises:
         FileNotFoundError: The file does not exist.
-        ValueError: It names an unknown system or setting.
+        ValueError: It is damaged, or names an unknown system or setting.
     """
-    settings = json.loads(file.read_text("utf-8"))
+    settings = read_json(file, "a file of tuned settings")
     methods: dict[tuple[str, str], Method] = {}
     for name, fields in settings.items():
         if name not in _KINDS:
@@ -104,7 +104,7 @@ def load_tuned(file: Path) -> dict[tuple[str, str], Method]:
         try:
             values = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
             methods[name, "tuned"] = _KINDS[name](**values)
-        except TypeError as error:
+        except (AttributeError, TypeError) as error:
             raise ValueError(f"{file}: {name}: {error}") from error
     return methods
 

@@ -75,7 +75,8 @@ def sample_msdda(
         models: M callables that return the denoised x_0, (B, *S), guided if they want guidance.
         x: (B, *S), the noisy start, latent units: sigma_0 times a standard normal. The state keeps
             its dtype.
-        sigmas: (T + 1,) noise levels, not increasing, in latent units; the last may be 0.
+        sigmas: (T + 1,) noise levels, not increasing, in latent units; the last may be 0. With
+            fewer than two there is no step, and `x` is returned, as by k-diffusion's samplers.
         extra_args: Keyword arguments of every denoiser.
         callback: Called before each step's update with `x`, `i`, `sigma`, `sigma_hat` and
             `denoised`, here sum_i share_i D_i, (B, *S).
@@ -113,6 +114,8 @@ def sample_msdda(
         )
     if (shape := as_host_float64(etas, "etas").shape) != (count,):
         raise InvalidShape(f"etas have shape {tuple(shape)}, expected (M,) = ({count},)")
+    if sigmas.ndim == 1 and len(sigmas) < 2:
+        return x
     table = rule_table(
         ancestral_rule(sigmas, s_noise),
         levels=etas,

@@ -13,12 +13,12 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from msdda_fast import resume
 from msdda_fast.errors import InvalidShape
 from msdda_fast.rewards import Reward
+from msdda_fast.training.checkpoint import load_tensors
 from msdda_fast.training.storage import write_tensors
 
 MANIFEST_NAME = "collection.json"
@@ -177,7 +177,7 @@ def _sample_and_score(
 
 
 def _read(shards: Sequence[Path], rewards: Sequence[str]) -> Collection:
-    parts = [load_file(shard) for shard in shards]
+    parts = [load_tensors(shard) for shard in shards]
 
     def column(name: str) -> Tensor:
         return torch.cat([part[name] for part in parts])

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from typing import Literal
 
 
@@ -42,7 +43,7 @@ class StepDPOConfig:
         for name in ("warmup_steps", "min_timestep"):
             self._require(getattr(self, name) >= 0, name, ">= 0")
         for name in ("lr", "beta_dpo", "grad_clip"):
-            self._require(getattr(self, name) > 0.0, name, "> 0")
+            self._require(0.0 < getattr(self, name) < inf, name, "> 0 and finite")
         self._require(0.0 <= self.gamma <= 1.0, "gamma", "in [0, 1]")
         self._require(0.0 < self.eta <= 1.0, "eta", "in (0, 1]")
         for name in ("prompt_dropout", "ema_decay"):

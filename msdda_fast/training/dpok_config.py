@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from typing import Any, Literal
 
 _COUNTS = (
@@ -92,8 +93,8 @@ class DPOKConfig:
                 is_valid, "trained_steps", f"in [1, num_steps = {self.num_steps}] or None"
             )
         for name in ("lr", "reward_weight", "clip", "grad_clip", "value_lr", "guidance_scale"):
-            self._require(getattr(self, name) > 0.0, name, "> 0")
-        self._require(self.kl_weight >= 0.0, "kl_weight", ">= 0")
+            self._require(0.0 < getattr(self, name) < inf, name, "> 0 and finite")
+        self._require(0.0 <= self.kl_weight < inf, "kl_weight", ">= 0 and finite")
         self._require(0.0 < self.eta <= 1.0, "eta", "in (0, 1]")
         self._require(self.kl in ("eps", "exact"), "kl", "eps or exact")
         self._require(self.advantage in ("value", "prompt"), "advantage", "value or prompt")

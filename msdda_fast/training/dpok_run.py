@@ -23,6 +23,7 @@ from msdda_fast.training.adapter import (
     network_identity,
     restore_lora,
 )
+from msdda_fast.training.checkpoint import load_checkpoint
 from msdda_fast.training.dpok import dpok_loss, kl_term
 from msdda_fast.training.dpok_config import DPOKConfig
 from msdda_fast.training.policy import DDIMPolicy, Transitions, gaussian_log_prob
@@ -223,7 +224,7 @@ class DPOKRun:
             resume.check(self.path.parent, self.identity)
             return 0
         # The generator's state must stay on the CPU; the rest is copied to where it belongs.
-        state = torch.load(self.path, map_location="cpu", weights_only=True)
+        state = load_checkpoint(self.path)
         kept = (self.path, state["identity"], self.identity)
         resume.check(self.path.parent, self.identity, results=[kept])
         if state["loop"] > self.config.loops:

@@ -26,7 +26,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from rich.console import Console
 from rich.progress import track
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from msdda_fast.errors import MSDDAError
@@ -201,10 +201,13 @@ def encode_pairs(
 def _cached(cache: Path, identity: dict[str, str]) -> dict[str, Tensor]:
     if not cache.is_file():
         return {}
-    with safe_open(cache, framework="pt") as file:
-        if file.metadata() != identity:
-            return {}
-        return {key: file.get_tensor(key) for key in file.keys()}
+    try:
+        with safe_open(cache, framework="pt") as file:
+            if file.metadata() != identity:
+                return {}
+            return {key: file.get_tensor(key) for key in file.keys()}
+    except SafetensorError:
+        return {}  # damaged: encoded anew, as what is missing
 
 
 def load_image(path: Path, size: tuple[int, int]) -> Tensor:

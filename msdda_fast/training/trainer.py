@@ -21,6 +21,7 @@ from msdda_fast.training.adapter import (
     restore_lora,
     save_lora,
 )
+from msdda_fast.training.checkpoint import load_checkpoint
 from msdda_fast.training.config import StepDPOConfig
 from msdda_fast.training.curves import LiveCurves
 from msdda_fast.training.log import RunLog
@@ -182,7 +183,7 @@ class _Run:
             resume.check(self.path.parent, self.identity)
             return 0
         # The generator's state must stay on the CPU; the rest is copied to where it belongs.
-        state = torch.load(self.path, map_location="cpu", weights_only=True)
+        state = load_checkpoint(self.path)
         kept = (self.path, state["identity"], self.identity)
         resume.check(self.path.parent, self.identity, results=[kept])
         if state["step"] > self.config.steps:

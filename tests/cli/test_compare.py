@@ -33,10 +33,14 @@ def run(*arguments):
 
 
 def compare_of(folder, *more):
+    prompts = folder.with_name("short.txt")  # the paper's are too long for the tiny text encoder
+    prompts.write_text("a dog\na cat\n")
+    scored = [] if "--reward" in more else ["--reward", "warm=aesthetic"]
     return [
-        "compare", "-o", folder, "--reward", "warm=aesthetic", "--reward", "cool=aesthetic",
+        "compare", "-o", folder, *scored, "--reward", "cool=aesthetic",
         "--weights", "0.5", "--seeds", "0-1", "--search-seeds", "0", "--front", "",
-        "--front-seeds", "0", "--steps", 1, "--guidance", 1, "--no-factor-soup", *more,
+        "--front-seeds", "0", "--steps", 1, "--guidance", 1, "--no-factor-soup", "--prompts",
+        prompts, *more,
     ]  # fmt: skip
 
 
@@ -78,7 +82,7 @@ def test_tune_writes_what_compare_reads(loaded, tmp_path, monkeypatch):
     monkeypatch.setattr(tuning, "candidates", lambda: methods)
     done = run(
         "tune", "-o", tmp_path / "tune", "--reward", "warm=aesthetic", "--reward",
-        "cool=aesthetic", "--steps", 1, "--guidance", 1,
+        "cool=aesthetic", "--steps", 1, "--guidance", 1, "--prompts", _one(tmp_path),
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     assert "RGG norm=none alpha=1.0" in done.output

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import msdda_fast as mf
 from msdda_fast import training
 from msdda_fast.cli import app as cli
-from msdda_fast.cli import train as cli_train
+from msdda_fast.cli import policy as cli_policy
 
 runner = CliRunner()
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -111,7 +111,7 @@ def ranked(tiny, tiny_kl, prompts, tmp_path, monkeypatch):
         base = {"policy": mf.Objective.base(eta=eta)}
         return mf.MSDDAPipeline.from_pipe(models[model].shared(), objectives=base)
 
-    monkeypatch.setattr(cli_train, "load", load)
+    monkeypatch.setattr(cli_policy, "load", load)
     monkeypatch.setattr(training, "add_lora", lambda *_, **__: None)
     trained = []
     monkeypatch.setattr(
@@ -194,7 +194,7 @@ def test_ctrl_c_says_how_to_continue(tiny, prompts, tmp_path, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli_train, "load", interrupted)
+    monkeypatch.setattr(cli_policy, "load", interrupted)
     done = run(*dpok(tiny, prompts, tmp_path / "run"))
     assert done.exit_code == 130 and "run the same command again to continue" in done.stderr
 

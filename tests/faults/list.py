@@ -144,8 +144,8 @@ FAULTS = (
         "files-not-atomic",
         "A file is written where it belongs, so that a failed write destroys the old one.",
         "msdda_fast/files.py",
-        "        write(partial)\n",
-        "        write(path)\n        partial.write_bytes(path.read_bytes())\n",
+        "            _fill(partial, write)\n            os.replace(partial, path)\n",
+        "            _fill(path, write)\n",
         ("tests/test_files.py",),
     ),
     # kernels

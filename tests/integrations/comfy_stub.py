@@ -82,14 +82,15 @@ class ModelPatcher:
 
     load_device = torch.device("cpu")
 
-    def __init__(self, model, lora=0.0):
+    def __init__(self, model, lora=0.0, model_sampling=None):
         self.model, self.lora, self.model_options = model, lora, {"transformer_options": {}}
+        self.object_patches = {"model_sampling": model_sampling or model.model_sampling}
 
-    def clone(self, lora):
-        return ModelPatcher(self.model, lora)
+    def clone(self, lora, model_sampling=None):
+        return ModelPatcher(self.model, lora, model_sampling)
 
     def get_model_object(self, name):
-        return getattr(self.model, name)
+        return self.object_patches.get(name) or getattr(self.model, name)
 
     def pre_run(self):
         self.model.current_patcher = self
@@ -114,6 +115,7 @@ class Manager(ModuleType):
                 cls.loaded.remove(network)
             cls.swaps += network.patched_by not in (None, patcher)
             network.weights, network.patched_by = network.base + patcher.lora, patcher
+            network.model_sampling = patcher.get_model_object("model_sampling")
             cls.loaded = [*cls.loaded, network][-cls.memory :]
 
     @classmethod

@@ -73,6 +73,14 @@ def fuse(patchers, settings=OBJECTIVES, latent: Tensor = EMPTY, sigmas: Tensor =
     return sampler_custom_advanced(SEED, guider, sampler, sigmas, latent, **options)
 
 
+def fuse_only(patchers, latent: Tensor, sigmas: Tensor):
+    """The fused samples of a run without a step, and how often a network was asked."""
+    guider, sampler = guider_node(list(map(objective, OBJECTIVES, patchers)))
+    with torch.inference_mode():
+        output = guider.sample(drawn(), latent, sampler, sigmas, disable_pbar=True, seed=SEED)
+    return output, sum(patcher.model.calls for patcher in patchers)
+
+
 def by_hand(start: Tensor, settings=OBJECTIVES, sigmas: Tensor = SIGMAS) -> Tensor:
     """The same run without ComfyUI, from x at sigma_0 in the network's scale."""
 
@@ -196,6 +204,33 @@ def test_the_guider_and_the_sampler_belong_together(comfy) -> None:
     stock.set_conds([[0.0, {}]], [[0.0, {}]])
     with pytest.raises(mf.InvalidSchedule, match="got a CFGGuider"):
         sampler_custom_advanced(SEED, stock, sampler, SIGMAS, EMPTY)
+
+
+class FarFromTheTop(EPS):
+    """What a ModelSampling node makes of a model for zero terminal SNR."""
+
+    sigma_max = 4518.0
+
+
+@pytest.mark.parametrize("first_is_patched", [False, True])
+def test_the_first_model_scales_the_noise_whichever_was_loaded_last(comfy, first_is_patched):
+    base, other = ModelPatcher(Network()), FarFromTheTop()
+    samplings = [other, None, None] if first_is_patched else [None, None, other]
+    settings = zip(OBJECTIVES, samplings, strict=True)
+    output, _, _ = fuse([base.clone(s[-1], sampling) for s, sampling in settings])
+    sigma = SIGMAS[0]
+    scale = sigma if first_is_patched else (1 + sigma**2).sqrt()
+    expected = by_hand(drawn() * scale) / SD15.scale_factor
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("patchers", [separate, loras])
+def test_one_noise_level_gives_the_noised_latent_back_as_stock_samplers_do(comfy, patchers):
+    latent, sigmas = torch.randn(EMPTY.shape), SIGMAS[2:3]
+    output, calls = fuse_only(patchers(), latent, sigmas)
+    assert calls == 0
+    start = latent * SD15.scale_factor + drawn() * sigmas[0]
+    torch.testing.assert_close(output, start / SD15.scale_factor, rtol=1e-5, atol=1e-5)
 
 
 class Flow(EPS, stub.CONST):

@@ -303,7 +303,7 @@ def test_half_precision_keeps_its_dtype() -> None:
     [
         ({"models": []}, mf.InvalidShape, "0 denoisers"),
         ({"x": torch.zeros(())}, mf.InvalidShape, r"shape \(\)"),
-        ({"sigmas": torch.tensor([1.0])}, mf.InvalidShape, r"\(T \+ 1,\)"),
+        ({"sigmas": torch.ones(2, 2)}, mf.InvalidShape, r"\(T \+ 1,\)"),
         ({"sigmas": torch.tensor([1.0, 2.0])}, mf.InvalidSchedule, "not increase"),
         ({"sigmas": torch.tensor([1.0, 0.0, 0.0])}, mf.InvalidSchedule, "positive but for a last"),
         ({"sigmas": torch.tensor([math.nan, 0.0])}, mf.InvalidSchedule, "finite"),
@@ -329,3 +329,16 @@ def test_bad_input_is_named(changes: dict, error: type[Exception], message: str)
     arguments = {"models": MODELS, "x": start(), "sigmas": SIGMAS, "etas": [1.0, 0.8, 0.5]}
     with pytest.raises(error, match=message):
         sample_msdda(**(arguments | changes), disable=True)
+
+
+@pytest.mark.parametrize("sigmas", [torch.tensor([1.0]), torch.tensor([0.0]), torch.tensor([])])
+def test_without_a_step_the_state_is_returned_and_no_denoiser_is_asked(sigmas: Tensor) -> None:
+    x = start()
+
+    def never(*_: object) -> Tensor:
+        raise AssertionError("asked")
+
+    result = sample_msdda([never] * 3, x, sigmas, etas=[1.0, 0.8, 0.5], callback=never)
+    assert torch.equal(result, start())
+    with pytest.raises(mf.InvalidShape, match="etas have shape"):
+        sample_msdda([never] * 3, x, sigmas, etas=[1.0])

@@ -133,6 +133,13 @@ def test_another_collection_is_refused(tmp_path, text, change, record):
     assert {file: file.read_bytes() for file in tmp_path.iterdir()} == kept
 
 
+def test_a_damaged_shard_is_named(tmp_path):
+    run(tmp_path)
+    (tmp_path / "shard-00001.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"shard-00001\.safetensors is damaged .*; delete it"):
+        run(tmp_path)
+
+
 def test_bad_input_is_named(tmp_path):
     def returning(latents=None, images=None):
         def sample(prompts, seeds):

@@ -251,6 +251,12 @@ def test_fewer_loops_than_made_are_refused_and_what_alters_none_may_change(start
     train(tmp_path / "copy", **FREE)
 
 
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    (tmp_path / "checkpoint.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"checkpoint\.pt is empty or damaged; delete it"):
+        train(tmp_path)
+
+
 def test_first_update_of_a_loop_is_on_policy_and_the_base_model_is_at_no_distance(tmp_path):
     train(tmp_path, network=make_unet(), loops=2, policy_steps=1, buffer_size=12)
     first, second = log_of(tmp_path)
@@ -310,7 +316,7 @@ def test_advantage_of_a_prompt_has_mean_zero_within_it_and_one_scale_over_all():
         ({"loops": 0}, "loops must be >= 1, got 0"),
         ({"eta": 0.0}, r"eta must be in \(0, 1\], got 0.0"),
         ({"eta": 1.5}, r"eta must be in \(0, 1\], got 1.5"),
-        ({"clip": 0.0}, "clip must be > 0, got 0.0"),
+        ({"clip": 0.0}, "clip must be > 0 and finite, got 0.0"),
         ({"kl": "reverse"}, "kl must be eps or exact, got 'reverse'"),
         ({"kl_weight": -1.0}, "kl_weight must be >= 0"),
         ({"advantage": "prompt", "samples_per_prompt": 1}, "samples_per_prompt must be at least 2"),

@@ -120,6 +120,9 @@ def test_each_image_is_encoded_once_and_kept(folder):
         another = Encoder()
         encode(folder, another, **other)
         assert another.count == 3
+    (folder / "out" / "cache.safetensors").write_bytes(b"half")
+    anew, _ = encode(folder, again)
+    assert again.count == 4 and torch.equal(anew.chosen, changed.chosen)
 
 
 def test_images_are_fitted_by_the_shorter_side_and_cropped_around_the_centre(tmp_path):

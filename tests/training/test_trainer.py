@@ -272,6 +272,19 @@ def test_a_run_that_failed_before_its_first_step_leaves_the_folder_to_others(tmp
     train(tmp_path, steps=2)
 
 
+@pytest.mark.parametrize("content", [b"", b"half", None], ids=["empty", "half", "of another"])
+def test_a_damaged_checkpoint_is_named_and_kept(tmp_path, content):
+    file = tmp_path / "checkpoint.pt"
+    if content is None:
+        torch.save({"step": 3}, file)
+    else:
+        file.write_bytes(content)
+    before = file.read_bytes()
+    with pytest.raises(ValueError, match=f"{file} is .*; delete it to start this run again"):
+        train(tmp_path)
+    assert file.read_bytes() == before
+
+
 def test_fewer_steps_than_made_are_refused(tmp_path):
     train(tmp_path, steps=3)
     with pytest.raises(ValueError, match="has done 3 steps; steps = 2 is fewer"):

@@ -74,6 +74,20 @@ class _Branch:
     extra_args: dict[str, Any]
 
 
+class _ScaledByOwn:
+    """A network as one of its patchers has it: with that patcher's model sampling.
+
+    Of the patchers of one network the last that was loaded is in it, whoever asks.
+    """
+
+    def __init__(self, network: Any, patcher: Any) -> None:  # noqa: ANN401 - comfy's
+        self._network = network
+        self.model_sampling = patcher.get_model_object("model_sampling")
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        return getattr(self._network, name)
+
+
 @dataclass(slots=True)
 class _FusedModel:
     """Takes a guider's place in KSAMPLER; the model of branch 0 scales latents and noise.
@@ -88,7 +102,7 @@ class _FusedModel:
 
     @property
     def inner_model(self) -> Any:  # noqa: ANN401 - comfy's BaseModel
-        return self.branches[0].guider.inner_model
+        return _ScaledByOwn(self.branches[0].guider.inner_model, self.model_patcher)
 
     @property
     def model_patcher(self) -> Any:  # noqa: ANN401 - comfy's ModelPatcher
