@@ -39,6 +39,7 @@ from benchmarks.harness import RESULTS, append, interleaved, surroundings
 from benchmarks.serving_cell import Cell
 from msdda_fast.batching.admission import Admission
 from msdda_fast.batching.drawing import BatchDrawer
+from msdda_fast.batching.limits import Limits
 from msdda_fast.emoji.prompts import TEST_PROMPTS
 
 #: Name of a rate, the arm whose capacity it is a fraction of, the fraction.
@@ -73,7 +74,11 @@ def requests(count: int, names: list[str], vectors: int, seed: int) -> list[dict
 def curve(pipe, sizes: list[int], steps: int, seconds: float) -> list[dict]:
     """Measure the time per image of a whole batch, text to pixels, without a server."""
     drawing = BatchDrawer(pipe)
-    admission = Admission(drawing.pipe)
+    limits = Limits.check(
+        max_batch=max(sizes), max_wait_ms=0, queue_limit=max(sizes), client_limit=None,
+        max_pixels=2**22, max_cost=2**30, batch_sizes=None,
+    )  # fmt: skip
+    admission = Admission(drawing.pipe, limits)
 
     def batch(size):
         tickets = [

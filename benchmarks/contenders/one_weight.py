@@ -8,7 +8,6 @@ batch has the oldest request and the next oldest with the same weights, first co
 """
 
 import sys
-from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # when run as a script
@@ -24,14 +23,10 @@ from msdda_fast.cli import app as cli
 class OneWeightQueue(TicketQueue):
     """Hands out batches of equal shape and equal fusion weights."""
 
-    def _first_batch(self) -> list[Ticket]:
-        first = self._tickets[0]
-        alike = (
-            ticket
-            for ticket in self._tickets
-            if ticket.shape == first.shape and torch.equal(ticket.table.share, first.table.share)
+    def _may_share(self, first: Ticket, other: Ticket) -> bool:
+        return super()._may_share(first, other) and torch.equal(
+            other.table.share, first.table.share
         )
-        return [*islice(alike, self._max_batch)]
 
 
 if __name__ == "__main__":

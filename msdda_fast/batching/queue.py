@@ -163,10 +163,13 @@ class TicketQueue:
                 self._changed.wait(None if wait == math.inf else min(wait, threading.TIMEOUT_MAX))
 
     def _next_batch(self) -> list[Ticket]:
-        shape = next(iter(self._lines.values()))[0].shape
-        alike = ([t for t in line if t.shape == shape] for line in self._lines.values())
+        first = next(iter(self._lines.values()))[0]
+        alike = ([t for t in line if self._may_share(first, t)] for line in self._lines.values())
         rounds = chain.from_iterable(zip_longest(*alike))
         return [ticket for ticket in rounds if ticket is not None][: self._max_batch]
+
+    def _may_share(self, first: Ticket, other: Ticket) -> bool:
+        return other.shape == first.shape
 
     def _serve(self, ticket: Ticket) -> None:
         """Take a ticket out; its client's next turn comes after everybody else's."""

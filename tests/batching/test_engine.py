@@ -210,7 +210,7 @@ class TestRefused:
 
     @pytest.mark.parametrize("options", [{"max_pixels": 0}, {"max_cost": 0}, {"max_cost": 9}])
     def test_bounds_that_leave_nothing(self, start, options):
-        with pytest.raises(ValueError, match="max_cost"):
+        with pytest.raises(ValueError, match=next(iter(options))):
             start(**options)
 
     def test_what_is_no_request_and_no_number(self, start):
@@ -286,7 +286,7 @@ class TestRefused:
         ids=str,
     )
     def test_numbers_outside_their_range(self, start, options):
-        with pytest.raises(ValueError, match="must be at least|must be an integer"):
+        with pytest.raises(ValueError, match=r"must be (at least|an integer)"):
             start(**options)
 
     def test_a_pipeline_of_several_processes(self, start, own_pipe):

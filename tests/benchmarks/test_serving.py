@@ -11,6 +11,7 @@ from benchmarks import load, serving, serving_output
 from benchmarks.contenders.one_weight import OneWeightQueue
 from benchmarks.contenders.servers import occupancy
 from msdda_fast.batching.admission import Admission
+from msdda_fast.batching.limits import Limits
 from msdda_fast.batching.queue import TicketQueue
 from msdda_fast.batching.request import ImageRequest
 from tests.tiny_model import pipe, tiny  # noqa: F401 - fixtures
@@ -104,9 +105,13 @@ def test_occupancy_is_of_the_batches_between():
     ("kind", "expected"), [(TicketQueue, [0, 1, 2, 3]), (OneWeightQueue, [0, 2])]
 )
 def test_one_weight_per_batch_takes_the_oldest_and_its_equals(pipe, kind, expected):  # noqa: F811
-    line = kind(max_batch=4, max_wait_s=0, limit=9)
+    limits = Limits.check(
+        max_batch=4, max_wait_ms=0, queue_limit=9, client_limit=9, max_pixels=2**10, max_cost=2**20,
+        batch_sizes=None,
+    )  # fmt: skip
+    line = kind(limits)
     weights = [[0.3, 0.7], [0.5, 0.5], [0.3, 0.7], [0.2, 0.8]]
-    admission = Admission(pipe)
+    admission = Admission(pipe, limits)
     tickets = [
         admission.tickets(ImageRequest("a dog", weights=w, num_inference_steps=2, seed=i))[0]
         for i, w in enumerate(weights)
