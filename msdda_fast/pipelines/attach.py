@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 from msdda_fast.adapters.switching import adapter_names
 from msdda_fast.adapters.variant import AdapterSet
-from msdda_fast.errors import AdapterMismatch, UnknownObjective, UnsupportedNetwork
+from msdda_fast.errors import UnsupportedNetwork
 from msdda_fast.levels import NoiseLevels
 from msdda_fast.objective import Objective
+from msdda_fast.pipelines.adapter_sets import adapter_set, check_loaded, check_objective
 from msdda_fast.pipelines.attach_files import DENOISERS, save_objectives
 from msdda_fast.pipelines.batch import Batch
 from msdda_fast.pipelines.call_levels import call_levels
@@ -39,7 +40,7 @@ from msdda_fast.pipelines.stock_methods import refuse_adapter_methods
 from msdda_fast.pipelines.stock_schedulers import check_scheduler
 from msdda_fast.types import Fusion, WeightSchedule, ZeroVariancePolicy
 
-__all__ = ["WithObjectives", "attach"]
+__all__ = ["WithObjectives", "attach", "attach_as_it_is"]
 
 
 class WithObjectives:
@@ -152,7 +153,9 @@ class WithObjectives:
             weights=_by_step(rows[..., columns]),
             noise=LoopNoise(seeds, None),
         )
-        self._check_adapters(active)
+        loaded = _loaded(self)
+        for name in active:
+            check_loaded(name, self._sets[name], loaded)
         sets = [self._sets[name] for name in active]
         with ExitStack() as stack:
             for name, network in self.components.items():  # type: ignore[attr-defined]
@@ -173,16 +176,6 @@ class WithObjectives:
         if hook is None or hook.network is not network:  # users assign others to a pipeline
             hook = self._hooks[name] = RowHook(name, network)
         return hook
-
-    def _check_adapters(self, active: Mapping[str, Objective]) -> None:
-        loaded = _loaded(self)
-        for name in active:
-            for adapter, _ in self._sets[name]:
-                if adapter not in loaded:
-                    raise AdapterMismatch(
-                        f"objective {name!r}: its adapter {adapter!r} is no longer in the "
-                        f"pipeline; loaded: {', '.join(loaded) or 'none'}"
-                    )
 
 
 def attach(
@@ -218,9 +211,11 @@ def attach(
         objectives = {name: Objective(name) for name in loaded} or {"base": Objective.base()}
     check_names(objectives)
     for name, objective in objectives.items():
-        _check_objective(name, objective)
+        check_objective(name, objective)
     if sets is None:
-        sets = {name: _set(name, objective, loaded) for name, objective in objectives.items()}
+        sets = {
+            name: adapter_set(name, objective, loaded) for name, objective in objectives.items()
+        }
     stock: Any = getattr(pipeline, "stock_class", type(pipeline))
     attached: Any = copy.copy(pipeline)
     attached.__class__ = _attached_class(stock)
@@ -229,34 +224,25 @@ def attach(
     return made
 
 
+def attach_as_it_is(
+    pipeline: DiffusionPipeline, objectives: Mapping[str, Objective] | None, *changes: object
+) -> Any:  # noqa: ANN401 - of the pipeline's class, with objectives
+    """`attach`, where `from_pipe` is asked for changes, too, which are refused.
+
+    Raises:
+        ValueError: There are changes.
+    """
+    if any(changes):
+        raise ValueError(
+            f"{type(pipeline).__name__} gets objectives as it is: give it other components or "
+            "another dtype before"
+        )
+    return attach(pipeline, objectives)
+
+
 def _loaded(pipeline: Any) -> list[str]:  # noqa: ANN401 - a pipeline
     parts = pipeline.components.values()
     return adapter_names(*(part for part in parts if isinstance(part, nn.Module)))
-
-
-def _check_objective(name: str, objective: Objective) -> None:
-    if objective.unet is not None:
-        raise ValueError(
-            f"objective {name!r} is a network of its own, which only Stable Diffusion 1 and 2 can "
-            "have; here objectives are adapters"
-        )
-    if objective.guidance_scale is not None:
-        raise ValueError(
-            f"objective {name!r} has a guidance_scale of its own, but the pipeline's loop guides "
-            "all objectives alike: give guidance_scale in the call"
-        )
-
-
-def _set(name: str, objective: Objective, loaded: Sequence[str]) -> AdapterSet:
-    adapters = tuple(zip(objective.sources, objective.scales, strict=True))
-    for source, _ in adapters:
-        if str(source) not in loaded:
-            raise UnknownObjective(
-                f"objective {name!r}: {str(source)!r} is not an adapter of this pipeline; loaded: "
-                f"{', '.join(loaded) or 'none'}. Load one with load_lora_weights(..., "
-                f"adapter_name={name!r}), or use from_pretrained"
-            )
-    return tuple((str(source), float(scale)) for source, scale in adapters)
 
 
 def _by_step(rows: Tensor) -> WeightSchedule:

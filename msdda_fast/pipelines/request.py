@@ -145,6 +145,12 @@ def objective_etas(
                 f"objective {name!r}: {type(objective.noise).__name__} is noise of flow models, "
                 f"and this pipeline samples with DDIM: give eta instead"
             )
+    for name, objective in objectives.items():
+        if objective.noise is not None:
+            raise InvalidSchedule(
+                f"objective {name!r} was aligned with {objective.noise!r}, noise of flow models; "
+                "Stable Diffusion is sampled with DDIM, whose level is eta"
+            )
     own = [objective.eta for objective in objectives.values()]
     values = _by_name("etas", objectives, etas, own)
     for name, eta in zip(objectives, values, strict=True):

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +32,7 @@ from msdda_fast.pipelines.stable_diffusion.forward import Forward, ForwardSettin
 from msdda_fast.pipelines.stable_diffusion.held_adapters import HeldAdapters
 from msdda_fast.pipelines.stable_diffusion.modes import Mode
 from msdda_fast.pipelines.stable_diffusion.sampling import Networks
+from msdda_fast.pipelines.stable_diffusion.warm_up import warm_up
 
 __all__ = ["MultiObjectivePipeline"]
 
@@ -291,24 +291,4 @@ class MultiObjectivePipeline(AdapterMethods, DiffusionPipeline):  # type: ignore
         Raises:
             InvalidShape, InvalidSchedule, InvalidMode: As in the call.
         """
-
-        def stop(pipe: Self, k: int, t: Tensor, tensors: dict[str, Any]) -> None:
-            pipe._interrupt = True
-
-        with exclusively(self.shared_networks()):
-            shown = getattr(self, "_progress_bar_config", {})
-            self.set_progress_bar_config(disable=True)
-            try:
-                self(
-                    [""] * operator.index(batch_size),
-                    height,
-                    width,
-                    num_inference_steps,
-                    mode=mode,
-                    seed=0,
-                    zero_variance="dominate",
-                    output_type="latent",
-                    callback_on_step_end=stop,
-                )
-            finally:
-                self.set_progress_bar_config(**shown)
+        warm_up(self, batch_size, height, width, num_inference_steps, mode=mode)

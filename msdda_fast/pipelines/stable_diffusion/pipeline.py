@@ -28,7 +28,7 @@ from msdda_fast.adapters.variant import Variant
 from msdda_fast.engine.noise import image_seeds, noise_source
 from msdda_fast.objective import Objective
 from msdda_fast.pipelines import loading, request
-from msdda_fast.pipelines.attach import attach
+from msdda_fast.pipelines.attach import attach_as_it_is
 from msdda_fast.pipelines.dtypes import Dtypes, cast, check_dtypes
 from msdda_fast.pipelines.prompts import Prompts
 from msdda_fast.pipelines.schedulers import ddim_scheduler
@@ -126,13 +126,8 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
             ValueError: Invalid objectives, or a pipeline without Stable Diffusion's modules.
         """
         if type(pipeline) is not StableDiffusionPipeline and not isinstance(pipeline, cls):
-            if components or dtype is not None or torch_dtype is not None:
-                raise ValueError(
-                    f"{type(pipeline).__name__} gets objectives as it is: give it other components "
-                    "or dtypes before"
-                )
-            attached: Any = attach(pipeline, objectives)
-            return attached  # type: ignore[no-any-return]
+            other: Self = attach_as_it_is(pipeline, objectives, components, dtype, torch_dtype)
+            return other
         modules = loading.shared_components(pipeline, components)
         dtype = check_dtypes(dtype, torch_dtype, list(modules))
         pipe = cls(**modules, requires_safety_checker=False)
