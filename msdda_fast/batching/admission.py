@@ -18,7 +18,8 @@ from msdda_fast.batching.request import ImageRequest
 from msdda_fast.batching.ticket import Shape, Ticket
 from msdda_fast.engine.noise import image_seeds
 from msdda_fast.errors import InvalidRequest, MSDDAError
-from msdda_fast.kernels.counter_noise import as_seeds
+from msdda_fast.integers import as_integer
+from msdda_fast.kernels.counter_noise import as_seeds, seed_list
 from msdda_fast.pipelines import request as call
 from msdda_fast.pipelines.stable_diffusion.pipeline import MSDDAPipeline
 from msdda_fast.steps.coefficients import CoefficientTable
@@ -102,7 +103,7 @@ class Admission:
         pipe, steps = self._pipe, request.num_inference_steps
         objectives = pipe.objectives
         with _field("num_inference_steps"):
-            if isinstance(steps, bool) or not isinstance(steps, int):
+            if as_integer(steps) is None:
                 raise InvalidRequest(f"num_inference_steps must be an integer, got {steps!r}")
             ddim_grid(pipe.scheduler, steps)
         with _field("guidance_scale"):
@@ -152,7 +153,7 @@ def _seeds(seed: int | None, count: int) -> list[int]:
         as_seeds([seed], 1, torch.device("cpu"))
     except ValueError as error:
         raise InvalidRequest(str(error)) from None
-    return [seed] if count == 1 else image_seeds(seed, count)
+    return seed_list([seed]) if count == 1 else image_seeds(seed, count)
 
 
 def _previews(steps: Iterable[int], count: int) -> frozenset[int]:
