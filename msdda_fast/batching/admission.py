@@ -20,7 +20,7 @@ from msdda_fast.batching.request import ImageRequest
 from msdda_fast.batching.ticket import Shape, Ticket, described
 from msdda_fast.engine.noise import image_seeds
 from msdda_fast.errors import InvalidRequest, InvalidWeights, MSDDAError
-from msdda_fast.kernels.counter_noise import as_seeds
+from msdda_fast.kernels.counter_noise import as_seeds, seed_list
 from msdda_fast.pipelines import request as call
 from msdda_fast.pipelines.prompt_length import check_text
 from msdda_fast.pipelines.stable_diffusion.pipeline import MSDDAPipeline
@@ -172,7 +172,7 @@ def _seeds(seed: int | None, count: int) -> list[int]:
         as_seeds([seed], 1, torch.device("cpu"))
     except ValueError as error:
         raise InvalidRequest(str(error)) from None
-    return [seed] if count == 1 else image_seeds(seed, count)
+    return seed_list([seed]) if count == 1 else image_seeds(seed, count)
 
 
 def _check_callback(on_step: object) -> None:

@@ -90,6 +90,13 @@ class TestSameImage:
         assert [result.seed for result in results] == [2**64 - 1, 0, 1]
         assert_close(results[1].image, engine.submit(request(seed=0)).result(SOON).image)
 
+    def test_integers_of_numpy_are_integers(self, start):
+        engine = start()
+        same = dict(seed=np.int64(3), num_inference_steps=np.int64(3), height=np.int64(32))
+        results = [engine.submit(request(**fields)).result(SOON) for fields in (same, {"seed": 3})]
+        assert type(results[0].seed) is int and results[0].seed == 3
+        assert torch.equal(results[0].image, results[1].image)
+
     def test_without_a_seed_images_differ_and_say_theirs(self, start):
         engine = start()
         one, other = (engine.submit(request(seed=None)).result(SOON) for _ in range(2))

@@ -114,9 +114,8 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
                 left out when it is the objective's own name. None: the pipeline's objectives whose
                 adapters it still holds and the adapters loaded into it since, else every loaded
                 adapter, all at eta = 1, else the base model.
-            dtype: None: every module keeps its own. Else as in `from_pretrained`; the modules are
-                cast in place, so those of `pipeline` are too, as in diffusers. `torch_dtype` is its
-                older name.
+            dtype, torch_dtype: None: every module keeps its own. Else as in `from_pretrained`;
+                modules are cast in place, so those of `pipeline` are too, as in diffusers.
             components: Modules to use in place of the pipeline's.
 
         Raises:
@@ -224,16 +223,14 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
             InvalidWeights: Weights are off the simplex, or leave no positive precision.
             InvalidSchedule: A number of steps, eta or guidance scale outside its range.
             InvalidShape: A tensor or list of the wrong length or shape.
-            InvalidMode: An unknown mode, or an approximate one in several processes or for networks
-                in float64.
-            AdapterMismatch, UnsupportedNetwork: The objectives cannot run on the networks as they
-                are now, or not in one forward, which approximate modes need; see `networks`.
+            InvalidMode: An unknown mode, or an approximate one in several processes or float64.
+            AdapterMismatch, UnsupportedNetwork: See `networks`.
             PipelineBusy: A callback called the pipeline that calls it. Other threads wait instead.
             ZeroVariance: A prompt mixes eta = 0 with eta > 0 under `zero_variance="error"`.
             NotFinite: Sampling ended in NaN or infinity.
-            ValueError: Prompts that contradict each other; seed and generator together; a component
-                that is None and needed; an argument of stock pipelines that has no meaning here,
-                among them `eta`, at another value than its default there.
+            ValueError: Prompts that contradict each other; seed and generator; a component that is
+                None and needed; an argument of stock pipelines without a meaning here, among them
+                `eta`, at another value than its default there.
         """
         request.refuse(refused)
         request.check_output_type(output_type)
