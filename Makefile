@@ -27,7 +27,7 @@ OLDEST := build/oldest
 test-oldest:
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt setuptools pybind11 ninja torch
-	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt --no-build-isolation \
+	MSDDA_BUILD_CUDA=0 $(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt --no-build-isolation \
 		-e ".[triton,train,eval,serve]" pytest filelock hypothesis httpx2
 	$(OLDEST)/bin/python -m pytest -p no:cacheprovider -o filterwarnings=default \
 		tests/adapters tests/lora tests/steps/test_table.py tests/engine/test_loop.py tests/test_drop_in.py \

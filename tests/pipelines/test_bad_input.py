@@ -99,3 +99,7 @@ def test_a_run_that_ends_in_nan_is_an_error_and_no_picture(tiny):
     alone = quiet(mf.MSDDAPipeline.from_pipe(pipe, unet=broken, objectives={"x": mf.Objective()}))
     with pytest.raises(mf.NotFinite):  # one forward for all objectives
         alone("a red dog", num_inference_steps=2)
+    with mf.Engine(alone) as engine:
+        future = engine.submit(mf.ImageRequest("a red dog", num_inference_steps=2, seed=0))
+        error = future.exception(30)
+    assert isinstance(error, mf.EngineFailed) and isinstance(error.__cause__, mf.NotFinite)
