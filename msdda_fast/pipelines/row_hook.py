@@ -69,10 +69,13 @@ class RowHook:
             switch = stack.enter_context(AdapterSwitch([self.network]))
             if len(sets) == 1 or not any(sets):
                 switch.select_set(sets[0])
+            # without the hook of the pipeline whose callback is calling this one
+            stock = getattr(self.network.forward, "unhooked", self.network.forward)
+            forward = functools.partial(stock)
             if len(sets) > 1:
                 self._check()
-                forward = functools.partial(self._forward, self.network.forward, sets, switch)
-                stack.enter_context(_replaced(self.network, forward))
+                forward = functools.partial(self._forward, stock, sets, switch)
+            stack.enter_context(_replaced(self.network, forward, stock))
             yield
 
     def _check(self) -> None:
@@ -102,6 +105,8 @@ class RowHook:
                 outputs.append(stock(*own_args, **own_kwargs))
             return stacked(outputs)
 
+        if not self._one_by_one and any(value.is_meta for value in self.network.parameters()):
+            self._separate("weights are loaded layer by layer (sequential offloading)")
         if self._one_by_one:
             return one_by_one()
         key = (tuple(map(bool, sets)), call.kind)
@@ -122,6 +127,10 @@ class RowHook:
                 # weak adapters hide rows in another order; others may be loaded in their place
                 (self._verified if tells_apart(reference) else self._for_now).add(key)
                 return output
+        self._separate(reason)
+        return one_by_one()
+
+    def _separate(self, reason: str) -> None:
         self._one_by_one = True
         logger.warning(
             "%s (%s) cannot run all objectives in one forward, they run one after another: %s",
@@ -129,7 +138,6 @@ class RowHook:
             type(self.network).__name__,
             reason,
         )
-        return one_by_one()
 
     def _current(self, sets: Sequence[AdapterSet]) -> GroupedAdapters:
         if self._grouped is None or self._sets != sets or not self._grouped.is_current():
@@ -139,10 +147,14 @@ class RowHook:
 
 
 @contextmanager
-def _replaced(network: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def _replaced(
+    network: nn.Module, forward: Callable[..., Any], unhooked: Callable[..., Any]
+) -> Iterator[None]:
     """Give a network another forward, as offloading does, and its own back afterwards."""
     own = network.__dict__.get("forward")
-    network.__dict__["forward"] = functools.update_wrapper(forward, network.forward)
+    hooked: Any = functools.update_wrapper(forward, unhooked)
+    hooked.unhooked = unhooked
+    network.__dict__["forward"] = hooked
     try:
         yield
     finally:

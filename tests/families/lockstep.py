@@ -37,10 +37,16 @@ class Met:
         return self.stock_step(self.scheduler, **self.arguments)[0]
 
 
-def draw(pipe, call: dict, **more) -> Tensor:
-    """The latents of a call."""
+def generators(seeds: Sequence[int]):
+    """As diffusers takes them: one, or a list."""
+    made = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return made if len(made) > 1 else made[0]
+
+
+def draw(pipe, call: dict, *, seeds: Sequence[int] = (7,), **more) -> Tensor:
+    """The latents of a call, which begins with generators of `seeds` unless `more` says."""
     if "seed" not in more:
-        more.setdefault("generator", torch.Generator().manual_seed(7))
+        more.setdefault("generator", generators(seeds))
     more = {"num_inference_steps": STEPS, "output_type": "latent", "return_dict": False, **more}
     torch.manual_seed(5)
     result = pipe(**copy.deepcopy(call), **more)

@@ -30,10 +30,10 @@ from msdda_fast.objective import Objective
 from msdda_fast.pipelines import loading, request
 from msdda_fast.pipelines.attach import attach_as_it_is
 from msdda_fast.pipelines.dtypes import Dtypes, cast, check_dtypes
+from msdda_fast.pipelines.exclusive import one_at_a_time
 from msdda_fast.pipelines.prompts import Prompts
 from msdda_fast.pipelines.schedulers import ddim_scheduler
 from msdda_fast.pipelines.stable_diffusion.callback import Callback, StepCallback
-from msdda_fast.pipelines.stable_diffusion.exclusive import one_at_a_time
 from msdda_fast.pipelines.stable_diffusion.modes import Mode, check_mode
 from msdda_fast.pipelines.stable_diffusion.multi_objective import MultiObjectivePipeline
 from msdda_fast.pipelines.stable_diffusion.output import MSDDAPipelineOutput
