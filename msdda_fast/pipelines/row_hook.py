@@ -45,6 +45,7 @@ class RowHook:
         self._names = list(inspect.signature(network.forward).parameters)
         self._grouped: GroupedAdapters | None = None
         self._sets: Sequence[AdapterSet] = ()
+        self._is_current = False
         self._verified: set[object] = set()
         self._for_now: set[object] = set()  # until adapters change
         self._one_by_one = False
@@ -73,17 +74,21 @@ class RowHook:
             stock = getattr(self.network.forward, "unhooked", self.network.forward)
             forward = functools.partial(stock)
             if len(sets) > 1:
-                self._check()
+                self._begin()
                 forward = functools.partial(self._forward, stock, sets, switch)
             stack.enter_context(_replaced(self.network, forward, stock))
             yield
 
-    def _check(self) -> None:
+    def _begin(self) -> None:
+        """Prepare for a call of the pipeline, in which adapters do not change."""
+        self._is_current = False
         if getattr(self.network, "is_cache_enabled", False):
             raise UnsupportedNetwork(
                 f"a cache is enabled on {self._name!r}, which would decide for all objectives at "
                 "once; call disable_cache() on it first"
             )
+        if not self._one_by_one and any(value.is_meta for value in self.network.parameters()):
+            self._separate("weights are loaded layer by layer (sequential offloading)")
 
     def _forward(
         self,
@@ -105,8 +110,6 @@ class RowHook:
                 outputs.append(stock(*own_args, **own_kwargs))
             return stacked(outputs)
 
-        if not self._one_by_one and any(value.is_meta for value in self.network.parameters()):
-            self._separate("weights are loaded layer by layer (sequential offloading)")
         if self._one_by_one:
             return one_by_one()
         key = (tuple(map(bool, sets)), call.kind)
@@ -140,10 +143,13 @@ class RowHook:
         )
 
     def _current(self, sets: Sequence[AdapterSet]) -> GroupedAdapters:
-        if self._grouped is None or self._sets != sets or not self._grouped.is_current():
-            self._grouped, self._sets = GroupedAdapters(self.network, sets), sets
+        grouped = self._grouped
+        if grouped is None or self._sets != sets or not (self._is_current or grouped.is_current()):
+            grouped = self._grouped = GroupedAdapters(self.network, sets)
+            self._sets = sets
             self._for_now.clear()
-        return self._grouped
+        self._is_current = True  # for the rest of the call: asking costs as much as a small layer
+        return grouped
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 """Tiny text encoders for the pipelines of the other modules, and a tokenizer for all of them."""
 
 import inspect
+from typing import ClassVar
 
 import torch
 import transformers
@@ -15,6 +16,7 @@ class Tokenizer:
     """Turns each text into ids that depend on it alone."""
 
     model_max_length = 12
+    added_tokens_encoder: ClassVar = {}
 
     def __call__(self, text, max_length=None, **_):
         texts = [text] if isinstance(text, str) else text

@@ -6,6 +6,7 @@ where the last one to come fuses, and all go on with the same state.
 """
 
 import copy
+import functools
 import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -72,9 +73,23 @@ def use(pipe, adapters: Adapters) -> None:
                     layer.set_scale(name, scale)
 
 
-def lockstep(
-    make: Callable[[], tuple[Any, dict]], adapters: Sequence[Adapters], fuse: Fuse, **more
-) -> Tensor:
+Make = Callable[[], tuple[Any, dict]]
+
+
+@functools.cache
+def _made(make: Make, rank: int) -> tuple[Any, dict]:
+    return make()
+
+
+def made(make: Make, rank: int = 0) -> tuple[Any, dict]:
+    """What `make()` gives, with networks that all of this rank share: calls do not change them."""
+    pipe, call = _made(make, rank)
+    pipe = copy.copy(quiet(pipe))
+    pipe.scheduler = copy.deepcopy(pipe.scheduler)
+    return pipe, call
+
+
+def lockstep(make: Make, adapters: Sequence[Adapters], fuse: Fuse, **more) -> Tensor:
     """The latents that `make()`'s pipelines come to together, objective i with `adapters[i]`."""
     count = len(adapters)
     met: list[Met | None] = [None] * count
@@ -98,8 +113,8 @@ def lockstep(
 
     pipes = []
     for rank, own in enumerate(adapters):
-        pipe, call = make()
-        use(quiet(pipe), own)
+        pipe, call = made(make, rank)
+        use(pipe, own)
         pipe.scheduler = meeting(pipe.scheduler, rank)
         pipes.append((pipe, call))
 

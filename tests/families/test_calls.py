@@ -13,6 +13,7 @@ from tests.families import images, xl
 from tests.families.encoders import with_encoders
 from tests.families.lockstep import draw, equal_levels, lockstep, quiet, use
 from tests.families.test_pipelines import W, assert_close, attached
+
 A, B = {"a": 1.0}, {"b": 1.0}
 
 
@@ -216,7 +217,9 @@ class TestCallbacks:
 
             return run
 
-        assert torch.equal(draw(pipe, call, weights=W, callback_on_step_end=nested(other)), alone[0])
+        assert torch.equal(
+            draw(pipe, call, weights=W, callback_on_step_end=nested(other)), alone[0]
+        )
         assert len(inside) == 6
         assert all(torch.equal(got, alone[i % 2]) for i, got in enumerate(inside))
         with pytest.raises(PipelineBusy, match="from_pipe"):

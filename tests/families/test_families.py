@@ -12,7 +12,7 @@ from tests.families.lockstep import (
     equal_levels,
     flow_grpo,
     lockstep,
-    quiet,
+    made,
     unequal_levels,
     use,
 )
@@ -45,19 +45,20 @@ def weights_for(call: dict) -> torch.Tensor:
 
 @every_family
 def test_one_objective_has_the_bits_of_the_stock_pipeline(family: Family):
-    stock, call = family.make()
-    use(quiet(stock), A)
+    stock, call = made(family.make)
+    use(stock, A)
     expected = draw(stock, call)
-    pipe = attach(quiet(family.make()[0]))
+    use(stock, B)
+    pipe = attach(stock)
     assert list(pipe.objectives) == ["a", "b"]
     assert torch.equal(draw(pipe, call, weights={"a": 1, "b": 0}), expected)
 
 
 @every_family
 def test_two_objectives_are_algorithm_1(family: Family, caplog):
-    pipe, call = family.make()
+    pipe, call = made(family.make)
     weights = weights_for(call)
-    got = draw(attach(quiet(pipe)), call, weights=weights)
+    got = draw(attach(pipe), call, weights=weights)
     ours = [record for record in caplog.records if record.name.startswith("msdda_fast")]
     assert not ours  # all objectives ran in one forward
     expected = lockstep(family.make, [A, B], equal_levels(weights))
@@ -75,7 +76,7 @@ def test_two_objectives_are_algorithm_1(family: Family, caplog):
     ],
 )
 def test_unequal_levels_are_algorithm_1(family: Family):
-    pipe, call = family.make()
+    pipe, call = made(family.make)
     weights, batch = weights_for(call), len(call["prompt_embeds"])
     seeds = [3 + 1000 * i for i in range(batch)]
     if family.levels == "flow":
@@ -84,7 +85,7 @@ def test_unequal_levels_are_algorithm_1(family: Family):
     else:
         own = levels = (1.0, 0.6)
         moments = ancestral
-    got = draw(attach(quiet(pipe)), call, weights=weights, levels=levels, seed=seeds)
+    got = draw(attach(pipe), call, weights=weights, levels=levels, seed=seeds)
     fuse = unequal_levels(weights, seeds, moments, own)
     expected = lockstep(family.make, [A, B], fuse, seeds=seeds)
     assert error(got, expected) < CLOSE
@@ -92,9 +93,9 @@ def test_unequal_levels_are_algorithm_1(family: Family):
 
 @every_family
 def test_the_base_and_sets_of_adapters_are_objectives(family: Family):
-    pipe, call = family.make()
+    pipe, call = made(family.make)
     objectives = {"both": mf.Objective(["a", "b"], scale=[0.8, 0.5]), "base": mf.Objective.base()}
     weights = weights_for(call)
-    got = draw(attach(quiet(pipe), objectives), call, weights=weights)
+    got = draw(attach(pipe, objectives), call, weights=weights)
     expected = lockstep(family.make, [BOTH, BASE], equal_levels(weights))
     assert error(got, expected) < CLOSE

@@ -80,7 +80,7 @@ class TestClass:
             attached(dtype=torch.bfloat16)
 
     def test_sources_are_loaded_adapters(self):
-        with pytest.raises(UnknownObjective, match="'c' is not an adapter.*loaded: a, b"):
+        with pytest.raises(UnknownObjective, match=r"'c' is not an adapter.*loaded: a, b"):
             attached(objectives={"x": mf.Objective("c")})
 
     @pytest.mark.parametrize(

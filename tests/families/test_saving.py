@@ -107,7 +107,7 @@ def test_save_and_load(saved):
 
 
 def test_an_adapter_of_another_base_names_its_first_module(saved):
-    pipe, call, folder = saved
+    pipe, _, folder = saved
     file = folder / "a.safetensors"
     options = {"objectives": {"x": mf.Objective(file)}, **absent(pipe)}
     state = load_file(file)
@@ -117,7 +117,9 @@ def test_an_adapter_of_another_base_names_its_first_module(saved):
     module = first.removesuffix(".lora_A.weight").partition(".")[2]
     with pytest.raises(AdapterMismatch, match=rf"'x'.*{module}"):
         mf.MSDDAPipeline.from_pretrained(folder / "base", **options)
-    other = {f"{first.partition('.')[0]}.nowhere.lora_{side}.weight": torch.zeros(2, 2) for side in "AB"}
+    other = {
+        f"{first.partition('.')[0]}.nowhere.lora_{side}.weight": torch.zeros(2, 2) for side in "AB"
+    }
     save_file(other, file)
     with pytest.raises(AdapterMismatch, match=r"'x'.*nowhere"):
         mf.MSDDAPipeline.from_pretrained(folder / "base", **options)
