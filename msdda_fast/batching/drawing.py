@@ -12,6 +12,7 @@ from torch import Tensor
 
 from msdda_fast.batching.ticket import Ticket
 from msdda_fast.engine.noise import noise_source
+from msdda_fast.errors import UnsupportedNetwork
 from msdda_fast.pipelines.prompts import Prompts
 from msdda_fast.pipelines.request import latent_shape
 from msdda_fast.pipelines.stable_diffusion.forward import Runner
@@ -40,9 +41,17 @@ class BatchDrawer:
 
     Attributes:
         pipe: A pipeline over the same modules, with a scheduler of its own.
+
+    Raises:
+        UnsupportedNetwork: A pipeline of another family.
     """
 
     def __init__(self, pipe: MSDDAPipeline) -> None:
+        if not isinstance(pipe, MSDDAPipeline):
+            raise UnsupportedNetwork(
+                f"Engine draws with Stable Diffusion 1 and 2 (MSDDAPipeline) only, got a "
+                f"{type(pipe).__name__}: call that itself"
+            )
         self.pipe = MSDDAPipeline.from_pipe(pipe)
         self.restart()
 

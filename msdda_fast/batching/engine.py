@@ -72,6 +72,7 @@ class Engine:
     Raises:
         ValueError: A number is out of range, or several processes share the pipeline.
         InvalidRequest: `max_pixels` or `max_cost` rule out any image of the model's own size.
+        UnsupportedNetwork: A pipeline of another family than Stable Diffusion 1 and 2.
     """
 
     def __init__(
@@ -96,11 +97,11 @@ class Engine:
             max_cost=max_cost,
             batch_sizes=batch_sizes,
         )
-        if pipe.parallel is not None:
-            raise ValueError("an engine runs in one process: call disable_parallel() first")
         check_output_type(output_type)
         self._sizes = limits.batch_sizes
         drawer = BatchDrawer(pipe)
+        if pipe.parallel is not None:
+            raise ValueError("an engine runs in one process: call disable_parallel() first")
         self._pipe = drawer.pipe
         self._admission = Admission(self._pipe, limits)
         self._queue = TicketQueue(limits)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from msdda_fast.adapters.variant import AdapterSet
 from msdda_fast.errors import AdapterMismatch, UnknownObjective
@@ -30,13 +31,15 @@ def adapter_set(name: str, objective: Objective, loaded: Sequence[str]) -> Adapt
     """Return the adapters that an objective's sources name.
 
     Args:
-        name: Of the objective, for messages.
+        name: Of the objective; also its source, if that is left out and there is such an adapter.
         objective: Its sources are names of adapters.
         loaded: All adapters of the pipeline.
 
     Raises:
         UnknownObjective: A source is none of them.
     """
+    if objective.is_base and name in loaded:
+        objective = replace(objective, source=name)
     for source in objective.sources:
         if str(source) not in loaded:
             raise UnknownObjective(

@@ -304,3 +304,13 @@ def test_names_in_tables_are_printed_as_they_are(capsys):
 def test_the_version():
     done = run("--version")
     assert (done.exit_code, done.stdout) == (0, f"msdda-fast {mf.__version__}\n")
+
+
+def test_a_model_of_another_family_is_named_before_it_is_loaded(tiny, tmp_path):
+    index = json.loads((tiny.folder / "model_index.json").read_text())
+    index["_class_name"] = "StableDiffusion3Pipeline"
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    result = run("generate", "a dog", "--model", tmp_path, "-o", tmp_path / "x.png")
+    assert result.exit_code == 2
+    assert "is a StableDiffusion3Pipeline, and commands draw with Stable" in result.output
+    assert not (tmp_path / "x.png").exists()
