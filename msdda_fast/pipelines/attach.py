@@ -146,7 +146,7 @@ class WithObjectives:
             backend="auto",
         )
         fusing = PipelineFusing(
-            scheduler,
+            _set_to(scheduler, batch.num_steps),
             options,
             count=len(active),
             levels=call_levels(scheduler, active, self._objectives, levels),
@@ -246,10 +246,25 @@ def _loaded(pipeline: Any) -> list[str]:  # noqa: ANN401 - a pipeline
 
 
 def _by_step(rows: Tensor) -> WeightSchedule:
-    """(T, B, M) -> (B, M) where steps agree, else a callable from the step."""
+    """(T, B, M) -> (M,) or (B, M) where steps agree, else a callable from the step to either."""
+    if bool((rows == rows[:, :1]).all()):
+        rows = rows[:, 0]
     if bool((rows == rows[:1]).all()):
         return rows[0]
     return lambda k: rows[k]
+
+
+def _set_to(scheduler: Any, num_steps: int) -> Any:  # noqa: ANN401 - any scheduler of diffusers
+    """A copy with the timesteps of this call, or with none where the pipeline must set them.
+
+    Those of an earlier call must not be judged by the levels of this one.
+    """
+    probe = copy.copy(scheduler)
+    try:
+        probe.set_timesteps(num_steps)
+    except (TypeError, ValueError):  # shifts that depend on the size, for one
+        probe.num_inference_steps, probe.custom_timesteps = None, False
+    return probe
 
 
 @functools.cache
