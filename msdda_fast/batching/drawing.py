@@ -19,7 +19,7 @@ from msdda_fast.pipelines.stable_diffusion.pipeline import MSDDAPipeline
 from msdda_fast.pipelines.stable_diffusion.sampling import PromptedGeneration, Request, sample
 from msdda_fast.steps.coefficients import CoefficientTable
 
-__all__ = ["BatchDrawer", "Watcher"]
+__all__ = ["BatchDrawer", "Watcher", "check_pipe"]
 
 #: `f(step, x_t)` after each step 1..T, with the state (B, C, h, w) if somebody in the batch wants
 #: previews; whether the batch goes on.
@@ -27,6 +27,17 @@ Watcher: TypeAlias = Callable[[int, Tensor | None], bool]
 
 #: Most shapes of batches kept: four sizes, with and without guidance, of eight sizes of image.
 CAPACITY = 64
+
+
+def check_pipe(pipe: MSDDAPipeline) -> None:
+    """Raise `ValueError` unless an engine can run the pipeline."""
+    if not isinstance(pipe, MSDDAPipeline):
+        raise ValueError(
+            f"an engine runs Stable Diffusion 1 and 2, as an MSDDAPipeline; got a "
+            f"{type(pipe).__name__}"
+        )
+    if pipe.parallel is not None:
+        raise ValueError("an engine runs in one process: call disable_parallel() first")
 
 
 class BatchDrawer:

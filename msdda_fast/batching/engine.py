@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Self
 
 from msdda_fast.batching.admission import Admission
-from msdda_fast.batching.drawing import BatchDrawer
+from msdda_fast.batching.drawing import BatchDrawer, check_pipe
 from msdda_fast.batching.limits import Limits, integer
 from msdda_fast.batching.queue import TicketQueue
 from msdda_fast.batching.request import GeneratedImage, ImageRequest
@@ -70,7 +70,8 @@ class Engine:
         output_type: Type of the images, as in the pipeline's call.
 
     Raises:
-        ValueError: A number is out of range, or several processes share the pipeline.
+        ValueError: A number is out of range, the pipeline is of another kind than Stable Diffusion
+            1 and 2, or several processes share it.
         InvalidRequest: `max_pixels` or `max_cost` rule out any image of the model's own size.
     """
 
@@ -96,8 +97,7 @@ class Engine:
             max_cost=max_cost,
             batch_sizes=batch_sizes,
         )
-        if pipe.parallel is not None:
-            raise ValueError("an engine runs in one process: call disable_parallel() first")
+        check_pipe(pipe)
         check_output_type(output_type)
         self._sizes = limits.batch_sizes
         drawer = BatchDrawer(pipe)
