@@ -149,6 +149,10 @@ class TestGraphs:
         with pytest.raises(ValueError, match="must increase up to max_batch=4"):
             start(batch_sizes=sizes)
 
+    def test_a_pipeline_of_another_kind_is_refused(self):
+        with pytest.raises(ValueError, match="runs Stable Diffusion 1 and 2.*got a SimpleNamespace"):
+            mf.Engine(SimpleNamespace(parallel=None))
+
     def test_the_pipeline_stays_as_it_was(self, start, own_pipe):
         before = own_pipe.forward_settings
         start().submit(request(weights=(1, 0))).result(SOON)
