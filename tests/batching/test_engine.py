@@ -150,7 +150,7 @@ class TestGraphs:
             start(batch_sizes=sizes)
 
     def test_a_pipeline_of_another_kind_is_refused(self):
-        with pytest.raises(ValueError, match="runs Stable Diffusion 1 and 2.*got a SimpleNamespace"):
+        with pytest.raises(ValueError, match=r"Stable Diffusion 1 and 2.*got a SimpleNamespace"):
             mf.Engine(SimpleNamespace(parallel=None))
 
     def test_the_pipeline_stays_as_it_was(self, start, own_pipe):
