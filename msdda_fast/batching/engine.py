@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Self
 
 from msdda_fast.batching.admission import Admission
-from msdda_fast.batching.drawing import BatchDrawer
+from msdda_fast.batching.drawing import BatchDrawer, check_pipe
 from msdda_fast.batching.limits import Limits, integer
 from msdda_fast.batching.queue import TicketQueue
 from msdda_fast.batching.request import GeneratedImage, ImageRequest
@@ -70,9 +70,9 @@ class Engine:
         output_type: Type of the images, as in the pipeline's call.
 
     Raises:
-        ValueError: A number is out of range, or several processes share the pipeline.
+        ValueError: A number is out of range, the pipeline is of another kind than Stable Diffusion
+            1 and 2, or several processes share it.
         InvalidRequest: `max_pixels` or `max_cost` rule out any image of the model's own size.
-        UnsupportedNetwork: A pipeline of another family than Stable Diffusion 1 and 2.
     """
 
     def __init__(
@@ -97,11 +97,10 @@ class Engine:
             max_cost=max_cost,
             batch_sizes=batch_sizes,
         )
+        check_pipe(pipe)
         check_output_type(output_type)
         self._sizes = limits.batch_sizes
         drawer = BatchDrawer(pipe)
-        if pipe.parallel is not None:
-            raise ValueError("an engine runs in one process: call disable_parallel() first")
         self._pipe = drawer.pipe
         self._admission = Admission(self._pipe, limits)
         self._queue = TicketQueue(limits)

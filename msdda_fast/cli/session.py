@@ -96,17 +96,11 @@ def load(
 def _pipeline(
     model: str, objectives: Mapping[str, Objective] | None, dtype: torch.dtype
 ) -> MSDDAPipeline:
-    from msdda_fast.errors import MSDDAError, UnsupportedNetwork
+    from msdda_fast.errors import MSDDAError
     from msdda_fast.pipelines import MSDDAPipeline
-    from msdda_fast.pipelines.loading import STABLE_DIFFUSION, plan
 
     try:
-        if (kind := plan(model, objectives, dtype, None, {}).kind) not in STABLE_DIFFUSION:
-            raise UnsupportedNetwork(
-                f"--model {model} is a {kind}, and commands draw with Stable Diffusion 1 and 2 "
-                "only; load it in Python, with MSDDAPipeline.from_pretrained"
-            )
-        return MSDDAPipeline.from_pretrained(model, objectives=objectives, dtype=dtype)
+        pipe = MSDDAPipeline.from_pretrained(model, objectives=objectives, dtype=dtype)
     except MSDDAError:
         raise
     except (AttributeError, JSONDecodeError, LookupError, TypeError) as error:
@@ -114,6 +108,12 @@ def _pipeline(
         raise ValueError(
             f"--model {model} is damaged or incomplete ({type(error).__name__}: {error})"
         ) from error
+    if not isinstance(pipe, MSDDAPipeline):
+        raise ValueError(
+            f"--model {model} is a {type(pipe).__name__}, and the command line runs Stable "
+            "Diffusion 1 and 2 only: use MSDDAPipeline.from_pretrained in Python"
+        )
+    return pipe
 
 
 def _device(name: str) -> torch.device:

@@ -10,8 +10,6 @@ the networks and the scheduler are the stock ones.
 from __future__ import annotations
 
 import copy
-import functools
-import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -36,7 +34,7 @@ from msdda_fast.pipelines.loop_noise import LoopNoise
 from msdda_fast.pipelines.manifest import check_names
 from msdda_fast.pipelines.pipeline_step import PipelineFusing
 from msdda_fast.pipelines.row_hook import RowHook
-from msdda_fast.pipelines.stock_methods import refuse_adapter_methods
+from msdda_fast.pipelines.stock_methods import attached_class
 from msdda_fast.pipelines.stock_schedulers import check_scheduler
 from msdda_fast.types import Fusion, WeightSchedule, ZeroVariancePolicy
 
@@ -92,6 +90,7 @@ class WithObjectives:
         weights: WeightSchedule = None,
         seed: int | Sequence[int] | None = None,
         levels: NoiseLevels | Mapping[str, Any] | None = None,
+        etas: NoiseLevels | Mapping[str, Any] | None = None,
         zero_variance: ZeroVariancePolicy = "error",
         rates: Sequence[float] | None = None,
         extrapolate: bool = False,
@@ -113,6 +112,7 @@ class WithObjectives:
                 gets the seed `seed + i`; a list has one per image. An image then depends on its own
                 seed alone. None: as in the stock pipeline, `generator` or torch's default one.
             levels: Noise levels in place of the objectives' own, in order or by name.
+            etas: The same, by the name that Stable Diffusion's pipeline has for it.
             zero_variance, rates, extrapolate, fusion: See `msdda_fast.coefficient_table`.
 
         Returns: What the stock pipeline returns.
@@ -123,8 +123,11 @@ class WithObjectives:
                 it never called its scheduler's step.
             InvalidSchedule, InvalidShape, InvalidWeights, UnknownObjective, ZeroVariance: As
                 `msdda_fast.coefficient_table`.
-            ValueError: Both `seed` and `generator`.
+            ValueError: Both `seed` and `generator`, or both `levels` and `etas`.
         """
+        if levels is not None and etas is not None:
+            raise ValueError("give levels or etas, not both: they are the same")
+        levels = etas if levels is None else levels
         stock: Any = super().__call__  # type: ignore[misc]
         scheduler: Any = self.scheduler  # type: ignore[attr-defined]
         batch = Batch.of(stock, args, kwargs)
@@ -146,7 +149,7 @@ class WithObjectives:
             backend="auto",
         )
         fusing = PipelineFusing(
-            scheduler,
+            _set_to(scheduler, batch.num_steps),
             options,
             count=len(active),
             levels=call_levels(scheduler, active, self._objectives, levels),
@@ -219,7 +222,7 @@ def attach(
         }
     stock: Any = getattr(pipeline, "stock_class", type(pipeline))
     attached: Any = copy.copy(pipeline)
-    attached.__class__ = _attached_class(stock)
+    attached.__class__ = attached_class(WithObjectives, stock)
     attached._objectives, attached._sets, attached._hooks = dict(objectives), dict(sets), {}
     made: WithObjectives = attached
     return made
@@ -247,35 +250,22 @@ def _loaded(pipeline: Any) -> list[str]:  # noqa: ANN401 - a pipeline
 
 
 def _by_step(rows: Tensor) -> WeightSchedule:
-    """(T, B, M) -> (B, M) where steps agree, else a callable from the step."""
+    """(T, B, M) -> (M,) or (B, M) where steps agree, else a callable from the step to either."""
+    if bool((rows == rows[:, :1]).all()):
+        rows = rows[:, 0]
     if bool((rows == rows[:1]).all()):
         return rows[0]
     return lambda k: rows[k]
 
 
-@functools.cache
-def _attached_class(stock: type[DiffusionPipeline]) -> type[WithObjectives]:
-    """Return a subclass of `stock` with objectives; it has the name that an index would give."""
+def _set_to(scheduler: Any, num_steps: int) -> Any:  # noqa: ANN401 - any scheduler of diffusers
+    """A copy with the timesteps of this call, or with none where the pipeline must set them.
 
-    own = inspect.signature(WithObjectives.__call__).parameters.values()
-    signature = inspect.signature(stock.__call__)
-    together = [
-        *signature.parameters.values(),
-        *(parameter for parameter in own if parameter.kind is parameter.KEYWORD_ONLY),
-    ]
-    together.sort(key=lambda parameter: parameter.kind)  # **kwargs last, if stock has them
-
-    @functools.wraps(WithObjectives.__call__)
-    def call(self: WithObjectives, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as stock
-        return WithObjectives.__call__(self, *args, **kwargs)
-
-    call.__signature__ = signature.replace(parameters=together)  # type: ignore[attr-defined]
-    members = {
-        "__module__": stock.__module__,
-        "__qualname__": stock.__qualname__,
-        "__doc__": stock.__doc__,
-        "__call__": call,
-        "stock_class": stock,
-        **refuse_adapter_methods(stock),
-    }
-    return type(stock.__name__, (WithObjectives, stock), members)
+    Those of an earlier call must not be judged by the levels of this one.
+    """
+    probe = copy.copy(scheduler)
+    try:
+        probe.set_timesteps(num_steps)
+    except (TypeError, ValueError):  # shifts that depend on the size, for one
+        probe.num_inference_steps, probe.custom_timesteps = None, False
+    return probe

@@ -3,6 +3,7 @@
 
 import asyncio
 import itertools
+import re
 import threading
 import time
 from concurrent.futures import CancelledError, as_completed
@@ -148,6 +149,10 @@ class TestGraphs:
         with pytest.raises(ValueError, match="must increase up to max_batch=4"):
             start(batch_sizes=sizes)
 
+    def test_a_pipeline_of_another_kind_is_refused(self):
+        with pytest.raises(ValueError, match=r"Stable Diffusion 1 and 2.*got a SimpleNamespace"):
+            mf.Engine(SimpleNamespace(parallel=None))
+
     def test_the_pipeline_stays_as_it_was(self, start, own_pipe):
         before = own_pipe.forward_settings
         start().submit(request(weights=(1, 0))).result(SOON)
@@ -189,7 +194,7 @@ class TestRefused:
             ({"weights": object()}, mf.InvalidWeights, "weights"),
             ({"guidance_scale": "much"}, mf.MSDDAError, "guidance_scale"),
         ],
-        ids=str,
+        ids=lambda value: re.sub(r" at 0x\w+", "", str(value)),  # the same in every worker
     )
     def test_bad_requests_by_field_before_they_stand_in_line(self, start, fields, error, field):
         engine = start()

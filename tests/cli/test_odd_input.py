@@ -306,11 +306,11 @@ def test_the_version():
     assert (done.exit_code, done.stdout) == (0, f"msdda-fast {mf.__version__}\n")
 
 
-def test_a_model_of_another_family_is_named_before_it_is_loaded(tiny, tmp_path):
-    index = json.loads((tiny.folder / "model_index.json").read_text())
-    index["_class_name"] = "StableDiffusion3Pipeline"
-    (tmp_path / "model_index.json").write_text(json.dumps(index))
-    result = run("generate", "a dog", "--model", tmp_path, "-o", tmp_path / "x.png")
-    assert result.exit_code == 2
-    assert "is a StableDiffusion3Pipeline, and commands draw with Stable" in result.output
-    assert not (tmp_path / "x.png").exists()
+def test_a_family_that_commands_do_not_run_is_named(monkeypatch, tmp_path):
+    class StableDiffusion3Pipeline:
+        """What `from_pretrained` gives for a folder of that class."""
+
+    made = StableDiffusion3Pipeline()
+    monkeypatch.setattr(mf.MSDDAPipeline, "from_pretrained", lambda *_, **__: made)
+    done = run("generate", "a dog", "--model", tmp_path, "-o", tmp_path / "x.png")
+    assert_refused(done, "is a StableDiffusion3Pipeline, and the command line runs Stable")

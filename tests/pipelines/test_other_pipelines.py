@@ -47,9 +47,3 @@ def test_a_set_is_saved_as_one_adapter_and_a_scale_as_it_is(stock, tmp_path):
         expected = draw(pipe, weights=weights)
         error = (draw(loaded, weights=weights) - expected).abs().max()
         assert error < 2e-5 * expected.abs().max()  # the factors of a set are summed at once
-
-
-def test_an_engine_names_a_pipeline_that_it_cannot_draw_with(stock):
-    for pipe in (stock, mf.MSDDAPipeline.from_pipe(stock)):
-        with pytest.raises(mf.UnsupportedNetwork, match="got a StableDiffusionImg2ImgPipeline"):
-            mf.Engine(pipe)
