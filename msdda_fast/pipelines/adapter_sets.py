@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from msdda_fast.adapters.variant import AdapterSet
 from msdda_fast.errors import AdapterMismatch, UnknownObjective
@@ -31,15 +30,13 @@ def adapter_set(name: str, objective: Objective, loaded: Sequence[str]) -> Adapt
     """Return the adapters that an objective's sources name.
 
     Args:
-        name: Of the objective; also its source, if that is left out and there is such an adapter.
+        name: Of the objective, for messages.
         objective: Its sources are names of adapters.
         loaded: All adapters of the pipeline.
 
     Raises:
         UnknownObjective: A source is none of them.
     """
-    if objective.is_base and name in loaded:
-        objective = replace(objective, source=name)
     for source in objective.sources:
         if str(source) not in loaded:
             raise UnknownObjective(

@@ -190,9 +190,8 @@ def attach(
 
     Args:
         pipeline: Any loaded pipeline of diffusers; it is not changed, and stays usable.
-        objectives: By name, in order; a source is the name of a loaded adapter, and may be left out
-            when it is the objective's own name. None: those that the pipeline has, else every
-            loaded adapter, else the base model.
+        objectives: By name, in order; a source is the name of a loaded adapter. None: those that
+            the pipeline has, else every loaded adapter, else the base model.
         sets: The adapters of each objective, whose sources then are files.
 
     Raises:

@@ -140,9 +140,8 @@ def dump_objectives(objectives: Mapping[str, Objective], places: Mapping[str, st
             entry["unet" if objective.unet is not None else "source"] = places[name]
         if objective.noise is not None:
             entry["noise"] = noise_to_json(objective.noise)
-        scales = objective.scales or (objective.scale,)
-        if len(scales) == 1 and scales[0] != 1.0:  # several were scaled when they became one
-            entry["scale"] = scales[0]
+        if objective.scale != 1.0:
+            entry["scale"] = objective.scale
         if objective.guidance_scale is not None:
             entry["guidance_scale"] = objective.guidance_scale
         entries[name] = entry
