@@ -25,9 +25,10 @@ from msdda_fast.errors import UnsupportedNetwork
 from msdda_fast.levels import NoiseLevels
 from msdda_fast.objective import Objective
 from msdda_fast.pipelines.adapter_sets import adapter_set, check_loaded, check_objective
-from msdda_fast.pipelines.attach_files import DENOISERS, save_objectives
+from msdda_fast.pipelines.attach_files import DENOISERS, networks_of, save_objectives
 from msdda_fast.pipelines.batch import Batch
 from msdda_fast.pipelines.call_levels import call_levels
+from msdda_fast.pipelines.exclusive import one_at_a_time
 from msdda_fast.pipelines.fused_scheduler import with_fusing
 from msdda_fast.pipelines.fusing import FusingOptions
 from msdda_fast.pipelines.loop_noise import LoopNoise
@@ -48,6 +49,7 @@ class WithObjectives:
     _objectives: dict[str, Objective]
     _sets: dict[str, AdapterSet]
     _hooks: dict[str, RowHook]
+    _is_called = False
 
     @property
     def objectives(self) -> dict[str, Objective]:
@@ -83,7 +85,12 @@ class WithObjectives:
             del stock.__dict__[name]
         return stock
 
+    def shared_networks(self) -> list[nn.Module]:
+        """The networks that a call hooks; threads that use one of them wait for each other."""
+        return list(networks_of(self).values())
+
     @torch.no_grad()
+    @one_at_a_time
     def __call__(
         self,
         *args: Any,  # noqa: ANN401 - the stock pipeline's own
@@ -119,6 +126,7 @@ class WithObjectives:
 
         Raises:
             AdapterMismatch: An objective's adapter has been deleted, or fused into the weights.
+            PipelineBusy: A callback called the pipeline that calls it. Other threads wait instead.
             UnsupportedNetwork: The pipeline reads predictions on the host, a cache is enabled, or
                 it never called its scheduler's step.
             InvalidSchedule, InvalidShape, InvalidWeights, UnknownObjective, ZeroVariance: As
@@ -161,9 +169,8 @@ class WithObjectives:
             check_loaded(name, self._sets[name], loaded)
         sets = [self._sets[name] for name in active]
         with ExitStack() as stack:
-            for name, network in self.components.items():  # type: ignore[attr-defined]
-                if isinstance(network, nn.Module):
-                    stack.enter_context(self._hook(name, network).hooked(sets))
+            for name, network in networks_of(self).items():
+                stack.enter_context(self._hook(name, network).hooked(sets))
             # past `DiffusionPipeline.__setattr__`, which would note the change in the config
             self.__dict__["scheduler"] = with_fusing(scheduler, fusing)
             stack.callback(self.__dict__.__setitem__, "scheduler", scheduler)
@@ -244,8 +251,7 @@ def attach_as_it_is(
 
 
 def _loaded(pipeline: Any) -> list[str]:  # noqa: ANN401 - a pipeline
-    parts = pipeline.components.values()
-    return adapter_names(*(part for part in parts if isinstance(part, nn.Module)))
+    return adapter_names(*networks_of(pipeline).values())
 
 
 def _by_step(rows: Tensor) -> WeightSchedule:

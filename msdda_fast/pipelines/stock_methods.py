@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The class of a stock pipeline with objectives: its name, its signature, what it refuses to do."""
+"""The class of a stock pipeline with objectives: stock but for its call and for adapter methods."""
 
 from __future__ import annotations
 
@@ -27,14 +27,12 @@ _INSTEAD = {
 
 
 @functools.cache
-def attached_class(mixin: type, stock: type) -> type:
-    """Return a subclass of `stock` with `mixin` before it, under the name an index would give.
-
-    Adapter methods of stock pipelines raise: objectives choose the adapters.
+def attached_class(mixin: Any, stock: Any) -> Any:  # noqa: ANN401 - classes
+    """Return a class of both with the name of `stock`, which is what an index of it would give.
 
     Args:
-        mixin: Has the call, with keyword arguments of its own.
-        stock: The class of a pipeline.
+        mixin: Its call takes the arguments of the stock call and keywords of its own.
+        stock: Of a pipeline of diffusers.
     """
     own = inspect.signature(mixin.__call__).parameters.values()
     signature = inspect.signature(stock.__call__)
@@ -48,16 +46,21 @@ def attached_class(mixin: type, stock: type) -> type:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as stock
         return mixin.__call__(self, *args, **kwargs)
 
-    call.__signature__ = signature.replace(parameters=together)  # type: ignore[attr-defined]
+    call.__signature__ = signature.replace(parameters=together)
     members = {
         "__module__": stock.__module__,
         "__qualname__": stock.__qualname__,
         "__doc__": stock.__doc__,
         "__call__": call,
         "stock_class": stock,
-        **{name: _refusing(name) for name in _INSTEAD if hasattr(stock, name)},
+        **_refuse_adapter_methods(stock),
     }
     return type(stock.__name__, (mixin, stock), members)
+
+
+def _refuse_adapter_methods(stock: type) -> dict[str, Any]:
+    """Return a method that raises for each of these that the stock class has."""
+    return {name: _refusing(name) for name in _INSTEAD if hasattr(stock, name)}
 
 
 def _refusing(name: str) -> Any:  # noqa: ANN401 - a method

@@ -198,7 +198,7 @@ def test_a_damaged_model_is_named(tmp_path, text):
     folder.mkdir(parents=True)
     (folder / "model_index.json").write_text(text)
     done = run("generate", "a dog", "-m", folder, "-o", tmp_path / "x.png")
-    assert_refused(done, f"--model {folder} is damaged or incomplete")
+    assert_refused(done, f"{folder / 'model_index.json'} ")
 
 
 def test_an_objective_given_twice_is_named_before_its_file_is_read(tmp_path):

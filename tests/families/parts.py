@@ -24,9 +24,9 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def pixels(batch: int, size: int, low: float = 0.0) -> Tensor:
-    """An image in [low, 1]."""
-    return normal(batch, 3, size, size, seed=9).clamp(low, 1)
+def pixels(batch: int, size: int) -> Tensor:
+    """An image in [0, 1]."""
+    return normal(batch, 3, size, size, seed=9).clamp(0, 1)
 
 
 def seeded(make, *args, **kwargs):
@@ -63,6 +63,7 @@ def image_vae() -> nn.Module:
         block_out_channels=[32, 64],
         sample_size=128,
         latent_channels=4,
+        shift_factor=0.06,
         down_block_types=["DownEncoderBlock2D"] * 2,
         up_block_types=["UpDecoderBlock2D"] * 2,
     )
