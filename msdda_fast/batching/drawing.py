@@ -12,6 +12,7 @@ from torch import Tensor
 
 from msdda_fast.batching.ticket import Ticket
 from msdda_fast.engine.noise import noise_source
+from msdda_fast.errors import UnsupportedNetwork
 from msdda_fast.pipelines.prompts import Prompts
 from msdda_fast.pipelines.request import latent_shape
 from msdda_fast.pipelines.stable_diffusion.forward import Runner
@@ -19,7 +20,7 @@ from msdda_fast.pipelines.stable_diffusion.pipeline import MSDDAPipeline
 from msdda_fast.pipelines.stable_diffusion.sampling import PromptedGeneration, Request, sample
 from msdda_fast.steps.coefficients import CoefficientTable
 
-__all__ = ["BatchDrawer", "Watcher", "check_pipe"]
+__all__ = ["BatchDrawer", "Watcher"]
 
 #: `f(step, x_t)` after each step 1..T, with the state (B, C, h, w) if somebody in the batch wants
 #: previews; whether the batch goes on.
@@ -27,17 +28,6 @@ Watcher: TypeAlias = Callable[[int, Tensor | None], bool]
 
 #: Most shapes of batches kept: four sizes, with and without guidance, of eight sizes of image.
 CAPACITY = 64
-
-
-def check_pipe(pipe: MSDDAPipeline) -> None:
-    """Raise `ValueError` unless an engine can run the pipeline."""
-    if not isinstance(pipe, MSDDAPipeline):
-        raise ValueError(
-            f"an engine runs Stable Diffusion 1 and 2, as an MSDDAPipeline; got a "
-            f"{type(pipe).__name__}"
-        )
-    if pipe.parallel is not None:
-        raise ValueError("an engine runs in one process: call disable_parallel() first")
 
 
 class BatchDrawer:
@@ -49,11 +39,22 @@ class BatchDrawer:
     Args:
         pipe: Not changed.
 
+    Raises:
+        UnsupportedNetwork: The pipeline is of another kind.
+        ValueError: Several processes share it.
+
     Attributes:
         pipe: A pipeline over the same modules, with a scheduler of its own.
     """
 
     def __init__(self, pipe: MSDDAPipeline) -> None:
+        if not isinstance(pipe, MSDDAPipeline):
+            raise UnsupportedNetwork(
+                f"an engine draws with an MSDDAPipeline of Stable Diffusion 1 or 2, got "
+                f"{type(pipe).__name__}"
+            )
+        if pipe.parallel is not None:
+            raise ValueError("an engine runs in one process: call disable_parallel() first")
         self.pipe = MSDDAPipeline.from_pipe(pipe)
         self.restart()
 

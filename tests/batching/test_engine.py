@@ -17,6 +17,7 @@ import torch
 import msdda_fast as mf
 from msdda_fast.batching.drawing import BatchDrawer
 from msdda_fast.engine import graph
+from msdda_fast.errors import UnsupportedNetwork
 from msdda_fast.pipelines.stable_diffusion.captured import CapturedSampler
 from tests.batching.conftest import SOON, Plug, assert_close, request, together
 from tests.engine.small_world import TracedGraphs
@@ -148,10 +149,6 @@ class TestGraphs:
     def test_odd_sizes_are_refused(self, start, sizes):
         with pytest.raises(ValueError, match="must increase up to max_batch=4"):
             start(batch_sizes=sizes)
-
-    def test_a_pipeline_of_another_kind_is_refused(self):
-        with pytest.raises(ValueError, match=r"Stable Diffusion 1 and 2.*got a SimpleNamespace"):
-            mf.Engine(SimpleNamespace(parallel=None))
 
     def test_the_pipeline_stays_as_it_was(self, start, own_pipe):
         before = own_pipe.forward_settings
@@ -294,12 +291,22 @@ class TestRefused:
 
     @pytest.mark.parametrize(
         "options",
-        [{"max_batch": 0}, {"queue_limit": 0}, {"max_wait_ms": -1}, {"max_batch": 0.5}],
+        [
+            {"max_batch": 0}, {"queue_limit": 0}, {"max_batch": 0.5}, {"max_wait_ms": -1},
+            {"max_wait_ms": "20"}, {"max_wait_ms": None}, {"max_wait_ms": float("inf")},
+            {"batch_sizes": 4}, {"batch_sizes": "4"}, {"batch_sizes": ["4"]},
+        ],
         ids=str,
-    )
+    )  # fmt: skip
     def test_numbers_outside_their_range(self, start, options):
-        with pytest.raises(ValueError, match=r"must be (at least|an integer)"):
+        (name,) = options
+        with pytest.raises(ValueError, match=rf"{name} must be (at least|an integer|a list)"):
             start(**options)
+
+    @pytest.mark.parametrize("what", [None, "a model", torch.nn.Linear(1, 1)], ids=repr)
+    def test_what_is_no_pipeline(self, start, what):
+        with pytest.raises(UnsupportedNetwork, match=f"got {type(what).__name__}"):
+            start(what)
 
     def test_a_pipeline_of_several_processes(self, start, own_pipe):
         pipe = quiet(mf.MSDDAPipeline.from_pipe(own_pipe))
