@@ -27,6 +27,7 @@ from msdda_fast.objective import Objective
 from msdda_fast.pipelines.adapter_sets import adapter_set, check_loaded, check_objective
 from msdda_fast.pipelines.attach_files import DENOISERS, networks_of, save_objectives
 from msdda_fast.pipelines.batch import Batch
+from msdda_fast.pipelines.call_arguments import check_arguments
 from msdda_fast.pipelines.call_levels import call_levels
 from msdda_fast.pipelines.exclusive import one_at_a_time
 from msdda_fast.pipelines.fused_scheduler import with_fusing
@@ -131,7 +132,7 @@ class WithObjectives:
                 it never called its scheduler's step.
             InvalidSchedule, InvalidShape, InvalidWeights, UnknownObjective, ZeroVariance: As
                 `msdda_fast.coefficient_table`.
-            ValueError: Both `seed` and `generator`, or both `levels` and `etas`.
+            ValueError: Both `seed` and `generator`, both `levels` and `etas`, or a scale for adapters.
         """
         if levels is not None and etas is not None:
             raise ValueError("give levels or etas, not both: they are the same")
@@ -148,6 +149,8 @@ class WithObjectives:
         columns = [m for m, name in enumerate(self._objectives) if name in active]
         seeds, kwargs = batch.seeded(seed, kwargs)
         check_scheduler(scheduler, steered=seeds is not None)
+        own_levels = call_levels(scheduler, active, self._objectives, levels)
+        check_arguments(batch.given, own_levels)
         options = FusingOptions(
             fusion=fusion,
             zero_variance=zero_variance,
@@ -160,7 +163,7 @@ class WithObjectives:
             _set_to(scheduler, batch.num_steps),
             options,
             count=len(active),
-            levels=call_levels(scheduler, active, self._objectives, levels),
+            levels=own_levels,
             weights=_by_step(rows[..., columns]),
             noise=LoopNoise(seeds, None),
         )

@@ -31,12 +31,14 @@ class Batch:
         copies: Images of each prompt, consecutive.
         num_steps: T, an upper bound: image-to-image skips the first steps.
         takes_generator: Whether the pipeline has a `generator` argument.
+        given: All arguments of the call by name, defaults included.
     """
 
     prompts: int
     copies: int
     num_steps: int
     takes_generator: bool
+    given: Mapping[str, Any]
 
     @classmethod
     def of(cls, stock: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Batch:
@@ -59,7 +61,7 @@ class Batch:
             if given.get(name) is not None:
                 steps = len(given[name])
         copies = next((given[name] for name in _COPIES if given.get(name) is not None), 1)
-        return cls(prompts, copies, steps, "generator" in signature.parameters)
+        return cls(prompts, copies, steps, "generator" in signature.parameters, given)
 
     @property
     def images(self) -> int:

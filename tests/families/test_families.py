@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every family against Algorithm 1 run by unmodified stock pipelines in lockstep."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -23,12 +25,23 @@ CLOSE = 5e-6
 A, B, BASE = {"a": 1.0}, {"b": 1.0}, {}
 BOTH = {"a": 0.8, "b": 0.5}
 
-every_family = pytest.mark.parametrize(
-    "family",
-    [
-        pytest.param(family, id=name, marks=() if family.mechanism else pytest.mark.full)
-        for name, family in FAMILIES.items()
-    ],
+
+def families(quick: Callable[[str, Family], bool], chosen=FAMILIES):
+    """A test of each; `make test` runs those that are `quick`."""
+    return pytest.mark.parametrize(
+        "family",
+        [
+            pytest.param(family, id=name, marks=() if quick(name, family) else pytest.mark.full)
+            for name, family in chosen.items()
+        ],
+    )
+
+
+one_per_mechanism = families(lambda _, family: bool(family.mechanism))
+three = families(lambda name, _: name in ("SD3", "FLUX", "SDXL"))
+unequal = families(
+    lambda _, family: bool(family.mechanism),
+    {name: family for name, family in FAMILIES.items() if family.levels},
 )
 
 
@@ -43,7 +56,7 @@ def weights_for(call: dict) -> torch.Tensor:
     return torch.stack([first, 1 - first], 1)
 
 
-@every_family
+@three
 def test_one_objective_has_the_bits_of_the_stock_pipeline(family: Family):
     stock, call = made(family.make)
     use(stock, A)
@@ -54,7 +67,7 @@ def test_one_objective_has_the_bits_of_the_stock_pipeline(family: Family):
     assert torch.equal(draw(pipe, call, weights={"a": 1, "b": 0}), expected)
 
 
-@every_family
+@one_per_mechanism
 def test_two_objectives_are_algorithm_1(family: Family, caplog):
     pipe, call = made(family.make)
     weights = weights_for(call)
@@ -67,14 +80,7 @@ def test_two_objectives_are_algorithm_1(family: Family, caplog):
     assert error(draw(attach(pipe), call, weights=[1, 0]), expected) > 0.05
 
 
-@pytest.mark.parametrize(
-    "family",
-    [
-        pytest.param(family, id=name, marks=() if family.mechanism else pytest.mark.full)
-        for name, family in FAMILIES.items()
-        if family.levels
-    ],
-)
+@unequal
 def test_unequal_levels_are_algorithm_1(family: Family):
     pipe, call = made(family.make)
     weights, batch = weights_for(call), len(call["prompt_embeds"])
@@ -91,7 +97,7 @@ def test_unequal_levels_are_algorithm_1(family: Family):
     assert error(got, expected) < CLOSE
 
 
-@every_family
+@three
 def test_the_base_and_sets_of_adapters_are_objectives(family: Family):
     pipe, call = made(family.make)
     objectives = {"both": mf.Objective(["a", "b"], scale=[0.8, 0.5]), "base": mf.Objective.base()}

@@ -24,7 +24,7 @@ BLOCKS = {
     "use_linear_projection": True,
     "addition_embed_type": "text_time",
     "addition_time_embed_dim": 8,
-    "transformer_layers_per_block": (1, 2),
+    "transformer_layers_per_block": 1,
     "cross_attention_dim": 64,
 }
 

@@ -8,10 +8,10 @@ import threading
 
 import pytest
 import torch
-from msdda_fast.pipelines.stable_diffusion.exclusive import exclusively
 
 import msdda_fast as mf
 from msdda_fast.errors import PipelineBusy
+from msdda_fast.pipelines.exclusive import exclusively
 from tests.tiny_model import quiet
 
 SOON = 30  # seconds; every wait is bounded
