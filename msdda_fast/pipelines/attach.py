@@ -132,7 +132,7 @@ class WithObjectives:
                 it never called its scheduler's step.
             InvalidSchedule, InvalidShape, InvalidWeights, UnknownObjective, ZeroVariance: As
                 `msdda_fast.coefficient_table`.
-            ValueError: Both `seed` and `generator`, both `levels` and `etas`, or a scale for adapters.
+            ValueError: `seed` and `generator`, `levels` and `etas`, or a scale for adapters.
         """
         if levels is not None and etas is not None:
             raise ValueError("give levels or etas, not both: they are the same")
