@@ -18,7 +18,14 @@ from msdda_fast.weights import preference_schedule
 __all__ = ["Batch"]
 
 #: The first of these that is given says how many prompts there are.
-_PROMPTS = ("prompt", "prompt_embeds", "image_embeds", "image", "class_labels")
+_PROMPTS = (
+    "prompt",
+    "prompt_embeds",
+    "pooled_prompt_embeds",
+    "image_embeds",
+    "image",
+    "class_labels",
+)
 _COPIES = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
 
 

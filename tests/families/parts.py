@@ -5,7 +5,7 @@ import warnings
 
 import diffusers
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -44,11 +44,12 @@ def adapt(network: nn.Module, *targets: str) -> nn.Module:
         )
         with warnings.catch_warnings():  # of a second adapter, which is the purpose
             warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)
-            network.add_adapter(config, name)
+            inject_adapter_in_model(config, network, name)
     with torch.no_grad():
         for path, parameter in network.named_parameters():
             if "lora_B" in path:
                 parameter.mul_(1.5)
+    network._hf_peft_config_loaded = True  # as diffusers notes it
     return network.eval()
 
 
