@@ -98,6 +98,7 @@ class WithObjectives:
         weights: WeightSchedule = None,
         seed: int | Sequence[int] | None = None,
         levels: NoiseLevels | Mapping[str, Any] | None = None,
+        etas: NoiseLevels | Mapping[str, Any] | None = None,
         zero_variance: ZeroVariancePolicy = "error",
         rates: Sequence[float] | None = None,
         extrapolate: bool = False,
@@ -119,6 +120,7 @@ class WithObjectives:
                 gets the seed `seed + i`; a list has one per image. An image then depends on its own
                 seed alone. None: as in the stock pipeline, `generator` or torch's default one.
             levels: Noise levels in place of the objectives' own, in order or by name.
+            etas: The same, by the name that Stable Diffusion's pipeline has for it.
             zero_variance, rates, extrapolate, fusion: See `msdda_fast.coefficient_table`.
 
         Returns: What the stock pipeline returns.
@@ -130,8 +132,11 @@ class WithObjectives:
                 it never called its scheduler's step.
             InvalidSchedule, InvalidShape, InvalidWeights, UnknownObjective, ZeroVariance: As
                 `msdda_fast.coefficient_table`.
-            ValueError: Both `seed` and `generator`, or a scale for adapters.
+            ValueError: `seed` and `generator`, `levels` and `etas`, or a scale for adapters.
         """
+        if levels is not None and etas is not None:
+            raise ValueError("give levels or etas, not both: they are the same")
+        levels = etas if levels is None else levels
         stock: Any = super().__call__  # type: ignore[misc]
         scheduler: Any = self.scheduler  # type: ignore[attr-defined]
         batch = Batch.of(stock, args, kwargs)
@@ -155,7 +160,7 @@ class WithObjectives:
             backend="auto",
         )
         fusing = PipelineFusing(
-            scheduler,
+            _set_to(scheduler, batch.num_steps),
             options,
             count=len(active),
             levels=own_levels,
@@ -253,7 +258,22 @@ def _loaded(pipeline: Any) -> list[str]:  # noqa: ANN401 - a pipeline
 
 
 def _by_step(rows: Tensor) -> WeightSchedule:
-    """(T, B, M) -> (B, M) where steps agree, else a callable from the step."""
+    """(T, B, M) -> (M,) or (B, M) where steps agree, else a callable from the step to either."""
+    if bool((rows == rows[:, :1]).all()):
+        rows = rows[:, 0]
     if bool((rows == rows[:1]).all()):
         return rows[0]
     return lambda k: rows[k]
+
+
+def _set_to(scheduler: Any, num_steps: int) -> Any:  # noqa: ANN401 - any scheduler of diffusers
+    """A copy with the timesteps of this call, or with none where the pipeline must set them.
+
+    Those of an earlier call must not be judged by the levels of this one.
+    """
+    probe = copy.copy(scheduler)
+    try:
+        probe.set_timesteps(num_steps)
+    except (TypeError, ValueError):  # shifts that depend on the size, for one
+        probe.num_inference_steps, probe.custom_timesteps = None, False
+    return probe

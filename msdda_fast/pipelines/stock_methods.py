@@ -46,7 +46,7 @@ def attached_class(mixin: Any, stock: Any) -> Any:  # noqa: ANN401 - classes
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as stock
         return mixin.__call__(self, *args, **kwargs)
 
-    call.__signature__ = signature.replace(parameters=together)
+    call.__dict__["__signature__"] = signature.replace(parameters=together)
     members = {
         "__module__": stock.__module__,
         "__qualname__": stock.__qualname__,

@@ -44,7 +44,6 @@ class MultiObjectivePipeline(AdapterMethods, DiffusionPipeline):  # type: ignore
     _variants: dict[str, Variant]
     _follows: frozenset[str]  # objectives whose network is whatever `unet` is
     _shares_networks: bool = False  # with a pipeline that `from_pipe` was given
-    _is_called: bool = False
     _parallel: ObjectiveParallel | None = None
     _runner: Runner = Runner(ForwardSettings())
 
