@@ -17,15 +17,10 @@ from msdda_fast.weights import preference_schedule
 
 __all__ = ["Batch"]
 
-#: The first of these that is given says how many prompts there are.
-_PROMPTS = (
-    "prompt",
-    "prompt_embeds",
-    "pooled_prompt_embeds",
-    "image_embeds",
-    "image",
-    "class_labels",
-)
+#: The first of these that is given says how many prompts there are: texts, what encoders made of
+#: them (some pipelines name each encoder, as in `prompt_embeds_t5`), or what stands in their place.
+_TEXTS = ("prompt", "prompt_embeds")
+_OTHERS = ("image_embeds", "image", "class_labels")
 _COPIES = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
 
 
@@ -59,7 +54,8 @@ class Batch:
         bound.apply_defaults()
         given = bound.arguments
         prompts = given.get("batch_size") or 1
-        for name in _PROMPTS:
+        encoded = [name for name in given if name.startswith("prompt_embeds_")]
+        for name in (*_TEXTS, *encoded, *_OTHERS):
             if (value := given.get(name)) is not None:
                 prompts = len(value) if isinstance(value, (list, tuple, Tensor)) else 1
                 break

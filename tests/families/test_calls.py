@@ -9,6 +9,7 @@ import torch
 
 import msdda_fast as mf
 from msdda_fast.errors import PipelineBusy
+from msdda_fast.pipelines.batch import Batch
 from tests.families import images, xl
 from tests.families.encoders import with_encoders
 from tests.families.lockstep import draw, equal_levels, lockstep, quiet, use
@@ -256,3 +257,16 @@ def test_threads_wait_for_each_other():
         thread.join()
     for i in range(2):
         assert all(torch.equal(got, alone[i]) for got in found[i])
+
+
+def test_the_size_of_a_batch_is_read_off_whatever_holds_prompts():
+    def call(prompt=None, image=None, prompt_embeds_t5=None, num_inference_steps=5):
+        pass
+
+    def images_of(**given):
+        return Batch.of(call, (), given).images
+
+    assert images_of(prompt=["a", "b"]) == 2
+    assert images_of(prompt="a") == 1
+    assert images_of(prompt_embeds_t5=torch.zeros(3, 7, 4), image=torch.zeros(1, 3, 8, 8)) == 3
+    assert images_of(image=[torch.zeros(3, 8, 8)] * 2) == 2
