@@ -50,7 +50,6 @@ class WithObjectives:
     _objectives: dict[str, Objective]
     _sets: dict[str, AdapterSet]
     _hooks: dict[str, RowHook]
-    _is_called = False
 
     @property
     def objectives(self) -> dict[str, Objective]:
