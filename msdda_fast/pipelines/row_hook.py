@@ -74,12 +74,12 @@ class RowHook:
             stock = getattr(self.network.forward, "unhooked", self.network.forward)
             forward = functools.partial(stock)
             if len(sets) > 1:
-                self._begin()
+                self._begin(changed=any(sets))
                 forward = functools.partial(self._forward, stock, sets, switch)
             stack.enter_context(_replaced(self.network, forward, stock))
             yield
 
-    def _begin(self) -> None:
+    def _begin(self, *, changed: bool) -> None:
         """Prepare for a call of the pipeline, in which adapters do not change."""
         self._is_current = False
         if getattr(self.network, "is_cache_enabled", False):
@@ -87,7 +87,8 @@ class RowHook:
                 f"a cache is enabled on {self._name!r}, which would decide for all objectives at "
                 "once; call disable_cache() on it first"
             )
-        if not self._one_by_one and any(value.is_meta for value in self.network.parameters()):
+        weights = self.network.parameters()
+        if changed and not self._one_by_one and any(value.is_meta for value in weights):
             self._separate("weights are loaded layer by layer (sequential offloading)")
 
     def _forward(
