@@ -59,7 +59,7 @@ class WithObjectives:
 
     @property
     def adapter_sets(self) -> dict[str, AdapterSet]:
-        """The adapters of each objective: names in peft, and factors on their updates."""
+        """The adapters of each objective, by their names in peft, with factors on their updates."""
         return dict(self._sets)
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:  # noqa: ANN401
