@@ -95,7 +95,7 @@ class UnknownObjective(MSDDAError, KeyError, ValueError):
 
 
 class PipelineBusy(MSDDAError, RuntimeError):
-    """A callback called the pipeline that calls it; use another pipeline of the same networks."""
+    """A callback called a pipeline that is in a call which waits for the callback."""
 
 
 class BackendUnavailable(MSDDAError, RuntimeError):

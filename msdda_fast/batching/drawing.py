@@ -12,6 +12,7 @@ from torch import Tensor
 
 from msdda_fast.batching.ticket import Ticket
 from msdda_fast.engine.noise import noise_source
+from msdda_fast.errors import UnsupportedNetwork
 from msdda_fast.pipelines.prompts import Prompts
 from msdda_fast.pipelines.request import latent_shape
 from msdda_fast.pipelines.stable_diffusion.forward import Runner
@@ -38,11 +39,22 @@ class BatchDrawer:
     Args:
         pipe: Not changed.
 
+    Raises:
+        UnsupportedNetwork: The pipeline is of another kind.
+        ValueError: Several processes share it.
+
     Attributes:
         pipe: A pipeline over the same modules, with a scheduler of its own.
     """
 
     def __init__(self, pipe: MSDDAPipeline) -> None:
+        if not isinstance(pipe, MSDDAPipeline):
+            raise UnsupportedNetwork(
+                f"an engine draws with an MSDDAPipeline of Stable Diffusion 1 or 2, got "
+                f"{type(pipe).__name__}"
+            )
+        if pipe.parallel is not None:
+            raise ValueError("an engine runs in one process: call disable_parallel() first")
         self.pipe = MSDDAPipeline.from_pipe(pipe)
         self.restart()
 

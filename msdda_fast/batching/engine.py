@@ -15,7 +15,7 @@ from typing import Self
 
 from msdda_fast.batching.admission import Admission
 from msdda_fast.batching.drawing import BatchDrawer
-from msdda_fast.batching.limits import Limits, integer
+from msdda_fast.batching.limits import Limits, duration, integer
 from msdda_fast.batching.queue import TicketQueue
 from msdda_fast.batching.request import GeneratedImage, ImageRequest
 from msdda_fast.batching.stats import EngineStats, Tally
@@ -71,6 +71,7 @@ class Engine:
 
     Raises:
         ValueError: A number is out of range, or several processes share the pipeline.
+        UnsupportedNetwork: The pipeline is of another kind than Stable Diffusion 1 and 2.
         InvalidRequest: `max_pixels` or `max_cost` rule out any image of the model's own size.
     """
 
@@ -96,8 +97,6 @@ class Engine:
             max_cost=max_cost,
             batch_sizes=batch_sizes,
         )
-        if pipe.parallel is not None:
-            raise ValueError("an engine runs in one process: call disable_parallel() first")
         check_output_type(output_type)
         self._sizes = limits.batch_sizes
         drawer = BatchDrawer(pipe)
@@ -189,6 +188,8 @@ class Engine:
         try:
             self._queue.check_room(count, client)  # first: a refusal costs next to nothing
             tickets = self._admission.tickets(request, count, client=client)
+            for ticket in tickets:
+                ticket.future.would_wait_forever = self._worker.waits_for_caller
             self._queue.put(tickets)
         except QueueFull as error:
             ahead = len(self._queue) + self._worker.drawing
@@ -216,12 +217,12 @@ class Engine:
         Raises:
             InvalidShape, InvalidSchedule: As in the pipeline's call.
             CaptureError: Capture is required and fails.
-            InvalidRequest: The caller is `on_step`, for which this would wait.
+            InvalidRequest: The caller is a callback, for which the engine would wait.
             EngineClosed: The engine was closed, has failed, or belongs to the parent process.
         """
         self._check_process()
-        if self._worker is threading.current_thread():
-            raise InvalidRequest("prepare() cannot be called from on_step: it waits for that step")
+        if self._worker.waits_for_caller():
+            raise InvalidRequest("prepare() cannot be called from on_step or another callback")
         asked = ImageRequest(
             "", seed=0, num_inference_steps=num_inference_steps, height=height, width=width
         )
@@ -249,18 +250,20 @@ class Engine:
     def close(self, *, drain: bool = True, timeout_s: float | None = None) -> None:
         """Refuse new requests and end the thread. Closing twice is allowed.
 
+        In a callback, for which the thread waits, this does not wait for it.
+
         Args:
             drain: Draw the requests already admitted; else they fail with `EngineClosed`, and the
                 batch being drawn ends at its next step.
             timeout_s: >= 0, longest time that this takes, seconds; requests not drawn by then fail
                 at once, and the thread ends after the step that it is in. None: no limit.
         """
-        if timeout_s is not None and not timeout_s >= 0:
-            raise ValueError(f"timeout_s must be at least 0, got {timeout_s}")
+        if timeout_s is not None:
+            timeout_s = duration("timeout_s", timeout_s)
         if self._process != os.getpid():
             return  # the parent's: its thread is not here, and a lock may be held for ever
         self._worker.stop(drain=drain)
-        if self._worker is not threading.current_thread():
+        if not self._worker.waits_for_caller():
             self._worker.join(None if timeout_s is None else min(timeout_s, threading.TIMEOUT_MAX))
             if self._worker.is_alive():
                 self._worker.stop(drain=False)

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 
 from msdda_fast.errors import InvalidRequest
 
-__all__ = ["Limits", "integer"]
+__all__ = ["Limits", "duration", "integer"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +44,16 @@ class Limits:
         for name, count in counts.items():
             if count < 1:
                 raise ValueError(f"{name} must be at least 1, got {count}")
-        if not 0 <= max_wait_ms < float("inf"):
-            raise ValueError(f"max_wait_ms must be at least 0 and finite, got {max_wait_ms}")
+        if duration("max_wait_ms", max_wait_ms) == math.inf:
+            raise ValueError("max_wait_ms must be at least 0 and finite, got infinity")
         limit = counts["queue_limit"]
         own = (limit + 1) // 2 if client_limit is None else integer("client_limit", client_limit)
         if not 1 <= own <= limit:
             raise ValueError(f"client_limit must be from 1 to queue_limit={limit}, got {own}")
+        if batch_sizes is not None:
+            if isinstance(batch_sizes, str) or not isinstance(batch_sizes, Sequence):
+                raise InvalidRequest(f"batch_sizes must be a list, got {batch_sizes!r}")
+            batch_sizes = [integer("batch_sizes", size) for size in batch_sizes]
         sizes = _sizes(counts["max_batch"], batch_sizes)
         return cls(max_wait_ms=max_wait_ms, client_limit=own, batch_sizes=sizes, **counts)
 
@@ -65,6 +70,21 @@ def integer(name: str, number: object) -> int:
         return operator.index(number)  # type: ignore[arg-type]  # which is what this finds out
     except TypeError:
         raise InvalidRequest(f"{name} must be an integer, got {number!r}") from None
+
+
+def duration(name: str, number: float) -> float:
+    """Return a time, in any unit.
+
+    Raises:
+        ValueError: It is no number, or below 0.
+    """
+    try:
+        time = math.nan if isinstance(number, str) else float(number)
+    except (OverflowError, TypeError, ValueError):
+        time = math.nan
+    if not time >= 0:
+        raise ValueError(f"{name} must be at least 0 and a number, got {number!r}")
+    return time
 
 
 def _sizes(max_batch: int, sizes: Sequence[int] | None) -> tuple[int, ...]:

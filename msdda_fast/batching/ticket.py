@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from msdda_fast.batching.request import GeneratedImage, Progress
+from msdda_fast.errors import InvalidRequest
 from msdda_fast.steps.coefficients import CoefficientTable
 
-__all__ = ["Chore", "Shape", "Ticket", "described", "set_outcome"]
+__all__ = ["Chore", "DrawnLater", "Shape", "Ticket", "described", "set_outcome"]
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +25,37 @@ class Shape(NamedTuple):
     height: int
     width: int
     steps: int
+
+
+class DrawnLater(Future[GeneratedImage]):
+    """A future that nobody can wait for who keeps the engine's thread waiting meanwhile.
+
+    Attributes:
+        would_wait_forever: Whether the engine waits for the calling thread.
+    """
+
+    would_wait_forever: Callable[[], bool] = staticmethod(lambda: False)
+
+    def result(self, timeout: float | None = None) -> GeneratedImage:
+        """Return the image, or raise what it ended with; a callback can only wait with a timeout.
+
+        Raises:
+            InvalidRequest: The caller is a callback for which the engine waits.
+        """
+        self._check(timeout)
+        return super().result(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Return what the request ended with; arguments and errors as in `result`."""
+        self._check(timeout)
+        return super().exception(timeout)
+
+    def _check(self, timeout: float | None) -> None:
+        if timeout is None and not self.done() and self.would_wait_forever():
+            raise InvalidRequest(
+                "a callback cannot wait for this image: the engine draws it after the callback "
+                "has returned"
+            )
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -54,7 +86,7 @@ class Ticket:
     on_step: Callable[[Progress], object] | None
     preview_steps: Collection[int]
     client: str | None
-    future: Future[GeneratedImage] = field(default_factory=Future)
+    future: DrawnLater = field(default_factory=DrawnLater)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _is_claimed: bool = False
 

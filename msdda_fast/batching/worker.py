@@ -21,6 +21,7 @@ from msdda_fast.batching.request import GeneratedImage, Progress
 from msdda_fast.batching.stats import Tally
 from msdda_fast.batching.ticket import Chore, Ticket, described, set_outcome
 from msdda_fast.errors import EngineClosed, EngineFailed, RequestTimeout
+from msdda_fast.pipelines.exclusive import is_mine
 
 __all__ = ["Worker"]
 
@@ -99,6 +100,10 @@ class Worker(threading.Thread):
             for item in [*self._taken, *self._queue.close(drain=False)]:
                 self._fail(item, _failed("the engine failed and has stopped", error))
             self._taken = []
+
+    def waits_for_caller(self) -> bool:
+        """Return whether the caller is on this thread, or in a call that uses its networks."""
+        return self is threading.current_thread() or is_mine(self._drawer.pipe.shared_networks())
 
     def stop(self, *, drain: bool) -> None:
         """Close the queue; without `drain`, fail all tickets that wait or are being drawn."""

@@ -19,6 +19,7 @@ from typing import Any
 from msdda_fast.files import unique_keys
 from msdda_fast.levels import noise_from_json, noise_to_json
 from msdda_fast.objective import Objective
+from msdda_fast.pipelines.adapter_sets import adapter_scale
 
 __all__ = ["OBJECTIVES_FILE", "check_names", "dump_objectives", "parse_objectives"]
 
@@ -143,8 +144,8 @@ def dump_objectives(objectives: Mapping[str, Objective], places: Mapping[str, st
             entry["unet" if objective.unet is not None else "source"] = places[name]
         if objective.noise is not None:
             entry["noise"] = noise_to_json(objective.noise)
-        if objective.scale != 1.0:
-            entry["scale"] = objective.scale
+        if (scale := adapter_scale(objective)) != 1.0:
+            entry["scale"] = scale
         if objective.guidance_scale is not None:
             entry["guidance_scale"] = objective.guidance_scale
         entries[name] = entry

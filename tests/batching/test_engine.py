@@ -3,6 +3,7 @@
 
 import asyncio
 import itertools
+import re
 import threading
 import time
 from concurrent.futures import CancelledError, as_completed
@@ -16,6 +17,7 @@ import torch
 import msdda_fast as mf
 from msdda_fast.batching.drawing import BatchDrawer
 from msdda_fast.engine import graph
+from msdda_fast.errors import UnsupportedNetwork
 from msdda_fast.pipelines.stable_diffusion.captured import CapturedSampler
 from tests.batching.conftest import SOON, Plug, assert_close, request, together
 from tests.engine.small_world import TracedGraphs
@@ -189,7 +191,7 @@ class TestRefused:
             ({"weights": object()}, mf.InvalidWeights, "weights"),
             ({"guidance_scale": "much"}, mf.MSDDAError, "guidance_scale"),
         ],
-        ids=str,
+        ids=lambda value: re.sub(r" at 0x\w+", "", str(value)),  # the same in every worker
     )
     def test_bad_requests_by_field_before_they_stand_in_line(self, start, fields, error, field):
         engine = start()
@@ -289,12 +291,22 @@ class TestRefused:
 
     @pytest.mark.parametrize(
         "options",
-        [{"max_batch": 0}, {"queue_limit": 0}, {"max_wait_ms": -1}, {"max_batch": 0.5}],
+        [
+            {"max_batch": 0}, {"queue_limit": 0}, {"max_batch": 0.5}, {"max_wait_ms": -1},
+            {"max_wait_ms": "20"}, {"max_wait_ms": None}, {"max_wait_ms": float("inf")},
+            {"batch_sizes": 4}, {"batch_sizes": "4"}, {"batch_sizes": ["4"]},
+        ],
         ids=str,
-    )
+    )  # fmt: skip
     def test_numbers_outside_their_range(self, start, options):
-        with pytest.raises(ValueError, match=r"must be (at least|an integer)"):
+        (name,) = options
+        with pytest.raises(ValueError, match=rf"{name} must be (at least|an integer|a list)"):
             start(**options)
+
+    @pytest.mark.parametrize("what", [None, "a model", torch.nn.Linear(1, 1)], ids=repr)
+    def test_what_is_no_pipeline(self, start, what):
+        with pytest.raises(UnsupportedNetwork, match=f"got {type(what).__name__}"):
+            start(what)
 
     def test_a_pipeline_of_several_processes(self, start, own_pipe):
         pipe = quiet(mf.MSDDAPipeline.from_pipe(own_pipe))

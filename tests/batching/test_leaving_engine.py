@@ -51,7 +51,7 @@ def test_closing_may_take_any_time(start, seconds):
     assert future.result(0)
 
 
-@pytest.mark.parametrize("seconds", [-1, float("nan")])
+@pytest.mark.parametrize("seconds", [-1, float("nan"), "5"])
 def test_closing_takes_no_negative_time(start, seconds):
     with pytest.raises(ValueError, match="timeout_s must be at least 0"):
         start().close(timeout_s=seconds)
