@@ -58,7 +58,7 @@ class WithObjectives:
 
     @property
     def adapter_sets(self) -> dict[str, AdapterSet]:
-        """The adapters of each objective: names in peft, and factors on their updates."""
+        """The adapters of each objective, by their names in peft, with factors on their updates."""
         return dict(self._sets)
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:  # noqa: ANN401
@@ -117,7 +117,9 @@ class WithObjectives:
                 whose weight is 0 throughout is not evaluated.
             seed: Counter-based noise in the steps, and x_T from one generator per image: image i
                 gets the seed `seed + i`; a list has one per image. An image then depends on its own
-                seed alone. None: as in the stock pipeline, `generator` or torch's default one.
+                seed, prompt and weights only: whatever shares the batch, the noise is the same to
+                the bit and the image to the last rounding. None: as in the stock pipeline,
+                `generator` or torch's default one.
             levels: Noise levels in place of the objectives' own, in order or by name.
             etas: The same, by the name that Stable Diffusion's pipeline has for it.
             zero_variance, rates, extrapolate, fusion: See `msdda_fast.coefficient_table`.

@@ -202,8 +202,7 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
             prompt_embeds, negative_prompt_embeds: (P, L, D) text embeddings in place of the texts.
             zero_variance, rates: Where a prompt mixes eta = 0 with others: `steps.shares`.
             extrapolate: Accept negative weights while the fused precision stays positive.
-            fusion: "posterior" (Eq. 7), or "eps": one step at eta_w of mixed predictions, which
-                keeps the noise level where etas differ; see `msdda_fast.coefficient_table`.
+            fusion: "posterior" (Eq. 7), or "eps", which mixes predictions: see `coefficient_table`.
             output_type: "pil", "np" (B, H, W, 3) in [0, 1], "pt" (B, 3, H, W) in [0, 1], or
                 "latent": x_0 (B, C, h, w), float32.
             return_dict: Return an `MSDDAPipelineOutput`; else the tuple (images, flags).
