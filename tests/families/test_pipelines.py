@@ -41,7 +41,8 @@ class TestClass:
         taken = inspect.signature(type(pipe).__call__).parameters
         assert [name for name in taken if name in own] == list(own)
         assert {*taken} - {*own} == {
-            *("weights", "seed", "levels", "zero_variance", "rates", "extrapolate", "fusion")
+            *("weights", "seed", "levels", "etas", "zero_variance", "rates"),
+            *("extrapolate", "fusion"),
         }
         assert type(stock) is not type(pipe) and dict(stock.components) == dict(pipe.components)
 
