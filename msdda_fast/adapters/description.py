@@ -133,7 +133,7 @@ class Description:
         value = self.fields.get(field, default)
         return None if value is None else self._checked(field, value)
 
-    def _checked(self, field: str, value: object) -> float:
+    def _checked(self, field: str, value: Any) -> float:  # noqa: ANN401 - of a file
         number = isinstance(value, Real) and not isinstance(value, bool)
         if not number or not -_MAX_NUMBER < value < _MAX_NUMBER:
             raise self._error(f"{field} must be a finite number, got {value!r:.80}")
