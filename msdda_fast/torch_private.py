@@ -28,6 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 # forward_ad._current_level: the depth of `forward_ad.dual_level()`, -1 outside; since 1.11. Without
 # it, ask `forward_ad.unpack_dual` of each tensor every time.
 from torch.autograd import forward_ad
+from torch.nn.modules import module as nn_module
 
 # TorchDispatchMode: sees every operator that is called inside it; since 1.13. The public notes on
 # extending torch describe it, yet its module is private. Watch how `__torch_dispatch__` is called.
@@ -145,11 +146,20 @@ def held_by(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any], dict[str
     return module._modules, module._parameters, module._buffers
 
 
-def hooks_of(module: nn.Module) -> tuple[dict[Any, Any], dict[Any, Any]]:
-    """The dictionaries of a module's hooks before and after its forward; others only watch it."""
+def hooks_of(module: nn.Module) -> tuple[dict[Any, Any], ...]:
+    """The dictionaries of hooks before and after a module's forward: its own, those of all modules.
+
+    Other hooks only watch it.
+    """
     # Module._forward_pre_hooks, ._forward_hooks: since 0.1; hooks that take keywords are in both
-    # these and a dictionary of their own.
-    return module._forward_pre_hooks, module._forward_hooks
+    # these and a dictionary of their own. _global_forward_pre_hooks, _global_forward_hooks of its
+    # module: what `register_module_forward_hook` fills; since 1.8.
+    return (
+        module._forward_pre_hooks,
+        module._forward_hooks,
+        nn_module._global_forward_pre_hooks,
+        nn_module._global_forward_hooks,
+    )
 
 
 def is_compiled(module: nn.Module) -> bool:

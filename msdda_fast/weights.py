@@ -8,7 +8,7 @@ renormalised in float64.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -178,6 +178,8 @@ def preference_schedule(
 
 def as_host_float64(values: Tensor | Sequence[Any] | float, name: str) -> Tensor:
     """Return numbers as a float64 CPU tensor; `name` starts the message of `InvalidShape`."""
+    if isinstance(values, Tensor) and (values.is_complex() or values.layout != torch.strided):
+        raise InvalidShape(f"{name} are {values.dtype} ({values.layout}), expected real and dense")
     try:
         return torch.as_tensor(values, dtype=torch.float64, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError) as error:
@@ -185,7 +187,11 @@ def as_host_float64(values: Tensor | Sequence[Any] | float, name: str) -> Tensor
 
 
 def _holds_mappings(weights: Tensor | Sequence[Any]) -> bool:
-    return not isinstance(weights, Tensor) and any(isinstance(row, Mapping) for row in weights)
+    return (
+        isinstance(weights, Iterable)
+        and not isinstance(weights, Tensor)
+        and any(isinstance(row, Mapping) for row in weights)
+    )
 
 
 def _mapping_row(weights: Mapping[str, float], names: Sequence[str] | None) -> Tensor:

@@ -201,3 +201,16 @@ class TestNormaliseWeights:
     def test_compiles_without_reading_values(self) -> None:
         compiled = torch.compile(normalise_weights, fullgraph=True, backend="eager")
         assert compiled(torch.tensor([0.3, 0.6]), axis=0).sum().item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (torch.tensor([0.3, 0.7], dtype=torch.complex64), "weights are torch.complex64"),
+        (torch.tensor([0.3, 0.7]).to_sparse(), "torch.sparse_coo"),
+        (5, "weights have shape"),
+    ],
+)
+def test_what_are_no_numbers_of_objectives_is_refused(weights, message):
+    with pytest.raises(InvalidShape, match=message):
+        preference_schedule(weights, 2, 1, 3)

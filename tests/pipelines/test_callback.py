@@ -121,8 +121,10 @@ def test_embeddings_in_shapes_of_diffusers_serve_all_objectives(tiny, forward, s
         ({"prompt_embeds": torch.zeros(3, 24, 16)}, mf.InvalidShape, r"\(3, 24, 16\).*\(2, 1, 24"),
         ({"negative_prompt_embeds": torch.zeros(5)}, mf.InvalidShape, r"negative.*\(5,\)"),
         ({"latents": torch.zeros(1, 4, 4, 4)}, mf.InvalidShape, r"latents.*\(1, 4, 4, 4\)"),
+        ({"latents": None}, mf.InvalidShape, "returned latents None, expected a tensor"),
+        (5, mf.InvalidShape, "returned 5, expected None or tensors by name"),
     ],
-    ids=["prompt", "negative", "latents"],
+    ids=["prompt", "negative", "latents", "no tensor", "no names"],
 )
 def test_other_shapes_are_refused_by_name(pipe, returned, error, message):
     with pytest.raises(error, match=message):
@@ -135,3 +137,8 @@ def test_guidance_cannot_be_added_to_a_call_without(pipe):
 
     with pytest.raises(mf.InvalidSchedule, match=r"guidance scale to 2.*without guidance"):
         pipe("a red dog", **{**CALL, "guidance_scale": 1.0}, callback_on_step_end=add)
+
+
+def test_what_cannot_be_called_is_refused(pipe):
+    with pytest.raises(ValueError, match="callback_on_step_end must be callable, got 5"):
+        pipe("a red dog", **CALL, callback_on_step_end=5)

@@ -263,3 +263,15 @@ def test_image_prompts_are_refused_by_name(ours):
 def test_the_scale_of_stock_pipelines_is_refused_by_name(ours):
     with pytest.raises(ValueError, match=r"cross_attention_kwargs.*Objective\(\.\.\., scale"):
         draw(ours, cross_attention_kwargs={"scale": 0.5})
+
+
+def test_hooks_of_all_modules_act(stock, ours):
+    before = draw(ours)
+    larger = lambda module, *_: _[-1] * 1.5 if isinstance(module, nn.Conv2d) else None  # noqa: E731
+    handle = nn.modules.module.register_module_forward_hook(larger)
+    try:
+        got, expected = draw(ours), draw(stock)
+    finally:
+        handle.remove()
+    assert torch.allclose(got, expected, atol=1e-4) and not torch.allclose(got, before, atol=0.1)
+    assert torch.allclose(draw(ours), before, atol=1e-4)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -46,6 +46,8 @@ class Callback:
                     f"callback_on_step_end_tensor_inputs: {name!r} is not one of "
                     f"{', '.join(CALLBACK_TENSORS)}"
                 )
+        if function is not None and not callable(function):
+            raise ValueError(f"callback_on_step_end must be callable, got {function!r:.80}")
         return None if function is None else cls(function, names or ())
 
     def __call__(
@@ -68,6 +70,7 @@ class Callback:
         values: dict[str, Any] = dict(zip(CALLBACK_TENSORS, (x, cond, uncond), strict=True))
         t = table.timesteps[k]
         given = self.function(pipe, k, t, {name: values[name] for name in self.names}) or {}
+        _check_returned(given)
         if (new_x := given.get("latents", x)) is not x:
             if new_x.shape != x.shape:
                 raise InvalidShape(_message("latents", new_x, [tuple(x.shape)]))
@@ -90,6 +93,15 @@ class Callback:
                     "guidance (1), so there are no negative prompts to steer away from"
                 )
             generation.replace_table(table.guided(scale))
+
+
+def _check_returned(given: object) -> None:
+    """Check that a callback returned None or tensors by name."""
+    if not isinstance(given, Mapping):
+        raise InvalidShape(f"a callback returned {given!r:.80}, expected None or tensors by name")
+    for name in CALLBACK_TENSORS:
+        if not isinstance(given.get(name, torch.empty(0)), Tensor):
+            raise InvalidShape(f"a callback returned {name} {given[name]!r:.80}, expected a tensor")
 
 
 def _embeds(name: str, new: Tensor, own: Tensor) -> Tensor:
