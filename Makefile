@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/* csrc/include/msdda/*)
 OUT ?= out/demo
 
-.PHONY: demo test test-all test-oldest lint docs wheel bench gpu sanitize sanitize-gpu clean
+.PHONY: demo test test-all test-oldest test-slow lint docs wheel bench gpu sanitize sanitize-gpu clean
 
 demo: $(STAMP)
 	$(BIN)/msdda-fast sweep --seeds 1,2 --out $(OUT)
@@ -20,6 +20,10 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest $(PARALLEL) $(ALL)
+
+# Minutes each, and load: one after another. .github/workflows/slow.yml runs them every week.
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -p no:benchmark -m "slow and not gpu"
 
 # The oldest versions that pyproject.toml accepts, in an environment of their own. They warn of what
 # newer ones changed, so warnings are no errors here.

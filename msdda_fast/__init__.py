@@ -2,8 +2,9 @@
 """Balance several aligned diffusion models at inference time: the exact fused reverse step.
 
 `fast_fuse_step` serves other samplers, `coefficient_table` and `fused_ddim_step` take raw network
-outputs, `denoise` any denoisers over one latent space; `MSDDAPipeline` is for diffusers users, and
-`Engine` draws the requests of many callers in shared batches.
+outputs, `denoise` any denoisers over one latent space, `fused_scheduler` the loop of others;
+`MSDDAPipeline` is for diffusers users, and `Engine` draws the requests of many callers in shared
+batches.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -11,20 +12,31 @@ from typing import TYPE_CHECKING, Any
 from msdda_fast.engine.loop import denoise
 from msdda_fast.errors import (
     AdapterMismatch,
+    AssetsMissing,
     BackendUnavailable,
     CaptureError,
     EngineClosed,
     EngineFailed,
     InvalidAdapter,
+    InvalidMode,
+    InvalidOutput,
     InvalidRequest,
     InvalidSchedule,
     InvalidShape,
     InvalidWeights,
     MSDDAError,
     NotFinite,
+    PipelineBusy,
     QueueFull,
+    RankLost,
+    RanksDiffer,
     RequestTimeout,
+    ResumeMismatch,
+    RewardUnavailable,
+    UnfaithfulMerge,
     UnknownObjective,
+    UnsupportedNetwork,
+    WriteFailed,
     ZeroVariance,
 )
 from msdda_fast.kernels.counter_noise import counter_noise
@@ -44,6 +56,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CPS",
     "AdapterMismatch",
+    "AssetsMissing",
     "BackendUnavailable",
     "CaptureError",
     "DanceSDE",
@@ -55,6 +68,8 @@ __all__ = [
     "FusedStep",
     "ImageRequest",
     "InvalidAdapter",
+    "InvalidMode",
+    "InvalidOutput",
     "InvalidRequest",
     "InvalidSchedule",
     "InvalidShape",
@@ -63,9 +78,17 @@ __all__ = [
     "MSDDAPipeline",
     "NotFinite",
     "Objective",
+    "PipelineBusy",
     "QueueFull",
+    "RankLost",
+    "RanksDiffer",
     "RequestTimeout",
+    "ResumeMismatch",
+    "RewardUnavailable",
+    "UnfaithfulMerge",
     "UnknownObjective",
+    "UnsupportedNetwork",
+    "WriteFailed",
     "ZeroVariance",
     "coefficient_table",
     "counter_noise",

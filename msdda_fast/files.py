@@ -18,7 +18,7 @@ from typing import Any
 
 from msdda_fast.errors import InvalidOutput, WriteFailed
 
-__all__ = ["check_files", "check_folder", "read_json", "write_atomically"]
+__all__ = ["check_files", "check_folder", "read_json", "unique_keys", "write_atomically"]
 
 _PARTIAL = re.compile(r"\..+\.[0-9a-f]+\.partial")
 #: Longest name that common file systems take, in bytes.
@@ -84,11 +84,25 @@ def read_json(file: Path, kind: str) -> dict[str, Any]:
             data = opened.read(_MAX_JSON + 1)
         if len(data) > _MAX_JSON:
             raise ValueError(f"it has more than {_MAX_JSON} bytes")
-        found = json.loads(data.decode("utf-8"))
+        found = json.loads(data.decode("utf-8"), object_pairs_hook=unique_keys)
         if not isinstance(found, dict):
             raise ValueError(f"expected an object, got {found!r:.80}")
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not {kind} in JSON: {error}") from error
+    return found
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON; `object_pairs_hook` of readers that would take the last of two.
+
+    Raises:
+        ValueError: A key is there twice.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in found if keys.count(key) > 1)
+        raise ValueError(f"{twice!r:.80} is there twice")
     return found
 
 

@@ -113,6 +113,10 @@ class FlowNoise:
     def __post_init__(self) -> None:
         name = type(self).__name__
         self.levels.check_one(self.level, name)
+        if not isinstance(self.last_step, bool):
+            raise InvalidSchedule(
+                f"{name}: last_step must be true or false, got {self.last_step!r}"
+            )
         if self.window is not None and not _is_window(self.window):
             raise InvalidSchedule(
                 f"{name}: window must be None or (start, stop) with 0 <= start < stop, got "
@@ -156,7 +160,8 @@ class FlowSDE(FlowNoise):
 
     def __post_init__(self) -> None:
         FlowNoise.__post_init__(self)  # slots: dataclass makes a new class, and super() has the old
-        if self.sigma_max is not None and not 0.0 < self.sigma_max < 1.0:
+        inside = isinstance(self.sigma_max, (int, float)) and 0.0 < self.sigma_max < 1.0
+        if self.sigma_max is not None and not inside:
             raise InvalidSchedule(
                 f"FlowSDE: sigma_max must be None or lie in (0, 1), got {self.sigma_max!r}"
             )
@@ -249,7 +254,7 @@ def noise_from_json(entry: Mapping[str, Any]) -> FlowNoise:
         InvalidSchedule: A kind or a setting that does not exist, or is outside its range.
     """
     settings = dict(entry)
-    kind = _KINDS.get(settings.pop("kind", None))
+    kind = _KINDS.get(str(settings.pop("kind", None)))
     known = [] if kind is None else [field.name for field in fields(kind)]
     if kind is None or "level" not in settings or set(settings) - set(known):
         raise InvalidSchedule(

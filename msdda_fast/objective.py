@@ -35,8 +35,8 @@ class Objective:
     Raises:
         InvalidSchedule: `eta` outside [0, 1], noise of an unknown kind, or a guidance scale that is
             not finite.
-        ValueError: `scale` is not finite or not one per source, or both `source` and `unet` are
-            given.
+        ValueError: `scale` is not finite or not one per source, both `source` and `unet` are given,
+            or a name of a file is none.
     """
 
     source: str | Path | Sequence[str | Path] | None = None
@@ -51,28 +51,54 @@ class Objective:
 
     def __post_init__(self) -> None:
         ETA.check_one(self.eta, "Objective")
-        for name in ("source", "scale"):  # frozen, and equal whatever kind of list was given
-            if isinstance(value := getattr(self, name), list):
-                object.__setattr__(self, name, tuple(value))
+        self._set("eta", float(self.eta))
+        if isinstance(self.source, list):  # equal whatever kind of list was given
+            self._set("source", tuple(self.source))
+        self._check_places()
         if self.noise is not None and not isinstance(self.noise, FlowNoise):
             raise InvalidSchedule(
                 f"Objective: noise must be None or noise of flow models, such as FlowSDE(0.7), got "
                 f"{self.noise!r}; DDIM's level is eta"
             )
-        scales = self.scale if isinstance(self.scale, Sequence) else (self.scale,)
-        if not all(math.isfinite(scale) for scale in scales):
-            raise ValueError(f"Objective: scale must be finite, got {self.scale!r}")
+        given = self.scale.tolist() if hasattr(self.scale, "tolist") else self.scale
+        several = isinstance(given, (list, tuple))
+        scales = tuple(_finite(scale) for scale in (given if several else [given]))
+        if None in scales:
+            raise ValueError(f"Objective: scale must be finite, got {self.scale!r:.80}")
+        self._set("scale", scales if several else scales[0])
         if isinstance(self.scale, Sequence) and len(self.scale) != len(self.sources):
             raise ValueError(f"Objective: {len(self.scale)} scales for {len(self.sources)} sources")
-        if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
-            raise InvalidSchedule(
-                f"Objective: guidance_scale must be finite, got {self.guidance_scale!r}"
-            )
+        if self.guidance_scale is not None:
+            guidance = _finite(self.guidance_scale)
+            if guidance is None:
+                raise InvalidSchedule(
+                    f"Objective: guidance_scale must be finite, got {self.guidance_scale!r:.80}"
+                )
+            self._set("guidance_scale", guidance)
         if self.source is not None and self.unet is not None:
             raise ValueError(
                 f"Objective: give source (an adapter) or unet (a full network), not both; "
                 f"got source={str(self.source)!r} and a unet"
             )
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)  # frozen
+
+    def _check_places(self) -> None:
+        """Check what names a file: an empty name would be the current folder or the base."""
+        places = self.source if isinstance(self.source, tuple) else (self.source,)
+        for place in places:
+            empty = self.source is not None and place is None
+            if empty or not isinstance(place, (str, Path, type(None))) or place == "":
+                raise ValueError(
+                    "Objective: source must be a file, folder or hub id, or several, got "
+                    f"{self.source!r:.80}"
+                )
+        if not places:
+            raise ValueError("Objective: source is an empty list; the base is Objective.base()")
+        for name in ("weight_name", "subfolder"):
+            if not isinstance(value := getattr(self, name), (str, Path, type(None))):
+                raise ValueError(f"Objective: {name} must be a text, got {value!r:.80}")
 
     @classmethod
     def base(cls, eta: float = 1.0) -> Objective:
@@ -97,3 +123,12 @@ class Objective:
     def is_base(self) -> bool:
         """Whether this is the base model itself."""
         return self.source is None and self.unet is None
+
+
+def _finite(value: Any) -> float | None:  # noqa: ANN401 - what it is, is the question
+    """Return a number of Python, numpy or torch as a `float`; None: it is none, or not finite."""
+    try:
+        number = float(value) if not isinstance(value, (str, bytes)) else math.nan
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return None
+    return number if math.isfinite(number) else None

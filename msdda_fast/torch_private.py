@@ -56,6 +56,7 @@ __all__ = [
     "in_dispatch_mode",
     "in_function_transform",
     "inductor_options",
+    "is_batched",
     "is_compiled",
     "make_wrapper",
     "recompile_limit",
@@ -101,6 +102,17 @@ def without_torch_function() -> AbstractContextManager[None]:
 def in_function_transform() -> bool:
     """Whether a transform of `torch.func` is under way: vmap, grad, jvp."""
     return _functorch.maybe_current_level() is not None
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Whether this tensor is one of many in `torch.func.vmap`, without values of its own."""
+    # _functorch.is_functorch_wrapped_tensor, .is_batchedtensor, .get_unwrapped: what a transform
+    # puts around a tensor, one level after the other; since 2.0.
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        if _functorch.is_batchedtensor(tensor):
+            return True
+        tensor = _functorch.get_unwrapped(tensor)
+    return False
 
 
 def has_tangent(tensors: Iterable[Tensor]) -> bool:

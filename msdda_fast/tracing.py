@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from msdda_fast.torch_private import in_dispatch_mode
+from msdda_fast.torch_private import in_dispatch_mode, is_batched
 
 __all__ = ["is_watched", "values_are_readable"]
 
@@ -14,9 +14,10 @@ __all__ = ["is_watched", "values_are_readable"]
 def values_are_readable(tensor: Tensor) -> bool:
     """Whether the values can be looked at without a device sync, a graph break or a fake tensor.
 
-    True for plain CPU tensors that nothing traces; False for FakeTensor and other subclasses.
+    True for plain CPU tensors that nothing traces; False for FakeTensor and other subclasses, and
+    under `vmap`, where a tensor stands for many.
     """
-    return tensor.device.type == "cpu" and not is_watched(tensor)
+    return tensor.device.type == "cpu" and not is_watched(tensor) and not is_batched(tensor)
 
 
 def is_watched(tensor: Tensor) -> bool:

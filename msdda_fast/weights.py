@@ -52,7 +52,7 @@ def normalise_weights(weights: Tensor, *, axis: int, extrapolate: bool = False) 
     """
     if weights.is_complex() or weights.dtype == torch.bool:
         raise InvalidWeights(f"weights must be real numbers, got dtype {weights.dtype}")
-    values = weights.detach().to(torch.float64)
+    values = weights.to(torch.float64)  # with its derivatives
     total = values.sum(dim=axis, keepdim=True)
     if values_are_readable(values):
         valid = (total - 1).abs() <= SUM_TOLERANCE  # false when an entry is NaN or infinite

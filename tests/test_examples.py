@@ -20,6 +20,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 #: What each one leaves behind.
 WRITES = {
     "pipeline.py": {"dog.png", "apple.png"},
+    "any_pipeline.py": set(),
     "drop_in_step.py": set(),
     "k_diffusion_sampler.py": set(),
     "train_adapter.py": {"dark", "dark.png"},

@@ -11,6 +11,7 @@ import pytest
 
 import msdda_fast
 from benchmarks import report
+from msdda_fast import errors
 
 ROOT = Path(__file__).parent.parent
 
@@ -59,3 +60,11 @@ def test_the_pages_show_what_the_committed_results_say():
     for name, table in report.TABLES.items():
         block = f"<!-- bench:{name}:begin -->\n{table()}\n<!-- bench:{name}:end -->"
         assert sum(block in page for page in pages) == 1, f"run benchmarks/report.py: {name}"
+
+
+def test_the_reference_has_every_public_name():
+    assert set(errors.__all__) <= set(msdda_fast.__all__)
+    listed = re.findall(
+        r"auto(?:class|function):: (\w+)$", (ROOT / "docs/api.md").read_text(), re.M
+    )
+    assert set(msdda_fast.__all__) == {*listed, *errors.__all__}

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from msdda_fast.errors import InvalidAdapter
-from msdda_fast.files import read_json
+from msdda_fast.files import read_json, unique_keys
 
 __all__ = ["Description", "in_header", "of_peft"]
 
@@ -43,6 +43,8 @@ _NOT_PLAIN = (
     "target_parameters",
     "trainable_token_indices",
 )
+#: Below it integers, which have any length in JSON, and products of two numbers are floats.
+_MAX_NUMBER = 1e150
 #: A module's name, or the end of one. As a regular expression, which peft takes it for, it may be
 #: anchored (diffusers writes `^`) and its dots escaped.
 _NAME = re.compile(r"\^?((?:\w|\\?\.|-)+)\$?")
@@ -79,7 +81,8 @@ class Description:
             if described is not None and described != actual:
                 raise self._error(f"it has rank {described:g} in {path!r}, its factors {actual}")
             own = alpha_of.get(path, alpha)
-            assert own is not None
+            if own is None:
+                raise self._error("lora_alpha is null; it must be a finite number")
             alphas[path] = own * math.sqrt(actual) if self.fields.get("use_rslora") else own
         return alphas
 
@@ -131,7 +134,8 @@ class Description:
         return None if value is None else self._checked(field, value)
 
     def _checked(self, field: str, value: object) -> float:
-        if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        number = isinstance(value, Real) and not isinstance(value, bool)
+        if not number or not -_MAX_NUMBER < value < _MAX_NUMBER:
             raise self._error(f"{field} must be a finite number, got {value!r:.80}")
         return float(value)
 
@@ -155,7 +159,7 @@ def in_header(
     if _HEADER not in header:
         return None
     try:
-        fields = json.loads(header[_HEADER])
+        fields = json.loads(header[_HEADER], object_pairs_hook=unique_keys)
         if not isinstance(fields, dict):
             raise ValueError(f"expected an object, got {fields!r:.80}")
     except (ValueError, RecursionError) as error:

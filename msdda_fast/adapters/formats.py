@@ -166,6 +166,8 @@ def _parts(
         else:
             factors[key] = tensor
             owners[id(tensor)] = _stem(key)
+    if lost := alphas.keys() - set(owners.values()):
+        raise InvalidAdapter(f"{min(lost)!r} has an alpha and no factors")
     found = renamed(factors)
     for key in found:
         if not key.startswith(tuple(f"{name}." for name in networks)):

@@ -21,7 +21,7 @@ from msdda_fast.batching.request import GeneratedImage, Progress
 from msdda_fast.batching.stats import Tally
 from msdda_fast.batching.ticket import Chore, Ticket, described, set_outcome
 from msdda_fast.errors import EngineClosed, EngineFailed, RequestTimeout
-from msdda_fast.pipelines.stable_diffusion.exclusive import is_mine
+from msdda_fast.pipelines.exclusive import is_mine
 
 __all__ = ["Worker"]
 

@@ -100,7 +100,7 @@ def _pipeline(
     from msdda_fast.pipelines import MSDDAPipeline
 
     try:
-        return MSDDAPipeline.from_pretrained(model, objectives=objectives, dtype=dtype)
+        pipe = MSDDAPipeline.from_pretrained(model, objectives=objectives, dtype=dtype)
     except MSDDAError:
         raise
     except (AttributeError, JSONDecodeError, LookupError, TypeError) as error:
@@ -108,6 +108,12 @@ def _pipeline(
         raise ValueError(
             f"--model {model} is damaged or incomplete ({type(error).__name__}: {error})"
         ) from error
+    if not isinstance(pipe, MSDDAPipeline):
+        raise ValueError(
+            f"--model {model} is a {type(pipe).__name__}, and the command line runs Stable "
+            "Diffusion 1 and 2 only: use MSDDAPipeline.from_pretrained in Python"
+        )
+    return pipe
 
 
 def _device(name: str) -> torch.device:

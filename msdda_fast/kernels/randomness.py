@@ -46,5 +46,9 @@ def draw(
             raise InvalidShape(f"got {len(generator)} generators for {shape[0]} samples")
         rows = [draw((1, *shape[1:]), one, device, dtype) for one in generator]
         return torch.cat(rows)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise InvalidShape(
+            f"generator must be a torch.Generator or one per sample, got {generator!r:.80}"
+        )
     where = device if generator is None else generator.device
     return torch.randn(tuple(shape), generator=generator, device=where, dtype=dtype).to(device)

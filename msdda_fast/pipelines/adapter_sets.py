@@ -9,7 +9,7 @@ from msdda_fast.adapters.variant import AdapterSet
 from msdda_fast.errors import AdapterMismatch, UnknownObjective
 from msdda_fast.objective import Objective
 
-__all__ = ["adapter_set", "check_loaded", "check_objective"]
+__all__ = ["adapter_scale", "adapter_set", "check_loaded", "check_objective"]
 
 
 def check_objective(name: str, objective: Objective) -> None:
@@ -26,17 +26,26 @@ def check_objective(name: str, objective: Objective) -> None:
         )
 
 
+def adapter_scale(objective: Objective) -> float:
+    """Return the factor on an objective's one adapter; several were scaled when they became one."""
+    if len(objective.sources) > 1:
+        return 1.0
+    return objective.scale[0] if isinstance(objective.scale, Sequence) else objective.scale
+
+
 def adapter_set(name: str, objective: Objective, loaded: Sequence[str]) -> AdapterSet:
     """Return the adapters that an objective's sources name.
 
     Args:
         name: Of the objective, for messages.
-        objective: Its sources are names of adapters.
+        objective: Its sources are names of adapters; without any, it may be named as one itself.
         loaded: All adapters of the pipeline.
 
     Raises:
         UnknownObjective: A source is none of them.
     """
+    if not objective.sources and name in loaded:
+        return ((name, float(adapter_scale(objective))),)
     for source in objective.sources:
         if str(source) not in loaded:
             raise UnknownObjective(

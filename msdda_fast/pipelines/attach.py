@@ -10,8 +10,6 @@ the networks and the scheduler are the stock ones.
 from __future__ import annotations
 
 import copy
-import functools
-import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -27,16 +25,18 @@ from msdda_fast.errors import UnsupportedNetwork
 from msdda_fast.levels import NoiseLevels
 from msdda_fast.objective import Objective
 from msdda_fast.pipelines.adapter_sets import adapter_set, check_loaded, check_objective
-from msdda_fast.pipelines.attach_files import DENOISERS, save_objectives
+from msdda_fast.pipelines.attach_files import DENOISERS, networks_of, save_objectives
 from msdda_fast.pipelines.batch import Batch
+from msdda_fast.pipelines.call_arguments import check_arguments
 from msdda_fast.pipelines.call_levels import call_levels
+from msdda_fast.pipelines.exclusive import one_at_a_time
 from msdda_fast.pipelines.fused_scheduler import with_fusing
 from msdda_fast.pipelines.fusing import FusingOptions
 from msdda_fast.pipelines.loop_noise import LoopNoise
 from msdda_fast.pipelines.manifest import check_names
 from msdda_fast.pipelines.pipeline_step import PipelineFusing
 from msdda_fast.pipelines.row_hook import RowHook
-from msdda_fast.pipelines.stock_methods import refuse_adapter_methods
+from msdda_fast.pipelines.stock_methods import attached_class
 from msdda_fast.pipelines.stock_schedulers import check_scheduler
 from msdda_fast.types import Fusion, WeightSchedule, ZeroVariancePolicy
 
@@ -58,7 +58,7 @@ class WithObjectives:
 
     @property
     def adapter_sets(self) -> dict[str, AdapterSet]:
-        """The adapters of each objective: names in peft, and factors on their updates."""
+        """The adapters of each objective, by their names in peft, with factors on their updates."""
         return dict(self._sets)
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:  # noqa: ANN401
@@ -85,13 +85,19 @@ class WithObjectives:
             del stock.__dict__[name]
         return stock
 
+    def shared_networks(self) -> list[nn.Module]:
+        """The networks that a call hooks; threads that use one of them wait for each other."""
+        return list(networks_of(self).values())
+
     @torch.no_grad()
+    @one_at_a_time
     def __call__(
         self,
         *args: Any,  # noqa: ANN401 - the stock pipeline's own
         weights: WeightSchedule = None,
         seed: int | Sequence[int] | None = None,
         levels: NoiseLevels | Mapping[str, Any] | None = None,
+        etas: NoiseLevels | Mapping[str, Any] | None = None,
         zero_variance: ZeroVariancePolicy = "error",
         rates: Sequence[float] | None = None,
         extrapolate: bool = False,
@@ -111,20 +117,27 @@ class WithObjectives:
                 whose weight is 0 throughout is not evaluated.
             seed: Counter-based noise in the steps, and x_T from one generator per image: image i
                 gets the seed `seed + i`; a list has one per image. An image then depends on its own
-                seed alone. None: as in the stock pipeline, `generator` or torch's default one.
+                seed, prompt and weights only: whatever shares the batch, the noise is the same to
+                the bit and the image to the last rounding. None: as in the stock pipeline,
+                `generator` or torch's default one.
             levels: Noise levels in place of the objectives' own, in order or by name.
+            etas: The same, by the name that Stable Diffusion's pipeline has for it.
             zero_variance, rates, extrapolate, fusion: See `msdda_fast.coefficient_table`.
 
         Returns: What the stock pipeline returns.
 
         Raises:
             AdapterMismatch: An objective's adapter has been deleted, or fused into the weights.
+            PipelineBusy: A callback called the pipeline that calls it. Other threads wait instead.
             UnsupportedNetwork: The pipeline reads predictions on the host, a cache is enabled, or
                 it never called its scheduler's step.
             InvalidSchedule, InvalidShape, InvalidWeights, UnknownObjective, ZeroVariance: As
                 `msdda_fast.coefficient_table`.
-            ValueError: Both `seed` and `generator`.
+            ValueError: `seed` and `generator`, `levels` and `etas`, or a scale for adapters.
         """
+        if levels is not None and etas is not None:
+            raise ValueError("give levels or etas, not both: they are the same")
+        levels = etas if levels is None else levels
         stock: Any = super().__call__  # type: ignore[misc]
         scheduler: Any = self.scheduler  # type: ignore[attr-defined]
         batch = Batch.of(stock, args, kwargs)
@@ -137,6 +150,8 @@ class WithObjectives:
         columns = [m for m, name in enumerate(self._objectives) if name in active]
         seeds, kwargs = batch.seeded(seed, kwargs)
         check_scheduler(scheduler, steered=seeds is not None)
+        own_levels = call_levels(scheduler, active, self._objectives, levels)
+        check_arguments(batch.given, own_levels)
         options = FusingOptions(
             fusion=fusion,
             zero_variance=zero_variance,
@@ -146,10 +161,10 @@ class WithObjectives:
             backend="auto",
         )
         fusing = PipelineFusing(
-            scheduler,
+            _set_to(scheduler, batch.num_steps),
             options,
             count=len(active),
-            levels=call_levels(scheduler, active, self._objectives, levels),
+            levels=own_levels,
             weights=_by_step(rows[..., columns]),
             noise=LoopNoise(seeds, None),
         )
@@ -158,9 +173,8 @@ class WithObjectives:
             check_loaded(name, self._sets[name], loaded)
         sets = [self._sets[name] for name in active]
         with ExitStack() as stack:
-            for name, network in self.components.items():  # type: ignore[attr-defined]
-                if isinstance(network, nn.Module):
-                    stack.enter_context(self._hook(name, network).hooked(sets))
+            for name, network in networks_of(self).items():
+                stack.enter_context(self._hook(name, network).hooked(sets))
             # past `DiffusionPipeline.__setattr__`, which would note the change in the config
             self.__dict__["scheduler"] = with_fusing(scheduler, fusing)
             stack.callback(self.__dict__.__setitem__, "scheduler", scheduler)
@@ -218,7 +232,7 @@ def attach(
         }
     stock: Any = getattr(pipeline, "stock_class", type(pipeline))
     attached: Any = copy.copy(pipeline)
-    attached.__class__ = _attached_class(stock)
+    attached.__class__ = attached_class(WithObjectives, stock)
     attached._objectives, attached._sets, attached._hooks = dict(objectives), dict(sets), {}
     made: WithObjectives = attached
     return made
@@ -241,40 +255,26 @@ def attach_as_it_is(
 
 
 def _loaded(pipeline: Any) -> list[str]:  # noqa: ANN401 - a pipeline
-    parts = pipeline.components.values()
-    return adapter_names(*(part for part in parts if isinstance(part, nn.Module)))
+    return adapter_names(*networks_of(pipeline).values())
 
 
 def _by_step(rows: Tensor) -> WeightSchedule:
-    """(T, B, M) -> (B, M) where steps agree, else a callable from the step."""
+    """(T, B, M) -> (M,) or (B, M) where steps agree, else a callable from the step to either."""
+    if bool((rows == rows[:, :1]).all()):
+        rows = rows[:, 0]
     if bool((rows == rows[:1]).all()):
         return rows[0]
     return lambda k: rows[k]
 
 
-@functools.cache
-def _attached_class(stock: type[DiffusionPipeline]) -> type[WithObjectives]:
-    """Return a subclass of `stock` with objectives; it has the name that an index would give."""
+def _set_to(scheduler: Any, num_steps: int) -> Any:  # noqa: ANN401 - any scheduler of diffusers
+    """A copy with the timesteps of this call, or with none where the pipeline must set them.
 
-    own = inspect.signature(WithObjectives.__call__).parameters.values()
-    signature = inspect.signature(stock.__call__)
-    together = [
-        *signature.parameters.values(),
-        *(parameter for parameter in own if parameter.kind is parameter.KEYWORD_ONLY),
-    ]
-    together.sort(key=lambda parameter: parameter.kind)  # **kwargs last, if stock has them
-
-    @functools.wraps(WithObjectives.__call__)
-    def call(self: WithObjectives, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as stock
-        return WithObjectives.__call__(self, *args, **kwargs)
-
-    call.__signature__ = signature.replace(parameters=together)  # type: ignore[attr-defined]
-    members = {
-        "__module__": stock.__module__,
-        "__qualname__": stock.__qualname__,
-        "__doc__": stock.__doc__,
-        "__call__": call,
-        "stock_class": stock,
-        **refuse_adapter_methods(stock),
-    }
-    return type(stock.__name__, (WithObjectives, stock), members)
+    Those of an earlier call must not be judged by the levels of this one.
+    """
+    probe = copy.copy(scheduler)
+    try:
+        probe.set_timesteps(num_steps)
+    except (TypeError, ValueError):  # shifts that depend on the size, for one
+        probe.num_inference_steps, probe.custom_timesteps = None, False
+    return probe

@@ -13,7 +13,8 @@ from torch import nn
 from msdda_fast.adapters.formats import StockFormat
 from msdda_fast.adapters.injection import peft_names
 from msdda_fast.adapters.writing import write_adapters
-from msdda_fast.pipelines.loading import LoadPlan, adapter_scale, read_adapters
+from msdda_fast.pipelines.adapter_sets import adapter_scale
+from msdda_fast.pipelines.loading import LoadPlan, read_adapters
 from msdda_fast.pipelines.manifest import OBJECTIVES_FILE, dump_objectives
 from msdda_fast.pipelines.saving import folders_of, load_in_float32, staged, without_adapters
 

@@ -18,7 +18,14 @@ from msdda_fast.weights import preference_schedule
 __all__ = ["Batch"]
 
 #: The first of these that is given says how many prompts there are.
-_PROMPTS = ("prompt", "prompt_embeds", "image_embeds", "image", "class_labels")
+_PROMPTS = (
+    "prompt",
+    "prompt_embeds",
+    "pooled_prompt_embeds",
+    "image_embeds",
+    "image",
+    "class_labels",
+)
 _COPIES = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
 
 
@@ -31,12 +38,14 @@ class Batch:
         copies: Images of each prompt, consecutive.
         num_steps: T, an upper bound: image-to-image skips the first steps.
         takes_generator: Whether the pipeline has a `generator` argument.
+        given: All arguments of the call by name, defaults included.
     """
 
     prompts: int
     copies: int
     num_steps: int
     takes_generator: bool
+    given: Mapping[str, Any]
 
     @classmethod
     def of(cls, stock: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Batch:
@@ -59,7 +68,7 @@ class Batch:
             if given.get(name) is not None:
                 steps = len(given[name])
         copies = next((given[name] for name in _COPIES if given.get(name) is not None), 1)
-        return cls(prompts, copies, steps, "generator" in signature.parameters)
+        return cls(prompts, copies, steps, "generator" in signature.parameters, given)
 
     @property
     def images(self) -> int:

@@ -25,6 +25,7 @@ from msdda_fast.adapters.variant import Variant
 from msdda_fast.errors import UnknownObjective
 from msdda_fast.files import read_json
 from msdda_fast.objective import Objective
+from msdda_fast.pipelines.adapter_sets import adapter_scale
 from msdda_fast.pipelines.carried_over import carried_over
 from msdda_fast.pipelines.dtypes import Dtypes, cast, check_dtypes
 from msdda_fast.pipelines.manifest import OBJECTIVES_FILE, check_names, parse_objectives
@@ -35,7 +36,6 @@ from msdda_fast.pipelines.schedulers import check_scheduler_name
 __all__ = [
     "STABLE_DIFFUSION",
     "LoadPlan",
-    "adapter_scale",
     "attach",
     "attach_loaded",
     "plan",
@@ -161,11 +161,6 @@ def read_adapters(
         scales = plan.objectives[name].scales
         found.append(parts[0] if len(parts) == 1 else AdapterFile.together(name, parts, scales))
     return found
-
-
-def adapter_scale(objective: Objective) -> float:
-    """Return the factor on an objective's adapter; several were scaled when they became one."""
-    return objective.scales[0] if len(objective.sources) == 1 else 1.0
 
 
 def _class_name(index: Path, component: Any) -> str:  # noqa: ANN401 - of a stranger's JSON

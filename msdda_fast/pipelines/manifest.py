@@ -16,8 +16,10 @@ from numbers import Real
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from msdda_fast.files import unique_keys
 from msdda_fast.levels import noise_from_json, noise_to_json
 from msdda_fast.objective import Objective
+from msdda_fast.pipelines.adapter_sets import adapter_scale
 
 __all__ = ["OBJECTIVES_FILE", "check_names", "dump_objectives", "parse_objectives"]
 
@@ -36,6 +38,8 @@ def check_names(objectives: Mapping[str, Objective]) -> None:
         ValueError: There are none, a name is not a string or blank, or a value is not an
             `Objective`.
     """
+    if not isinstance(objectives, Mapping):
+        raise ValueError(f"objectives must map names to Objectives, got {objectives!r:.80}")
     if not objectives:
         raise ValueError(
             "objectives is empty; give at least one, such as Objective.base() for the base model"
@@ -56,7 +60,7 @@ def parse_objectives(text: str | bytes, origin: str | Path) -> dict[str, Objecti
     """
     where = f"{OBJECTIVES_FILE} of {origin}"
     try:
-        entries = json.loads(text)
+        entries = json.loads(text, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not JSON: {error}") from error
     if not isinstance(entries, dict) or not all(isinstance(e, dict) for e in entries.values()):
@@ -140,8 +144,8 @@ def dump_objectives(objectives: Mapping[str, Objective], places: Mapping[str, st
             entry["unet" if objective.unet is not None else "source"] = places[name]
         if objective.noise is not None:
             entry["noise"] = noise_to_json(objective.noise)
-        if objective.scale != 1.0:
-            entry["scale"] = objective.scale
+        if (scale := adapter_scale(objective)) != 1.0:
+            entry["scale"] = scale
         if objective.guidance_scale is not None:
             entry["guidance_scale"] = objective.guidance_scale
         entries[name] = entry

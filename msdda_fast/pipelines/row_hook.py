@@ -45,6 +45,7 @@ class RowHook:
         self._names = list(inspect.signature(network.forward).parameters)
         self._grouped: GroupedAdapters | None = None
         self._sets: Sequence[AdapterSet] = ()
+        self._is_current = False
         self._verified: set[object] = set()
         self._for_now: set[object] = set()  # until adapters change
         self._one_by_one = False
@@ -69,18 +70,26 @@ class RowHook:
             switch = stack.enter_context(AdapterSwitch([self.network]))
             if len(sets) == 1 or not any(sets):
                 switch.select_set(sets[0])
+            # without the hook of the pipeline whose callback is calling this one
+            stock = getattr(self.network.forward, "unhooked", self.network.forward)
+            forward = functools.partial(stock)
             if len(sets) > 1:
-                self._check()
-                forward = functools.partial(self._forward, self.network.forward, sets, switch)
-                stack.enter_context(_replaced(self.network, forward))
+                self._begin(changed=any(sets))
+                forward = functools.partial(self._forward, stock, sets, switch)
+            stack.enter_context(_replaced(self.network, forward, stock))
             yield
 
-    def _check(self) -> None:
+    def _begin(self, *, changed: bool) -> None:
+        """Prepare for a call of the pipeline, in which adapters do not change."""
+        self._is_current = False
         if getattr(self.network, "is_cache_enabled", False):
             raise UnsupportedNetwork(
                 f"a cache is enabled on {self._name!r}, which would decide for all objectives at "
                 "once; call disable_cache() on it first"
             )
+        weights = self.network.parameters()
+        if changed and not self._one_by_one and any(value.is_meta for value in weights):
+            self._separate("weights are loaded layer by layer (sequential offloading)")
 
     def _forward(
         self,
@@ -122,6 +131,10 @@ class RowHook:
                 # weak adapters hide rows in another order; others may be loaded in their place
                 (self._verified if tells_apart(reference) else self._for_now).add(key)
                 return output
+        self._separate(reason)
+        return one_by_one()
+
+    def _separate(self, reason: str) -> None:
         self._one_by_one = True
         logger.warning(
             "%s (%s) cannot run all objectives in one forward, they run one after another: %s",
@@ -129,20 +142,26 @@ class RowHook:
             type(self.network).__name__,
             reason,
         )
-        return one_by_one()
 
     def _current(self, sets: Sequence[AdapterSet]) -> GroupedAdapters:
-        if self._grouped is None or self._sets != sets or not self._grouped.is_current():
-            self._grouped, self._sets = GroupedAdapters(self.network, sets), sets
+        grouped = self._grouped
+        if grouped is None or self._sets != sets or not (self._is_current or grouped.is_current()):
+            grouped = self._grouped = GroupedAdapters(self.network, sets)
+            self._sets = sets
             self._for_now.clear()
-        return self._grouped
+        self._is_current = True  # for the rest of the call: asking costs as much as a small layer
+        return grouped
 
 
 @contextmanager
-def _replaced(network: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def _replaced(
+    network: nn.Module, forward: Callable[..., Any], unhooked: Callable[..., Any]
+) -> Iterator[None]:
     """Give a network another forward, as offloading does, and its own back afterwards."""
     own = network.__dict__.get("forward")
-    network.__dict__["forward"] = functools.update_wrapper(forward, network.forward)
+    hooked: Any = functools.update_wrapper(forward, unhooked)
+    hooked.unhooked = unhooked
+    network.__dict__["forward"] = hooked
     try:
         yield
     finally:

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stock pipelines offer to do with adapters, on a pipeline whose objectives choose them."""
+"""The class of a stock pipeline with objectives: stock but for its call and for adapter methods."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 from typing import Any, NoReturn
 
 from msdda_fast.errors import AdapterMismatch
 
-__all__ = ["refuse_adapter_methods"]
+__all__ = ["attached_class"]
 
 _INSTEAD = {
     "load_lora_weights": "load it into the stock pipeline, pipe.detach(), and make objectives anew "
@@ -24,7 +26,39 @@ _INSTEAD = {
 }
 
 
-def refuse_adapter_methods(stock: type) -> dict[str, Any]:
+@functools.cache
+def attached_class(mixin: Any, stock: Any) -> Any:  # noqa: ANN401 - classes
+    """Return a class of both with the name of `stock`, which is what an index of it would give.
+
+    Args:
+        mixin: Its call takes the arguments of the stock call and keywords of its own.
+        stock: Of a pipeline of diffusers.
+    """
+    own = inspect.signature(mixin.__call__).parameters.values()
+    signature = inspect.signature(stock.__call__)
+    together = [
+        *signature.parameters.values(),
+        *(parameter for parameter in own if parameter.kind is parameter.KEYWORD_ONLY),
+    ]
+    together.sort(key=lambda parameter: parameter.kind)  # **kwargs last, if stock has them
+
+    @functools.wraps(mixin.__call__)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as stock
+        return mixin.__call__(self, *args, **kwargs)
+
+    call.__dict__["__signature__"] = signature.replace(parameters=together)
+    members = {
+        "__module__": stock.__module__,
+        "__qualname__": stock.__qualname__,
+        "__doc__": stock.__doc__,
+        "__call__": call,
+        "stock_class": stock,
+        **_refuse_adapter_methods(stock),
+    }
+    return type(stock.__name__, (mixin, stock), members)
+
+
+def _refuse_adapter_methods(stock: type) -> dict[str, Any]:
     """Return a method that raises for each of these that the stock class has."""
     return {name: _refusing(name) for name in _INSTEAD if hasattr(stock, name)}
 

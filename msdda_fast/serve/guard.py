@@ -153,7 +153,7 @@ async def _drop(receive: Receive) -> None:
     read = 0
     while read <= MOST_DROPPED:
         message = await receive()
-        read += len(message.get("body", b""))
+        read += len(message.get("body", ()))
         if not message.get("more_body"):
             return
 

@@ -227,7 +227,7 @@ def _check_fused_rate(rate: Tensor, rule: Rule) -> None:
         return
     limit = rule.step(highest).rate[..., 0].expand_as(rate)
     over = (rate - limit).clamp(min=0)
-    if over.max() > 1e-9:
+    if bool((over > 1e-9).any()):  # false for no samples
         k, b = divmod(int(over.argmax()), rate.shape[1])
         raise InvalidWeights(
             f"fusion='eps' steps at {rule.levels.name}_w, whose rate is {float(rate[k, b]):.6g} "

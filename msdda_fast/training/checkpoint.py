@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -39,7 +41,19 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         OSError: The file cannot be read.
         ValueError: It is damaged; the message names it.
     """
-    try:
+    with _named(path):
         return load_file(path)
+
+
+def read_header(path: Path) -> dict[str, str]:
+    """Read the metadata of a safetensors file of an earlier run; errors as `load_tensors`."""
+    with _named(path), safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    try:
+        yield
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error}); delete it, and it is made again") from error

@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import track
-from safetensors import safe_open
 from torch import Tensor
 
 from msdda_fast import resume
 from msdda_fast.errors import InvalidShape
 from msdda_fast.rewards import Reward
 from msdda_fast.rewards.checks import check_scores
-from msdda_fast.training.checkpoint import load_tensors
+from msdda_fast.training.checkpoint import load_tensors, read_header
 from msdda_fast.training.storage import write_tensors
 
 MANIFEST_NAME = "collection.json"
@@ -134,8 +133,7 @@ def load_collection(out_dir: str | Path) -> Collection:
 
 def _mark(shard: Path) -> dict[str, Any] | None:
     """Return the fingerprint that a shard carries."""
-    with safe_open(shard, framework="pt") as file:
-        text = (file.metadata() or {}).get(_MARK)
+    text = read_header(shard).get(_MARK)
     return None if text is None else json.loads(text)
 
 

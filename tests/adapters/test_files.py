@@ -230,6 +230,9 @@ DAMAGED = [
     ("half", {"unet.r": 2}, "changes 'text_encoder'.*of 'unet' only"),
     ("another rank", {"r": 3}, "rank 3 in .*attn1.to_q.*factors 2"),
     ("a rank that is none", {"r": "2"}, "r must be a finite number, got '2'"),
+    ("no alpha", {"lora_alpha": None}, "lora_alpha is null"),
+    ("an endless alpha", {"lora_alpha": 10**400}, "lora_alpha must be a finite number"),
+    ("two alphas", '{"lora_alpha": 1, "lora_alpha": 2}', "'lora_alpha' is there twice"),
     ("an alpha that is none", {"lora_alpha": math.inf}, "lora_alpha must be a finite number"),
     ("a pattern that is none", {"alpha_pattern": [1]}, "alpha_pattern is no object"),
     ("a pattern's number", {"alpha_pattern": {"to_q": None}}, "alpha_pattern of 'to_q'"),
@@ -254,6 +257,13 @@ class TestRefused:
         text = str(raised.value)
         assert text.startswith("adapter 'x'") and str(file) in text and "\n" not in text
         assert not any(isinstance(m, LoraLayer) for n in networks for m in n.modules())
+
+    @pytest.mark.parametrize("key", ["unet.conv_out", f"unet.{ATTENTION[0]}.lora_A"])
+    def test_an_alpha_of_no_factors(self, networks, tmp_path, key):
+        state = tensors(factors(networks, ATTENTION), of_pipeline)
+        save_file({**state, f"{key}.alpha": torch.tensor(4.0)}, tmp_path / NAME)
+        message = f"'{key}' has an alpha and no factors"
+        self.refused(networks, tmp_path / NAME, mf.InvalidAdapter, message)
 
     @pytest.mark.parametrize("description, message", [case[1:] for case in DAMAGED],
                              ids=[case[0] for case in DAMAGED])  # fmt: skip

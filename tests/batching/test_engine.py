@@ -3,6 +3,7 @@
 
 import asyncio
 import itertools
+import re
 import threading
 import time
 from concurrent.futures import CancelledError, as_completed
@@ -190,7 +191,7 @@ class TestRefused:
             ({"weights": object()}, mf.InvalidWeights, "weights"),
             ({"guidance_scale": "much"}, mf.MSDDAError, "guidance_scale"),
         ],
-        ids=str,
+        ids=lambda value: re.sub(r" at 0x\w+", "", str(value)),  # the same in every worker
     )
     def test_bad_requests_by_field_before_they_stand_in_line(self, start, fields, error, field):
         engine = start()

@@ -198,7 +198,7 @@ def test_a_damaged_model_is_named(tmp_path, text):
     folder.mkdir(parents=True)
     (folder / "model_index.json").write_text(text)
     done = run("generate", "a dog", "-m", folder, "-o", tmp_path / "x.png")
-    assert_refused(done, f"--model {folder} is damaged or incomplete")
+    assert_refused(done, f"{folder / 'model_index.json'} ")
 
 
 def test_an_objective_given_twice_is_named_before_its_file_is_read(tmp_path):
@@ -304,3 +304,13 @@ def test_names_in_tables_are_printed_as_they_are(capsys):
 def test_the_version():
     done = run("--version")
     assert (done.exit_code, done.stdout) == (0, f"msdda-fast {mf.__version__}\n")
+
+
+def test_a_family_that_commands_do_not_run_is_named(monkeypatch, tmp_path):
+    class StableDiffusion3Pipeline:
+        """What `from_pretrained` gives for a folder of that class."""
+
+    made = StableDiffusion3Pipeline()
+    monkeypatch.setattr(mf.MSDDAPipeline, "from_pretrained", lambda *_, **__: made)
+    done = run("generate", "a dog", "--model", tmp_path, "-o", tmp_path / "x.png")
+    assert_refused(done, "is a StableDiffusion3Pipeline, and the command line runs Stable")

@@ -38,7 +38,7 @@ def test_a_sweep_is_that_of_one_machine_and_continues(nodes, tiny, tmp_path):  #
     assert {f: f.stat().st_mtime_ns for f in kept} == kept
 
 
-@pytest.mark.full  # likewise
+@pytest.mark.slow  # likewise, and the sweep above has the same tasks
 def test_a_comparison_is_that_of_one_machine(nodes, tiny, tmp_path):  # noqa: F811
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a yellow dog\na red car\n")

@@ -6,6 +6,7 @@ where the last one to come fuses, and all go on with the same state.
 """
 
 import copy
+import functools
 import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -37,10 +38,16 @@ class Met:
         return self.stock_step(self.scheduler, **self.arguments)[0]
 
 
-def draw(pipe, call: dict, **more) -> Tensor:
-    """The latents of a call."""
+def generators(seeds: Sequence[int]):
+    """As diffusers takes them: one, or a list."""
+    made = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return made if len(made) > 1 else made[0]
+
+
+def draw(pipe, call: dict, *, seeds: Sequence[int] = (7,), **more) -> Tensor:
+    """The latents of a call, which begins with generators of `seeds` unless `more` says."""
     if "seed" not in more:
-        more.setdefault("generator", torch.Generator().manual_seed(7))
+        more.setdefault("generator", generators(seeds))
     more = {"num_inference_steps": STEPS, "output_type": "latent", "return_dict": False, **more}
     torch.manual_seed(5)
     result = pipe(**copy.deepcopy(call), **more)
@@ -66,9 +73,23 @@ def use(pipe, adapters: Adapters) -> None:
                     layer.set_scale(name, scale)
 
 
-def lockstep(
-    make: Callable[[], tuple[Any, dict]], adapters: Sequence[Adapters], fuse: Fuse, **more
-) -> Tensor:
+Make = Callable[[], tuple[Any, dict]]
+
+
+@functools.cache
+def _made(make: Make, rank: int) -> tuple[Any, dict]:
+    return make()
+
+
+def made(make: Make, rank: int = 0) -> tuple[Any, dict]:
+    """What `make()` gives, with networks that all of this rank share: calls do not change them."""
+    pipe, call = _made(make, rank)
+    pipe = copy.copy(quiet(pipe))
+    pipe.scheduler = copy.deepcopy(pipe.scheduler)
+    return pipe, call
+
+
+def lockstep(make: Make, adapters: Sequence[Adapters], fuse: Fuse, **more) -> Tensor:
     """The latents that `make()`'s pipelines come to together, objective i with `adapters[i]`."""
     count = len(adapters)
     met: list[Met | None] = [None] * count
@@ -92,8 +113,8 @@ def lockstep(
 
     pipes = []
     for rank, own in enumerate(adapters):
-        pipe, call = make()
-        use(quiet(pipe), own)
+        pipe, call = made(make, rank)
+        use(pipe, own)
         pipe.scheduler = meeting(pipe.scheduler, rank)
         pipes.append((pipe, call))
 

@@ -5,7 +5,7 @@ import warnings
 
 import diffusers
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -24,9 +24,9 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def pixels(batch: int, size: int, low: float = 0.0) -> Tensor:
-    """An image in [low, 1]."""
-    return normal(batch, 3, size, size, seed=9).clamp(low, 1)
+def pixels(batch: int, size: int) -> Tensor:
+    """An image in [0, 1]."""
+    return normal(batch, 3, size, size, seed=9).clamp(0, 1)
 
 
 def seeded(make, *args, **kwargs):
@@ -44,11 +44,12 @@ def adapt(network: nn.Module, *targets: str) -> nn.Module:
         )
         with warnings.catch_warnings():  # of a second adapter, which is the purpose
             warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)
-            network.add_adapter(config, name)
+            inject_adapter_in_model(config, network, name)
     with torch.no_grad():
         for path, parameter in network.named_parameters():
             if "lora_B" in path:
                 parameter.mul_(1.5)
+    network._hf_peft_config_loaded = True  # as diffusers notes it
     return network.eval()
 
 
@@ -63,6 +64,7 @@ def image_vae() -> nn.Module:
         block_out_channels=[32, 64],
         sample_size=128,
         latent_channels=4,
+        shift_factor=0.06,
         down_block_types=["DownEncoderBlock2D"] * 2,
         up_block_types=["UpDecoderBlock2D"] * 2,
     )

@@ -4,7 +4,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from tests.families import images, videos, xl
+from tests.families import images, more_images, videos, xl
 
 
 class Family(NamedTuple):
@@ -48,4 +48,10 @@ FAMILIES = {
     "LTX image to video": Family(videos.ltx_image_to_video),
     "LTX-2": Family(videos.ltx2, "two schedulers"),
     "HunyuanVideo": Family(videos.hunyuan_video),
+    "Chroma": Family(more_images.chroma),
+    "Lumina 2": Family(more_images.lumina2),
+    "Sana": Family(more_images.sana),
+    "AuraFlow": Family(more_images.aura_flow),
+    "CogView4": Family(more_images.cogview4),
+    "PixArt-Sigma": Family(more_images.pixart_sigma, levels="ancestral"),
 }

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every family against Algorithm 1 run by unmodified stock pipelines in lockstep."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -12,27 +14,34 @@ from tests.families.lockstep import (
     equal_levels,
     flow_grpo,
     lockstep,
-    quiet,
+    made,
     unequal_levels,
     use,
 )
 from tests.families.table import FAMILIES, Family
 
-pytestmark = [  # diffusers' own, of its own parts
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers"),
-    pytest.mark.filterwarnings("ignore:.*FluxPosEmbed:FutureWarning"),
-]
 #: Of the largest entry; float32 networks on more rows at once round differently.
 CLOSE = 5e-6
 A, B, BASE = {"a": 1.0}, {"b": 1.0}, {}
 BOTH = {"a": 0.8, "b": 0.5}
 
-every_family = pytest.mark.parametrize(
-    "family",
-    [
-        pytest.param(family, id=name, marks=() if family.mechanism else pytest.mark.full)
-        for name, family in FAMILIES.items()
-    ],
+
+def families(quick: Callable[[str, Family], bool], chosen=FAMILIES):
+    """A test of each; `make test` runs those that are `quick`."""
+    return pytest.mark.parametrize(
+        "family",
+        [
+            pytest.param(family, id=name, marks=() if quick(name, family) else pytest.mark.full)
+            for name, family in chosen.items()
+        ],
+    )
+
+
+one_per_mechanism = families(lambda _, family: bool(family.mechanism))
+three = families(lambda name, _: name in ("SD3", "FLUX", "SDXL"))
+unequal = families(
+    lambda _, family: bool(family.mechanism),
+    {name: family for name, family in FAMILIES.items() if family.levels},
 )
 
 
@@ -47,21 +56,22 @@ def weights_for(call: dict) -> torch.Tensor:
     return torch.stack([first, 1 - first], 1)
 
 
-@every_family
+@three
 def test_one_objective_has_the_bits_of_the_stock_pipeline(family: Family):
-    stock, call = family.make()
-    use(quiet(stock), A)
+    stock, call = made(family.make)
+    use(stock, A)
     expected = draw(stock, call)
-    pipe = attach(quiet(family.make()[0]))
+    use(stock, B)
+    pipe = attach(stock)
     assert list(pipe.objectives) == ["a", "b"]
     assert torch.equal(draw(pipe, call, weights={"a": 1, "b": 0}), expected)
 
 
-@every_family
+@one_per_mechanism
 def test_two_objectives_are_algorithm_1(family: Family, caplog):
-    pipe, call = family.make()
+    pipe, call = made(family.make)
     weights = weights_for(call)
-    got = draw(attach(quiet(pipe)), call, weights=weights)
+    got = draw(attach(pipe), call, weights=weights)
     ours = [record for record in caplog.records if record.name.startswith("msdda_fast")]
     assert not ours  # all objectives ran in one forward
     expected = lockstep(family.make, [A, B], equal_levels(weights))
@@ -70,16 +80,9 @@ def test_two_objectives_are_algorithm_1(family: Family, caplog):
     assert error(draw(attach(pipe), call, weights=[1, 0]), expected) > 0.05
 
 
-@pytest.mark.parametrize(
-    "family",
-    [
-        pytest.param(family, id=name, marks=() if family.mechanism else pytest.mark.full)
-        for name, family in FAMILIES.items()
-        if family.levels
-    ],
-)
+@unequal
 def test_unequal_levels_are_algorithm_1(family: Family):
-    pipe, call = family.make()
+    pipe, call = made(family.make)
     weights, batch = weights_for(call), len(call["prompt_embeds"])
     seeds = [3 + 1000 * i for i in range(batch)]
     if family.levels == "flow":
@@ -88,19 +91,17 @@ def test_unequal_levels_are_algorithm_1(family: Family):
     else:
         own = levels = (1.0, 0.6)
         moments = ancestral
-    got = draw(attach(quiet(pipe)), call, weights=weights, levels=levels, seed=seeds)
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    got = draw(attach(pipe), call, weights=weights, levels=levels, seed=seeds)
     fuse = unequal_levels(weights, seeds, moments, own)
-    generator = generators if batch > 1 else generators[0]
-    expected = lockstep(family.make, [A, B], fuse, generator=generator)
+    expected = lockstep(family.make, [A, B], fuse, seeds=seeds)
     assert error(got, expected) < CLOSE
 
 
-@every_family
+@three
 def test_the_base_and_sets_of_adapters_are_objectives(family: Family):
-    pipe, call = family.make()
+    pipe, call = made(family.make)
     objectives = {"both": mf.Objective(["a", "b"], scale=[0.8, 0.5]), "base": mf.Objective.base()}
     weights = weights_for(call)
-    got = draw(attach(quiet(pipe), objectives), call, weights=weights)
+    got = draw(attach(pipe, objectives), call, weights=weights)
     expected = lockstep(family.make, [BOTH, BASE], equal_levels(weights))
     assert error(got, expected) < CLOSE

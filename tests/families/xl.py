@@ -24,7 +24,7 @@ BLOCKS = {
     "use_linear_projection": True,
     "addition_embed_type": "text_time",
     "addition_time_embed_dim": 8,
-    "transformer_layers_per_block": (1, 2),
+    "transformer_layers_per_block": 1,
     "cross_attention_dim": 64,
 }
 
@@ -79,7 +79,7 @@ def img2img(batch: int = 2):
     pipe = diffusers.StableDiffusionXLImg2ImgPipeline(
         **components(unet(embed=72)), requires_aesthetics_score=True
     )
-    return pipe, {**embeddings(batch), "image": pixels(batch, 32, -1), "strength": 0.8}
+    return pipe, {**embeddings(batch), "image": pixels(batch, 32), "strength": 0.8}
 
 
 def inpaint(batch: int = 2, channels: int = 4):
@@ -88,7 +88,7 @@ def inpaint(batch: int = 2, channels: int = 4):
     )
     mask = torch.zeros(batch, 1, 32, 32)
     mask[:, :, 8:24, 4:] = 1
-    image = {"image": pixels(batch, 32, -1), "mask_image": mask, "strength": 0.9}
+    image = {"image": pixels(batch, 32), "mask_image": mask, "strength": 0.9}
     return pipe, {**embeddings(batch), **SIZE, **image}
 
 

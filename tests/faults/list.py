@@ -477,7 +477,7 @@ FAULTS = (
         "batching-seed-not-counted",
         "All images of a request have one seed.",
         "msdda_fast/batching/admission.py",
-        "[seed] if count == 1 else image_seeds(seed, count)",
+        "seed_list([seed]) if count == 1 else image_seeds(seed, count)",
         "[seed] * count",
         ("tests/batching/test_engine.py",),
     ),

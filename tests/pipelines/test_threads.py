@@ -11,7 +11,7 @@ import torch
 
 import msdda_fast as mf
 from msdda_fast.errors import PipelineBusy
-from msdda_fast.pipelines.stable_diffusion.exclusive import exclusively
+from msdda_fast.pipelines.exclusive import exclusively
 from tests.tiny_model import quiet
 
 SOON = 30  # seconds; every wait is bounded

@@ -113,7 +113,7 @@ def sequence(command, count):
 OVERLOADED = ("--max-batch", "4", "--queue-limit", "16")
 
 
-@pytest.mark.full  # load for many seconds
+@pytest.mark.slow  # load for many seconds
 def test_overload_and_a_sequence_in_short(command):
     running = command(*OVERLOADED)
     overload(running, 5)
@@ -132,7 +132,7 @@ def test_a_thousand_requests_leave_nothing(command):
     assert memory < 10 and files <= 0
 
 
-@pytest.mark.full  # likewise
+@pytest.mark.slow  # likewise
 def test_clients_that_hang_up_under_load_harm_nobody(command):
     """Half of the clients leave at some time, while queued, while drawn or while streamed to."""
     running = command(*OVERLOADED[:2])

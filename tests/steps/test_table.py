@@ -257,13 +257,10 @@ def test_a_noise_schedule_that_is_none_is_refused(settings, fusion) -> None:
         coefficient_table(scheduler, 1, etas=[1.0], weights=[1.0], fusion=fusion)
 
 
-def test_coefficients_beyond_their_dtype_are_refused() -> None:
+def test_coefficients_beyond_float32_are_refused() -> None:
     build = dict(etas=[1.0], weights=[1.0], guidance_scale=1e300)
     with pytest.raises(InvalidSchedule, match=r"do not fit torch.float32.*guidance_scale 1e\+300"):
         coefficient_table(sd15_scheduler(), 2, **build)
-    assert (
-        coefficient_table(sd15_scheduler(), 2, **build, dtype=torch.float64).rows.isfinite().all()
-    )
 
 
 @pytest.mark.parametrize("spacing", ["leading", "linspace"])

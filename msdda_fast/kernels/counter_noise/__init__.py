@@ -38,6 +38,10 @@ def as_seeds(seeds: SeedsLike, batch_size: int, device: torch.device) -> Tensor:
         if seeds.is_floating_point() or seeds.is_complex() or seeds.dtype == torch.bool:
             raise ValueError(f"seeds must be integers, got {seeds.dtype}")
         seeds = seeds.to(torch.int64)  # uint64 keeps its bits
+    if seeds.layout != torch.strided:
+        raise InvalidShape(f"seeds has layout {seeds.layout}, expected a dense tensor")
+    if seeds.is_meta and device.type != "meta":
+        raise InvalidShape(f"seeds is on meta, which holds no values, expected {device}")
     if seeds.shape != (batch_size,):
         raise InvalidShape(f"seeds have shape {tuple(seeds.shape)}, expected ({batch_size},)")
     return seeds.to(device).contiguous()
@@ -73,6 +77,8 @@ def as_step(step: int | Tensor) -> int | Tensor:
                 f"step must be an int or a 0-d int64 tensor, got {step.dtype} {tuple(step.shape)}"
             )
         if values_are_readable(step):
+            if step.untyped_storage().nbytes() == 0:
+                raise InvalidShape("step has no memory: its storage was freed")
             _check_word("step", int(step))
         return step
     return _check_word("step", step)

@@ -16,6 +16,7 @@ from msdda_fast.kernels.fused_step._inputs import (
     by_objective,
     check_alike,
     check_out,
+    check_tensor,
     compute_dtype,
     pick,
     randomness,
@@ -114,6 +115,7 @@ def fast_fuse_step(
     if not means:
         raise InvalidShape("means are empty: expected M >= 1 tensors (B, *S)")
     first = means[0]
+    check_tensor(first, "means[0]")
     for m, mean in enumerate(means):
         check_alike(mean, f"means[{m}]", first.shape, first.device, first.dtype)
     check_alike(first, "means", first.shape, first.device)
@@ -212,6 +214,7 @@ def fused_ddim_step(
         BackendUnavailable: The backend cannot run here; an input requires grad, or has a tangent,
             without "eager".
     """
+    check_tensor(x_t, "x_t")
     count, shape = coefficients.num_objectives, x_t.shape
     check_alike(x_t, "x_t", shape, x_t.device)
     branches = by_objective(outputs, "outputs")
@@ -241,6 +244,7 @@ def fused_ddim_step(
     output_dtype: torch.dtype | None = None
     for m, output in enumerate(branches):
         if output is not None:
+            check_tensor(output, f"outputs[{m}]")
             branch_count = output.shape[0] if output.ndim == x_t.ndim + 1 else 2
             expected = (branch_count if branch_count in (1, 2) else 2, *shape)
             check_alike(output, f"outputs[{m}]", expected, x_t.device, output_dtype)

@@ -16,7 +16,7 @@ from msdda_fast.kernels.fused_step._memory import apart, check_distinct, readabl
 from msdda_fast.kernels.fused_step._ops import Operators
 from msdda_fast.kernels.randomness import check_one_source, draw
 from msdda_fast.kernels.raw import FusedStepBackend
-from msdda_fast.torch_private import has_tangent, in_function_transform
+from msdda_fast.torch_private import has_tangent, in_function_transform, is_batched
 from msdda_fast.tracing import is_watched
 from msdda_fast.types import GeneratorLike, SeedsLike
 
@@ -25,6 +25,7 @@ __all__ = [
     "by_objective",
     "check_alike",
     "check_out",
+    "check_tensor",
     "compute_dtype",
     "pick",
     "randomness",
@@ -77,11 +78,21 @@ def randomness(
 
 def by_objective(tensors: Tensor | Sequence[T], name: str) -> list[Tensor | T]:
     """The slices of a tensor along its first axis, or the entries of a sequence."""
-    if not isinstance(tensors, Tensor):
+    if isinstance(tensors, (list, tuple)):
         return list(tensors)
+    if not isinstance(tensors, Tensor):
+        raise InvalidShape(f"{name} must be a tensor or a list of tensors, got {_kind(tensors)}")
     if tensors.ndim == 0:
         raise InvalidShape(f"{name} has shape (), expected an objective axis M first")
+    if tensors.layout != torch.strided:
+        raise InvalidShape(f"{name} has layout {tensors.layout}, expected a dense tensor")
     return list(tensors.unbind())
+
+
+def check_tensor(value: object, name: str) -> None:
+    """Raise `InvalidShape` unless `value` is a tensor: numpy's arrays have shapes, too."""
+    if not isinstance(value, Tensor):
+        raise InvalidShape(f"{name} must be a tensor, got {_kind(value)}")
 
 
 def check_alike(
@@ -92,6 +103,7 @@ def check_alike(
     dtype: torch.dtype | None = None,
 ) -> None:
     """Raise `InvalidShape` unless `tensor` has this shape, device and float dtype (None: any)."""
+    check_tensor(tensor, name)
     if tensor.shape != shape:
         raise InvalidShape(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
     if tensor.device != device:
@@ -121,6 +133,10 @@ def check_out(
     return apart(out, inputs)
 
 
+def _kind(value: object) -> str:
+    return f"{type(value).__module__}.{type(value).__name__}".removeprefix("builtins.")
+
+
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """float64 if one of the inputs is, else float32."""
     wide = any(tensor.dtype == torch.float64 for tensor in tensors)
@@ -133,12 +149,18 @@ def pick(backend: str, inputs: Sequence[Tensor | None]) -> FusedStepBackend:
     Raises:
         BackendUnavailable: The backend cannot run; or it is not "eager", and an input requires grad
             or has a tangent, or `torch.func` transforms the call.
+        InvalidShape: `vmap` maps over an input, and not over the first.
     """
     tensors = [tensor for tensor in inputs if tensor is not None]
     if backend != "eager" and (in_function_transform() or has_tangent(tensors)):
         raise BackendUnavailable(
             f"backend {backend!r} has no derivatives, and forward-mode differentiation or another "
             'transform of torch.func is under way; use backend="eager", which can be transformed'
+        )
+    if not is_batched(tensors[0]) and any(is_batched(tensor) for tensor in tensors):
+        raise InvalidShape(
+            "vmap maps over other inputs than the first (means or x_t), which the result is like; "
+            "map over that one too, expanded"
         )
     if backend != "eager" and torch.is_grad_enabled():
         if any(tensor.requires_grad for tensor in tensors):

@@ -19,14 +19,17 @@ def as_numbers(values: Tensor | Sequence[object] | float, name: str) -> Tensor:
     """Real numbers as a tensor; Python ones become float64 on the CPU.
 
     Raises:
-        InvalidShape: `values` are ragged, or not real numbers.
+        InvalidShape: `values` are ragged or sparse, or not real numbers.
     """
     if not isinstance(values, Tensor):
         try:
             values = torch.tensor(values, dtype=torch.float64)
         except (TypeError, ValueError, OverflowError) as error:
             raise InvalidShape(f"{name}: expected numbers, got {values!r}: {error}") from None
-    if values.is_complex() or values.dtype == torch.bool:
+    if values.layout != torch.strided:
+        raise InvalidShape(f"{name} has layout {values.layout}, expected a dense tensor")
+    narrow = values.is_floating_point() and values.itemsize == 1  # float8 knows no arithmetic
+    if values.is_complex() or values.dtype == torch.bool or narrow:
         raise InvalidShape(f"{name} must be real numbers, got dtype {values.dtype}")
     return values
 
@@ -78,12 +81,12 @@ def prepare(
         InvalidWeights, InvalidShape, ZeroVariance, ValueError: See `fast_fuse_step`.
     """
     c = None if rates is None else as_numbers(rates, "rates")
+    if c is not None and c.device not in (device, torch.device("cpu")):
+        raise InvalidShape(f"rates is on {c.device}, expected {device}")
     check_policy(zero_variance, c, len(variances))
     normalised = normalise_weights(weights, axis=0, extrapolate=extrapolate)
     if values_are_readable(variances) and values_are_readable(weights):
-        _check_values(variances.detach(), normalised, zero_variance, extrapolate)
-    if weights.requires_grad:  # the check detaches
-        normalised = weights.double() / weights.double().sum(0, keepdim=True)
+        _check_values(variances.detach(), normalised.detach(), zero_variance, extrapolate)
     variances = variances.to(device, non_blocking=True)
     weights = normalised.to(device, non_blocking=True)
     if c is not None:

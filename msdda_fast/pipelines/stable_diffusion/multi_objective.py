@@ -24,10 +24,10 @@ from msdda_fast.pipelines import loading, saving
 from msdda_fast.pipelines.attach import attach
 from msdda_fast.pipelines.attach_files import load_objectives
 from msdda_fast.pipelines.dtypes import Dtypes
+from msdda_fast.pipelines.exclusive import exclusively
 from msdda_fast.pipelines.runnable import check_runnable
 from msdda_fast.pipelines.stable_diffusion.adapter_methods import AdapterMethods
 from msdda_fast.pipelines.stable_diffusion.decoding import decode
-from msdda_fast.pipelines.stable_diffusion.exclusive import exclusively
 from msdda_fast.pipelines.stable_diffusion.forward import Forward, ForwardSettings, Runner
 from msdda_fast.pipelines.stable_diffusion.held_adapters import HeldAdapters
 from msdda_fast.pipelines.stable_diffusion.modes import Mode

@@ -30,10 +30,10 @@ from msdda_fast.objective import Objective
 from msdda_fast.pipelines import loading, request
 from msdda_fast.pipelines.attach import attach_as_it_is
 from msdda_fast.pipelines.dtypes import Dtypes, cast, check_dtypes
+from msdda_fast.pipelines.exclusive import one_at_a_time
 from msdda_fast.pipelines.prompts import Prompts
 from msdda_fast.pipelines.schedulers import ddim_scheduler
 from msdda_fast.pipelines.stable_diffusion.callback import Callback, StepCallback
-from msdda_fast.pipelines.stable_diffusion.exclusive import one_at_a_time
 from msdda_fast.pipelines.stable_diffusion.modes import Mode, check_mode
 from msdda_fast.pipelines.stable_diffusion.multi_objective import MultiObjectivePipeline
 from msdda_fast.pipelines.stable_diffusion.output import MSDDAPipelineOutput
@@ -62,8 +62,7 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
     Args:
         vae, text_encoder, tokenizer, unet: As in `StableDiffusionPipeline`; None leaves one out,
             and what needs it is refused: without unet or scheduler, prompts can be encoded.
-        scheduler: DDIM; PNDM and DDPM, which Stable Diffusion folders name, are rebuilt as DDIM
-            from their config, and others are refused.
+        scheduler: DDIM; PNDM and DDPM are rebuilt as DDIM from their config, others are refused.
         safety_checker, feature_extractor, image_encoder, requires_safety_checker: Optional, as in
             `StableDiffusionPipeline`.
     """
@@ -187,9 +186,9 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
                 to a number, a list of P mappings, one per prompt, (M,) or (B, M) numbers, or a
                 callable from the step index 0..T-1 to any of these. None: uniform. An objective
                 whose weight is 0 throughout is not evaluated.
-            mode: "exact", or for speed an approximation that reports an estimate of its error:
-                "merged" runs one network with the adapters merged by precision, the limit of
-                Rewarded Soups; "hybrid" is merged, and exact in the last fifth of the steps.
+            mode: "exact", or an approximation that reports an estimate of its error: "merged" runs
+                one network with the adapters merged by precision, the limit of Rewarded Soups;
+                "hybrid" is merged, and exact in the last fifth of the steps.
             seed: Counter-based noise: image i gets the seed `seed + i`; a list or array has one per
                 image, each in [-2^63, 2^64).
             etas: eta in [0, 1] by objective, in place of the objectives' own.
@@ -201,11 +200,9 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
                 one generator or one per image. With neither: torch's default generator.
             latents: x_T in place of the drawn one, (B, C, H, W), no unit.
             prompt_embeds, negative_prompt_embeds: (P, L, D) text embeddings in place of the texts.
-            zero_variance, rates: What to do where a prompt mixes eta = 0 with eta > 0; see
-                `msdda_fast.steps.shares.fusion_shares`.
+            zero_variance, rates: Where a prompt mixes eta = 0 with others: `steps.shares`.
             extrapolate: Accept negative weights while the fused precision stays positive.
-            fusion: "posterior" (Eq. 7), or "eps": one step at eta_w of mixed predictions, which
-                keeps the noise level where etas differ; see `msdda_fast.coefficient_table`.
+            fusion: "posterior" (Eq. 7), or "eps", which mixes predictions: see `coefficient_table`.
             output_type: "pil", "np" (B, H, W, 3) in [0, 1], "pt" (B, 3, H, W) in [0, 1], or
                 "latent": x_0 (B, C, h, w), float32.
             return_dict: Return an `MSDDAPipelineOutput`; else the tuple (images, flags).
@@ -222,7 +219,7 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
             UnknownObjective: A name in `weights`, `etas` or `guidance_scale` is not an objective.
             InvalidWeights: Weights are off the simplex, or leave no positive precision.
             InvalidSchedule: A number of steps, eta or guidance scale outside its range.
-            InvalidShape: A tensor or list of the wrong length or shape.
+            InvalidShape: A tensor or list of another shape.
             InvalidMode: An unknown mode, or an approximate one in several processes or float64.
             AdapterMismatch, UnsupportedNetwork: See `networks`.
             PipelineBusy: A callback called the pipeline that calls it. Other threads wait instead.

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from msdda_fast.pipelines.stable_diffusion.exclusive import exclusively
+from msdda_fast.pipelines.exclusive import exclusively
 
 __all__ = ["warm_up"]
 
