@@ -80,9 +80,11 @@ def read_json(file: Path, kind: str) -> dict[str, Any]:
         ValueError: It does not; one line with the file's name.
     """
     try:
-        if (size := file.stat().st_size) > _MAX_JSON:
-            raise ValueError(f"it has {size} bytes")
-        found = json.loads(file.read_text("utf-8"), object_pairs_hook=unique_keys)
+        with file.open("rb") as opened:  # no more than that, even of what has no end
+            data = opened.read(_MAX_JSON + 1)
+        if len(data) > _MAX_JSON:
+            raise ValueError(f"it has more than {_MAX_JSON} bytes")
+        found = json.loads(data.decode("utf-8"), object_pairs_hook=unique_keys)
         if not isinstance(found, dict):
             raise ValueError(f"expected an object, got {found!r:.80}")
     except (ValueError, RecursionError) as error:

@@ -187,6 +187,13 @@ def test_a_place_is_not_lost_when_another_takes_a_new_folder_for_a_leftover(tmp_
     assert rivals and [p.name for p in tmp_path.iterdir()] == ["x"]
 
 
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="no such device")
+def test_json_without_an_end(tmp_path):
+    (tmp_path / "x.json").symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match="it has more than 33554432 bytes"):
+        read_json(tmp_path / "x.json", "a list of things")
+
+
 @pytest.mark.parametrize("text", [b"{", b"[1]", b"\xff", b"[" * 100_000, b"null"], ids=range(5))
 def test_json_that_is_no_object(tmp_path, text):
     file = tmp_path / "x.json"

@@ -67,6 +67,8 @@ def compare(
     """
     entries = plan.entries()
     whole = part == (0, 1)
+    if whole and scores_file(out).exists():  # damage is found before hours of drawing
+        read_scores(scores_file(out))
     run_comparison(
         pipe, comparison, entries, work,
         part=part, out=out if whole else None, elsewhere=elsewhere, progress=progress,

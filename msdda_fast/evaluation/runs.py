@@ -35,6 +35,7 @@ from msdda_fast.evaluation.shards import (
 from msdda_fast.methods.method import Drawn, Method
 from msdda_fast.pipelines import MSDDAPipeline
 from msdda_fast.rewards import Reward
+from msdda_fast.rewards.checks import check_scores
 
 __all__ = [
     "Comparison",
@@ -285,4 +286,7 @@ def _score(
     rewards: Mapping[str, Reward], pixels: Tensor, prompts: Sequence[str]
 ) -> dict[str, list[float]]:
     images = pixels.float() / 255
-    return {name: reward(images, prompts).tolist() for name, reward in rewards.items()}
+    return {
+        name: check_scores(name, reward(images, prompts), prompts).tolist()
+        for name, reward in rewards.items()
+    }

@@ -77,6 +77,8 @@ def read_scores(file: Path) -> list[Score]:
         rows = []
         for row in reader:
             try:
+                if None in (*row, *row.values()):
+                    raise ValueError("expected one value for each column")
                 rows.append(_parse(row, rewards))
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{file}, line {reader.line_num}: {error}") from error

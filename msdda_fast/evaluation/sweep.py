@@ -24,6 +24,7 @@ from msdda_fast.objective import Objective
 from msdda_fast.pipelines import MSDDAPipeline
 from msdda_fast.pipelines.identity import model_identity
 from msdda_fast.rewards import load_reward
+from msdda_fast.rewards.checks import check_scores
 
 __all__ = ["CellDrawer", "Sweep", "SweepResult", "run_sweep"]
 
@@ -152,7 +153,10 @@ def run_sweep(
     cells = sweep.cells
     images = _as_batch([store.load(cell) for cell in cells])
     prompts = [cell.prompt for cell in cells]
-    scores = {reward.name: reward(images, prompts).tolist() for reward in rewards}
+    scores = {
+        reward.name: check_scores(reward.name, reward(images, prompts), prompts).tolist()
+        for reward in rewards
+    }
     size = len(cells) // len(sweep.columns)
     means = {
         name: [sum(values[i : i + size]) / size for i in range(0, len(cells), size)]

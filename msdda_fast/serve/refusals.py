@@ -118,7 +118,8 @@ def of_validation(error: RequestValidationError) -> Refusal:
 
 def of_http(error: HTTPException) -> Refusal:
     """Translate what the framework itself refuses: unknown paths, methods, unreadable bodies."""
-    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
+    codes = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
+    code = codes.get(error.status_code, "invalid_request")
     return Refusal(error.status_code, str(error.detail), code=code)
 
 

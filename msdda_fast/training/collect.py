@@ -17,6 +17,7 @@ from torch import Tensor
 from msdda_fast import resume
 from msdda_fast.errors import InvalidShape
 from msdda_fast.rewards import Reward
+from msdda_fast.rewards.checks import check_scores
 from msdda_fast.training.checkpoint import load_tensors, read_header
 from msdda_fast.training.storage import write_tensors
 
@@ -162,14 +163,7 @@ def _sample_and_score(
         "seed": torch.tensor([seed for _, seed in batch]),
     }
     for name, reward in rewards.items():
-        scores = reward(images, texts)
-        if tuple(scores.shape) != (len(batch),):
-            raise InvalidShape(
-                f"reward {name!r} must return shape ({len(batch)},), got {tuple(scores.shape)}"
-            )
-        if not scores.isfinite().all():
-            worst = texts[int((~scores.isfinite()).nonzero()[0])]
-            raise ValueError(f"reward {name!r} is not finite for the prompt {worst!r}")
+        scores = check_scores(name, reward(images, texts), texts)
         tensors[_SCORE + name] = scores.float().cpu().contiguous()
     return tensors
 

@@ -75,6 +75,15 @@ def test_rerunning_keeps_earlier_rows_and_systems_can_be_chosen(pipe, tmp_path, 
     assert calls == []
 
 
+def test_scores_that_are_damaged_are_found_before_any_work(pipe, tmp_path, calls):
+    plan, out = Plan(**SMALL, systems=["MSDDA"]), tmp_path / "out"
+    out.mkdir()
+    (out / "scores.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="not a file of scores"):
+        compare(pipe, COMPARISON, plan, tmp_path / "work", out, title="Tiny")
+    assert calls == [] and not (tmp_path / "work").exists()
+
+
 def test_parts_write_shards_and_the_whole_writes_results(pipe, tmp_path):
     plan = Plan(**SMALL, systems=["SD", "MSDDA"])
     out = tmp_path / "out"

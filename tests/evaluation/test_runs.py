@@ -260,6 +260,18 @@ def test_a_reward_that_cannot_judge_is_found_before_any_work(pipe, tmp_path, cal
     assert calls == [] and not list(tmp_path.iterdir())
 
 
+def test_a_score_that_is_no_number_is_named_and_not_kept(pipe, tmp_path):
+    class Broken(Red):
+        def __call__(self, images, prompts):
+            scores = super().__call__(images, prompts)
+            return scores.index_fill(0, torch.tensor([1]), float("nan")) if images.any() else scores
+
+    broken = replace(COMPARISON, rewards={"red": Broken()})
+    with pytest.raises(ValueError, match="reward 'red' is not finite for the prompt 'a cat'"):
+        run_comparison(pipe, broken, ENTRIES[1:], tmp_path)
+    assert not list((tmp_path / "shards").rglob("*.json"))
+
+
 @pytest.mark.parametrize("part", [(2, 2), (-1, 2), (0, 0)])
 def test_a_part_is_one_of_its_number(pipe, tmp_path, part):
     with pytest.raises(ValueError, match="part"):
@@ -292,6 +304,10 @@ def test_a_file_that_is_no_scores_is_named(tmp_path):
     file.write_text(lines)
     with pytest.raises(ValueError, match="line 2"):
         read_scores(file)
+    for cut in ("SD,,,,50,a dog,0,1,10", "SD,,,,50,a dog,0,1,10,0,1,0,0"):
+        file.write_text((tmp_path / "good.csv").read_text() + cut)
+        with pytest.raises(ValueError, match="line 2: expected one value for each column"):
+            read_scores(file)
 
 
 def test_shards_say_what_made_them(pipe, tmp_path):

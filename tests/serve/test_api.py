@@ -193,6 +193,7 @@ class TestRefusals:
         answer = served.http.post("/v1/images/generations", content=content)
         assert answer.status_code == 413
         assert "longer than 65536 bytes" in answer.json()["error"]["message"]
+        assert answer.json()["error"]["code"] == "body_too_large"
 
     @pytest.mark.parametrize(
         ("method", "path", "status"),
