@@ -60,7 +60,7 @@ class Objective:
                 f"Objective: noise must be None or noise of flow models, such as FlowSDE(0.7), got "
                 f"{self.noise!r}; DDIM's level is eta"
             )
-        given = self.scale.tolist() if hasattr(self.scale, "tolist") else self.scale
+        given: Any = self.scale.tolist() if hasattr(self.scale, "tolist") else self.scale
         several = isinstance(given, (list, tuple))
         scales = tuple(_finite(scale) for scale in (given if several else [given]))
         if None in scales:
