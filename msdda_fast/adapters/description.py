@@ -14,7 +14,6 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -133,11 +132,11 @@ class Description:
         value = self.fields.get(field, default)
         return None if value is None else self._checked(field, value)
 
-    def _checked(self, field: str, value: Any) -> float:  # noqa: ANN401 - of a file
-        number = isinstance(value, Real) and not isinstance(value, bool)
-        if not number or not -_MAX_NUMBER < value < _MAX_NUMBER:
-            raise self._error(f"{field} must be a finite number, got {value!r:.80}")
-        return float(value)
+    def _checked(self, field: str, value: object) -> float:
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            if -_MAX_NUMBER < value < _MAX_NUMBER:
+                return float(value)
+        raise self._error(f"{field} must be a finite number, got {value!r:.80}")
 
     def _error(self, text: str) -> InvalidAdapter:
         return InvalidAdapter(f"{self.origin}: {text}")

@@ -16,6 +16,7 @@ from functools import wraps
 from typing import Any, Protocol, TypeVar, cast
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 
 from msdda_fast.adapters.layers import uncompiled
@@ -106,7 +107,9 @@ def one_at_a_time(call: Call) -> Call:
                 )
             _calls.pipes.append(self)
             try:
-                return call(self, *args, **kwargs)
+                # a tensor made in inference mode could not be written to by a later call outside
+                with torch.inference_mode(False), torch.no_grad():
+                    return call(self, *args, **kwargs)
             finally:
                 _calls.pipes.pop()
 

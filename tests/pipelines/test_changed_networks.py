@@ -275,3 +275,10 @@ def test_hooks_of_all_modules_act(stock, ours):
         handle.remove()
     assert torch.allclose(got, expected, atol=1e-4) and not torch.allclose(got, before, atol=0.1)
     assert torch.allclose(draw(ours), before, atol=1e-4)
+
+
+def test_the_first_call_may_be_in_inference_mode(tiny):
+    pipe = tiny.load()
+    with torch.inference_mode():
+        first = draw(pipe)
+    assert torch.equal(draw(pipe), first) and not first.is_inference()
