@@ -148,6 +148,16 @@ def test_a_changed_network_runs_by_itself(stock, ours, change, named, caplog):
         draw(ours)
 
 
+def test_autocast_is_that_of_stock(stock, ours, caplog):
+    before = draw(stock)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected, got = draw(stock), draw(ours)
+    assert (expected - before).norm() > 2e-3 * before.norm()  # half of it would be noticed
+    assert_close(got, expected)
+    assert "torch.autocast is on for cpu" in caplog.text
+    assert_close(draw(ours), before)
+
+
 def test_what_is_undone_is_batched_again(ours, calls):
     before = draw(ours)
     hook = ours.unet.conv_in.register_forward_hook(lambda module, args, out: 0.5 * out)

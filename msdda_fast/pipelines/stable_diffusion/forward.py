@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+import torch
+
 from msdda_fast.adapters.variant import Variant
 from msdda_fast.batched.options import DEFAULTS, BatchedOptions
 from msdda_fast.engine.graph import Capture
@@ -74,10 +76,11 @@ class Runner:
         settings = self.settings
         if settings.forward == "sequential" and not required:
             return None
-        if self._sampler is not None and self._sampler.is_current(variants):
-            return self._sampler
-        self._sampler = None  # free the old one before building anew
         try:
+            _check_context(variants)
+            if self._sampler is not None and self._sampler.is_current(variants):
+                return self._sampler
+            self._sampler = None  # free the old one before building anew
             self._sampler = CapturedSampler(
                 variants,
                 options=settings.options,
@@ -91,4 +94,14 @@ class Runner:
             if str(error) != self._said:
                 logger.warning("objectives run one after another: %s", error)
                 self._said = str(error)
+            return None
         return self._sampler
+
+
+def _check_context(variants: Sequence[Variant]) -> None:
+    """Raise `UnsupportedNetwork` under autocast, which casts inside of layers."""
+    device = variants[0].network.device.type
+    if torch.is_autocast_enabled(device):
+        raise UnsupportedNetwork(
+            f"torch.autocast is on for {device}; networks loaded in that dtype run batched"
+        )
