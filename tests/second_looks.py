@@ -15,7 +15,20 @@ _SERVE = "tests/serve/test_api.py and the other tests of the file"
 _SHARDS = "test_sweep.py::test_every_cell_is_its_preference_seed_and_prompt and test_statistics.py"
 _CLOSED = "the closed form in the same file"
 
+_FAMILIES = "tests/families/test_families.py"
+
 SECOND_LOOKS = {
+    "tests/families/test_mechanisms.py": _FAMILIES,
+    "tests/families/test_calls.py": _FAMILIES,
+    "tests/families/test_saving.py": _FAMILIES,
+    "tests/families/test_formats.py": _FAMILIES,
+    "tests/pipelines/test_adapter_methods.py::TestANetworkOfItsOwn": (
+        "the first tests of the file"
+    ),
+    "tests/pipelines/test_threads.py::test_pipelines_stay_copyable": "the first test of the file",
+    "tests/evaluation/test_compare.py::test_a_comparison_killed_and_resumed": (
+        "test_sweep.py and tests/test_resume.py"
+    ),
     # random cases
     "tests/kernels/test_fuzz.py": _STEP,
     "tests/kernels/test_fuzz_bad_input.py": _STEP,

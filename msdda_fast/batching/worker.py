@@ -155,7 +155,7 @@ class Worker(threading.Thread):
         for seconds in BACK_OFF_S:
             self.restarting = described(reason)
             self._pause(seconds)
-            if self._aborted.is_set():
+            if not self._is_needed():
                 break
             self._drawer.restart()
             if (error := self._try_probe()) is None:
@@ -167,10 +167,18 @@ class Worker(threading.Thread):
         self.restarting = None
 
     def _pause(self, seconds: float) -> None:
-        """Wait, while tickets expire, until the time is up or the engine is closed."""
+        """Wait, while tickets expire, until the time is up or nobody needs the engine any more."""
         end = time.monotonic() + seconds
-        while (left := end - time.monotonic()) > 0 and not self._aborted.wait(min(left, 0.1)):
+        while (left := end - time.monotonic()) > 0 and self._is_needed():
+            self._aborted.wait(min(left, 0.1))
             self._expire_all()
+
+    def _is_needed(self) -> bool:
+        """Return whether anybody waits, or may still come."""
+        if self._aborted.is_set():
+            return False
+        waits = len(self._queue) or any(ticket.is_open for ticket in self._taken)
+        return bool(waits) or not self._queue.is_closed
 
     def _draw(self, batch: list[Ticket]) -> None:
         start = time.monotonic()

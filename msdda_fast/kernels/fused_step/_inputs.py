@@ -157,7 +157,8 @@ def pick(backend: str, inputs: Sequence[Tensor | None]) -> FusedStepBackend:
             f"backend {backend!r} has no derivatives, and forward-mode differentiation or another "
             'transform of torch.func is under way; use backend="eager", which can be transformed'
         )
-    if not is_batched(tensors[0]) and any(is_batched(tensor) for tensor in tensors):
+    maps = not torch.compiler.is_compiling() and any(map(is_batched, tensors[1:]))
+    if maps and not is_batched(tensors[0]):
         raise InvalidShape(
             "vmap maps over other inputs than the first (means or x_t), which the result is like; "
             "map over that one too, expanded"
