@@ -3,9 +3,11 @@
 
 import diffusers
 import torch
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit
+from PIL import Image
 from torch import nn
 
-from tests.families.images import flux_vae
+from tests.families.images import flux_vae, qwen
 from tests.families.parts import (
     ATTENTION,
     FEED_FORWARD,
@@ -40,6 +42,16 @@ def _awake(network: nn.Module) -> nn.Module:
         if not parameter.any():
             nn.init.normal_(parameter, std=0.1)
     return network
+
+
+def qwen_edit(batch: int = 2):
+    """Qwen-Image with an image to change, whose tokens follow those of the latents."""
+    # it scales any image to a million pixels, whatever height and width say
+    pipeline_qwenimage_edit.calculate_dimensions = lambda area, ratio: (32, 32, None)
+    stock, call = qwen(batch)
+    pipe = diffusers.QwenImageEditPipeline(**stock.components, processor=None)
+    red = Image.new("RGB", (32, 32), "red")
+    return pipe, {**call, "image": red}
 
 
 def chroma(batch: int = 2):

@@ -39,6 +39,7 @@ FAMILIES = {
     "FLUX ControlNet": Family(images.flux_controlnet),
     "FLUX.2": Family(images.flux2),
     "Qwen-Image": Family(images.qwen, "lists with an entry per row"),
+    "Qwen-Image-Edit": Family(more_images.qwen_edit),
     "Z-Image": Family(images.z_image, "lists of rows, in and out"),
     "Wan 2.1": Family(videos.wan),
     "Wan 2.2": Family(videos.wan_two_transformers, "two denoisers"),
