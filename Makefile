@@ -21,7 +21,7 @@ test: $(STAMP)
 test-all: $(STAMP)
 	$(BIN)/python -m pytest $(PARALLEL) $(ALL)
 
-# Minutes each, and load: one after another. .github/workflows/slow.yml runs them every week.
+# Minutes each, and load: one after another. .github/workflows/nightly.yml runs them.
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -p no:benchmark -m "slow and not gpu"
 
