@@ -123,9 +123,11 @@ def test_a_long_name_that_fits_is_written(tmp_path):
 
 
 KILLED = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from msdda_fast.files import write_atomically
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it in the background
 
 def slowly(partial):
     partial.write_text("half")
