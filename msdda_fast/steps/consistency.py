@@ -24,7 +24,13 @@ from torch import Tensor
 
 from msdda_fast.levels import LevelRange
 from msdda_fast.steps.ddim import DDIMGrid, next_grid
-from msdda_fast.steps.rules import CleanTerms, PredictionTerms, StepTerms, canonical_step
+from msdda_fast.steps.rules import (
+    GridRule,
+    OneLevelRule,
+    StepTerms,
+    canonical_step,
+    state_step,
+)
 
 if TYPE_CHECKING:
     from msdda_fast.types import Scheduler
@@ -33,7 +39,7 @@ __all__ = ["LCMRule", "TCDRule", "lcm_rule", "tcd_rule"]
 
 
 @dataclass(frozen=True, slots=True)
-class LCMRule:
+class LCMRule(OneLevelRule):
     """LCM on a grid; there is no level to choose.
 
     Attributes:
@@ -46,53 +52,26 @@ class LCMRule:
     out: Tensor
 
     @property
-    def timesteps(self) -> Tensor:
-        """(T,) int64, decreasing."""
-        return self.grid.timesteps
-
-    @property
-    def clip_range(self) -> float | None:
-        """That of the grid."""
-        return self.grid.clip_range
-
-    @property
-    def input_scale(self) -> None:
-        """The networks take x_t."""
-
-    @property
     def levels(self) -> LevelRange:
         """1 alone."""
         return LevelRange(name="level", meaning="fixed by LCM", low=1.0, high=1.0)
-
-    @property
-    def mixes_unless_told(self) -> bool:
-        """No: all levels are equal."""
-        return False
 
     def step(self, level: Tensor) -> StepTerms:
         """Return LCM's Gaussians, the same for every level."""
         p = self.grid.alpha_bar_prev[:, None, None].clone()
         p[-1] = 1.0
-        terms = self.grid.prediction_terms()
-        x0_x, x0_output = terms.x0_x[:, None, None], terms.x0_output[:, None, None]
-        kept, signal = p.sqrt() * self.skip, p.sqrt() * self.out
-        rate, unit = torch.ones_like(level), (1 - p).sqrt()
-        if self.grid.clip_range is not None:
-            zero = torch.zeros_like(kept)
-            return StepTerms(kept, zero, rate, unit, CleanTerms(x0_x, x0_output, signal))
-        return StepTerms(kept + signal * x0_x, signal * x0_output, rate, unit)
-
-    def eps_scale(self, level: Tensor) -> Tensor:
-        """Return 1: all steps are alike."""
-        return torch.ones_like(level)
-
-    def step_at(self, rate: Tensor) -> StepTerms:
-        """Return the one step there is."""
-        return self.step(rate)
+        return state_step(
+            self.grid.step_terms(),
+            kept=p.sqrt() * self.skip,
+            signal=p.sqrt() * self.out,
+            rate=torch.ones_like(level),
+            unit=(1 - p).sqrt(),
+            clips=self.grid.clip_range is not None,
+        )
 
 
 @dataclass(frozen=True, slots=True)
-class TCDRule:
+class TCDRule(GridRule):
     """TCD on a grid; a level is gamma, which diffusers calls eta.
 
     Attributes:
@@ -106,27 +85,9 @@ class TCDRule:
     alpha_bar: Tensor
 
     @property
-    def timesteps(self) -> Tensor:
-        """(T,) int64, decreasing."""
-        return self.grid.timesteps
-
-    @property
-    def clip_range(self) -> None:
-        """Nothing is clipped."""
-
-    @property
-    def input_scale(self) -> None:
-        """The networks take x_t."""
-
-    @property
     def levels(self) -> LevelRange:
         """Gamma in [0, 1]."""
         return LevelRange(name="gamma", meaning="TCD's stochasticity", low=0.0, high=1.0)
-
-    @property
-    def mixes_unless_told(self) -> bool:
-        """No: as with DDIM, what Eq. 7 takes away vanishes with the size of the steps."""
-        return False
 
     def step(self, level: Tensor) -> StepTerms:
         """Return TCD's Gaussians at `level`, broadcastable to (T, B, M)."""
@@ -138,7 +99,7 @@ class TCDRule:
         unit = torch.where(self._is_noisy, 1.0, 0.0).double()
         direction = (1 - p - (rate * unit) ** 2).clamp(min=0).sqrt()
         return canonical_step(
-            PredictionTerms(*(term[:, None, None] for term in self.grid.prediction_terms())),
+            self.grid.step_terms(),
             signal=p.sqrt(),
             direction=direction,
             rate=rate,

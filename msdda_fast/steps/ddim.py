@@ -21,7 +21,7 @@ from torch import Tensor
 from msdda_fast.errors import InvalidSchedule
 from msdda_fast.integers import as_integer
 from msdda_fast.levels import ETA, LevelRange
-from msdda_fast.steps.rules import PredictionTerms, StepTerms, canonical_step
+from msdda_fast.steps.rules import GridRule, PredictionTerms, StepTerms, canonical_step
 
 if TYPE_CHECKING:
     from msdda_fast.types import Scheduler
@@ -57,6 +57,10 @@ class DDIMGrid:
         a, p = self.alpha_bar_t, self.alpha_bar_prev
         return (1 - p) / (1 - a) * (1 - a / p)
 
+    def step_terms(self) -> PredictionTerms:
+        """Return `prediction_terms`, each (T, 1, 1)."""
+        return PredictionTerms(*(term[:, None, None] for term in self.prediction_terms()))
+
     def prediction_terms(self) -> PredictionTerms:
         """Return how x_0 and the noise follow from x_t and a model output, each (T,)."""
         signal, noise = self.alpha_bar_t.sqrt(), (1 - self.alpha_bar_t).sqrt()
@@ -69,7 +73,7 @@ class DDIMGrid:
 
 
 @dataclass(frozen=True, slots=True)
-class DDIMRule:
+class DDIMRule(GridRule):
     """DDIM on a grid; a level is eta, 1 is DDPM and 0 deterministic.
 
     Attributes:
@@ -77,11 +81,6 @@ class DDIMRule:
     """
 
     grid: DDIMGrid
-
-    @property
-    def timesteps(self) -> Tensor:
-        """(T,) int64, decreasing."""
-        return self.grid.timesteps
 
     @property
     def clip_range(self) -> float | None:
@@ -93,20 +92,11 @@ class DDIMRule:
         """Eta in [0, 1]: beyond, sqrt(1 - p - eta^2 v) need not exist."""
         return ETA
 
-    @property
-    def input_scale(self) -> None:
-        """The networks take x_t."""
-
-    @property
-    def mixes_unless_told(self) -> bool:
-        """No: what Eq. 7 takes away from the noise vanishes with the size of the steps."""
-        return False
-
     def step(self, level: Tensor) -> StepTerms:
         """Return the DDIM posteriors at `level`, broadcastable to (T, B, M)."""
         grid, var, prev = self.grid, self.grid.var[:, None, None], self._prev
         return canonical_step(
-            PredictionTerms(*(term[:, None, None] for term in grid.prediction_terms())),
+            grid.step_terms(),
             signal=prev.sqrt(),
             direction=self._direction(level),
             rate=level,

@@ -21,7 +21,7 @@ from torch import Tensor
 from msdda_fast.errors import InvalidSchedule
 from msdda_fast.levels import LevelRange
 from msdda_fast.steps.ddim import DDIMGrid, next_grid
-from msdda_fast.steps.rules import CleanTerms, StepTerms
+from msdda_fast.steps.rules import OneLevelRule, StepTerms, state_step
 
 if TYPE_CHECKING:
     from msdda_fast.types import Scheduler
@@ -33,7 +33,7 @@ _VARIANCES = ("fixed_small", "fixed_small_log")
 
 
 @dataclass(frozen=True, slots=True)
-class DDPMRule:
+class DDPMRule(OneLevelRule):
     """DDPM on a grid; there is no level to choose.
 
     Attributes:
@@ -43,50 +43,22 @@ class DDPMRule:
     grid: DDIMGrid
 
     @property
-    def timesteps(self) -> Tensor:
-        """(T,) int64, decreasing."""
-        return self.grid.timesteps
-
-    @property
-    def clip_range(self) -> float | None:
-        """That of the grid."""
-        return self.grid.clip_range
-
-    @property
-    def input_scale(self) -> None:
-        """The networks take x_t."""
-
-    @property
     def levels(self) -> LevelRange:
         """1 alone: it is DDIM's eta."""
         return LevelRange(name="eta", meaning="fixed by DDPM", low=1.0, high=1.0)
-
-    @property
-    def mixes_unless_told(self) -> bool:
-        """No: all levels are equal."""
-        return False
 
     def step(self, level: Tensor) -> StepTerms:
         """Return the DDPM posteriors, the same for every level."""
         grid = self.grid
         a, p = grid.alpha_bar_t[:, None, None], grid.alpha_bar_prev[:, None, None]
-        terms = grid.prediction_terms()
-        x0_x, x0_output = terms.x0_x[:, None, None], terms.x0_output[:, None, None]
-        signal = p.sqrt() * (1 - a / p) / (1 - a)
-        kept = (a / p).sqrt() * (1 - p) / (1 - a)
-        rate, unit = torch.ones_like(level), grid.var[:, None, None].sqrt()
-        if grid.clip_range is not None:
-            zero = torch.zeros_like(kept)
-            return StepTerms(kept, zero, rate, unit, CleanTerms(x0_x, x0_output, signal))
-        return StepTerms(kept + signal * x0_x, signal * x0_output, rate, unit)
-
-    def eps_scale(self, level: Tensor) -> Tensor:
-        """Return 1: all steps are alike."""
-        return torch.ones_like(level)
-
-    def step_at(self, rate: Tensor) -> StepTerms:
-        """Return the one step there is."""
-        return self.step(rate)
+        return state_step(
+            grid.step_terms(),
+            kept=(a / p).sqrt() * (1 - p) / (1 - a),
+            signal=p.sqrt() * (1 - a / p) / (1 - a),
+            rate=torch.ones_like(level),
+            unit=grid.var[:, None, None].sqrt(),
+            clips=grid.clip_range is not None,
+        )
 
 
 def ddpm_rule(scheduler: Scheduler, num_steps: int | None) -> DDPMRule:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from msdda_fast.errors import InvalidSchedule
 from msdda_fast.levels import ETA, FlowNoise, LevelRange
-from msdda_fast.steps.rules import PredictionTerms, StepTerms, canonical_step
+from msdda_fast.steps.rules import GridRule, PredictionTerms, StepTerms, canonical_step
 
 if TYPE_CHECKING:
     from msdda_fast.types import Scheduler
@@ -68,7 +68,7 @@ class FlowGrid:
 
 
 @dataclass(frozen=True)
-class FlowRule(ABC):
+class FlowRule(GridRule, ABC):
     """Steps of a flow model: each rule says what its levels are and which Gaussian has a rate.
 
     Attributes:

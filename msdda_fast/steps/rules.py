@@ -15,19 +15,24 @@ A sampler is one file here, with one class. `table.rule_table` makes coefficient
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from msdda_fast.levels import LevelRange
 
 __all__ = [
     "CleanTerms",
+    "GridRule",
     "MixingRule",
+    "OneLevelRule",
     "PredictionTerms",
     "Rule",
     "StepTerms",
     "canonical_step",
+    "state_step",
 ]
 
 
@@ -135,6 +140,78 @@ class MixingRule(Rule, Protocol):
 
     def step_at(self, rate: Tensor) -> StepTerms:
         """The Gaussians whose `StepTerms.rate` this is, broadcastable to (T, B, 1)."""
+
+
+class GridRule:
+    """The part of a rule that is the same for every sampler read off a grid, and unclipped."""
+
+    grid: Any  # has timesteps
+
+    @property
+    def timesteps(self) -> Tensor:
+        """(T,), those of the grid."""
+        timesteps: Tensor = self.grid.timesteps
+        return timesteps
+
+    @property
+    def clip_range(self) -> float | None:
+        """Nothing is clipped."""
+        return None
+
+    @property
+    def input_scale(self) -> Tensor | None:
+        """None: the networks take x_t."""
+        return None
+
+    @property
+    def mixes_unless_told(self) -> bool:
+        """No: what Eq. 7 takes away from the noise vanishes with the size of the steps."""
+        return False
+
+
+class OneLevelRule(GridRule, ABC):
+    """The part of a rule of which all levels are alike, and which may clip x0hat."""
+
+    @property
+    def clip_range(self) -> float | None:
+        """That of the grid."""
+        clip_range: float | None = self.grid.clip_range
+        return clip_range
+
+    @abstractmethod
+    def step(self, level: Tensor) -> StepTerms:
+        """Return the Gaussians, the same for every level."""
+
+    def eps_scale(self, level: Tensor) -> Tensor:
+        """Return 1: all steps are alike."""
+        return torch.ones_like(level)
+
+    def step_at(self, rate: Tensor) -> StepTerms:
+        """Return the one step there is."""
+        return self.step(rate)
+
+
+def state_step(
+    terms: PredictionTerms,
+    *,
+    kept: Tensor,
+    signal: Tensor,
+    rate: Tensor,
+    unit: Tensor,
+    clips: bool,
+) -> StepTerms:
+    """The Gaussian of mean `kept x_t + signal x0hat` (DDPM and LCM).
+
+    Args:
+        terms: What the outputs mean, (T, 1, 1).
+        kept, signal: Of the state and of the clean sample, broadcastable to (T, B, M).
+        rate, unit: See `StepTerms`.
+        clips: Leave x0hat to `StepTerms.clean`.
+    """
+    if clips:
+        clean = CleanTerms(terms.x0_x, terms.x0_output, signal)
+        return StepTerms(kept, torch.zeros_like(kept), rate, unit, clean)
+    return StepTerms(kept + signal * terms.x0_x, signal * terms.x0_output, rate, unit)
 
 
 def canonical_step(
