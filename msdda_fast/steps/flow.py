@@ -86,26 +86,6 @@ class FlowRule(GridRule, ABC):
         object.__setattr__(self, "_noisy", noisy[:, None, None])
 
     @property
-    def timesteps(self) -> Tensor:
-        """(T,) float64."""
-        return self.grid.timesteps
-
-    @property
-    def clip_range(self) -> None:
-        """Nothing is clipped."""
-        return None
-
-    @property
-    def input_scale(self) -> None:
-        """The networks take x_t."""
-        return None
-
-    @property
-    def mixes_unless_told(self) -> bool:
-        """No: what Eq. 7 takes away from the noise vanishes with the size of the steps."""
-        return False
-
-    @property
     @abstractmethod
     def levels(self) -> LevelRange:
         """What a noise level means."""
