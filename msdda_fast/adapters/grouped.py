@@ -135,17 +135,7 @@ class _PlainUpdates:
 
     def __init__(self, layer: LoraLayer, path: str, sets: Sequence[AdapterSet]) -> None:
         self._layer, self._path = layer, path
-        self._parts = [
-            [
-                (
-                    layer.lora_A[name],
-                    layer.lora_B[name],
-                    scaling(layer, Variant(layer, name, scale)),
-                )
-                for name, scale in adapters
-            ]
-            for adapters in sets
-        ]
+        self._parts = [[_plain(layer, *entry) for entry in adapters] for adapters in sets]
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401 - peft's
         y: Tensor = self._layer.get_base_layer()(x, *args, **kwargs)
