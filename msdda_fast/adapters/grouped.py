@@ -148,8 +148,8 @@ class _PlainUpdates:
         return torch.cat(outputs)
 
 
-def _plain(layer: LoraLayer, name: str, scale: float) -> tuple[nn.Module, nn.Module, float]:
-    """A, B and s of an adapter."""
+def _plain(layer: LoraLayer, name: str, scale: float) -> tuple[Any, Any, float]:
+    """A and B, modules of the kind of the layer, and s of an adapter."""
     return layer.lora_A[name], layer.lora_B[name], scaling(layer, Variant(layer, name, scale))
 
 
