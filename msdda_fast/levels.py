@@ -29,10 +29,16 @@ __all__ = [
     "LevelRange",
     "Levels",
     "NoiseLevels",
+    "TimestepRange",
+    "check_range",
     "noise_from_json",
     "noise_to_json",
     "read_levels",
 ]
+
+
+#: First and last timestep, both included, on the training grid.
+TimestepRange = tuple[float, float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -272,3 +278,21 @@ def _is_window(window: object) -> bool:
         and all(isinstance(k, int) and not isinstance(k, bool) for k in window)
         and 0 <= window[0] < window[1]
     )
+
+
+def check_range(given: Any) -> TimestepRange:  # noqa: ANN401 - what it is, is the question
+    """Return (first, last), both included.
+
+    Raises:
+        InvalidSchedule: It is not two finite numbers in ascending order.
+    """
+    try:
+        first, last = (float(value) for value in given)
+    except (TypeError, ValueError):
+        first, last = 1.0, 0.0
+    if not 0 <= first <= last < float("inf"):
+        raise InvalidSchedule(
+            f"timesteps must be (first, last) with 0 <= first <= last, such as (500, 999), got "
+            f"{given!r:.80}"
+        )
+    return first, last

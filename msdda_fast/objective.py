@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from msdda_fast.errors import InvalidSchedule
-from msdda_fast.levels import ETA, FlowNoise
+from msdda_fast.levels import ETA, FlowNoise, TimestepRange, check_range
 
 __all__ = ["Objective"]
 
@@ -25,6 +25,8 @@ class Objective:
         eta: DDIM stochasticity the model was aligned with, in [0, 1]; 1 is DDPM, 0 deterministic.
         noise: Instead, for flow models: what it was aligned with, such as `FlowSDE(0.7)`. None: it
             has no noise of its own, and takes that of the others.
+        timesteps: First and last timestep, both included, in which the objective acts, such as
+            (500, 999); the base stands in for it in others. None: in all.
         scale: Factor on the adapter's update, no unit; 1 is the adapter as trained. One per source,
             or one for all.
         weight_name: File name inside `source` when it is a folder or hub id.
@@ -33,8 +35,8 @@ class Objective:
         unet: A full network in place of base and adapter.
 
     Raises:
-        InvalidSchedule: `eta` outside [0, 1], noise of an unknown kind, or a guidance scale that is
-            not finite.
+        InvalidSchedule: `eta` outside [0, 1], noise of an unknown kind, a range without timesteps,
+            or a guidance scale that is not finite.
         ValueError: `scale` is not finite or not one per source, both `source` and `unet` are given,
             or a name of a file is none.
     """
@@ -43,6 +45,7 @@ class Objective:
     _: KW_ONLY
     eta: float = 1.0
     noise: FlowNoise | None = None
+    timesteps: TimestepRange | None = None
     scale: float | Sequence[float] = 1.0
     weight_name: str | None = None
     subfolder: str | None = None
@@ -60,6 +63,8 @@ class Objective:
                 f"Objective: noise must be None or noise of flow models, such as FlowSDE(0.7), got "
                 f"{self.noise!r}; DDIM's level is eta"
             )
+        if self.timesteps is not None:
+            self._set("timesteps", check_range(self.timesteps))
         given: Any = self.scale.tolist() if hasattr(self.scale, "tolist") else self.scale
         several = isinstance(given, (list, tuple))
         scales = tuple(_finite(scale) for scale in (given if several else [given]))

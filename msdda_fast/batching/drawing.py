@@ -129,4 +129,6 @@ def _side_by_side(tables: Sequence[CoefficientTable]) -> CoefficientTable:
         share=torch.cat([table.share for table in tables], dim=1),
         std=torch.cat([table.std for table in tables], dim=1),
         needs_uncond=any(table.needs_uncond for table in tables),
+        influence=torch.stack([table.influence for table in tables]).any(0),
+        reads=torch.stack([table.reads for table in tables]).any(0),
     )

@@ -37,6 +37,7 @@ class ShapeKey:
     Attributes:
         shape: (B, *S) of the latents.
         active: (M,) flags; outputs of inactive objectives are not computed.
+        runs: The sets of objectives that steps run, as flags; none: all steps, the active ones.
         branches: K, 2 (uncond, cond) or 1 (cond).
         clip_range: As in the `CoefficientTable`, latent units; None: x_0 is not clipped.
         dtype: Dtype of the network's input.
@@ -53,6 +54,7 @@ class ShapeKey:
 
     shape: tuple[int, ...]
     active: tuple[bool, ...]
+    runs: tuple[tuple[bool, ...], ...] = ()
     branches: int = 1
     clip_range: float | None = None
     dtype: torch.dtype = torch.float32

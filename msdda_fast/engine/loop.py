@@ -8,7 +8,7 @@ networks and then the fused step, a captured generation replays a graph.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -147,6 +147,8 @@ def denoise(
     rates: Sequence[float] | Tensor | None = None,
     extrapolate: bool = False,
     fusion: Fusion | None = None,
+    strength: float | Sequence[Any] | Tensor | None = None,
+    base: Denoiser | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """Sample x_0 from the product of experts of M denoisers, step by step (Algorithm 1, Eq. 7).
@@ -181,6 +183,9 @@ def denoise(
         extrapolate: Accept negative weights while the total precision stays positive.
         fusion: "posterior", or "eps": one step at the fused level on mixed predictions, which keeps
             the noise level where levels differ; see `coefficient_table`.
+        strength: How strongly each denoiser acts, s >= 0: a number, (M,) or (B, M); 1 is Eq. 7, 0
+            the base, 2 twice as far from it. Needs `base`.
+        base: The denoiser that they were aligned from.
         backend: "auto", or one by name: "eager", "native" or "triton".
 
     Returns:
@@ -190,7 +195,7 @@ def denoise(
         InvalidShape: `x_T`, `weights`, `etas`, `levels`, `noise`, `seeds`, `generator` or a
             prediction has a wrong shape; or there is no denoiser.
         InvalidWeights, InvalidSchedule, ZeroVariance: See `coefficient_table`.
-        ValueError: More than one of `noise`, `seeds` and `generator`.
+        ValueError: More than one of `noise`, `seeds` and `generator`; strength without base.
         BackendUnavailable: The named backend cannot run here, or `x_T` requires grad and the
             backend is not "eager".
         NotFinite: x_0 has NaN or infinity.
@@ -201,6 +206,8 @@ def denoise(
             f"expected denoisers and a floating-point x_T (B, *S); got {count} denoisers and x_T "
             f"of {x_T.dtype} and shape {tuple(x_T.shape)}"
         )
+    if (strength is None) != (base is None):
+        raise ValueError("give strength and base together: the strength is the distance from it")
     read = levels_of(scheduler, etas, levels, count)
     differentiates = torch.is_grad_enabled() and backend == "eager"
     if x_T.requires_grad and torch.is_grad_enabled() and not differentiates:
@@ -218,6 +225,7 @@ def denoise(
         rates=rates,
         extrapolate=extrapolate,
         fusion=fusion,
+        strength=strength,
         device=x_T.device,
         dtype=state_dtype,
     )
@@ -227,13 +235,14 @@ def denoise(
     registry.resolve("fused_step", backend, x_T.device.type)  # a missing backend fails before work
     if len(x_T) == 0:
         return x_T.to(state_dtype, copy=True)
-    active = (table.share != 0).any(1).tolist()  # [T][M]
+    active = table.influence.tolist()  # [T][M]
+    networks = [*denoisers] if base is None else [*denoisers, base]
 
     def predict(x: Tensor, k: int) -> list[Tensor | None]:
         x = x if table.input_scale is None else x * table.input_scale[k]
         return [
             _predict(denoiser, m, x, table.timesteps[k]) if is_active else None
-            for m, (denoiser, is_active) in enumerate(zip(denoisers, active[k], strict=True))
+            for m, (denoiser, is_active) in enumerate(zip(networks, active[k], strict=True))
         ]
 
     with torch.set_grad_enabled(differentiates):

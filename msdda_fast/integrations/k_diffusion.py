@@ -141,7 +141,7 @@ def sample_msdda(
     )
     registry.resolve("fused_step", backend, x.device.type)  # a missing backend fails before work
     extra_args = {} if extra_args is None else extra_args
-    is_active = (table.share != 0).any(1).tolist()  # [T][M]
+    is_active = table.influence.tolist()  # [T][M]
     s_in = x.new_ones([len(x)])
 
     def predict(x: Tensor, k: int) -> list[Tensor | None]:

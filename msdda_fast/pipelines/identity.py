@@ -11,6 +11,7 @@ from torch import nn
 
 from msdda_fast.adapters.network_state import scaling
 from msdda_fast.adapters.variant import Variant
+from msdda_fast.objective import Objective
 from msdda_fast.resume import digest
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def model_identity(pipe: MSDDAPipeline) -> dict[str, Any]:
         "objectives": {
             name: {
                 "eta": pipe.objectives[name].eta,
+                **_range(pipe.objectives[name]),
                 "guidance_scale": pipe.objectives[name].guidance_scale,
                 "adapter": _adapter_digest(variant),
                 "network": None if variant.network is pipe.unet else base_digest(variant.network),
@@ -51,6 +53,11 @@ def base_digest(network: nn.Module) -> str:
         if ".lora_" not in name
     }
     return digest(weights, _config(getattr(network, "config", {})))
+
+
+def _range(objective: Objective) -> dict[str, Any]:
+    """Its timesteps, if it does not act in all: older results, which had none, stay valid."""
+    return {} if objective.timesteps is None else {"timesteps": list(objective.timesteps)}
 
 
 def _adapter_digest(variant: Variant) -> str | None:

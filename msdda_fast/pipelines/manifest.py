@@ -28,6 +28,7 @@ _FIELDS = tuple(field.name for field in fields(Objective))
 _KINDS: dict[str, tuple[Any, str]] = {
     **dict.fromkeys(("eta", "scale", "guidance_scale"), (Real, "a number")),
     "noise": (dict, "an object"),
+    "timesteps": (list, "two numbers"),
 }
 
 
@@ -144,6 +145,8 @@ def dump_objectives(objectives: Mapping[str, Objective], places: Mapping[str, st
             entry["unet" if objective.unet is not None else "source"] = places[name]
         if objective.noise is not None:
             entry["noise"] = noise_to_json(objective.noise)
+        if objective.timesteps is not None:
+            entry["timesteps"] = list(objective.timesteps)
         if (scale := adapter_scale(objective)) != 1.0:
             entry["scale"] = scale
         if objective.guidance_scale is not None:

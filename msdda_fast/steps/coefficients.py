@@ -135,6 +135,11 @@ class CoefficientTable:
             `fusion="eps"`: sum 1 over M.
         std: (T, B) float64 on the host, sigma_w in latent units.
         needs_uncond: Whether some coefficient of an unconditional output is not zero.
+        influence: (T, M) on the host, whether each output has influence on some sample in a step.
+        reads: (T, M) on the host, whether it may have some with these timesteps and strengths,
+            whatever the weights are.
+        has_base: Whether the last objective is the base, which strength and ranges of timesteps
+            add.
     """
 
     rows: Tensor
@@ -145,6 +150,9 @@ class CoefficientTable:
     share: Tensor
     std: Tensor
     needs_uncond: bool
+    influence: Tensor
+    reads: Tensor
+    has_base: bool = False
 
     def __len__(self) -> int:
         return self.rows.shape[0]
@@ -179,7 +187,7 @@ class CoefficientTable:
     @property
     def active(self) -> list[bool]:
         """Whether each objective has influence on some sample at some step."""
-        flags: list[bool] = (self.share != 0).flatten(0, 1).any(0).tolist()
+        flags: list[bool] = self.influence.any(0).tolist()
         return flags
 
     def to(

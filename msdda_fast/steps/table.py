@@ -25,10 +25,11 @@ from msdda_fast.steps.coefficients import CoefficientTable, Layout, check_dtype
 from msdda_fast.steps.rules import MixingRule, Rule
 from msdda_fast.steps.schedulers import levels_of, scheduler_rule
 from msdda_fast.steps.shares import eps_mixture, fusion_shares
+from msdda_fast.steps.strength import folding
 from msdda_fast.weights import as_host_float64, preference_schedule
 
 if TYPE_CHECKING:
-    from msdda_fast.levels import NoiseLevels
+    from msdda_fast.levels import NoiseLevels, TimestepRange
     from msdda_fast.types import Fusion, Scheduler, WeightSchedule, ZeroVariancePolicy
 
 __all__ = ["coefficient_table", "rule_table"]
@@ -46,6 +47,8 @@ def coefficient_table(
     rates: Sequence[float] | Tensor | None = None,
     extrapolate: bool = False,
     fusion: Fusion | None = None,
+    strength: float | Sequence[Any] | Tensor | None = None,
+    ranges: Sequence[TimestepRange | None] | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> CoefficientTable:
@@ -83,6 +86,10 @@ def coefficient_table(
             where levels are equal. Where they differ, Eq. 7 leaves a step with less noise than
             there should be, by O(1/T), and for CPS by more; "eps" does not. None: "eps" for CPS
             with unequal levels, else "posterior".
+        strength: How strongly each objective acts, s >= 0: a number, (M,) or (B, M); 1 is Eq. 7, 0
+            the base, 2 twice as far from it. See `steps.strength`.
+        ranges: The timesteps (first, last) in which each objective acts, the base elsewhere; None:
+            in all. With either of the two the table has one more objective, the base, at the end.
         device: Where `rows` and `timesteps` go; the CPU by default.
         dtype: Of `rows`: float32, or float64 for a float64 state.
 
@@ -114,6 +121,8 @@ def coefficient_table(
         rates=rates,
         extrapolate=extrapolate,
         fusion=fusion,
+        strength=strength,
+        ranges=ranges,
         device=device,
         dtype=dtype,
     )
@@ -130,6 +139,8 @@ def rule_table(
     rates: Sequence[float] | Tensor | None = None,
     extrapolate: bool = False,
     fusion: Fusion | None = None,
+    strength: float | Sequence[Any] | Tensor | None = None,
+    ranges: Sequence[TimestepRange | None] | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> CoefficientTable:
@@ -141,7 +152,8 @@ def rule_table(
         weights: As in `coefficient_table`; with `batch_size` also a callable from the step index
             k = 0..T-1 to (M,) or (B, M).
         batch_size: B; None: that of `weights` and `guidance_scale`.
-        guidance_scale, zero_variance, rates, extrapolate, device, dtype: As in `coefficient_table`.
+        guidance_scale, zero_variance, rates, extrapolate: As in `coefficient_table`.
+        strength, ranges, device, dtype: As in `coefficient_table`; strength also (T, B, M).
         fusion: As there; "eps" needs a `MixingRule`.
 
     Raises:
@@ -152,7 +164,14 @@ def rule_table(
     level = rule.levels.check(levels)
     count, steps = len(level), len(rule.timesteps)
     guidance = _guidance(guidance_scale, count)
-    batch = _batch_size(weights, guidance, batch_size)
+    fold = folding(strength, ranges, rule.timesteps, count)
+    if fold is not None and rule.clip_range is not None:
+        raise InvalidSchedule(
+            "strength and ranges of timesteps mix outputs with the base's, of which a step with "
+            "x_0 clipping (clip_sample=True) is no affine function"
+        )
+    own = None if fold is None else fold.strength[0]
+    batch = _batch_size(weights, guidance, own, batch_size)
     weight = preference_schedule(weights, count, batch, steps, extrapolate=extrapolate)
     mixing = _mixing(fusion, rule, level)
     terms = rule.step(level)
@@ -163,12 +182,20 @@ def rule_table(
         terms = mixing.step_at(rate[..., None])
     std = rate * terms.unit[..., 0]
 
-    layout = Layout(count, clips=terms.clean is not None)
-    rows = torch.zeros(steps, batch, layout.width, dtype=torch.float64)
     output_scale = share * terms.output_scale
-    rows[..., layout.x_scale] = (share * terms.x_scale).sum(-1)
-    rows[..., layout.uncond] = output_scale * (1 - guidance)
-    rows[..., layout.cond] = output_scale * guidance
+    x_scale = (share * terms.x_scale).sum(-1)
+    uncond, cond = output_scale * (1 - guidance), output_scale * guidance
+    needs_uncond = bool(((share != 0) & (guidance != 1)).any())
+    influence = (share != 0).any(1)
+    reads = torch.ones_like(influence)
+    if fold is not None:
+        influence, reads = fold.influence(share), fold.reads()
+        share, uncond, cond = (fold.columns(values) for values in (share, uncond, cond))
+    layout = Layout(share.shape[-1], clips=terms.clean is not None)
+    rows = torch.zeros(steps, batch, layout.width, dtype=torch.float64)
+    rows[..., layout.x_scale] = x_scale
+    rows[..., layout.uncond] = uncond
+    rows[..., layout.cond] = cond
     rows[..., layout.noise_scale] = std
     if (clean := terms.clean) is not None:
         output = torch.where(share != 0, clean.output, 0.0)
@@ -189,11 +216,14 @@ def rule_table(
         rows=rows.to(device=device, dtype=dtype),
         timesteps=timesteps.to(device=device),
         input_scale=None if scale is None else scale.to(device=device, dtype=dtype),
-        num_objectives=count,
+        num_objectives=layout.num_objectives,
         clip_range=rule.clip_range,
         share=share,
         std=std,
-        needs_uncond=bool(((share != 0) & (guidance != 1)).any()),
+        needs_uncond=needs_uncond,
+        influence=influence,
+        reads=reads,
+        has_base=fold is not None,
     )
 
 
@@ -248,18 +278,23 @@ def _guidance(guidance_scale: float | Sequence[float] | Tensor, count: int) -> T
     return values.expand(count) if values.ndim == 0 else values
 
 
-def _batch_size(weights: WeightSchedule, guidance: Tensor, given: int | None) -> int:
-    """B as `given`, or as the weights and guidance say."""
+def _batch_size(
+    weights: WeightSchedule, guidance: Tensor, strength: Tensor | None, given: int | None
+) -> int:
+    """B as `given`, or as the weights, guidance and strength (B, M) say."""
     sizes = {"guidance_scale": tuple(guidance.shape)}
+    if strength is not None:
+        sizes["strength"] = tuple(strength.shape)
     if given is None and weights is not None:
         sizes["weights"] = tuple(as_host_float64(weights, "weights").shape)  # type: ignore[arg-type]
     found = {shape[-2] for shape in sizes.values() if len(shape) > 1} - {1}
     if given is not None and not found <= {given}:
-        raise InvalidShape(
-            f"guidance_scale has shape {sizes['guidance_scale']}, expected B = {given}"
+        name, shape = max(
+            sizes.items(), key=lambda item: item[1][-2:-1] not in ((), (1,), (given,))
         )
+        raise InvalidShape(f"{name} has shape {shape}, expected B = {given}")
     if len(found) > 1:
-        raise InvalidShape(f"weights and guidance_scale disagree on the batch size: {sizes}")
+        raise InvalidShape(f"{' and '.join(sizes)} disagree on the batch size: {sizes}")
     if given is not None:
         return given
     return found.pop() if found else 1

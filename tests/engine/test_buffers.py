@@ -127,6 +127,7 @@ def test_times_of_flow_models_stay_what_they_are(buffers: StepBuffers) -> None:
 OTHER = {
     "shape": (9, 9),
     "active": (True, True, True),
+    "runs": ((True,),),
     "branches": 2,
     "clip_range": 1.0,
     "dtype": torch.bfloat16,

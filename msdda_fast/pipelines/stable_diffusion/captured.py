@@ -23,7 +23,7 @@ from msdda_fast.engine.buffers import ShapeKey, StepBuffers, padded_steps
 from msdda_fast.engine.graph import Capture, CapturedStep, StepCache
 from msdda_fast.engine.noise import NoiseSource
 from msdda_fast.errors import InvalidShape, UnsupportedNetwork
-from msdda_fast.pipelines.stable_diffusion.exact import ExactNetwork
+from msdda_fast.pipelines.stable_diffusion.exact import ExactNetwork, exact_kind
 from msdda_fast.pipelines.stable_diffusion.merged_network import MergedNetwork
 from msdda_fast.pipelines.stable_diffusion.modes import Mode, plan
 from msdda_fast.steps.coefficients import CoefficientTable
@@ -176,13 +176,18 @@ class CapturedSampler:
             CaptureError: It cannot be captured, and capture is required.
             UnsupportedNetwork: An approximate mode cannot run these networks.
         """
-        kinds = None if mode == "exact" else plan(mode, table)
-        is_exact = kinds is None or set(kinds) == {"exact"}
         every = not self._options.sharing.inactive
+        active = tuple(every or on for on in table.active)
+        kinds = ["exact"] if mode == "exact" else plan(mode, table)
+        runs: list[tuple[bool, ...]] = []
+        if is_exact := set(kinds) == {"exact"}:
+            runs = [tuple(row) for row in (table.reads & torch.tensor(active)).tolist()]
+            kinds = [exact_kind(row) for row in runs]
         step = self._cache.prepare(
             ShapeKey(
                 shape=tuple(x_T.shape),
-                active=tuple(every or on for on in table.active),
+                active=active,
+                runs=tuple(sorted(set(runs))),
                 branches=prompt_embeds.shape[1],
                 clip_range=table.clip_range,
                 dtype=self.dtype,
@@ -204,16 +209,11 @@ class CapturedSampler:
         return generation
 
     def _build(self, key: ShapeKey, buffers: StepBuffers) -> _Network:
-        members = []
-        for adapters, objectives in self._groups:
-            chosen = [i for i, m in enumerate(objectives) if key.active[m]]
-            if chosen:
-                unet = BatchedUNet(adapters, self._options, chosen)
-                members.append((unet, [objectives[i] for i in chosen]))
         network: _Network
         if key.mode == "exact":
+            members = {exact_kind(runs): self._members(runs) for runs in key.runs}
             network = ExactNetwork(members, len(key.active), key.dtype)
-        elif len(self._groups) > 1:
+        elif len(members := self._members(key.active)) > 1:
             raise UnsupportedNetwork("approximate modes need objectives that share one network")
         else:
             network = MergedNetwork(members[0][0], key, buffers)
@@ -221,6 +221,16 @@ class CapturedSampler:
         embeds = {m: nothing for m, runs in enumerate(key.active) if runs}
         network.begin(embeds, buffers.timesteps, shared=key.shared_context, k=0)
         return network
+
+    def _members(self, runs: Sequence[bool]) -> list[tuple[BatchedUNet, list[int]]]:
+        """Batched forwards of the objectives that run, one per network."""
+        members = []
+        for adapters, objectives in self._groups:
+            chosen = [i for i, m in enumerate(objectives) if m < len(runs) and runs[m]]
+            if chosen:
+                unet = BatchedUNet(adapters, self._options, chosen)
+                members.append((unet, [objectives[i] for i in chosen]))
+        return members
 
 
 def _drawn(noise: NoiseSource, table: CoefficientTable, x_T: Tensor, dtype: torch.dtype) -> Tensor:

@@ -12,14 +12,19 @@ from torch import Tensor
 from msdda_fast.batched.unet import BatchedUNet
 from msdda_fast.engine.side_by_side import SideBySide
 
-__all__ = ["ExactNetwork"]
+__all__ = ["ExactNetwork", "exact_kind"]
+
+
+def exact_kind(runs: Sequence[bool]) -> str:
+    """Return the name of the kind of step that runs these objectives."""
+    return "exact " + ",".join(str(m) for m, on in enumerate(runs) if on)
 
 
 class ExactNetwork:
-    """`engine.step.Network` with one kind of step, "exact".
+    """`engine.step.Network` with a kind of step per set of objectives that run.
 
     Args:
-        members: The batched forward of each network, and the objectives that it runs.
+        members: By kind of step, the batched forward of each network and the objectives it runs.
         count: M; objectives that no member runs have no output.
         dtype: Dtype of the outputs.
     """
@@ -27,15 +32,25 @@ class ExactNetwork:
     step_kl: None = None
 
     def __init__(
-        self, members: Sequence[tuple[BatchedUNet, Sequence[int]]], count: int, dtype: torch.dtype
+        self,
+        members: Mapping[str, Sequence[tuple[BatchedUNet, Sequence[int]]]],
+        count: int,
+        dtype: torch.dtype,
     ) -> None:
-        self._members, self._count = members, count
-        self._side_by_side = SideBySide([partial(_outputs, unet, dtype) for unet, _ in members])
+        self._members, self._count = [m for group in members.values() for m in group], count
+        self._kinds = {
+            kind: partial(
+                self._predict,
+                SideBySide([partial(_outputs, unet, dtype) for unet, _ in group]),
+                [m for _, objectives in group for m in objectives],
+            )
+            for kind, group in members.items()
+        }
 
     @property
     def kinds(self) -> Mapping[str, Callable[[Tensor, Tensor], list[Tensor | None]]]:
-        """The one kind of step."""
-        return {"exact": self._predict}
+        """The kinds of step by name; see `exact_kind`."""
+        return self._kinds
 
     def storages(self) -> Mapping[str, Tensor]:
         """Return the tensors of every member i, with names that start with "i."."""
@@ -63,10 +78,11 @@ class ExactNetwork:
     def mix(self, k: int) -> None:
         """Do nothing: shares do not affect exact networks."""
 
-    def _predict(self, next_input: Tensor, k: Tensor) -> list[Tensor | None]:
+    def _predict(
+        self, run: SideBySide, order: Sequence[int], next_input: Tensor, k: Tensor
+    ) -> list[Tensor | None]:
         outputs: list[Tensor | None] = [None] * self._count
-        order = [m for _, objectives in self._members for m in objectives]
-        for m, output in zip(order, self._side_by_side(next_input, k), strict=True):
+        for m, output in zip(order, run(next_input, k), strict=True):
             outputs[m] = output
         return outputs
 

@@ -89,7 +89,8 @@ class MergedNetwork:
         assert self._begun is not None  # begin() has been called
         embeds, timesteps = self._begun
         shares = self._share[k]
-        self._merged.mix(shares)
+        unused = len(self._merged.adapters.variants) - shares.shape[1]  # the base, often
+        self._merged.mix(functional.pad(shares, (0, unused)))
         if len(embeds) > 1:
             own = torch.stack([shares[:, m] for m in self._exact.objectives])
             embeds = (own.to(embeds)[:, None, :, None, None] * embeds).sum(0, keepdim=True)

@@ -50,11 +50,10 @@ def plan(mode: Mode, table: CoefficientTable) -> list[str]:
 
     Steps at which only one objective has influence are exact in every mode.
     """
-    active = (table.share != 0).any(1)  # (T, M)
     exact_from = len(table) - exact_steps(mode, len(table))
     kinds: list[str] = []
     done = 0  # approximate steps so far
-    for k, runs in enumerate(active.sum(1).tolist()):
+    for k, runs in enumerate(table.influence.sum(1).tolist()):
         if k >= exact_from or runs == 1:
             kinds.append("exact")
         else:

@@ -36,6 +36,8 @@ from msdda_fast.pipelines.stable_diffusion.warm_up import warm_up
 
 __all__ = ["MultiObjectivePipeline"]
 
+BASE = ""  #: The base among the variants of a request; no objective has this name.
+
 
 class MultiObjectivePipeline(AdapterMethods, DiffusionPipeline):  # type: ignore[misc]  # no types
     """Mixin before a diffusers pipeline, for a UNet and adapters or networks by objective."""
@@ -202,33 +204,38 @@ class MultiObjectivePipeline(AdapterMethods, DiffusionPipeline):  # type: ignore
         """The settings of the last `set_forward`."""
         return self._runner.settings
 
-    def networks(self, mode: Mode = "exact", *, runner: Runner | None = None) -> Networks:
+    def networks(
+        self, mode: Mode = "exact", *, with_base: bool = False, runner: Runner | None = None
+    ) -> Networks:
         """Return what evaluates a request: the batched forward, or one network after another.
 
         Args:
             mode: Mode of the request; approximate modes need the batched forward.
+            with_base: Whether the base is one more objective, at the end.
             runner: Keeps the batched forward; None: this pipeline's own.
 
         Raises:
             AdapterMismatch: An objective's adapter is not in its network any more, or is fused into
                 it, or another one was loaded or activated that is no objective.
             UnsupportedNetwork: A network needs more than latents, a timestep and a text.
-            AdapterMismatch, UnsupportedNetwork: The objectives cannot share a forward, which the
-                mode or `set_forward("batched")` requires.
+            AdapterMismatch, UnsupportedNetwork: The objectives cannot share a forward, as required.
             InvalidMode: The mode is approximate, and the networks are in float64.
             CaptureError: Graphs are required on a device without them.
         """
-        sampler, variants = None, self.variants
+        sampler, variants, base = None, self.variants, Variant(self.unet, None)
+        loaded = list(variants.values())
+        if with_base:
+            variants[BASE] = base
+        if with_base or any(variant.network is self.unet for variant in loaded):
+            loaded.append(base)  # always: a request that needs it shall not build anew
         for network in dict.fromkeys(variant.network for variant in variants.values()):
             check_runnable(network)
-        self._held.check(variants, self.text_encoder)
+        self._held.check(self.variants, self.text_encoder)
         if mode != "exact" and self.unet.dtype == torch.float64:
             raise InvalidMode(f'a float64 network samples with mode="exact" only, got {mode!r}')
         with exclusively(self.shared_networks()):
             if self._parallel is None:
-                sampler = (runner or self._runner).sampler(
-                    list(variants.values()), required=mode != "exact"
-                )
+                sampler = (runner or self._runner).sampler(loaded, required=mode != "exact")
             for variant in variants.values():
                 if sampler is None:
                     check_can_switch(variant)
@@ -285,9 +292,6 @@ class MultiObjectivePipeline(AdapterMethods, DiffusionPipeline):  # type: ignore
 
         Args:
             batch_size: B, the number of images.
-            height, width, num_inference_steps, mode: As in the call.
-
-        Raises:
-            InvalidShape, InvalidSchedule, InvalidMode: As in the call.
+            height, width, num_inference_steps, mode: As in the call, which says what it raises.
         """
         warm_up(self, batch_size, height, width, num_inference_steps, mode=mode)

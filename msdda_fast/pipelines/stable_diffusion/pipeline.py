@@ -31,6 +31,7 @@ from msdda_fast.pipelines import loading, request
 from msdda_fast.pipelines.attach import attach_as_it_is
 from msdda_fast.pipelines.dtypes import Dtypes, cast, check_dtypes
 from msdda_fast.pipelines.exclusive import one_at_a_time
+from msdda_fast.pipelines.preferences import StrengthsLike, preferences
 from msdda_fast.pipelines.prompts import Prompts
 from msdda_fast.pipelines.schedulers import ddim_scheduler
 from msdda_fast.pipelines.stable_diffusion.callback import Callback, StepCallback
@@ -40,7 +41,6 @@ from msdda_fast.pipelines.stable_diffusion.output import MSDDAPipelineOutput
 from msdda_fast.pipelines.stable_diffusion.sampling import PromptedGeneration, Request, sample
 from msdda_fast.steps.table import coefficient_table
 from msdda_fast.types import Fusion, GeneratorLike, SeedsLike, WeightSchedule, ZeroVariancePolicy
-from msdda_fast.weights import preference_schedule
 
 __all__ = ["MSDDAPipeline"]
 
@@ -151,6 +151,8 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
         num_inference_steps: int = 50,
         *,
         weights: WeightSchedule = None,
+        strength: StrengthsLike | None = None,
+        kl_weights: Mapping[str, float] | Sequence[float] | None = None,
         mode: Mode = "exact",
         seed: int | SeedsLike | None = None,
         etas: Mapping[str, float] | Sequence[float] | None = None,
@@ -186,48 +188,44 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
                 to a number, a list of P mappings, one per prompt, (M,) or (B, M) numbers, or a
                 callable from the step index 0..T-1 to any of these. None: uniform. An objective
                 whose weight is 0 throughout is not evaluated.
+            strength: s >= 0, how strongly objectives act: 1 as trained, 0 the base, 2 twice as far
+                from it; a number, by name, a list of one per prompt, (M,) or (B, M).
+            kl_weights: lambda_i, with which each was aligned: s_i is then strength lambda_i / sum_j
+                w_j lambda_j.
             mode: "exact", or an approximation that reports an estimate of its error: "merged" runs
                 one network with the adapters merged by precision, the limit of Rewarded Soups;
                 "hybrid" is merged, and exact in the last fifth of the steps.
-            seed: Counter-based noise: image i gets the seed `seed + i`; a list or array has one per
-                image, each in [-2^63, 2^64).
-            etas: eta in [0, 1] by objective, in place of the objectives' own.
-            guidance_scale: >= 1, for all objectives, by name, or (M,); 1 is no guidance. None: the
-                objective's own, or 7.5.
+            seed: Counter-based noise: of `seed + i` for image i, or a list, each in [-2^63, 2^64).
+            etas: eta in [0, 1] by objective, in place of its own.
+            guidance_scale: >= 1 (none), for all, by name or (M,). None: the objective's own or 7.5.
             negative_prompt: What guidance steers away from; one text, or one per prompt.
             num_images_per_prompt: Images of each prompt, consecutive in the output.
-            generator: Instead of `seed`: draws x_T and every step's noise as stock diffusers does,
-                one generator or one per image. With neither: torch's default generator.
+            generator: Instead of `seed`: one, or one per image, draws as in stock diffusers. With
+                neither: torch's default generator.
             latents: x_T in place of the drawn one, (B, C, H, W), no unit.
             prompt_embeds, negative_prompt_embeds: (P, L, D) text embeddings in place of the texts.
-            zero_variance, rates: Where a prompt mixes eta = 0 with others: `steps.shares`.
-            extrapolate: Accept negative weights while the fused precision stays positive.
-            fusion: "posterior" (Eq. 7), or "eps", which mixes predictions: see `coefficient_table`.
-            output_type: "pil", "np" (B, H, W, 3) in [0, 1], "pt" (B, 3, H, W) in [0, 1], or
-                "latent": x_0 (B, C, h, w), float32.
-            return_dict: Return an `MSDDAPipelineOutput`; else the tuple (images, flags).
+            zero_variance, rates, extrapolate, fusion: See `msdda_fast.coefficient_table`.
+            output_type: "pil", "np" (B, H, W, 3) or "pt" (B, 3, H, W) in [0, 1], or "latent": x_0.
+            return_dict: As in diffusers.
             callback_on_step_end: Called after step k as `f(pipe, k, t, tensors)`; what it returns
                 in its dict replaces those tensors, and a `pipe._guidance_scale` that it sets is
                 that of all objectives from the next step on, as `SDCFGCutoffCallback` does.
-            callback_on_step_end_tensor_inputs: Which tensors it gets: "latents" (B, C, h, w),
-                "prompt_embeds" and "negative_prompt_embeds", both (M, B, L, D).
+            callback_on_step_end_tensor_inputs: Of "latents" (B, C, h, w), "prompt_embeds" and
+                "negative_prompt_embeds", both (M, B, L, D), M with the base if it takes part.
 
-        Returns: An `MSDDAPipelineOutput`: `images`, `nsfw_content_detected` (None without a safety
-            checker), and `step_kl_estimate` (None in exact mode).
+        Returns: An `MSDDAPipelineOutput`, or (images, flags); see there.
 
         Raises:
-            UnknownObjective: A name in `weights`, `etas` or `guidance_scale` is not an objective.
-            InvalidWeights: Weights are off the simplex, or leave no positive precision.
-            InvalidSchedule: A number of steps, eta or guidance scale outside its range.
-            InvalidShape: A tensor or list of another shape.
+            UnknownObjective: A name in `weights`, `etas`, ... is not an objective.
+            InvalidWeights: Off the simplex, no positive precision, or a negative strength.
+            InvalidSchedule, InvalidShape: A number outside its range; numbers of another shape.
             InvalidMode: An unknown mode, or an approximate one in several processes or float64.
             AdapterMismatch, UnsupportedNetwork: See `networks`.
-            PipelineBusy: A callback called the pipeline that calls it. Other threads wait instead.
+            PipelineBusy: A callback called the pipeline that calls it.
             ZeroVariance: A prompt mixes eta = 0 with eta > 0 under `zero_variance="error"`.
             NotFinite: Sampling ended in NaN or infinity.
             ValueError: Prompts that contradict each other; seed and generator; a component that is
-                None and needed; an argument of stock pipelines without a meaning here, among them
-                `eta`, at another value than its default there.
+                None and needed; an argument of stock pipelines without a meaning here (`eta`).
         """
         request.refuse(refused)
         request.check_output_type(output_type)
@@ -251,11 +249,13 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
             scheduler,
             num_inference_steps,
             etas=request.objective_etas(self._objectives, etas),
-            weights=preference_schedule(
+            **preferences(
+                self._objectives,
                 weights,
-                list(self._objectives),
-                prompts.batch_size,
-                num_inference_steps,
+                strength,
+                kl_weights,
+                batch_size=prompts.batch_size,
+                num_steps=num_inference_steps,
                 images_per_prompt=num_images_per_prompt,
                 extrapolate=extrapolate,
             ),
@@ -273,7 +273,7 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
         )
         request.check_latents(latents, shape)
         seeds = None if seed is None else image_seeds(seed, prompts.batch_size)
-        networks = self.networks(mode)
+        networks = self.networks(mode, with_base=table.has_base)
         device = networks.device
         noise = noise_source(shape, len(table), device, seeds=seeds, generator=generator)
         table = table.to(device, torch.promote_types(networks.dtype, torch.float32))

@@ -41,7 +41,7 @@ class SequentialNetwork:
     ) -> None:
         self._variants, self._switch, self._dtype = variants, switch, dtype
         self._timesteps = table.timesteps
-        self.active: list[list[bool]] = (table.share != 0).any(1).tolist()
+        self.active: list[list[bool]] = table.influence.tolist()
 
     def __call__(self, x: Tensor, k: int) -> list[Tensor | None]:
         """Return the raw outputs (K, B, C, h, w) of M objectives; None if not active at step k."""

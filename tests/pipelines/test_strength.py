@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Strength and timestep ranges in pipelines: one forward is one after another, and forwards fall."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import msdda_fast as mf
+from msdda_fast.batched.unet import BatchedUNet
+from msdda_fast.errors import InvalidShape, InvalidWeights, UnknownObjective
+from tests.pipelines.test_captured import SHORT, assert_close, both
+from tests.tiny_model import quiet
+
+
+@pytest.fixture
+def pipe(tiny) -> mf.MSDDAPipeline:
+    """Of this test alone: its settings change."""
+    return quiet(mf.MSDDAPipeline.from_pipe(tiny.shared()))
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {"strength": 1.5},
+        {"strength": 0},
+        {"strength": [{"warm": 2.0}, {"cool": 0.5}], "weights": [[0.2, 0.8], [1, 0]]},
+        {"kl_weights": {"warm": 0.05, "cool": 0.2}},
+    ],
+    ids=["beyond", "the base", "per prompt", "kl"],
+)
+def test_latents_are_those_of_one_after_another(pipe, request_):
+    apart, together = both(pipe, **request_)
+    assert_close(together, apart)
+    plain = pipe(["a red dog", "a blue cat"], **SHORT).images
+    assert (plain - together).norm() > 1e-3 * plain.norm()
+
+
+def test_of_one_it_changes_no_bit_and_runs_no_more(pipe, monkeypatch):
+    plain = pipe("a dog", **SHORT).images
+    assert pipe("a dog", strength=1.0, **SHORT).images.equal(plain)
+
+
+def test_of_zero_it_is_the_base_at_the_objectives_noise(pipe, tiny):
+    alone = {"warm": 1.0, "cool": 0.0}
+    weak = pipe("a dog", strength=0.0, weights=alone, **SHORT).images
+    base = quiet(tiny.only(mf.Objective.base(eta=1.0)))("a dog", **SHORT).images
+    assert_close(weak, base)
+
+
+def test_images_of_a_batch_have_strengths_of_their_own(pipe):
+    strengths = [0.5, 2.0]
+    request = SHORT | {"seed": [3, 3]}
+    batch = pipe(["a dog"] * 2, strength=[[s, s] for s in strengths], **request).images
+    for image, strength in zip(batch, strengths, strict=True):
+        one = pipe("a dog", strength=strength, **SHORT | {"seed": 3}).images
+        assert_close(image[None], one)
+
+
+def with_ranges(pipe, **ranges):
+    ranged = {n: replace(o, timesteps=ranges.get(n)) for n, o in pipe.objectives.items()}
+    pipe.set_objectives(ranged, pipe.variants)
+    return pipe
+
+
+@pytest.mark.parametrize("forward", ["batched", "sequential"])
+def test_below_its_range_only_the_base_runs(pipe, monkeypatch, forward, calls):
+    counted = []
+    run = BatchedUNet.forward
+
+    def counting(self, *args):
+        counted.append(len(self.objectives))
+        return run(self, *args)
+
+    monkeypatch.setattr(BatchedUNet, "forward", counting)
+    with_ranges(pipe, warm=(500, 999), cool=(500, 999)).set_forward(forward)
+    pipe("a dog", **SHORT | {"num_inference_steps": 4})  # at 751, 501, 251 and 1
+    if forward == "batched":
+        assert counted == [2, 2, 1, 1]
+    else:
+        assert len(calls) == 2 + 2 + 1 + 1
+
+
+def test_ranges_in_one_forward_are_those_one_after_another(pipe):
+    with_ranges(pipe, warm=(300, 999), cool=(0, 600))
+    apart, together = both(pipe, **{"num_inference_steps": 5})
+    assert_close(together, apart)
+
+
+def test_approximate_modes_merge_with_strength(pipe):
+    alone = {"weights": {"warm": 0.0, "cool": 1.0}, "strength": 1.5}
+    exact = pipe("a dog", **SHORT, **alone).images
+    merged = pipe("a dog", mode="merged", **SHORT, **alone).images
+    assert merged.isfinite().all() and merged.shape == exact.shape
+
+
+def test_ranges_are_saved(pipe, tmp_path):
+    with_ranges(pipe, warm=(500, 999)).save_pretrained(tmp_path)
+    again = mf.MSDDAPipeline.from_pretrained(tmp_path)
+    assert [o.timesteps for o in again.objectives.values()] == [(500.0, 999.0), None]
+
+
+@pytest.mark.parametrize(
+    ("request_", "error", "message"),
+    [
+        ({"strength": {"hot": 1.0}}, UnknownObjective, "strength: unknown objective 'hot'"),
+        ({"strength": -1.0}, InvalidWeights, "not negative"),
+        ({"strength": [1.0, 1.0, 1.0]}, InvalidShape, r"strength has shape \(3,\)"),
+        ({"strength": torch.ones(5, 2)}, InvalidShape, r"\(B, M\) = \(1, 2\)"),
+        ({"kl_weights": {"warm": 0.1}}, UnknownObjective, "missing: 'cool'"),
+        ({"kl_weights": [0.0, 1.0]}, InvalidWeights, "positive"),
+    ],
+)
+def test_refused(pipe, calls, request_, error, message):
+    with pytest.raises(error, match=message):
+        pipe("a dog", **SHORT, **request_)
+    assert not calls
