@@ -22,10 +22,12 @@ from msdda_fast.engine.noise import image_seeds
 from msdda_fast.errors import InvalidRequest, InvalidWeights, MSDDAError
 from msdda_fast.kernels.counter_noise import as_seeds, seed_list
 from msdda_fast.pipelines import request as call
+from msdda_fast.pipelines.preferences import preferences
 from msdda_fast.pipelines.prompt_length import check_text
 from msdda_fast.pipelines.stable_diffusion.pipeline import MSDDAPipeline
 from msdda_fast.steps.coefficients import CoefficientTable
 from msdda_fast.steps.ddim import ddim_grid
+from msdda_fast.steps.strength import folding
 from msdda_fast.steps.table import coefficient_table
 from msdda_fast.types import ZeroVariancePolicy
 from msdda_fast.weights import preference_schedule
@@ -82,6 +84,7 @@ class Admission:
             _check_callback(request.on_step)
         shape = self._shape(request, count)
         table = self._table(request, shape.steps, zero_variance)
+        shape = shape._replace(with_base=table.has_base)
         with _field("preview_steps"):
             previews = _previews(request.preview_steps, len(table))
         return [
@@ -132,12 +135,23 @@ class Admission:
         with _field("guidance_scale"):
             guidance = call.objective_guidance(objectives, request.guidance_scale)
         with _field("weights"):
-            weights = preference_schedule(request.weights, list(objectives), 1, steps)
+            preference_schedule(request.weights, list(objectives), 1, steps)
+        with _field("strength"):
+            prefers = preferences(
+                objectives,
+                request.weights,
+                request.strength,
+                None,
+                batch_size=1,
+                num_steps=steps,
+            )
+            folding(prefers["strength"], None, torch.zeros(steps), len(objectives))  # a check
+        with _field("weights"):
             return coefficient_table(
                 pipe.scheduler,
                 steps,
                 etas=call.objective_etas(objectives, None),
-                weights=weights,
+                **prefers,
                 guidance_scale=guidance,
                 zero_variance=zero_variance,
                 dtype=torch.float64 if pipe.unet.dtype == torch.float64 else torch.float32,

@@ -84,7 +84,7 @@ class BatchDrawer:
         """
         rows = [*batch, *[batch[-1]] * (size - len(batch))]
         pipe = self.pipe
-        networks = pipe.networks(runner=self._runner)
+        networks = pipe.networks(with_base=batch[0].shape.with_base, runner=self._runner)
         device = networks.device
         table = _side_by_side([ticket.table for ticket in rows]).to(device)
         prompts = Prompts.check(
@@ -95,7 +95,7 @@ class BatchDrawer:
             images_per_prompt=1,
             embed_width=pipe.unet.config.cross_attention_dim,
         )
-        height, width, _ = batch[0].shape
+        height, width = batch[0].shape[:2]
         shape = latent_shape(size, pipe.unet.config, pipe.vae_scale_factor, height, width)
         seeds = [ticket.seed for ticket in rows]
         noise = noise_source(shape, len(table), device, seeds=seeds)

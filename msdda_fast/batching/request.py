@@ -33,6 +33,8 @@ class ImageRequest:
         prompt: What to draw; not longer than the text encoder reads.
         weights: Preferences w on the simplex, no unit: a mapping from every objective's name to a
             number, (M,) numbers, or a callable from the step index to either. None: uniform.
+        strength: s >= 0, how strongly objectives act: 1 as trained, 0 the base; a number, by name,
+            or (M,). None: 1.
         seed: Seed of the first image, in [-2^63, 2^64); further images count up. None: random.
         num_inference_steps: T.
         guidance_scale: >= 1, for all objectives, by name, or (M,). None: the objective's own.
@@ -48,6 +50,7 @@ class ImageRequest:
     prompt: str
     _: KW_ONLY
     weights: WeightSchedule = None
+    strength: float | Mapping[str, float] | Sequence[float] | None = None
     seed: int | None = None
     num_inference_steps: int = 50
     guidance_scale: float | Mapping[str, float] | Sequence[float] | None = None

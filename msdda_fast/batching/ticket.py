@@ -20,11 +20,16 @@ logger = logging.getLogger(__name__)
 
 
 class Shape(NamedTuple):
-    """What all images of a batch have in common: height and width in pixels, and T."""
+    """What all images of a batch have in common: height and width in pixels, and T.
+
+    Attributes:
+        with_base: Whether the base takes part in it, which strength asks for.
+    """
 
     height: int
     width: int
     steps: int
+    with_base: bool = False
 
 
 class DrawnLater(Future[GeneratedImage]):

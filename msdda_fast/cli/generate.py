@@ -43,6 +43,17 @@ def generate(
             show_default="uniform",
         ),
     ] = None,
+    strength: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--strength",
+            "-s",
+            metavar="S|NAME=S",
+            help="How far from the base: 1 is as trained, 0 the base. Of all objectives, or repeat "
+            "with names.",
+            show_default="1",
+        ),
+    ] = None,
     output: Annotated[
         str,
         typer.Option(
@@ -86,6 +97,7 @@ def generate(
         weights = parse.pairs(
             (parse.pair(text, "--weight", float) for text in weight or []), "--weight"
         )
+        strengths = parse.strength(strength or [])
         file, kind = parse.image_file(output, "--output")
         if seed is not None:
             parse.seed(seed, count=num_images)
@@ -101,6 +113,7 @@ def generate(
         images = pipe(
             prompt,
             weights=weights or None,
+            strength=strengths,
             seed=seed,
             num_inference_steps=steps,
             guidance_scale=guidance,

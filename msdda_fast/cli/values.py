@@ -24,6 +24,7 @@ __all__ = [
     "prompts",
     "seed",
     "seeds",
+    "strength",
 ]
 
 #: Most seeds that one option may name: more are a slip, such as 0-31 without its hyphen.
@@ -84,6 +85,21 @@ def pair(
     except ValueError:
         pass
     raise ValueError(f"{option} {text!r} must be {form}")
+
+
+def strength(texts: list[str]) -> float | dict[str, float] | None:
+    """Read --strength: one number for all objectives, or NAME=NUMBER for each of some.
+
+    Raises:
+        ValueError: A text has neither form, or a name is given twice.
+    """
+    if len(texts) == 1 and "=" not in texts[0]:
+        try:
+            return float(texts[0])
+        except ValueError:
+            raise ValueError(f"--strength {texts[0]!r} must be a number or NAME=NUMBER") from None
+    form = "a number, or NAME=NUMBER once for each of some objectives"
+    return pairs((pair(text, "--strength", float, form) for text in texts), "--strength") or None
 
 
 def pairs(found: Iterable[tuple[Any, Any]], option: str) -> dict[Any, Any]:

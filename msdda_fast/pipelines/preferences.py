@@ -93,9 +93,9 @@ def _strength(
     values = values.expand(batch, count)
     if kl_weights is None:
         return values
-    if isinstance(kl_weights, Mapping):
-        kl_weights = _named("kl_weights", names, kl_weights, None)
-    return relative_strength(kl_weights, weights, values)
+    by_name = isinstance(kl_weights, Mapping)
+    lambdas: Any = _named("kl_weights", names, kl_weights, None) if by_name else kl_weights
+    return relative_strength(lambdas, weights, values)
 
 
 def _named(

@@ -25,6 +25,8 @@ EXACT = 2**53
 NOT_HERE = frozenset(("complexity", "frame_count", "frame_duration_ms", "style", "svg"))
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
+#: More than this many times as far from the base as an adapter goes leaves nothing of an image.
+Strength = Annotated[float, Field(allow_inf_nan=False, ge=0, le=10)]
 
 
 class ErrorDetail(BaseModel):
@@ -60,8 +62,9 @@ class ImagesBody(BaseModel):
 
 
 class GenerationBody(BaseModel):
-    """OpenAI's fields, and those of this service: weights, seed, steps, guidance_scale,
-    negative_prompt, progress. `GET /v1/objectives` lists the limits; unknown fields are refused.
+    """OpenAI's fields, and those of this service: weights, strength, seed, steps,
+    guidance_scale, negative_prompt, progress. `GET /v1/objectives` lists the limits; unknown fields
+    are refused.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -89,6 +92,9 @@ class GenerationBody(BaseModel):
     safety_identifier: str | None = Field(None, max_length=256, description="Accepted but ignored.")
     weights: dict[str, Number] | None = Field(
         None, description="A weight for every objective, summing to 1; uniform by default."
+    )
+    strength: Strength | dict[str, Strength] | None = Field(
+        None, description="How strongly objectives act, at once or by name: 1 as trained, 0 not."
     )
     seed: int | None = Field(
         None, ge=0, lt=2**63, description="Seed of the first image; random by default."
@@ -148,6 +154,7 @@ class GenerationBody(BaseModel):
         return ImageRequest(
             self.prompt,
             weights=self.weights,
+            strength=self.strength,
             seed=_seed(self.seed, self.count),
             num_inference_steps=steps,
             guidance_scale=self.guidance_scale,

@@ -37,6 +37,7 @@ class ObjectiveArgs(BaseModel):
 
     source: str | None = None
     eta: float = 1.0
+    timesteps: tuple[float, float] | None = None
     scale: float = 1.0
     weight_name: str | None = None
     subfolder: str | None = None

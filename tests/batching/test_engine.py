@@ -46,6 +46,14 @@ class TestSameImage:
             assert_close(result.image, alone.images[0])
             assert result.seed == fields["seed"]
 
+    def test_strangers_have_strengths_of_their_own(self, start, own_pipe):
+        fields = [STRANGERS[0] | {"strength": 2.0}, STRANGERS[1] | {"strength": {"cool": 0.5}}]
+        results = together(start(), [request(**one) for one in fields])
+        assert {result.batch_size for result in results} == {2}
+        for result, one in zip(results, fields, strict=True):
+            alone = own_pipe(**{"output_type": "latent", "num_inference_steps": 3, **one})
+            assert_close(result.image, alone.images[0])
+
     def test_company_of_one_size_changes_no_bit(self, start):
         engine = start(batch_sizes=[4])
         mine = request(**STRANGERS[0])

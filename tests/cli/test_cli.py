@@ -42,6 +42,7 @@ class TestGenerate:
         out = tmp_path / "new" / "dog.png"
         done = run(
             "generate", "a red dog", "-w", "warm=0.3", "-w", "cool=0.7", "--seed", 5, "-o", out,
+            "-s", "warm=2",
             "--model", tiny.folder, "--steps", 2, "--guidance", 3, "--device", "cpu",
         )  # fmt: skip
         assert done.exit_code == 0, done.output
@@ -49,6 +50,7 @@ class TestGenerate:
         expected = tiny.load()(
             "a red dog",
             weights={"warm": 0.3, "cool": 0.7},
+            strength={"warm": 2.0},
             seed=5,
             num_inference_steps=2,
             guidance_scale=3.0,
@@ -70,6 +72,10 @@ class TestGenerate:
         [
             (["-w", "hot=1"], "UnknownObjective: unknown objective 'hot'; known: warm, cool"),
             (["-w", "warm=0.5", "-w", "cool=0.9"], "InvalidWeights: weights"),
+            (["-s", "much"], "--strength 'much' must be a number or NAME=NUMBER"),
+            (["-s", "1", "-s", "warm=2"], "--strength '1' must be a number, or NAME=NUMBER once"),
+            (["-s", "hot=2"], "strength: unknown objective 'hot'"),
+            (["-s", "-1"], "InvalidWeights: strength"),
             (["-w", "warm"], "--weight 'warm' must be NAME=VALUE"),
             (["-w", "warm=much"], "--weight 'warm=much' must be NAME=VALUE"),
             (["--steps", "2000"], "InvalidSchedule: "),

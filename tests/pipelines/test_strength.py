@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Strength and timestep ranges in pipelines: one forward is one after another, and forwards fall."""
+"""Strength and timestep ranges in pipelines: images, and how many forwards they take."""
 
 from dataclasses import replace
 
@@ -36,7 +36,7 @@ def test_latents_are_those_of_one_after_another(pipe, request_):
     assert (plain - together).norm() > 1e-3 * plain.norm()
 
 
-def test_of_one_it_changes_no_bit_and_runs_no_more(pipe, monkeypatch):
+def test_of_one_it_changes_no_bit(pipe):
     plain = pipe("a dog", **SHORT).images
     assert pipe("a dog", strength=1.0, **SHORT).images.equal(plain)
 

@@ -28,6 +28,7 @@ OUT_OF_RANGE = {
     "user": ["u" * 257, "\ud800"],
     "safety_identifier": ["u" * 257, "\ud800"],
     "weights": [{}, {"warm": 1.0}, {"warm": 0.9, "cool": 0.9}, {"warm": -1, "cool": 2}],
+    "strength": [-0.1, 11, 1e300, {"warm": -1}, {"hot": 1.0}, HUGE],
     "seed": [-1, 2**63, HUGE],
     "steps": [0, -1, 51, HUGE],
     "guidance_scale": [0.99, -1, 101, 1e300, HUGE],

@@ -211,8 +211,8 @@ class CapturedSampler:
     def _build(self, key: ShapeKey, buffers: StepBuffers) -> _Network:
         network: _Network
         if key.mode == "exact":
-            members = {exact_kind(runs): self._members(runs) for runs in key.runs}
-            network = ExactNetwork(members, len(key.active), key.dtype)
+            by_kind = {exact_kind(runs): self._members(runs) for runs in key.runs}
+            network = ExactNetwork(by_kind, len(key.active), key.dtype)
         elif len(members := self._members(key.active)) > 1:
             raise UnsupportedNetwork("approximate modes need objectives that share one network")
         else:

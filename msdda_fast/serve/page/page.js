@@ -43,6 +43,7 @@ function read() {
     seed: number("seed") ?? Math.floor(Math.random() * 2 ** 31),
     steps: number("steps"),
     guidance_scale: number("guidance_scale"),
+    strength: number("strength") === 1 ? undefined : number("strength"),
     size: $("size").value || undefined,
   };
 }
@@ -171,7 +172,7 @@ function clearErrors() {
   for (const place of document.querySelectorAll(".error")) place.textContent = "";
   for (const field of document.querySelectorAll("[aria-invalid]")) {
     field.removeAttribute("aria-invalid");
-    if (field.name !== "weights" && field.id !== "negative_prompt") field.removeAttribute("aria-describedby");
+    if (!["weights", "strength", "negative_prompt"].includes(field.name)) field.removeAttribute("aria-describedby");
   }
 }
 
@@ -209,6 +210,12 @@ $("prompt").addEventListener("keydown", (event) => {
 });
 $("dice").addEventListener("click", () => {
   $("seed").value = Math.floor(Math.random() * 1e6);
+  redraw();
+});
+$("strength").addEventListener("input", () => {
+  const shown = `${Math.round(100 * $("strength").value)}%`;
+  $("strength-shown").textContent = shown;
+  $("strength").setAttribute("aria-valuetext", shown);
   redraw();
 });
 $("key").addEventListener("submit", (event) => {
