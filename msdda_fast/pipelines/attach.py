@@ -34,7 +34,8 @@ from msdda_fast.pipelines.fused_scheduler import with_fusing
 from msdda_fast.pipelines.fusing import FusingOptions
 from msdda_fast.pipelines.loop_noise import LoopNoise
 from msdda_fast.pipelines.manifest import check_names
-from msdda_fast.pipelines.pipeline_step import PipelineFusing
+from msdda_fast.pipelines.pipeline_step import PipelineFusing, WithBase
+from msdda_fast.pipelines.preferences import StrengthsLike, call_strength
 from msdda_fast.pipelines.row_hook import RowHook
 from msdda_fast.pipelines.stock_methods import attached_class
 from msdda_fast.pipelines.stock_schedulers import check_scheduler
@@ -95,6 +96,8 @@ class WithObjectives:
         self,
         *args: Any,  # noqa: ANN401 - the stock pipeline's own
         weights: WeightSchedule = None,
+        objective_strength: StrengthsLike | None = None,
+        kl_weights: Mapping[str, float] | Sequence[float] | None = None,
         seed: int | Sequence[int] | None = None,
         levels: NoiseLevels | Mapping[str, Any] | None = None,
         etas: NoiseLevels | Mapping[str, Any] | None = None,
@@ -115,6 +118,8 @@ class WithObjectives:
                 to a number, a list of mappings, one per prompt, (M,) or (B, M) numbers, or a
                 callable from the step index 0..T-1 to any of these. None: uniform. An objective
                 whose weight is 0 throughout is not evaluated.
+            objective_strength, kl_weights: As `strength` and `kl_weights` of `MSDDAPipeline`, here
+                with another name because `strength` of image to image is something else.
             seed: Counter-based noise in the steps, and x_T from one generator per image: image i
                 gets the seed `seed + i`; a list has one per image. An image then depends on its own
                 seed, prompt and weights only: whatever shares the batch, the noise is the same to
@@ -168,10 +173,17 @@ class WithObjectives:
             weights=_by_step(rows[..., columns]),
             noise=LoopNoise(seeds, None),
         )
+        own = call_strength(
+            list(self._objectives), objective_strength, kl_weights, rows, batch.copies
+        )
+        ranges = [objective.timesteps for objective in active.values()]
         loaded = _loaded(self)
         for name in active:
             check_loaded(name, self._sets[name], loaded)
         sets = [self._sets[name] for name in active]
+        if own is not None or any(ranges):
+            fusing.with_base = WithBase.of(own, columns, ranges)
+            sets.append(())  # the base
         with ExitStack() as stack:
             for name, network in networks_of(self).items():
                 stack.enter_context(self._hook(name, network).hooked(sets))

@@ -9,16 +9,72 @@ was handed out, and taken up again when the loop brings that very tensor back.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Self
 
+import torch
 from torch import Tensor
 
+from msdda_fast.errors import InvalidShape
+from msdda_fast.levels import TimestepRange
 from msdda_fast.pipelines.fusing import Fusing
 from msdda_fast.pipelines.hidden_axis import HiddenAxis
+from msdda_fast.steps.strength import folding
 from msdda_fast.torch_private import versions_of
 
-__all__ = ["PipelineFusing"]
+__all__ = ["PipelineFusing", "WithBase"]
+
+
+class WithBase(NamedTuple):
+    """Strengths and timesteps of M objectives, as a mixture of predictions with the base's.
+
+    A step's mean is affine in the prediction, so that the bracket of an objective and the base at
+    one level (`steps.strength`) is a step with `base + s (own - base)`.
+
+    Attributes:
+        strength: (T or 1, B or 1, M) float64, no unit.
+        ranges: The timesteps of each objective; None: all.
+    """
+
+    strength: Tensor
+    ranges: Sequence[TimestepRange | None]
+
+    @classmethod
+    def of(
+        cls, strength: Tensor | None, columns: list[int], ranges: list[TimestepRange | None]
+    ) -> Self:
+        """Return the strengths (B, M) or (T, B, M) of the objectives that run.
+
+        Raises:
+            InvalidWeights: A strength is negative or not finite.
+        """
+        if strength is None:
+            strength = torch.ones(1, len(columns), dtype=torch.float64)
+        else:
+            strength = strength[..., columns]
+        fold = folding(
+            strength, None, torch.zeros(1 if strength.ndim < 3 else len(strength)), len(columns)
+        )
+        assert fold is not None
+        return cls(fold.strength, ranges)
+
+    def mixed(self, stacked: Tensor, timestep: Tensor | float, k: int) -> Tensor:
+        """Return predictions (M, B, *S) of those and the base's, (M + 1, B, *S), at step k.
+
+        Raises:
+            InvalidShape: There are other strengths than one for each of the B images.
+        """
+        own, base = stacked[:-1], stacked[-1:]
+        s = self.strength[k % len(self.strength)].T.clone()  # (M, B)
+        if s.shape[1] not in (1, stacked.shape[1]):
+            raise InvalidShape(
+                f"strengths of {s.shape[1]} images, and the loop has {stacked.shape[1]} rows"
+            )
+        for m, given in enumerate(self.ranges):
+            if given is not None and not given[0] <= float(timestep) <= given[1]:
+                s[m] = 0.0
+        s = s.to(own)[(..., *(None,) * (own.ndim - 2))]
+        return torch.lerp(base.expand_as(own), own, s.expand_as(own))  # of 0 and 1 exact
 
 
 class PipelineFusing(Fusing):
@@ -26,10 +82,13 @@ class PipelineFusing(Fusing):
 
     Attributes:
         steps: How many steps were fused since `begin`.
+        with_base: How far from the base objectives are in each step, and the base's predictions
+            come behind theirs; None: they do not.
     """
 
     _handed_out: tuple[Tensor, int, Tensor] | None = None
     steps = 0
+    with_base: WithBase | None = None
 
     def begin(self, scheduler: Any) -> None:  # noqa: ANN401 - any scheduler of diffusers
         """Take up the timesteps of `scheduler`, if there are any."""
@@ -51,13 +110,16 @@ class PipelineFusing(Fusing):
         given = inspect.signature(stock_step).bind(scheduler, *args, **kwargs)
         values = given.arguments
         output, sample = values["model_output"], values["sample"]
-        if self.count == 1 and self.is_stock:
+        if self.count == 1 and self.is_stock and self.with_base is None:
             return stock_step(*given.args, **given.kwargs)
         for name, value in values.items():  # such as masks: objectives do not differ in them
             if isinstance(value, HiddenAxis):
                 values[name] = value.stacked[0]
         if isinstance(output, HiddenAxis):
-            values["model_output"] = output.stacked
+            stacked: Tensor = output.stacked
+            if self.with_base is not None:
+                stacked = self.with_base.mixed(stacked, values["timestep"], self.steps - 1)
+            values["model_output"] = stacked
         else:  # no objective changes the network
             values["model_output"] = output.expand(self.count, *output.shape)
         values["sample"] = self._kept(sample)

@@ -17,7 +17,7 @@ from msdda_fast.weights import as_host_float64, preference_schedule
 if TYPE_CHECKING:
     from msdda_fast.types import WeightSchedule
 
-__all__ = ["StrengthsLike", "preferences"]
+__all__ = ["StrengthsLike", "call_strength", "preferences"]
 
 #: A number, one by name (1 for those not named), one of these per prompt, (M,) or (B, M).
 StrengthsLike: TypeAlias = float | Mapping[str, float] | Sequence[Any] | Tensor
@@ -60,19 +60,29 @@ def preferences(
     )
     return {
         "weights": rows,
-        "strength": _strength(names, strength, kl_weights, rows, images_per_prompt),
+        "strength": call_strength(names, strength, kl_weights, rows, images_per_prompt),
         "ranges": [objective.timesteps for objective in objectives.values()],
     }
 
 
-def _strength(
+def call_strength(
     names: Sequence[str],
     strength: StrengthsLike | None,
     kl_weights: Mapping[str, float] | Sequence[float] | None,
     weights: Tensor,
     images_per_prompt: int,
 ) -> Tensor | None:
-    """Return strengths, (B, M) or (T, B, M) float64; None: none was given."""
+    """Return strengths, (B, M) or (T, B, M) float64; None: none was given.
+
+    Args:
+        names: Of the objectives, in order.
+        strength, kl_weights: As in the call of a pipeline.
+        weights: Preferences, (T, B, M).
+        images_per_prompt: How many neighbouring images a prompt has.
+
+    Raises:
+        UnknownObjective, InvalidShape, InvalidWeights: As `preferences`.
+    """
     if strength is None and kl_weights is None:
         return None
     count, batch = len(names), weights.shape[1]

@@ -289,7 +289,8 @@ def _batch_size(
         sizes["weights"] = tuple(as_host_float64(weights, "weights").shape)  # type: ignore[arg-type]
     found = {shape[-2] for shape in sizes.values() if len(shape) > 1} - {1}
     if given is not None and not found <= {given}:
-        name, shape = next(one for one in sizes.items() if one[1][-2:-1] not in ((), (1,), (given,)))
+        fits = ((), (1,), (given,))
+        name, shape = next(one for one in sizes.items() if one[1][-2:-1] not in fits)
         raise InvalidShape(f"{name} has shape {shape}, expected B = {given}")
     if len(found) > 1:
         raise InvalidShape(f"{' and '.join(sizes)} disagree on the batch size: {sizes}")

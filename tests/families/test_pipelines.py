@@ -42,7 +42,7 @@ class TestClass:
         assert [name for name in taken if name in own] == list(own)
         assert {*taken} - {*own} == {
             *("weights", "seed", "levels", "etas", "zero_variance", "rates"),
-            *("extrapolate", "fusion"),
+            *("extrapolate", "fusion", "objective_strength", "kl_weights"),
         }
         assert type(stock) is not type(pipe) and dict(stock.components) == dict(pipe.components)
 
