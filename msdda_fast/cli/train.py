@@ -11,7 +11,19 @@ import typer
 
 from msdda_fast.cli import values as parse
 from msdda_fast.cli.policy import base, ranked, training_prompts
-from msdda_fast.cli.session import SHIPPED, DeviceOption, ModelOption, err, out, reported
+from msdda_fast.cli.session import SHIPPED, DeviceOption, ModelOption, err, reported
+from msdda_fast.cli.train_options import (
+    PRESET,
+    CheckpointingOption,
+    EtaOption,
+    OutOption,
+    PromptsOption,
+    RankOption,
+    SeedOption,
+    announce,
+    finish,
+)
+from msdda_fast.cli.train_reward_gradient import reward_gradient
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -39,23 +51,6 @@ class Advantage(StrEnum):
 
     value = "value"
     prompt = "prompt"
-
-
-OutOption = Annotated[
-    Path, typer.Option("--out", "-o", help="Folder of the run; the same command continues it.")
-]
-EtaOption = Annotated[
-    float, typer.Option(help="DDIM stochasticity, in (0, 1]; use the same value when sampling.")
-]
-PromptsOption = Annotated[
-    Path | None,
-    typer.Option(
-        help="Text file with one prompt per line.", show_default="the shipped model's own"
-    ),
-]
-RankOption = Annotated[int, typer.Option(min=1, help="Rank of the adapter.")]
-SeedOption = Annotated[int, typer.Option(help="Seed of everything random.")]
-PRESET = "the preset's"
 
 
 @app.command()
@@ -112,9 +107,7 @@ def dpok(
     rank: RankOption = 4,
     seed: SeedOption = 0,
     checkpoint_every: Annotated[int, typer.Option(min=1, help="Loops between checkpoints.")] = 10,
-    gradient_checkpointing: Annotated[
-        bool, typer.Option(help="Trade time for memory, for large models.")
-    ] = False,
+    gradient_checkpointing: CheckpointingOption = False,
     device: DeviceOption = None,
 ) -> None:
     """Raise a reward by policy gradient (DPOK), as the paper's models were aligned.
@@ -162,12 +155,12 @@ def dpok(
             mixed_precision=config.mixed_precision,
             gradient_accumulation_steps=config.accumulation_steps,
         )
-        _announce(f"{reward} by DPOK, {len(texts)} prompts, eta {eta:g}", folder)
+        announce(f"{reward} by DPOK, {len(texts)} prompts, eta {eta:g}", folder)
         file = train_dpok(
             pipe.unet, pipe.scheduler, task, config, folder,
             accelerator=accelerator, progress=not err.quiet,
         )  # fmt: skip
-        _finish(file, reward, eta)
+        finish(file, reward, eta)
 
 
 @app.command("step-dpo")
@@ -243,18 +236,11 @@ def step_dpo(
             )  # fmt: skip
         embeds = encode_prompts(pipe, texts)
         add_lora(pipe.unet, rank=rank, seed=seed)
-        _announce(f"step-level DPO, {len(data)} pairs of {len(texts)} prompts", folder)
+        announce(f"step-level DPO, {len(data)} pairs of {len(texts)} prompts", folder)
         file = train_step_dpo(
             pipe.unet, pipe.scheduler, data, embeds, config, folder, progress=shown
         )
-        _finish(file, reward or "mine", eta)
+        finish(file, reward or "mine", eta)
 
 
-def _announce(what: str, folder: Path) -> None:
-    err.print(f"Training {what}; watch {folder / 'curves.png'}", soft_wrap=True)
-
-
-def _finish(file: Path, name: str, eta: float) -> None:
-    out.print(f"{file}", soft_wrap=True)
-    use = f"Use it: msdda-fast generate ... --objective {name}={file.parent}:{eta:g}"
-    err.print(use, style="dim", soft_wrap=True)
+app.command("reward-gradient")(reward_gradient)

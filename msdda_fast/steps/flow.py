@@ -54,11 +54,15 @@ class FlowGrid:
         """R, (T, 1, 1)."""
         return self.sigmas[1:, None, None]
 
+    def step_terms(self) -> PredictionTerms:
+        """Return how x_0 and the noise follow from x_t and a velocity, each (T, 1, 1)."""
+        t, one = self.start, torch.ones_like(self.start)
+        return PredictionTerms(one, -t, one, 1 - t)
+
     def canonical_step(self, *, direction: Tensor, rate: Tensor, unit: Tensor) -> StepTerms:
         """The Gaussian of mean (1 - r) x0hat + direction epshat."""
-        t, one = self.start, torch.ones_like(self.start)
         return canonical_step(
-            PredictionTerms(one, -t, one, 1 - t),
+            self.step_terms(),
             signal=1 - self.end,
             direction=direction,
             rate=rate,

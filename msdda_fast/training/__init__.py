@@ -11,6 +11,8 @@ from msdda_fast.training.dpok_run import Task
 from msdda_fast.training.dpok_trainer import train_dpok
 from msdda_fast.training.pair_files import InvalidPairs, encode_pairs, read_pairs
 from msdda_fast.training.pairs import PreferencePairs, preference_pairs
+from msdda_fast.training.reward_gradient import RewardTask, train_reward_gradient
+from msdda_fast.training.reward_gradient_config import RewardGradientConfig
 from msdda_fast.training.step_dpo import StepDPOLoss, step_dpo_loss
 from msdda_fast.training.trainer import train_step_dpo
 
@@ -21,6 +23,8 @@ __all__ = [
     "InvalidPairs",
     "PreferencePairs",
     "ResumeMismatch",
+    "RewardGradientConfig",
+    "RewardTask",
     "Sampler",
     "StepDPOConfig",
     "StepDPOLoss",
@@ -36,5 +40,6 @@ __all__ = [
     "save_lora",
     "step_dpo_loss",
     "train_dpok",
+    "train_reward_gradient",
     "train_step_dpo",
 ]

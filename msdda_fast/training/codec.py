@@ -40,6 +40,18 @@ def decoder(pipe: MSDDAPipeline) -> Callable[[Tensor], Tensor]:
     return decode
 
 
+def soft_decoder(pipe: MSDDAPipeline) -> Callable[[Tensor], Tensor]:
+    """Return `decoder`'s function with gradients from images to latents: nothing is rounded."""
+
+    vae = pipe.vae.requires_grad_(False)
+
+    def decode(latents: Tensor) -> Tensor:
+        images = [vae_decode(vae, part.to(vae.device)) for part in torch.split(latents, BATCH)]
+        return (torch.cat(images).float() / 2 + 0.5).clamp(0, 1)
+
+    return decode
+
+
 def encoder(pipe: MSDDAPipeline) -> Callable[[Tensor], Tensor]:
     """Return a function from images (b, 3, height, width) in [0, 1] to latents (b, C, H, W).
 

@@ -41,7 +41,8 @@ def roll_out(
     scores, parts = [], []
     for batch in torch.split(rows, config.rollout_batch_size):
         x_0, taken = policy.rollout(batch, latent_shape, generator)
-        score = _score(reward, decode, x_0, [prompts[index] for index in batch])
+        with torch.no_grad():
+            score = checked_score(reward, decode(x_0), [prompts[index] for index in batch]).cpu()
         scores.append(score)
         parts.append([replace(step, reward=score) for step in taken[: config.trained_steps]])
     rewards = torch.cat(scores).reshape(-1, config.samples_per_prompt)
@@ -63,12 +64,17 @@ def relative_to_prompt(rewards: Tensor) -> Tensor:
     return centred / centred.square().mean().sqrt().clamp_min(1e-6)
 
 
-@torch.no_grad()
-def _score(reward: Reward, decode: DecodeFn, x_0: Tensor, prompts: Sequence[str]) -> Tensor:
-    score = reward(decode(x_0), prompts)
+def checked_score(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """Return the reward of images (b, 3, height, width) in [0, 1], (b,) float32; gradients flow.
+
+    Raises:
+        InvalidShape: The reward returned the wrong number of rows.
+        ValueError: A reward is not finite; the message names the prompt.
+    """
+    score = reward(images, prompts)
     if tuple(score.shape) != (len(prompts),):
         raise InvalidShape(f"the reward must return shape ({len(prompts)},), got {score.shape}")
     if not score.isfinite().all():
         worst = prompts[int((~score.isfinite()).nonzero()[0])]
         raise ValueError(f"the reward is not finite for the prompt {worst!r}")
-    return score.float().cpu()
+    return score.float()

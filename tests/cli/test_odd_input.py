@@ -71,10 +71,13 @@ def commands(files, out, prompts="short.txt"):
         "tune": ["tune", "-o", out, *rewards, *listed, *common],
         "dpok": ["train", "dpok", "--reward", "aesthetic", "-o", out, *listed],
         "step-dpo": ["train", "step-dpo", "--reward", "aesthetic", "-o", out, *listed],
+        "reward-gradient": [
+            "train", "reward-gradient", "--reward", "aesthetic", "-o", out, *listed
+        ],
     }  # fmt: skip
 
 
-COMMANDS = ("generate", "sweep", "compare", "tune", "dpok", "step-dpo")
+COMMANDS = ("generate", "sweep", "compare", "tune", "dpok", "step-dpo", "reward-gradient")
 
 
 def assert_refused(done, message, code=2):
@@ -134,16 +137,19 @@ class TestLongPrompts:
         ("tune", ["--seeds", WIDE], "seeds have 64 bits"),
         ("dpok", ["--seed", WIDE], "seeds have 64 bits"),
         ("step-dpo", ["--seed", WIDE], "seeds have 64 bits"),
+        ("reward-gradient", ["--seed", WIDE], "seeds have 64 bits"),
         ("tune", ["--weight", "nan"], "--weight must lie in [0, 1], got nan"),
         ("compare", ["--oracle", "nan=."], "--oracle 'nan=.' must be W=PATH with W in [0, 1]"),
         ("compare", ["--oracle", "0.5=/no"], "no file or folder at /no"),
         ("dpok", ["--lr", "nan"], "lr must be > 0 and finite, got nan"),
         ("dpok", ["--guidance", "inf"], "guidance_scale must be > 0 and finite, got inf"),
+        ("reward-gradient", ["--kl-weight", "nan"], "kl_weight must be >= 0 and finite, got nan"),
         ("step-dpo", ["--beta", "inf"], "beta_dpo must be > 0 and finite, got inf"),
         # of the model, before a folder is bound to it
         ("sweep", ["--guidance", "nan"], "guidance_scale must be finite"),
         ("compare", ["--steps", 2000], "num_steps is 2000, expected 1 to 1000"),
         ("step-dpo", ["--denoising-steps", 2000], "num_steps is 2000"),
+        ("reward-gradient", ["--denoising-steps", 2000], "num_steps is 2000"),
         ("sweep", ["--toward", "[/red]"], "unknown objective '[/red]'"),
         # files
         ("generate", ["-o", "newdir/"], "is a folder; name a file in it: newdir/out.png"),

@@ -60,6 +60,27 @@ def test_dpok_writes_an_adapter_that_diffusers_and_the_command_line_load(tiny, p
     assert len((folder / "log.jsonl").read_text().splitlines()) == 3
 
 
+def test_reward_gradient_writes_an_adapter_and_its_command_goes_on(tiny, prompts, tmp_path):
+    folder = tmp_path / "run"
+    command = [
+        "reward-gradient", "--model", tiny.folder, "--reward", "aesthetic", "--prompts", prompts,
+        "--out", folder, "--denoising-steps", 2, "--guidance", 2, "--eta", 0.8, "--device", "cpu",
+        "--batch-size", 2, "--timesteps", 400, 999, "--steps",
+    ]  # fmt: skip
+    done = run(*command, 2)
+    assert done.exit_code == 0, done.output
+    assert done.stdout.strip() == str(folder / WEIGHTS)
+    assert f"--objective aesthetic={folder}:0.8" in done.stderr
+    assert (folder / "curves.png").is_file()
+    up = [t for name, t in load_file(folder / WEIGHTS).items() if "lora_B" in name]
+    assert up and all(t.abs().max() > 0 for t in up)
+    assert run(*command, 3).exit_code == 0
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    done = run(*command, 3, "--eta", 1)
+    assert done.exit_code == 2 and "ResumeMismatch" in done.stderr and "level" in done.stderr
+
+
 def test_step_dpo_from_a_folder_of_pairs(tiny, tmp_path):
     folder, data = tmp_path / "run", tmp_path / "pairs"
     data.mkdir()
