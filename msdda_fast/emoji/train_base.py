@@ -15,6 +15,7 @@ from msdda_fast import resume
 from msdda_fast.emoji.architectures import Autoencoder
 from msdda_fast.emoji.captions import CaptionSampler
 from msdda_fast.emoji.checkpoint import Checkpoint, TrainingLog
+from msdda_fast.emoji.precision import fast_autocast
 from msdda_fast.emoji.render import Renderer
 from msdda_fast.files import write_atomically
 
@@ -43,13 +44,17 @@ class Noising(Protocol):
 
 @torch.no_grad()
 def cache_latents(
-    vae: Autoencoder, tokenizer: Tokenizer, renderer: Renderer, work: Path
+    vae: Autoencoder,
+    tokenizer: Tokenizer,
+    renderer: Renderer,
+    work: Path,
+    scenes: int = NUM_SCENES,
 ) -> tuple[Tensor, Tensor]:
-    """Render `NUM_SCENES` captioned scenes once; return latents (N, 4, 16, 16), ids (N, L)."""
+    """Render `scenes` captioned scenes once; return latents (N, 4, 16, 16), ids (N, L)."""
     path = work / "latents.pt"
     settings = resume.mark(
         {
-            "scenes": NUM_SCENES,
+            "scenes": scenes,
             "autoencoder": resume.digest(vae),
             "renderer": resume.digest(renderer),
             "words": resume.digest(sorted(tokenizer.get_vocab().items())),
@@ -57,11 +62,11 @@ def cache_latents(
     )
     if not path.is_file():
         sampler, generator = CaptionSampler(seed=1), torch.Generator().manual_seed(1)
-        pairs = [sampler() for _ in range(NUM_SCENES)]
+        pairs = [sampler() for _ in range(scenes)]
         chunks = []
-        for start in range(0, NUM_SCENES, 250):
+        for start in range(0, scenes, 250):
             images = renderer([scene for _, scene in pairs[start : start + 250]], generator)
-            with torch.autocast("cpu", torch.bfloat16):
+            with fast_autocast():
                 chunks.append(vae.encode(2 * images - 1).latents.half())
         ids = tokenize(tokenizer, [text for text, _ in pairs])
         cache = {"latents": torch.cat(chunks), "ids": ids, "settings": settings}
@@ -125,7 +130,7 @@ def train_base(
         noise = torch.randn(x_0.shape, generator=generator)
         t = torch.randint(scheduler.config.num_train_timesteps, (batch,), generator=generator)
         x_t = scheduler.add_noise(x_0, noise, t)
-        with torch.autocast("cpu", torch.bfloat16):
+        with fast_autocast():
             context = text_encoder(tokens).last_hidden_state
             eps = unet(x_t, t, context).sample
         loss = F.mse_loss(eps.float(), noise)

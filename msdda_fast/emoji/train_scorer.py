@@ -18,6 +18,7 @@ from torch import Tensor
 from msdda_fast import resume
 from msdda_fast.emoji.architectures import Autoencoder
 from msdda_fast.emoji.checkpoint import Checkpoint, TrainingLog
+from msdda_fast.emoji.precision import fast_autocast
 from msdda_fast.emoji.render import Jitter, Renderer
 from msdda_fast.emoji.train_vae import random_scenes
 from msdda_fast.rewards.consistency import Scorer, regions
@@ -74,7 +75,7 @@ def train_scorer(
         generator = torch.Generator().manual_seed(recipe.seed * 1_000_000 + step)
         scenes = random_scenes(batch, generator)
         images = augment(renderer(scenes, generator), vae, generator)
-        with torch.autocast("cpu", torch.bfloat16):
+        with fast_autocast():
             logits = scorer(images)
         loss = naming_loss(logits, scenes)
         optimizer.zero_grad(set_to_none=True)
@@ -91,7 +92,7 @@ def augment(images: Tensor, vae: Autoencoder, generator: torch.Generator) -> Ten
     """Make renders resemble generated images: half pass the autoencoder, all get noise and tint."""
     count = len(images)
     through = torch.rand(count, generator=generator) < 0.5
-    with torch.autocast("cpu", torch.bfloat16):
+    with fast_autocast():
         latents = vae.encode(2 * images[through] - 1).latents
         latents = latents + 0.15 * torch.randn(latents.shape, generator=generator)
         images[through] = (vae.decode(latents).sample.float() / 2 + 0.5).clamp(0, 1)

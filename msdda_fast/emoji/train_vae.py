@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from msdda_fast import resume
 from msdda_fast.emoji.architectures import Autoencoder
 from msdda_fast.emoji.checkpoint import Checkpoint, TrainingLog
+from msdda_fast.emoji.precision import fast_autocast
 from msdda_fast.emoji.render import Renderer
 from msdda_fast.rewards.grammar import COLORS, OBJECTS, Painted
 
@@ -59,7 +60,7 @@ def _train(
     for step in range(start, steps):
         generator = torch.Generator().manual_seed(step)
         x = 2 * renderer(random_scenes(batch, generator), generator) - 1
-        with torch.autocast("cpu", torch.bfloat16):
+        with fast_autocast():
             z = vae.encode(x).latents.float()
             noise = 0.05 * torch.randn(z.shape, generator=generator)
             y = vae.decode(z + noise).sample.float()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -162,7 +163,7 @@ class RulePolicy:
 
 def _prediction_terms(rule: Rule) -> PredictionTerms:
     """Return what the network's output says of x_0, from the rule's grid."""
-    grid = getattr(rule, "grid", None)
+    grid: Any = getattr(rule, "grid", None)
     if not hasattr(grid, "step_terms"):
         raise InvalidSchedule(f"{type(rule).__name__} has no grid that defines x0hat of an output")
     terms: PredictionTerms = grid.step_terms()
