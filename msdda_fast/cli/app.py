@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 import msdda_fast
+from msdda_fast.cli.certify import certify
 from msdda_fast.cli.compare import compare
 from msdda_fast.cli.doctor import doctor
 from msdda_fast.cli.generate import generate
@@ -54,6 +55,7 @@ app.command()(doctor)
 app.add_typer(train, name="train")
 app.command()(compare)
 app.command()(tune)
+app.command()(certify)
 app.command()(serve)
 
 
