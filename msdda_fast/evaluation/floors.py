@@ -57,6 +57,16 @@ class Floors:
         """The worse of the two."""
         return _worst([self.judge, self.background])
 
+    @property
+    def shortfall(self) -> float:
+        """How far the means are below the floors: 0 for "pass".
+
+        In shares of objects and colours, and of the width of the range of the background.
+        """
+        low, high = CHROMA_RANGE
+        outside = max(low - self.chroma.mean, self.chroma.mean - high, 0.0) / (high - low)
+        return outside + sum(max(-v.mean, 0.0) for v in self.judged.values())
+
 
 def floors(arms: Sequence[Arm], weights: Mapping[str, float]) -> list[Floors]:
     """Compare the arms at one preference, and those without weights, with the base model.
