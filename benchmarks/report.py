@@ -21,7 +21,10 @@ from msdda_fast.kernels.grouped_lora import DEFAULT_DESIGN
 
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
+PAGES = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{page}.md" for page in ("results", "merge-or-fuse")),
+)
 
 
 def latest(bench: str) -> dict[tuple, dict[str, dict]]:
@@ -302,6 +305,25 @@ def compare_table() -> str:
     return "\n".join([head, *rows, "", note])
 
 
+def gauge_table() -> str:
+    """The share of MSDDA's gain over the base that each merge keeps, with its figure."""
+    folder = RESULTS / "merge-or-fuse"
+    if not (folder / "gauge.json").exists():
+        return ""
+    rows = []
+    for at, shares in json.loads((folder / "gauge.json").read_text()).items():
+        for share in shares:
+            each = share["rotations"]
+            spread = f"{min(each):.2f} to {max(each):.2f}" if each else ""
+            method, variant = share["system"]
+            rows.append(f"| {at} | {method} ({variant}) | {share['share']:.2f} | {spread} |")
+    head = "| preference | merge | share of MSDDA's gain over SD in r_w | over rotations |\n"
+    file = "../benchmarks/results/merge-or-fuse/gauge.png"
+    figure = f"![Share of MSDDA's gain that each merge keeps]({file})"
+    setting = json.loads((folder / "protocol.json").read_text())["setting"]
+    return "\n".join([figure, "", head + "|---|---|---:|---|", *rows, "", setting])
+
+
 def serving_table() -> str:
     """One row per server: throughput, and latencies at common rates."""
     return serving_output.table(serving_output.last_run(RESULTS / "serving.jsonl"))
@@ -388,6 +410,7 @@ TABLES = {
     "request_path": request_path_table,
     "modes": modes_table,
     "compare": compare_table,
+    "gauge": gauge_table,
     "serving": serving_table,
 }
 

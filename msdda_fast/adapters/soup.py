@@ -30,6 +30,7 @@ def make_soup(
     weights: Sequence[float],
     merge: Merge,
     text_encoder: nn.Module | None,
+    rotation: int | None = None,
 ) -> AdapterFile | UNet2DConditionModel:
     """Average the weights of objectives: either their adapters or their full networks.
 
@@ -39,6 +40,7 @@ def make_soup(
         weights: One per objective, sum 1.
         merge: How to merge adapters, with scales and alphas folded in; see `merge_adapters`.
         text_encoder: Its adapters are merged too.
+        rotation: Of the factors; see `merge_adapters`. Full networks have none.
 
     Raises:
         AdapterMismatch: Some objectives are adapters and some full networks, or networks differ in
@@ -60,7 +62,7 @@ def make_soup(
             objective: LoadedAdapters([Variant(network, v.adapter, v.scale)]).stacks
             for objective, v in variants.items()
         }
-        if merged := merge_adapters(stacks, weights, merge):
+        if merged := merge_adapters(stacks, weights, merge, rotation):
             parts[part] = AdapterPart(LoraAdapter(name, merged), alphas={})
     return AdapterFile(name, parts)
 

@@ -62,6 +62,10 @@ PromptsOption = Annotated[
         help="Text file with one prompt per line.", show_default="the paper's 25 test prompts"
     ),
 ]
+JudgeOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Reward that scores every image but guides no system. Repeatable."),
+]
 
 #: Of --quick.
 QUICK_PROMPTS, QUICK_STEPS = 4, 25
@@ -115,10 +119,7 @@ def compare(
     ] = None,
     prompts: PromptsOption = None,
     reward: RewardOption = None,
-    judge: Annotated[
-        list[str] | None,
-        typer.Option(help="Reward that scores every image but guides no system. Repeatable."),
-    ] = None,
+    judge: JudgeOption = None,
     toward: TowardOption = None,
     part: PartOption = "0/1",
     batch_size: Annotated[

@@ -10,6 +10,7 @@ import typer
 
 from msdda_fast.cli import values as parse
 from msdda_fast.cli.compare import (
+    JudgeOption,
     PartOption,
     RewardOption,
     TowardOption,
@@ -49,6 +50,7 @@ def tune(
         ),
     ] = None,
     reward: RewardOption = None,
+    judge: JudgeOption = None,
     toward: TowardOption = None,
     part: PartOption = "0/1",
     model: ModelOption = SHIPPED,
@@ -60,7 +62,9 @@ def tune(
 ) -> None:
     """Choose settings for the systems that evaluate rewards while sampling, for `compare --tuned`.
 
-    Every system has the same budget: six candidates, on prompts that `compare` does not use.
+    Every system has the same budget: six candidates, on prompts that `compare` does not use. With
+    the judges judge_object, judge_color and background_chroma, candidates that spoil the picture
+    are kept only if all of a system do.
     """
     with reported(f"finished images are in {folder}; run the same command again to continue"):
         require_packages()
@@ -80,7 +84,10 @@ def tune(
         first, second = objectives(pipe, toward)[:2]
         comparison = Comparison(
             prompts=texts,
-            rewards=rewards([first, second], scored_by, pipe),
+            rewards={
+                **rewards(parse.distinct(judge or [], "--judge"), {}, pipe),
+                **rewards([first, second], scored_by, pipe),
+            },
             num_inference_steps=steps,
             guidance_scale=guidance,
         )

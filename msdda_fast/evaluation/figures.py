@@ -20,7 +20,7 @@ from matplotlib.tri import Triangulation
 from msdda_fast.evaluation.statistics import Arm, mean_reward
 from msdda_fast.files import write_atomically
 
-__all__ = ["label_of", "pareto_figure", "simplex_figure"]
+__all__ = ["label_of", "pareto_figure", "save", "simplex_figure"]
 
 _OURS = ("MSDDA", "")
 _INK, _SOFT, _RED = "#1a1a1a", "#8a8a8a", "#d62728"
@@ -60,7 +60,7 @@ def pareto_figure(arms: Sequence[Arm], rewards: tuple[str, str], file: Path) -> 
         axes.set_title(title, fontsize=11)
         axes.set_xlabel(f"{rewards[0]} reward, mean and 95% interval")
     row[0][0].set_ylabel(f"{rewards[1]} reward, mean and 95% interval")
-    _save(figure, file)
+    save(figure, file)
 
 
 def _on_common_pairs(fronts: Sequence[Sequence[Arm]]) -> Sequence[Sequence[Arm]]:
@@ -158,9 +158,10 @@ def simplex_figure(arms: Sequence[Arm], rewards: Sequence[str], file: Path) -> N
         axes.set_aspect("equal")
         axes.axis("off")
         figure.colorbar(shades, ax=axes, shrink=0.7)
-    _save(figure, file)
+    save(figure, file)
 
 
-def _save(figure: Any, file: Path) -> None:  # noqa: ANN401 - matplotlib has no types
+def save(figure: Any, file: Path) -> None:  # noqa: ANN401 - matplotlib has no types
+    """Write a figure as a PNG file, and close it."""
     write_atomically(file, lambda partial: figure.savefig(partial, format="png", dpi=140))
     plt.close(figure)

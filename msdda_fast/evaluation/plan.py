@@ -12,8 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from msdda_fast.evaluation.rotations import ROTATED
 from msdda_fast.evaluation.runs import Entry
-from msdda_fast.methods.best_of_n import BestOfN
+from msdda_fast.methods.best_of_n import BestOfDraws, BestOfN
 from msdda_fast.methods.code import CoDe
 from msdda_fast.methods.das import DAS
 from msdda_fast.methods.db_kla import DBKLA
@@ -33,6 +34,17 @@ __all__ = ["Plan", "published_searches"]
 
 #: KL strengths of the systems of one objective: beyond the aligned model, half as far again.
 STRENGTHS = (1.5,)
+#: Random rotations of the factors that the factor merge is averaged over.
+ROTATIONS = 8
+
+
+def _best_of_equal_forwards() -> list[tuple[Method, str]]:
+    """Return best-of-N on top of systems, at the forwards of four images of the base."""
+    chosen = ((SD(), "SD", 4), (RewardedSoup(), "RS", 4), (MSDDA(), "MSDDA", 2))
+    return [
+        (BestOfDraws(of=method, num_draws=count), f"of {name}, N = {count}")
+        for method, name, count in chosen
+    ]
 
 
 def published_searches() -> dict[tuple[str, str], Method]:
@@ -111,7 +123,13 @@ class Plan:
             (RewardedSoup(), "product"),
             (DBMPA(), "eta 1"),
         ]
-        for method, variant in (*main, (DBMPA(remapped=True), "re-weighted"), (DBMPALS(), "")):
+        soup = (RewardedSoup(remapped=True), "re-weighted")
+        for method, variant in (
+            *main,
+            (DBMPA(remapped=True), "re-weighted"),
+            (DBMPALS(), ""),
+            soup,
+        ):
             for w in self.preferences:
                 yield Entry(method, variant, self.at(w), self.seeds)
         for w, folder in self.oracles.items():
@@ -132,6 +150,10 @@ class Plan:
         variants: list[tuple[Method, str]] = [(MSDDA(fusion="eps"), "eps")]
         if self.factor_soup:
             variants.append((RewardedSoup(merge="factor"), "factor"))
+            variants += [
+                (RewardedSoup(merge="factor", rotation=seed), f"{ROTATED} {seed}")
+                for seed in range(ROTATIONS)
+            ]
         for method, variant in variants:
             for w in self.preferences:
                 yield Entry(method, variant, self.at(w), self.front_seeds)
@@ -141,6 +163,9 @@ class Plan:
         for row in self.simplex:
             weights = dict(zip(self.objectives, row, strict=True))
             yield Entry(MSDDA(), "", weights, self.front_seeds)
+        for method, variant in _best_of_equal_forwards():
+            for w in self.search_preferences or self.preferences:
+                yield Entry(method, variant, self.at(w), self.front_seeds)
         searches = {**published_searches(), **self.tuned}
         for (_, variant), method in searches.items():
             for w in self.search_preferences or self.preferences:

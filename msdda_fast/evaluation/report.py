@@ -12,6 +12,9 @@ from pathlib import Path
 import jinja2
 
 from msdda_fast.evaluation.figures import label_of, pareto_figure, simplex_figure
+from msdda_fast.evaluation.floors import floors, floors_markdown
+from msdda_fast.evaluation.gauge import gauge_figure, shares_kept
+from msdda_fast.evaluation.rotations import averaged_rotations
 from msdda_fast.evaluation.scores import Score
 from msdda_fast.evaluation.settings import write_json
 from msdda_fast.evaluation.statistics import Arm, arms_of
@@ -41,6 +44,9 @@ def write_report(
 ) -> Path:
     """Write table.csv, table.md, summary.json, pareto.png, simplex.png and report.html.
 
+    Also gauge.png and gauge.json if the scores have MSDDA, SD and merges; and floors.md if every
+    image of some systems was judged, background included.
+
     Args:
         rows: Scores; those with three weights are used only in the figure of three objectives.
         folder: Where to write; a `grid.png` there is shown on the page.
@@ -55,7 +61,8 @@ def write_report(
         ValueError: MSDDA has no scores at one of the preferences.
     """
     first, second = objectives[:2]
-    arms = arms_of(rows)
+    single = arms_of(rows)
+    arms = averaged_rotations(single)
     pairwise = [arm for arm in arms if set(arm.weights) <= {first, second}]
     wanted = [{first: w, second: round(1 - w, 10)} for w in preferences]
     tables = [preference_table(pairwise, weights) for weights in wanted]
@@ -66,6 +73,13 @@ def write_report(
     if len(objectives) == 3 and len(triple) >= 3:
         simplex_figure(triple, objectives, folder / "simplex.png")
     sentences = _findings(tables, fronts)
+    kept = {f"w = {next(iter(w.values())):g}": shares_kept(single, w) for w in wanted}
+    if kept := {title: shares for title, shares in kept.items() if shares}:
+        gauge_figure(kept, folder / "gauge.png")
+        merges = {title: [asdict(share) for share in shares] for title, shares in kept.items()}
+        write_json(folder / "gauge.json", merges)
+    if judged := [(weights, rows) for weights in wanted if (rows := floors(pairwise, weights))]:
+        _write(folder / "floors.md", floors_markdown(judged))
     _write(folder / "table.csv", to_csv(tables))
     _write(folder / "table.md", _markdown(tables, sentences))
     write_json(

@@ -2,8 +2,9 @@
 """Choose settings, on training prompts, for the systems that evaluate rewards while sampling.
 
 Their published settings were chosen for other rewards. Each system gets the same budget, six
-`candidates` on the same prompts and seeds; the one with the best mean r_w is kept. Test prompts
-are not used.
+`candidates` on the same prompts and seeds. Where the comparison has the judges, the base is drawn
+too, and the best mean r_w of those above both floors is kept, or, if there is none, the candidate
+that is closest to them; see `msdda_fast.evaluation.floors`. Test prompts are not used.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 
+from msdda_fast.evaluation.floors import JUDGES, floors
 from msdda_fast.evaluation.runs import Comparison, Entry, collect_scores, run_comparison
 from msdda_fast.evaluation.scores import write_scores
 from msdda_fast.evaluation.settings import write_json
@@ -22,8 +24,10 @@ from msdda_fast.methods.das import DAS
 from msdda_fast.methods.method import Method
 from msdda_fast.methods.mudm import MUDM
 from msdda_fast.methods.rgg import RGG
+from msdda_fast.methods.sd import SD
 from msdda_fast.methods.tfg import TFG
 from msdda_fast.pipelines import MSDDAPipeline
+from msdda_fast.rewards.background import Background
 
 __all__ = ["candidates", "load_tuned", "tune"]
 
@@ -73,16 +77,24 @@ def tune(
     """
     methods = candidates() if methods is None else methods
     entries = [Entry(method, _setting(method), weights, seeds) for method in methods]
+    judged = {*JUDGES, Background.name} <= comparison.rewards.keys()
+    if judged:
+        entries.append(Entry(SD(), "", weights, seeds, weighted=False))
     run_comparison(pipe, comparison, entries, folder, part=part, progress=progress)
     rows = write_scores(folder / "tuning.csv", collect_scores(comparison, entries, folder))
-    arms = {arm.system: mean_reward(arm.scalarised(weights)) for arm in arms_of(rows)}
+    drawn = arms_of(rows)
+    arms = {arm.system: mean_reward(arm.scalarised(weights)) for arm in drawn}
+    short = {row.arm.system: row.shortfall for row in floors(drawn, weights)} if judged else {}
     scored = [
         (method, arms[method.name, _setting(method)])
         for method in methods
         if (method.name, _setting(method)) in arms
     ]
     best = {
-        name: max(group, key=lambda pair: pair[1].mean)[0]
+        name: min(
+            group,
+            key=lambda pair: (short.get((pair[0].name, _setting(pair[0])), 0.0), -pair[1].mean),
+        )[0]
         for name, group in groupby(scored, key=lambda pair: pair[0].name)
     }
     write_json(folder / "tuned.json", {name: asdict(method) for name, method in best.items()})  # type: ignore[call-overload]

@@ -11,6 +11,7 @@ the B samples, `x.view(N, B, *S)`. Row r belongs to sample `r % B` unless `rows`
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -119,7 +120,12 @@ class LatentModel(Protocol):
             extrapolate: Accept negative weights while the fused precision stays positive.
         """
 
-    def soup(self, weights: Mapping[str, float], merge: Merge = "product") -> str:
+    def soup(
+        self,
+        weights: Mapping[str, float],
+        merge: Merge = "product",
+        rotation: int | None = None,
+    ) -> str:
         """Make the model of averaged weights `theta = sum_i w_i theta_i`, and return its name.
 
         Its guidance scale is the average of the models' scales. It is removed with this object. If
@@ -128,11 +134,15 @@ class LatentModel(Protocol):
         Args:
             weights: By model name, including `BASE` if wanted; the sum is 1.
             merge: How adapters are merged; see `msdda_fast.lora.soup`. Full networks are averaged.
+            rotation: Seed of random rotations of the factors, for "factor".
 
         Raises:
             AdapterMismatch: The models cannot be averaged; the message says why.
             ValueError: `merge` is unknown.
         """
+
+    def redraw(self, number: int) -> AbstractContextManager[None]:
+        """Within the context, all randomness is that of another draw; number 0 is the usual one."""
 
     def load(self, path: str | Path) -> str:
         """Make a model of the base and the adapter at `path`, and return its name.

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -190,14 +190,26 @@ class PipelineModel:
         ).images
         return x_0
 
-    def soup(self, weights: Mapping[str, float], merge: Merge = "product") -> str:
+    @contextmanager
+    def redraw(self, number: int) -> Iterator[None]:
+        """Within the context, draw with seeds that differ from the usual ones in high bits."""
+        usual = self._seeds
+        self._seeds = [seed ^ (number << 40) for seed in usual]
+        try:
+            yield
+        finally:
+            self._seeds = usual
+
+    def soup(
+        self, weights: Mapping[str, float], merge: Merge = "product", rotation: int | None = None
+    ) -> str:
         """Make the model of averaged weights and return its name."""
         active = {name: weight for name, weight in weights.items() if weight != 0}
         if len(active) == 1:
             return next(iter(active))
         variants = {name: self._variants[name] for name in active}
         shares, name = list(active.values()), self._new_name("soup")
-        soup = make_soup(name, variants, shares, merge, self._pipe.text_encoder)
+        soup = make_soup(name, variants, shares, merge, self._pipe.text_encoder, rotation)
         if isinstance(soup, AdapterFile):
             self._put(soup, next(iter(variants.values())).network)
         else:

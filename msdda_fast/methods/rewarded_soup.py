@@ -11,6 +11,7 @@ from torch import Tensor
 from msdda_fast.lora.soup import Merge
 from msdda_fast.methods.method import Method
 from msdda_fast.methods.model import LatentModel, fused_eta
+from msdda_fast.steps.shares import effective_weights
 
 __all__ = ["RewardedSoup"]
 
@@ -23,15 +24,26 @@ class RewardedSoup(Method):
         merge: How adapters are merged: "product" averages the updates B A; "factor" averages B and
             A separately, as public code does, and needs adapters of equal rank. See
             `msdda_fast.lora.soup`.
+        rotation: Seed of random rotations of the factors, for "factor"; None: as they are. An
+            adapter does not determine its factors, and only this merge depends on them.
+        remapped: Merge at the weights at which merged predictions are MSDDA's in the limit
+            T -> infinity, `effective_weights`, instead of w.
         eta: In [0, 1]; None: eta_w of the objectives' own etas, the noise of MSDDA.
     """
 
     name: ClassVar[str] = "RS"
     merge: Merge = "product"
+    rotation: int | None = None
+    remapped: bool = False
     eta: float | None = None
 
     def sample(self, model: LatentModel) -> Tensor:
         """Draw images of the model with averaged weights."""
         eta = fused_eta(model) if self.eta is None else self.eta
-        soup = model.soup(model.preference, self.merge)
+        weights = model.preference
+        if self.remapped:
+            own = [model.etas[name] for name in weights]
+            what, _ = effective_weights(list(weights.values()), own)
+            weights = dict(zip(weights, what.tolist(), strict=True))
+        soup = model.soup(weights, self.merge, self.rotation)
         return model.decode(model.generate({soup: 1.0}, {soup: eta}))

@@ -26,7 +26,14 @@ class Reward(Protocol):
 
 REWARDS = ("aesthetic", "consistency")  # of the shipped model's own objectives
 
-_SHIPPED = ("aesthetic", "consistency", "warmth", "judge_object", "judge_color")
+_SHIPPED = (
+    "aesthetic",
+    "consistency",
+    "warmth",
+    "judge_object",
+    "judge_color",
+    "background_chroma",
+)
 _PUBLISHED = {
     "clip_score": "ClipScore",
     "hps_v2": "HpsV2",
@@ -47,7 +54,8 @@ def load_reward(
 
     Args:
         name: A shipped reward (`aesthetic`, `consistency`, `warmth`), the shipped judge's verdict
-            on objects or colours (`judge_object`, `judge_color`), or a published reward.
+            on objects or colours (`judge_object`, `judge_color`), the chroma of the background
+            (`background_chroma`), or a published reward.
         device: Where a published reward's network runs; shipped ones run where the images are.
         dtype: Data type of a published reward's network; shipped ones are float32.
 
@@ -69,6 +77,10 @@ def load_reward(
         from msdda_fast.rewards.warmth import Warmth
 
         return Warmth()
+    if name == "background_chroma":
+        from msdda_fast.rewards.background import Background
+
+        return Background()
     if name.startswith("judge_"):
         from msdda_fast.rewards.judge import Judge
 

@@ -5,6 +5,7 @@ import contextlib
 import csv
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from msdda_fast import resume
 from msdda_fast.errors import ResumeMismatch, UnknownObjective
 from msdda_fast.evaluation import tuning
 from msdda_fast.evaluation.compare import compare, report_scores
+from msdda_fast.evaluation.floors import JUDGES
 from msdda_fast.evaluation.plan import Plan, published_searches
 from msdda_fast.evaluation.runs import Comparison
 from msdda_fast.evaluation.scores import read_scores
@@ -172,6 +174,25 @@ def test_tuning_keeps_the_best_of_each_system(pipe, tmp_path, monkeypatch):
     assert tuned["RGG", "tuned"] == RGG(norm="none", alpha=best[1])
     assert tuned["CoDe", "tuned"] == methods[2]
     assert (tmp_path / "tuning.csv").exists()
+
+
+def test_tuning_keeps_what_is_above_the_floors_or_else_closest(pipe, tmp_path, monkeypatch):
+    """Whatever its reward: the judges decide first."""
+    judges = {name: Channel(name, 0) for name in (*JUDGES, "background_chroma")}
+    comparison = replace(COMPARISON, rewards=REWARDS | judges)
+    methods = [CoDe(num_particles=n, block=1) for n in (1, 2)]
+    monkeypatch.setattr(tuning, "_KINDS", {"CoDe": CoDe})
+    weights = {"warm": 0.5, "cool": 0.5}
+    for kept in methods:
+
+        def judged(arms, weights, kept=kept):
+            assert "SD" in {arm.method for arm in arms}
+            short = {tuning._setting(m): 0.0 if m == kept else 0.1 for m in methods}
+            return [SimpleNamespace(arm=a, shortfall=short.get(a.variant, 0.0)) for a in arms]
+
+        monkeypatch.setattr(tuning, "floors", judged)
+        tune(pipe, comparison, weights, [0], tmp_path, methods=methods)
+        assert load_tuned(tmp_path / "tuned.json")["CoDe", "tuned"] == kept
 
 
 def test_tuning_ranks_by_this_preference_and_these_seeds_only(pipe, tmp_path):

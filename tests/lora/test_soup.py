@@ -118,3 +118,35 @@ def test_factors_of_other_ranks_are_refused(second):
 def test_other_words_are_refused():
     with pytest.raises(ValueError, match=r"'product' or 'factor', got 'mean'"):
         merge_adapters({}, [], "mean")
+
+
+def test_the_factor_merge_over_rotations():
+    """Mean (1 - w)^2 B_1 A_1 + w^2 B_2 A_2, and noise of the norm that the module states."""
+    w, (up_1, down_1), (up_2, down_2) = 0.3, random_factors(0), random_factors(1)
+    adapters = {"one": stacked(up_1, down_1), "two": stacked(up_2, down_2)}
+    draws = torch.stack(
+        [
+            update(merge_adapters(adapters, [1 - w, w], "factor", seed)["layer"])
+            for seed in range(400)
+        ]
+    )
+    one, two = up_1 @ down_1, up_2 @ down_2
+    expected = (1 - w) ** 2 * one + w**2 * two
+    cross = (up_1.norm() * down_2.norm()) ** 2 + (up_2.norm() * down_1.norm()) ** 2
+    noise = (w * (1 - w)) ** 2 * (cross + 2 * (one * two).sum()) / RANK
+    found = (draws - expected).square().sum((1, 2))
+    assert float(found.mean() / noise) == pytest.approx(1, abs=0.05)
+    error = (draws.mean(0) - expected).square().sum() / noise
+    assert 0.5 / 400 < float(error) < 1.5 / 400  # a mean of 400 has a 400th of the variance
+    product = (1 - w) * one + w * two
+    assert float((draws.mean(0) - product).square().sum() / noise) > 0.5
+
+
+def test_a_rotation_changes_no_adapter():
+    """At a weight of 1 nothing of it is seen, and the product merge has none."""
+    adapters = {"one": stacked(*random_factors(0)), "two": stacked(*random_factors(1))}
+    alone = update(merge_adapters(adapters, [0.0, 1.0], "factor", 7)["layer"])
+    up, down = random_factors(1)
+    torch.testing.assert_close(alone, up @ down)
+    with pytest.raises(ValueError, match="depends on no rotation"):
+        merge_adapters(adapters, [0.5, 0.5], "product", 7)

@@ -5,7 +5,8 @@ Images are the latents themselves. Samples are as many as asked for, so a sample
 is measured by Monte Carlo; one that is affine is measured exactly, on impulses.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -116,7 +117,15 @@ class GaussianModel:
             fusion=fusion,
         )
 
-    def soup(self, weights: Mapping[str, float], merge: Merge = "product") -> str:
+    @contextmanager
+    def redraw(self, number: int) -> Iterator[None]:
+        self.seed += number
+        yield
+        self.seed -= number
+
+    def soup(
+        self, weights: Mapping[str, float], merge: Merge = "product", rotation: int | None = None
+    ) -> str:
         assert merge == "product", "there are no factors here"
         self.models = {
             **self.models, "soup": Soup([(w, self.models[name]) for name, w in weights.items()])

@@ -8,8 +8,9 @@ import torch
 
 import msdda_fast as mf
 from msdda_fast.methods import best_of_n
-from msdda_fast.methods.best_of_n import BestOfN
+from msdda_fast.methods.best_of_n import BestOfDraws, BestOfN
 from msdda_fast.methods.model import BASE
+from msdda_fast.methods.msdda import MSDDA
 from msdda_fast.methods.particles import replicate
 from msdda_fast.methods.sd import SD
 from tests.gaussian_world import Gaussian, ddim_chain, moments, responses, sd15_scheduler
@@ -135,3 +136,24 @@ def test_a_reward_that_is_nan_is_named():
 def test_rewards_are_asked_for(pipe):
     with pytest.raises(ValueError, match="Best-of-N evaluates rewards"):
         BestOfN()(pipe, PROMPTS, WEIGHTS, SEEDS)
+
+
+def test_the_best_of_draws_of_a_system_gains_the_expected_maximum():
+    base = base_moments(1.0)
+    expected = base.mean + largest_of(4) * math.sqrt(base.var)
+    assert has_mean(sampled(BestOfDraws(of=SD(), num_draws=4), model_of()), expected)
+
+
+def test_the_first_draw_is_the_system_itself_and_each_one_costs_as_much(pipe):
+    options = {"num_inference_steps": 3, "rewards": REWARDS}
+    first = MSDDA()(pipe, PROMPTS, WEIGHTS, SEEDS, num_inference_steps=3)
+    equal = BestOfDraws(of=MSDDA())(
+        pipe, PROMPTS, WEIGHTS, SEEDS, **options | {"rewards": INDIFFERENT}
+    )
+    assert torch.equal(equal.images, first.images)
+    drawn = BestOfDraws(of=MSDDA())(pipe, PROMPTS, WEIGHTS, SEEDS, **options)
+    assert drawn.cost.unet_forwards == 2 * first.cost.unet_forwards
+    assert drawn.cost.reward_calls == 2 * 2 * len(PROMPTS)  # draws, rewards
+    score_of = lambda images: sum(w * REWARDS[n](images, PROMPTS) for n, w in WEIGHTS.items())  # noqa: E731
+    assert (score_of(drawn.images) >= score_of(first.images)).all()
+    assert not torch.equal(drawn.images, first.images)

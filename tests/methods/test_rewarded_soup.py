@@ -43,6 +43,15 @@ class TestLinear:
         chain = mixed_eps_chain(list(EXPERTS.values()), [w, 1 - w], eta or eta_w, sd15_scheduler())
         assert found == pytest.approx(moments(chain), abs=1e-12)
 
+    def test_at_effective_weights_it_is_msdda_in_the_limit(self):
+        """And without them it is not, however small the steps."""
+        options = dict(preference=preference(0.5), etas=ETAS, num_steps=500)
+        ours = exact_moments(MSDDA(), EXPERTS, **options)
+        remapped, plain = (
+            exact_moments(RewardedSoup(remapped=flag), EXPERTS, **options) for flag in (True, False)
+        )
+        assert abs(remapped.mean - ours.mean) < 0.1 * abs(plain.mean - ours.mean)
+
     def test_averaging_by_precision_is_seen(self):
         """Weights are averaged by w, not by the shares of Eq. 7."""
         share = 0.5 / 0.64 / (0.5 / 0.64 + 0.5)
