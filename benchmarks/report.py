@@ -316,12 +316,22 @@ def gauge_table() -> str:
             each = share["rotations"]
             spread = f"{min(each):.2f} to {max(each):.2f}" if each else ""
             method, variant = share["system"]
-            rows.append(f"| {at} | {method} ({variant}) | {share['share']:.2f} | {spread} |")
-    head = "| preference | merge | share of MSDDA's gain over SD in r_w | over rotations |\n"
+            mean, low, high, pairs = share["share"]
+            rows.append(
+                f"| {at} | {method} ({variant}) | {mean:.2f} ({low:.2f}, {high:.2f}) | {spread} "
+                f"| {pairs} |"
+            )
+    head = "| preference | merge | share of MSDDA's gain over SD | by rotation | images |\n"
     file = "../benchmarks/results/merge-or-fuse/gauge.png"
     figure = f"![Share of MSDDA's gain that each merge keeps]({file})"
     setting = json.loads((folder / "protocol.json").read_text())["setting"]
-    return "\n".join([figure, "", head + "|---|---|---:|---|", *rows, "", setting])
+    return "\n".join([figure, "", head + "|---|---|---:|---|---:|", *rows, "", setting])
+
+
+def floors_table() -> str:
+    """Gains over the base under the floors, systems without and with rewards apart."""
+    file = RESULTS / "merge-or-fuse" / "floors.md"
+    return file.read_text().rstrip() if file.exists() else ""
 
 
 def serving_table() -> str:
@@ -411,6 +421,7 @@ TABLES = {
     "modes": modes_table,
     "compare": compare_table,
     "gauge": gauge_table,
+    "floors": floors_table,
     "serving": serving_table,
 }
 

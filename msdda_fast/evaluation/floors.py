@@ -20,7 +20,7 @@ import numpy as np
 from msdda_fast.evaluation.statistics import RESAMPLES, Arm, Interval, Pair, Values
 from msdda_fast.rewards.background import CHROMA_RANGE, Background
 
-__all__ = ["JUDGES", "Floors", "floors", "floors_markdown", "two_level"]
+__all__ = ["JUDGES", "Floors", "floors", "floors_markdown", "resamples", "two_level"]
 
 JUDGES = ("judge_object", "judge_color")
 _CHROMA = Background.name
@@ -130,14 +130,18 @@ def _cells(row: Floors) -> list[str]:
 
 def two_level(values: Values, pairs: Sequence[Pair]) -> Interval:
     """Return the mean of one value per pair, (n,), with its two-level bootstrap interval."""
-    means = values @ _resampled(tuple(prompt for prompt, _ in pairs))
+    means = values @ resamples(pairs)
     low, high = np.quantile(means, [0.025, 0.975])
     return Interval(float(values.mean()), float(low), float(high), len(values))
 
 
+def resamples(pairs: Sequence[Pair]) -> Values:
+    """Return weights (n, R) of the values of n pairs in R resamples; the same for equal prompts."""
+    return _resampled(tuple(prompt for prompt, _ in pairs))
+
+
 @lru_cache(maxsize=8)
 def _resampled(prompts: tuple[str, ...]) -> Values:
-    """Return weights (n, R) of values in R resamples; equal for equal prompts, so pairs match."""
     rng = np.random.default_rng(0)
     rows: dict[str, list[int]] = {}
     for row, prompt in enumerate(prompts):

@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from matplotlib import pyplot as plt
 
 from msdda_fast.evaluation.figures import label_of, save
+from msdda_fast.evaluation.floors import resamples
 from msdda_fast.evaluation.rotations import averaged_rotations, rotations_of
-from msdda_fast.evaluation.statistics import Arm
+from msdda_fast.evaluation.statistics import Arm, Interval, Values
 from msdda_fast.evaluation.tables import OURS
 
 __all__ = ["Share", "gauge_figure", "shares_kept"]
@@ -23,12 +25,13 @@ class Share:
 
     Attributes:
         system: Method and variant.
-        share: (merge - base) / (MSDDA - base), no unit, over the pairs that all have.
+        share: (merge - base) / (MSDDA - base), no unit, over the pairs that all have, with its 95%
+            interval: a two-level bootstrap over prompts and seeds, of both gains together.
         rotations: The same of each rotation, for a merge averaged over them.
     """
 
     system: tuple[str, str]
-    share: float
+    share: Interval
     rotations: Sequence[float] = ()
 
 
@@ -44,16 +47,22 @@ def shares_kept(arms: Sequence[Arm], weights: Mapping[str, float]) -> list[Share
     if not pairs:
         return []
 
-    def gain(arm: Arm) -> float:
-        change = arm.scalarised(weights, pairs) - base[0].scalarised(weights, pairs)
-        return float(change.mean())
+    def gain(arm: Arm) -> Values:
+        return arm.scalarised(weights, pairs) - base[0].scalarised(weights, pairs)
 
-    whole, each = gain(ours[0]), [gain(arm) for arm in rotations_of(arms, w)]
+    whole, resampled = gain(ours[0]), resamples(pairs)
+
+    def share(arm: Arm) -> Interval:
+        part = gain(arm)
+        low, high = np.quantile((part @ resampled) / (whole @ resampled), [0.025, 0.975])
+        return Interval(float(part.mean() / whole.mean()), float(low), float(high), len(pairs))
+
+    each = [share(arm).mean for arm in rotations_of(arms, w)]
     return [
         Share(
             arm.system,
-            gain(arm) / whole,
-            [one / whole for one in each] if "rotations" in arm.variant else (),
+            share(arm),
+            each if "rotations" in arm.variant else (),
         )
         for arm in soups
     ]
@@ -72,15 +81,18 @@ def gauge_figure(shares: Mapping[str, Sequence[Share]], file: Path) -> None:
     )  # fmt: skip
     for axes, (title, panel) in zip(row[0], shares.items(), strict=True):
         for place, share in enumerate(panel):
-            axes.barh(place, share.share, height=0.55, color="#c8d6e5", zorder=2)
+            mean, low, high, _ = share.share
+            axes.barh(place, mean, height=0.55, color="#c8d6e5", zorder=2)
             axes.plot(share.rotations, [place] * len(share.rotations), "o", color="#1a1a1a",
                       markersize=4, alpha=0.7, zorder=3)  # fmt: skip
-            axes.annotate(f"{share.share:.2f}", (0.02, place), va="center", fontsize=9, zorder=4)
+            ends = [[max(mean - low, 0.0)], [max(high - mean, 0.0)]]
+            axes.errorbar(mean, place, xerr=ends, color="#5a6b7b", capsize=3, linewidth=1.2)
+            axes.annotate(f"{mean:.2f}", (0.02, place), va="center", fontsize=9, zorder=4)
         axes.axvline(1.0, color="#d62728", linewidth=1.3)
         axes.annotate("MSDDA", (1.0, -0.75), color="#d62728", ha="center", fontsize=9)
         axes.set_yticks(range(len(panel)), [label_of(share.system) for share in panel])
         axes.set_ylim(len(panel) - 0.4, -1.0)
-        axes.set_xlabel("share of MSDDA's gain over SD in r_w; a dot: one rotation")
+        axes.set_xlabel("share of MSDDA's gain over SD; a dot: one rotation")
         axes.set_title(title, fontsize=11)
         axes.grid(alpha=0.25, axis="x")
         axes.spines[["top", "right"]].set_visible(False)
