@@ -78,7 +78,8 @@ def write_report(
         gauge_figure(kept, folder / "gauge.png")
         merges = {title: [asdict(share) for share in shares] for title, shares in kept.items()}
         write_json(folder / "gauge.json", merges)
-    if judged := [(weights, rows) for weights in wanted if (rows := floors(pairwise, weights))]:
+    judged = [(weights, found) for weights in wanted if (found := floors(pairwise, weights))]
+    if judged:
         _write(folder / "floors.md", floors_markdown(judged))
     _write(folder / "table.csv", to_csv(tables))
     _write(folder / "table.md", _markdown(tables, sentences))
