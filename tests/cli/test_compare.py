@@ -59,7 +59,9 @@ def test_compare_writes_scores_tables_and_a_page(loaded, tmp_path):
     systems = [row.method + row.variant for row in read_scores(tmp_path / "out" / "scores.csv")]
     rows = read_scores(tmp_path / "out" / "scores.csv")
     assert all(set(row.rewards) == {"warm", "cool", "warmth"} for row in rows)
-    assert Counter(systems) == {"SD": 4, "MSDDA": 4, "RSproduct": 4, "MSDDAeps": 2}
+    assert Counter(systems) == {
+        "SD": 4, "MSDDA": 4, "RSproduct": 4, "RSre-weighted": 4, "MSDDAeps": 2,
+    }  # fmt: skip
     again = run("compare", "-o", tmp_path / "out", "--report-only")
     assert again.exit_code == 0 and "MSDDA - system" in again.output
 

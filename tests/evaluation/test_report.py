@@ -122,6 +122,7 @@ def test_the_page_stands_alone(tmp_path):
     assert "At w = 0.2, by r_w, MSDDA is behind CoDe (official) (-0.080)." in page
     assert "The hypervolume of MSDDA exceeds that of RS (product)." in page
     names = {"grid.png", "pareto.png", "report.html", "summary.json", "table.csv", "table.md"}
+    names |= {"gauge.json", "gauge.png"}
     assert {file.name for file in tmp_path.iterdir()} == names
 
 
