@@ -177,7 +177,7 @@ def train_network(work: Path, steps: int) -> SD3Transformer2DModel:
     """Cache the latents, train the network, and return it."""
     pipe: Any = MSDDAPipeline.from_pretrained(resolve("msdda-fast/emoji"))
     latents, ids = cache_latents(
-        pipe.vae, pipe.tokenizer, Renderer(("noto", "fluentflat")), work, 15_000
+        pipe.vae, pipe.tokenizer, Renderer(("noto", "fluentflat")), work, SCENES
     )
     torch.manual_seed(0)
     network = small_transformer(pipe.text_encoder.config.hidden_size)

@@ -18,7 +18,7 @@ from functools import lru_cache
 import numpy as np
 
 from msdda_fast.evaluation.statistics import RESAMPLES, Arm, Interval, Pair, Values
-from msdda_fast.rewards.background import CHROMA_RANGE, Background
+from msdda_fast.rewards.background_chroma import CHROMA_RANGE, Background
 
 __all__ = ["JUDGES", "Floors", "floors", "floors_markdown", "resamples", "two_level"]
 

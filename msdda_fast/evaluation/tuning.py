@@ -27,7 +27,7 @@ from msdda_fast.methods.rgg import RGG
 from msdda_fast.methods.sd import SD
 from msdda_fast.methods.tfg import TFG
 from msdda_fast.pipelines import MSDDAPipeline
-from msdda_fast.rewards.background import Background
+from msdda_fast.rewards.background_chroma import Background
 
 __all__ = ["candidates", "load_tuned", "tune"]
 

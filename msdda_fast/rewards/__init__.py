@@ -78,7 +78,7 @@ def load_reward(
 
         return Warmth()
     if name == "background_chroma":
-        from msdda_fast.rewards.background import Background
+        from msdda_fast.rewards.background_chroma import Background
 
         return Background()
     if name.startswith("judge_"):

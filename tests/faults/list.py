@@ -108,8 +108,8 @@ FAULTS = (
         "steps-guidance-halves",
         "Guidance gives 1 - g to the conditional half, too.",
         "msdda_fast/steps/table.py",
-        "rows[..., layout.cond] = output_scale * guidance",
-        "rows[..., layout.cond] = output_scale * (1 - guidance)",
+        "uncond, cond = output_scale * (1 - guidance), output_scale * guidance",
+        "uncond, cond = output_scale * (1 - guidance), output_scale * (1 - guidance)",
         (
             "tests/steps",
             "tests/pipelines/test_equivalence.py",
@@ -601,8 +601,8 @@ FAULTS = (
         "methods-soup-merge",
         "Rewarded Soups by factors are those by products.",
         "msdda_fast/methods/rewarded_soup.py",
-        "model.soup(model.preference, self.merge)",
-        'model.soup(model.preference, "product")',
+        "model.soup(weights, self.merge, self.rotation)",
+        'model.soup(weights, "product")',
         ("tests/methods/test_rewarded_soup.py",),
     ),
     Fault(

@@ -5,7 +5,7 @@ import torch
 
 from msdda_fast.emoji.render import Renderer
 from msdda_fast.rewards import load_reward
-from msdda_fast.rewards.background import CHROMA_RANGE
+from msdda_fast.rewards.background_chroma import CHROMA_RANGE
 from msdda_fast.rewards.grammar import COLORS, OBJECTS, Painted
 
 
