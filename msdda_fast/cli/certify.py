@@ -132,12 +132,12 @@ def _show(found: Mapping[str, Mapping[str, Certificate]]) -> None:
     table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
     for column in ("objective", "reward"):
         table.add_column(column, no_wrap=True)
-    for column in ("lambda", "R^2", "path KL"):
+    for column in ("lambda", "R^2", "KL"):
         table.add_column(column, justify="right", no_wrap=True)
     for name, by_reward in found.items():
         for reward, one in by_reward.items():
             slope = "{:.3f} ({:.3f}, {:.3f})".format(*one.kl_weight)
-            share = "{:.3f} ({:.3f}, {:.3f})".format(*one.r_squared)
+            share = "{:.2f} ({:.2f}, {:.2f})".format(*one.r_squared)
             style = "bold" if reward == name else None
             table.add_row(name, reward, slope, share, f"{one.kl:.2f}", style=style)
     out.print(table)

@@ -30,6 +30,7 @@ COLUMNS = {
     "judge object": "object found",
     "judge color": "colour right",
 }
+CERTIFIED = ("kl_weight", "r_squared")
 
 
 def results_table(results: dict[str, Any], *, single: bool = False) -> str:
@@ -49,6 +50,17 @@ def results_table(results: dict[str, Any], *, single: bool = False) -> str:
             cells.append(f"{mean}{unit} ({low}, {high})")
         rows.append(cells)
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
+
+
+def certificate_table(certificate: dict[str, Any]) -> str:
+    """Return what `msdda-fast certify` found of each objective and its own reward, as Markdown."""
+    head = ["adapter", "lambda", "R^2", "KL(base to adapter) over the path, nats"]
+    rows = [head, ["---"] * len(head)]
+    for name, by_reward in certificate["objectives"].items():
+        own = by_reward[name]
+        fit = ["{value:.3f} ({low:.3f}, {high:.3f})".format(**own[k]) for k in CERTIFIED]
+        rows.append([name, *fit, f"{own['kl']:.1f}"])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def _read_log(path: Path) -> list[dict[str, float]]:
@@ -89,8 +101,8 @@ def parameters(path: Path) -> int:
     return count
 
 
-def card(results: dict[str, Any], three: dict[str, Any]) -> str:
-    """Return the text of the model card from the results of two objectives and of all three."""
+def card(results: dict[str, Any], three: dict[str, Any], certificate: dict[str, Any]) -> str:
+    """Return the text of the model card from the results of two objectives, three, and certify."""
     tail, setting = Tail(), results["setting"]
     minutes = {n: _read_log(EMOJI / "training" / f"{n}.jsonl")[-1]["seconds"] / 60 for n in LOGS}
     accuracy = json.loads((ASSETS / "scorers" / "accuracy.json").read_text())
@@ -131,6 +143,10 @@ def card(results: dict[str, Any], three: dict[str, Any]) -> str:
         scorers=scorers,
         table=results_table(results),
         single_table=results_table(results, single=True),
+        certificate_table=certificate_table(certificate),
+        certificate_seeds=certificate["setting"]["seeds"],
+        certificate_range=f"0-{certificate['setting']['seeds'] - 1}",
+        certificate_paths=certificate["setting"]["paths"],
         three_table=results_table(three),
         three_seeds=three["setting"]["seeds"],
         eta_warmth=ALIGNMENT["warmth"].eta,
@@ -145,6 +161,9 @@ def main(
     three: Annotated[Path, typer.Option(help="Result file of emoji.evaluate --three.")] = Path(
         "benchmarks/results/emoji_three.json"
     ),
+    certificate: Annotated[Path, typer.Option(help="Result file of msdda-fast certify.")] = Path(
+        "benchmarks/results/certificate.json"
+    ),
     page: Annotated[Path, typer.Option(help="Page with the marked block.")] = Path(
         "docs/results.md"
     ),
@@ -152,7 +171,8 @@ def main(
     """Write the card, its plot, and the marked block of the results page."""
     figures = json.loads(results.read_text())
     plot_training(EMOJI / "training", EMOJI / "training.png")
-    text = card(figures, json.loads(three.read_text()))
+    others = (json.loads(file.read_text()) for file in (three, certificate))
+    text = card(figures, *others)
     write_atomically(EMOJI / "README.md", lambda partial: partial.write_text(text))
     block = re.compile(r"(<!-- report:emoji:begin -->\n).*?(<!-- report:emoji:end -->)", re.S)
     table = results_table(figures)

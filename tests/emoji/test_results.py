@@ -15,6 +15,7 @@ from msdda_fast.emoji.evaluate import SWEEP
 ROOT = Path(__file__).parents[2]
 RESULTS = json.loads((ROOT / "benchmarks" / "results" / "emoji.json").read_text())
 THREE = json.loads((ROOT / "benchmarks" / "results" / "emoji_three.json").read_text())
+CERTIFICATE = json.loads((ROOT / "benchmarks" / "results" / "certificate.json").read_text())
 ARMS, PAIRED = RESULTS["arms"], RESULTS["paired differences"]
 
 
@@ -89,7 +90,7 @@ def test_the_shared_arms_are_the_first_seeds_of_the_larger_run():
 
 
 def test_card_and_results_page_are_what_the_command_writes():
-    assert (EMOJI / "README.md").read_text() == card(RESULTS, THREE)
+    assert (EMOJI / "README.md").read_text() == card(RESULTS, THREE, CERTIFICATE)
     assert results_table(RESULTS) in (ROOT / "docs" / "results.md").read_text()
 
 
