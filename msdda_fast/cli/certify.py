@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from msdda_fast.cli import values as parse
-from msdda_fast.cli.compare import PromptsOption, RewardOption, reward_names, rewards
+from msdda_fast.cli.comparison import PromptsOption, RewardOption, reward_names, rewards
 from msdda_fast.cli.session import (
     SHIPPED,
     DeviceOption,

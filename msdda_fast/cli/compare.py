@@ -6,7 +6,6 @@ from __future__ import annotations
 import csv
 from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +13,17 @@ import typer
 
 from msdda_fast.cli import cluster
 from msdda_fast.cli import values as parse
+from msdda_fast.cli.comparison import (
+    JudgeOption,
+    PartOption,
+    PromptsOption,
+    RewardOption,
+    TowardOption,
+    objectives,
+    require_packages,
+    reward_names,
+    rewards,
+)
 from msdda_fast.cli.session import (
     SHIPPED,
     DeviceOption,
@@ -35,37 +45,6 @@ if TYPE_CHECKING:
 
     from msdda_fast.evaluation.runs import Comparison
     from msdda_fast.pipelines import MSDDAPipeline
-    from msdda_fast.rewards import Reward
-
-PartOption = Annotated[
-    str, typer.Option(metavar="I/N", help="Draw only part I = 0 to N - 1, one process per part.")
-]
-TowardOption = Annotated[
-    str | None,
-    typer.Option(
-        help="Objective that w is the weight of.",
-        show_default="consistency, or the first objective",
-    ),
-]
-RewardOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--reward",
-        metavar="OBJECTIVE=REWARD",
-        help="Reward that scores an objective. Repeatable.",
-        show_default="the reward of the same name",
-    ),
-]
-PromptsOption = Annotated[
-    Path | None,
-    typer.Option(
-        help="Text file with one prompt per line.", show_default="the paper's 25 test prompts"
-    ),
-]
-JudgeOption = Annotated[
-    list[str] | None,
-    typer.Option(help="Reward that scores every image but guides no system. Repeatable."),
-]
 
 #: Of --quick.
 QUICK_PROMPTS, QUICK_STEPS = 4, 25
@@ -117,6 +96,16 @@ def compare(
             metavar="W=PATH", help="Adapter trained on r_w, for the MORL oracle. Repeatable."
         ),
     ] = None,
+    oracle_timesteps: Annotated[
+        tuple[float, float] | None,
+        typer.Option(
+            help="First and last timestep in which those adapters act; the base does outside.",
+            show_default="all",
+        ),
+    ] = None,
+    path_kl_seeds: Annotated[
+        str, typer.Option(help="Seeds for the path KL to the base, a column of floors.md.")
+    ] = "",
     prompts: PromptsOption = None,
     reward: RewardOption = None,
     judge: JudgeOption = None,
@@ -165,6 +154,7 @@ def compare(
             "seeds": parse.seeds(seeds, "--seeds"),
             "search_seeds": parse.seeds(search_seeds, "--search-seeds"),
             "front": parse.numbers(front, "--front", float) if front else [],
+            "path_kl_seeds": parse.seeds(path_kl_seeds, "--path-kl-seeds") if path_kl_seeds else [],
             "front_seeds": parse.seeds(front_seeds, "--front-seeds"),
         }
         check_folder(work)
@@ -179,6 +169,7 @@ def compare(
             simplex=SIMPLEX if len(names) == 3 else (),
             tuned=settings,
             oracles=oracles,
+            oracle_timesteps=oracle_timesteps,
             factor_soup=factor_soup,
             systems=chosen or None,
         )
@@ -226,45 +217,6 @@ def _comparison(
 
     scored = {**rewards(judge, {}, pipe), **rewards(names, reward, pipe)}
     return Comparison(rewards=scored, **settings)
-
-
-def require_packages() -> None:
-    """Raise `BackendUnavailable` unless the extra `eval` is installed."""
-    from msdda_fast.errors import BackendUnavailable
-
-    missing = [name for name in ("jinja2", "matplotlib", "moocore") if find_spec(name) is None]
-    if missing:
-        raise BackendUnavailable(
-            f"comparisons need {', '.join(missing)}: pip install 'msdda-fast[eval]'"
-        )
-
-
-def objectives(pipe: MSDDAPipeline, toward: str | None) -> list[str]:
-    """Return the names of the two or three objectives, beginning with the one that w weighs."""
-    names = list(pipe.objectives)
-    if len(names) not in (2, 3):
-        raise ValueError(f"a comparison needs two or three objectives, got {', '.join(names)}")
-    first = toward or ("consistency" if "consistency" in names else names[0])
-    if first not in names:
-        raise ValueError(f"--toward {first!r} is not an objective; known: {', '.join(names)}")
-    return [first, *(name for name in names if name != first)]
-
-
-def reward_names(given: list[str] | None) -> dict[str, str]:
-    """Read --reward: the name of a reward by objective."""
-    form = "OBJECTIVE=REWARD, such as aesthetic=warmth"
-    return parse.pairs((parse.pair(t, "--reward", str, form) for t in given or []), "--reward")
-
-
-def rewards(
-    names: list[str], chosen: Mapping[str, str], pipe: MSDDAPipeline
-) -> Mapping[str, Reward]:
-    """Return each objective's reward: the one that --reward names, or the one of the same name."""
-    from msdda_fast.rewards import load_reward
-
-    if unknown := [name for name in chosen if name not in names]:
-        raise ValueError(f"--reward {unknown[0]!r} is not an objective; known: {', '.join(names)}")
-    return {name: load_reward(chosen.get(name, name), device=pipe.device) for name in names}
 
 
 def _show(page: Path) -> None:

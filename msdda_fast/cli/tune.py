@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from msdda_fast.cli import values as parse
-from msdda_fast.cli.compare import (
+from msdda_fast.cli.comparison import (
     JudgeOption,
     PartOption,
     RewardOption,

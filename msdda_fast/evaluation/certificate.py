@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from msdda_fast.errors import InvalidSchedule
-from msdda_fast.methods.model import LatentModel
+from msdda_fast.methods.model import BASE, LatentModel
 
 __all__ = ["Certificate", "Estimate", "Paths", "base_paths", "certificate"]
 
@@ -70,8 +70,6 @@ def base_paths(
     eta: float,
     names: Sequence[str],
     paths: int,
-    *,
-    acts: Mapping[str, Sequence[bool]] | None = None,
 ) -> Paths:
     """Draw `paths` base paths from each x_T of the model, and measure G and K of aligned models.
 
@@ -82,8 +80,6 @@ def base_paths(
         eta: Of the base and of the aligned models, in (0, 1].
         names: Aligned models; one pass of the base serves all of them.
         paths: N >= 2.
-        acts: By name, whether the aligned model acts in each of the T steps; the base stands in for
-            it in others. Models without an entry act in all.
 
     Raises:
         InvalidSchedule: `eta` is 0, or samples are clipped, which leaves steps no Gaussians.
@@ -106,7 +102,7 @@ def base_paths(
         on_eps = max(1 - p - sigma**2, 0.0) ** 0.5 - (p * (1 - a) / a) ** 0.5
         eps, z = model.eps(x, k), model.noise(k, paths)
         for name in names if sigma > 0 else ():
-            if acts is not None and name in acts and not acts[name][k]:
+            if model.acting(name, k) == BASE:  # no shift
                 continue
             shift = (on_eps / sigma * (model.eps(x, k, name) - eps)).flatten(1).double()
             gains[name] += (z.flatten(1).double() * shift).sum(1).cpu()

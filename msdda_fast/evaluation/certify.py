@@ -157,12 +157,7 @@ def _draw(
         guidance_scale=plan.guidance_scale,
         rewards=plan.rewards,
     ) as model:
-        acts = {
-            name: [within[0] <= t <= within[1] for t in model.grid.timesteps.tolist()]
-            for name in names
-            if (within := pipe.objectives[name].timesteps) is not None
-        }
-        drawn = base_paths(model, eta, names, plan.paths, acts=acts)
+        drawn = base_paths(model, eta, names, plan.paths)
     return {
         what: {name: column.tolist() for name, column in columns.items()}
         for what, columns in drawn._asdict().items()

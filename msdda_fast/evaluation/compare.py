@@ -10,6 +10,7 @@ from PIL import Image
 
 from msdda_fast.evaluation.figures import label_of
 from msdda_fast.evaluation.grid import labelled_grid
+from msdda_fast.evaluation.path_kl import measure_path_kl, read_path_kl
 from msdda_fast.evaluation.plan import Plan
 from msdda_fast.evaluation.report import write_report
 from msdda_fast.evaluation.runs import (
@@ -69,12 +70,17 @@ def compare(
     whole = part == (0, 1)
     if whole and scores_file(out).exists():  # damage is found before hours of drawing
         read_scores(scores_file(out))
+        read_path_kl(out)
     run_comparison(
         pipe, comparison, entries, work,
         part=part, out=out if whole else None, elsewhere=elsewhere, progress=progress,
     )  # fmt: skip
     if not whole:
         return None
+    if plan.path_kl_seeds:
+        measure_path_kl(
+            pipe, comparison, entries, plan.path_kl_seeds, work, out, progress=progress
+        )  # fmt: skip
     merge_scores(scores_file(out), collect_scores(comparison, entries, work))
     _write_grids(comparison, plan, entries, work, out)
     protocol = {

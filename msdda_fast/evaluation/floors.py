@@ -96,10 +96,18 @@ def floors(arms: Sequence[Arm], weights: Mapping[str, float]) -> list[Floors]:
     return sorted(rows, key=lambda row: -row.gain.mean)
 
 
-def floors_markdown(tables: Sequence[tuple[Mapping[str, float], Sequence[Floors]]]) -> str:
-    """Return two tables per preference: systems without and with rewards while sampling."""
+def floors_markdown(
+    tables: Sequence[tuple[Mapping[str, float], Sequence[Floors]]],
+    path_kl: Mapping[tuple[str, str, str], float] | None = None,
+) -> str:
+    """Return two tables per preference: systems without and with rewards while sampling.
+
+    Args:
+        tables: By preference.
+        path_kl: Of systems that have one, in nats, by method, variant and weights as in scores.
+    """
     heads = ["system", "n", "gain in r_w over SD", "objects", "colours", "background chroma"]
-    heads += ["floors", "forwards", "backwards", "decodes", "rewards", "s / image"]
+    heads += ["floors", "path KL, nats", "forwards", "backwards", "decodes", "rewards", "s / image"]
     parts = []
     for weights, rows in tables:
         for title, rewarded in (("Without rewards", False), ("With rewards", True)):
@@ -109,13 +117,15 @@ def floors_markdown(tables: Sequence[tuple[Mapping[str, float], Sequence[Floors]
             at = ", ".join(f"{weight:g} {name}" for name, weight in weights.items())
             lines = [f"### {title} while sampling, {at}", ""]
             lines += [f"| {' | '.join(heads)} |", "|---" + "|---:" * (len(heads) - 1) + "|"]
-            lines += [f"| {' | '.join(_cells(row))} |" for row in chosen]
+            lines += [f"| {' | '.join(_cells(row, path_kl or {}))} |" for row in chosen]
             parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
 
 
-def _cells(row: Floors) -> list[str]:
+def _cells(row: Floors, path_kl: Mapping[tuple[str, str, str], float]) -> list[str]:
     arm, points = row.arm, {name: (100 * np.array(v[:3])) for name, v in row.judged.items()}
+    weights = " ".join(f"{name}={weight:g}" for name, weight in arm.weights.items())
+    nats = path_kl.get((arm.method, arm.variant, weights))
     return [
         f"{arm.method} ({arm.variant})" if arm.variant else arm.method,
         str(row.gain.pairs),
@@ -123,6 +133,7 @@ def _cells(row: Floors) -> list[str]:
         *("{:+.1f} [{:+.1f}, {:+.1f}]".format(*points[name]) for name in JUDGES),
         f"{row.chroma.mean:.1f} [{row.chroma.low:.1f}, {row.chroma.high:.1f}]",
         row.both,
+        "" if nats is None else f"{nats:.2g}",
         *(f"{value:g}" for value in arm.costs.values()),
         f"{arm.seconds:.2g}",
     ]

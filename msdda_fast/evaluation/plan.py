@@ -14,6 +14,7 @@ from pathlib import Path
 
 from msdda_fast.evaluation.rotations import ROTATED
 from msdda_fast.evaluation.runs import Entry
+from msdda_fast.levels import TimestepRange
 from msdda_fast.methods.best_of_n import BestOfDraws, BestOfN
 from msdda_fast.methods.code import CoDe
 from msdda_fast.methods.das import DAS
@@ -77,6 +78,8 @@ class Plan:
         simplex: Preferences over three objectives, for MSDDA.
         tuned: Further settings of searches, beside the published ones, by name and variant.
         oracles: Adapter folders by w.
+        oracle_timesteps: First and last timestep in which those act; None: all.
+        path_kl_seeds: Seeds for the path KL to the base, of systems that have one.
         factor_soup: Include RS with merged factors, which needs adapters of equal rank.
         systems: Names of methods; None: all.
 
@@ -94,6 +97,8 @@ class Plan:
     simplex: Sequence[Sequence[float]] = ()
     tuned: Mapping[tuple[str, str], Method] = field(default_factory=dict)
     oracles: Mapping[float, Path] = field(default_factory=dict)
+    oracle_timesteps: TimestepRange | None = None
+    path_kl_seeds: Sequence[int] = ()
     factor_soup: bool = True
     systems: Sequence[str] | None = None
 
@@ -133,12 +138,10 @@ class Plan:
             for w in self.preferences:
                 yield Entry(method, variant, self.at(w), self.seeds)
         for w, folder in self.oracles.items():
-            yield Entry(
-                MORLOracle(objective=self.objectives[0], adapters={w: folder}),
-                "",
-                self.at(w),
-                self.seeds,
+            oracle = MORLOracle(
+                objective=self.objectives[0], adapters={w: folder}, timesteps=self.oracle_timesteps
             )
+            yield Entry(oracle, "", self.at(w), self.seeds)
         for objective in self.objectives[:2]:
             for strength in STRENGTHS:
                 variant = f"{objective}, lambda {strength:g}"

@@ -14,6 +14,7 @@ import jinja2
 from msdda_fast.evaluation.figures import label_of, pareto_figure, simplex_figure
 from msdda_fast.evaluation.floors import floors, floors_markdown
 from msdda_fast.evaluation.gauge import gauge_figure, shares_kept
+from msdda_fast.evaluation.path_kl import read_path_kl
 from msdda_fast.evaluation.rotations import averaged_rotations
 from msdda_fast.evaluation.scores import Score
 from msdda_fast.evaluation.settings import write_json
@@ -45,7 +46,7 @@ def write_report(
     """Write table.csv, table.md, summary.json, pareto.png, simplex.png and report.html.
 
     Also gauge.png and gauge.json if the scores have MSDDA, SD and merges; and floors.md if every
-    image of some systems was judged, background included.
+    image of some systems was judged, background included, with the path KL of `path_kl.json`.
 
     Args:
         rows: Scores; those with three weights are used only in the figure of three objectives.
@@ -80,7 +81,7 @@ def write_report(
         write_json(folder / "gauge.json", merges)
     judged = [(weights, found) for weights in wanted if (found := floors(pairwise, weights))]
     if judged:
-        _write(folder / "floors.md", floors_markdown(judged))
+        _write(folder / "floors.md", floors_markdown(judged, read_path_kl(folder)))
     _write(folder / "table.csv", to_csv(tables))
     _write(folder / "table.md", _markdown(tables, sentences))
     write_json(

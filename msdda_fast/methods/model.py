@@ -19,6 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from msdda_fast.levels import TimestepRange
 from msdda_fast.lora.soup import Merge
 from msdda_fast.steps.ddim import DDIMGrid
 from msdda_fast.steps.shares import fusion_shares
@@ -82,6 +83,9 @@ class LatentModel(Protocol):
     def uniform(self, k: int, *, purpose: int) -> Tensor:
         """Return one random number in (0, 1) per sample for a choice at step k, (B,)."""
 
+    def acting(self, name: str, k: int) -> str:
+        """Return whose network runs at step k: the base's outside of the model's timesteps."""
+
     def eps(self, x: Tensor, k: int, name: str = BASE, rows: Tensor | None = None) -> Tensor:
         """Return the noise prediction of one model at step k, with its guidance, (n, *S).
 
@@ -128,8 +132,8 @@ class LatentModel(Protocol):
     ) -> str:
         """Make the model of averaged weights `theta = sum_i w_i theta_i`, and return its name.
 
-        Its guidance scale is the average of the models' scales. It is removed with this object. If
-        only one weight is not 0, it is that model itself.
+        Its guidance scale is the average of the models' scales, and it acts in their timesteps. It
+        is removed with this object. If only one weight is not 0, it is that model itself.
 
         Args:
             weights: By model name, including `BASE` if wanted; the sum is 1.
@@ -144,10 +148,14 @@ class LatentModel(Protocol):
     def redraw(self, number: int) -> AbstractContextManager[None]:
         """Within the context, all randomness is that of another draw; number 0 is the usual one."""
 
-    def load(self, path: str | Path) -> str:
+    def load(self, path: str | Path, timesteps: TimestepRange | None = None) -> str:
         """Make a model of the base and the adapter at `path`, and return its name.
 
         It has the guidance scale of the base, and is removed with this object.
+
+        Args:
+            path: A file, folder or hub id.
+            timesteps: The timesteps in which it acts, the base elsewhere; None: all.
 
         Raises:
             FileNotFoundError: `path` does not exist.

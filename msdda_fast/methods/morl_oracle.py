@@ -12,6 +12,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from msdda_fast.errors import InvalidWeights
+from msdda_fast.levels import TimestepRange
 from msdda_fast.methods.method import Method
 from msdda_fast.methods.model import LatentModel, fused_eta
 
@@ -28,12 +29,14 @@ class MORLOracle(Method):
     Args:
         objective: Of the two objectives, the one that w is the weight of.
         adapters: Files, folders or hub ids of LoRA adapters, by w.
+        timesteps: First and last timestep in which they act, the base elsewhere; None: all.
         eta: In [0, 1]; None: eta_w of the objectives' own etas, the noise of MSDDA.
     """
 
     name: ClassVar[str] = "MORL"
     objective: str
     adapters: Mapping[float, str | Path]
+    timesteps: TimestepRange | None = None
     eta: float | None = None
 
     def sample(self, model: LatentModel) -> Tensor:
@@ -45,7 +48,7 @@ class MORLOracle(Method):
         """
         adapter = self._adapter(model.preference)
         eta = fused_eta(model) if self.eta is None else self.eta
-        name = model.load(adapter)
+        name = model.load(adapter, self.timesteps)
         return model.decode(model.generate({name: 1.0}, {name: eta}))
 
     def _adapter(self, preference: Mapping[str, float]) -> str | Path:

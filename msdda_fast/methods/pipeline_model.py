@@ -4,29 +4,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
-from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from msdda_fast.adapters.files import AdapterFile
-from msdda_fast.adapters.formats import StableDiffusionFormat
-from msdda_fast.adapters.soup import make_soup, temporarily
-from msdda_fast.adapters.sources import adapter_files
-from msdda_fast.adapters.switching import AdapterSwitch, adapter_names
 from msdda_fast.adapters.variant import Variant
 from msdda_fast.engine.noise import image_seeds
 from msdda_fast.errors import UnknownObjective
 from msdda_fast.kernels.counter_noise import STREAM_INITIAL, STREAM_STEP, as_seeds, counter_noise
+from msdda_fast.levels import TimestepRange
 from msdda_fast.lora.soup import Merge
 from msdda_fast.methods.model import BASE, Cost, Fusion
-from msdda_fast.objective import Objective
+from msdda_fast.methods.model_variants import ModelVariants
 from msdda_fast.pipelines import request
 from msdda_fast.pipelines.stable_diffusion.decoding import decode
 from msdda_fast.pipelines.stable_diffusion.pipeline import MSDDAPipeline
@@ -83,13 +78,8 @@ class PipelineModel:
         self.batch_size = len(prompts)
         self.cost = Cost()
         self.grid = ddim_grid(pipe.scheduler, num_steps)
-        self._guidance = dict(
-            zip(objectives, request.objective_guidance(objectives, guidance_scale), strict=True)
-        )
-        # the base as the aligned models are sampled, or they would differ in more than alignment
-        self._guidance.setdefault(BASE, next(iter(self._guidance.values())))
-        self._variants = {**pipe.variants}
-        self._variants.setdefault(BASE, Variant(pipe.unet, None))
+        scales = request.objective_guidance(objectives, guidance_scale)
+        self._models = ModelVariants(pipe, dict(zip(objectives, scales, strict=True)))
         self._pipe = pipe
         self._prompts = list(prompts)
         self._rewards = dict(rewards or {})
@@ -100,13 +90,10 @@ class PipelineModel:
         )
         self._shape = shape[1:]
         self._texts: dict[tuple[str | None, float], Tensor] = {}
-        #: Names and views of models made here.
-        self._made: set[str] = set()
         self._views_of_made: dict[tuple[str, ...], MSDDAPipeline] = {}
-        self._stack = ExitStack()
 
     def __enter__(self) -> Self:
-        self._switch = self._stack.enter_context(self._new_switch())
+        self._models.open()
         return self
 
     def __exit__(
@@ -116,7 +103,7 @@ class PipelineModel:
         trace: TracebackType | None,
     ) -> None:
         self._views_of_made.clear()
-        self._stack.__exit__(kind, error, trace)
+        self._models.close()
 
     def initial(self) -> Tensor:
         """Return x_T, (B, *S) float32."""
@@ -136,9 +123,13 @@ class PipelineModel:
         chances: Tensor = torch.special.ndtr(z)
         return chances
 
+    def acting(self, name: str, k: int) -> str:
+        """Return whose network runs at step k: the base's outside of the model's timesteps."""
+        return self._models.acting(name, float(self.grid.timesteps[k]))
+
     def eps(self, x: Tensor, k: int, name: str = BASE, rows: Tensor | None = None) -> Tensor:
         """Return the guided noise prediction of one model at step k, (n, *S)."""
-        rows = self._rows(x, rows)
+        rows, name = self._rows(x, rows), self.acting(name, k)
         terms = self.grid.prediction_terms()[2:]
         of_x, of_output = (float(term[k]) for term in terms)
         parts = [
@@ -174,15 +165,17 @@ class PipelineModel:
     ) -> Tensor:
         """Return x_0, (B, *S), from the fused reverse steps of several models."""
         view = self._view(tuple(weights))
-        branches = 2 if any(self._guidance[n] != 1 for n, w in weights.items() if w != 0) else 1
-        active = sum(weight != 0 for weight in weights.values())
-        self.cost.unet_forwards += self.batch_size * len(self.grid.timesteps) * branches * active
+        active = [name for name, weight in weights.items() if weight != 0]
+        branches = 2 if any(self._models.guidance[name] != 1 for name in active) else 1
+        steps = range(len(self.grid.timesteps))
+        networks = sum(len({self.acting(name, k) for name in active}) for k in steps)
+        self.cost.unet_forwards += self.batch_size * branches * networks
         x_0: Tensor = view(
             self._prompts,
             num_inference_steps=len(self.grid.timesteps),
             weights=dict(weights),
             etas={name: etas[name] for name in weights},
-            guidance_scale={name: self._guidance[name] for name in weights},
+            guidance_scale={name: self._models.guidance[name] for name in weights},
             seed=self._seeds,
             extrapolate=extrapolate,
             fusion=fusion,
@@ -204,72 +197,33 @@ class PipelineModel:
         self, weights: Mapping[str, float], merge: Merge = "product", rotation: int | None = None
     ) -> str:
         """Make the model of averaged weights and return its name."""
-        active = {name: weight for name, weight in weights.items() if weight != 0}
-        if len(active) == 1:
-            return next(iter(active))
-        variants = {name: self._variants[name] for name in active}
-        shares, name = list(active.values()), self._new_name("soup")
-        soup = make_soup(name, variants, shares, merge, self._pipe.text_encoder, rotation)
-        if isinstance(soup, AdapterFile):
-            self._put(soup, next(iter(variants.values())).network)
-        else:
-            self._add(name, Variant(soup, None))
-        scales = [self._guidance[name] for name in active]
-        # from the least one, so that equal scales are not rounded
-        above = (w * (g - min(scales)) for w, g in zip(shares, scales, strict=True))
-        self._guidance[name] = min(scales) + sum(above)
-        return name
+        return self._models.soup(weights, merge, rotation)
 
-    def load(self, path: str | Path) -> str:
+    def load(self, path: str | Path, timesteps: TimestepRange | None = None) -> str:
         """Make a model of the base and the adapter at `path`, and return its name."""
-        name = self._new_name("loaded")
-        (file,) = adapter_files(Objective(path), {})
-        self._put(
-            AdapterFile.read(name, file, StableDiffusionFormat(self._pipe.unet)), self._pipe.unet
-        )
-        self._guidance[name] = self._guidance[BASE]
-        return name
-
-    def _put(self, adapter: AdapterFile, network: nn.Module) -> None:
-        self._stack.enter_context(temporarily(adapter, network, self._pipe.text_encoder))
-        self._add(adapter.name, Variant(network, adapter.name))
-
-    def _add(self, name: str, variant: Variant) -> None:
-        self._variants[name] = variant
-        self._made.add(name)
-        # the layers of the networks are others now
-        self._switch = self._stack.enter_context(self._new_switch())
-
-    def _new_name(self, kind: str) -> str:
-        networks = [self._pipe.text_encoder, *(v.network for v in self._variants.values())]
-        taken = {*self._variants, *adapter_names(*networks)}
-        return next(name for i in count() if (name := f"{kind}-{i}") not in taken)
-
-    def _new_switch(self) -> AdapterSwitch:
-        return AdapterSwitch.of(self._variants.values(), self._pipe.text_encoder)
+        return self._models.load(path, timesteps)
 
     def _view(self, names: tuple[str, ...]) -> MSDDAPipeline:
         """Return the pipeline with the named models as its objectives."""
-        made = not self._made.isdisjoint(names)
+        made = not self._models.made.isdisjoint(names)
         views = self._views_of_made if made else _views.setdefault(self._pipe, {})
         view = views.get(names)
-        variants = {name: self._variants[name] for name in names}
+        variants = {name: self._models.variants[name] for name in names}
         if view is None or view.variants != variants:
             view = MSDDAPipeline.from_pipe(self._pipe)
-            own = self._pipe.objectives
-            view.set_objectives({n: own.get(n, Objective.base()) for n in names}, variants)
+            view.set_objectives({name: self._models.objective(name) for name in names}, variants)
             view.set_progress_bar_config(disable=True)
             views[names] = view
         return view
 
     def _predict(self, x: Tensor, k: int, name: str, rows: Tensor) -> Tensor:
         """Return the guided output of one network, (n, *S) in the dtype of x."""
-        variant, scale = self._variants[name], self._guidance[name]
+        variant, scale = self._models.variants[name], self._models.guidance[name]
         text = self._text(variant)  # (K, B, L, D)
         rows_run = len(text) * len(x)
         self.cost.unet_forwards += rows_run
         timestep = self.grid.timesteps[k].to(self._device)
-        output = self._switch.predict(variant, x, timestep, text[:, rows]).to(x.dtype)
+        output = self._models.switch.predict(variant, x, timestep, text[:, rows]).to(x.dtype)
         if output.requires_grad:
             output.register_hook(partial(self._count_backward, rows_run))  # type: ignore[no-untyped-call]
         uncond, cond = output[0], output[-1]
@@ -282,8 +236,8 @@ class PipelineModel:
         """Return the embeddings (K, B, L, D) of the text encoder with this variant's adapter."""
         key = (variant.adapter, variant.scale)
         if key not in self._texts:
-            self._switch.select(*key)
-            guided = any(scale != 1 for scale in self._guidance.values())
+            self._models.switch.select(*key)
+            guided = any(scale != 1 for scale in self._models.guidance.values())
             with torch.no_grad():
                 cond, uncond = self._pipe.encode_prompt(self._prompts, self._device, 1, guided)
             self._texts[key] = torch.stack([uncond, cond] if guided else [cond])

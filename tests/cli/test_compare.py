@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from msdda_fast.cli import app as cli
 from msdda_fast.cli import compare as cli_compare
+from msdda_fast.cli import comparison
 from msdda_fast.cli import tune as cli_tune
 from msdda_fast.cli import values as parse
 from msdda_fast.evaluation import tuning
@@ -48,7 +49,7 @@ def test_compare_writes_scores_tables_and_a_page(loaded, tmp_path):
     (tmp_path / "prompts.txt").write_text("a dog\n\na cat\n")
     arguments = compare_of(
         tmp_path / "out", "--systems", "SD, MSDDA, RS", "--prompts", tmp_path / "prompts.txt",
-        "--toward", "cool", "--judge", "warmth",
+        "--toward", "cool", "--judge", "warmth", "--path-kl-seeds", "0",
     )  # fmt: skip
     done = run(*arguments)
     assert done.exit_code == 0, done.output
@@ -56,6 +57,7 @@ def test_compare_writes_scores_tables_and_a_page(loaded, tmp_path):
     assert "excludes 0" in done.output and "report.html" in done.output
     written = {file.name for file in (tmp_path / "out").iterdir()}
     assert {"scores.csv", "table.md", "report.html", "pareto.png", "work"} <= written
+    assert "path_kl.json" in written
     systems = [row.method + row.variant for row in read_scores(tmp_path / "out" / "scores.csv")]
     rows = read_scores(tmp_path / "out" / "scores.csv")
     assert all(set(row.rewards) == {"warm", "cool", "warmth"} for row in rows)
@@ -166,7 +168,7 @@ def test_a_folder_of_other_settings_is_refused(
 
 
 def test_missing_packages_are_named_with_the_way_to_get_them(loaded, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli_compare, "find_spec", lambda name: None if name == "moocore" else name)
+    monkeypatch.setattr(comparison, "find_spec", lambda name: None if name == "moocore" else name)
     done = run(*compare_of(tmp_path / "out"))
     assert done.exit_code == 2 and "need moocore: pip install 'msdda-fast[eval]'" in done.output
 

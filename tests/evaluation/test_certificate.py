@@ -42,9 +42,9 @@ def optimum():
 def measured(aligned, reward=lambda x: SLOPE * x, **more):
     model = GaussianModel(
         {BASE: DATA, "mine": aligned}, {"r": 1.0}, {"mine": ETA}, {"r": reward}, batch_size=6,
-        num_steps=STEPS,
+        num_steps=STEPS, **more,
     )  # fmt: skip
-    paths = base_paths(model, ETA, ["mine"], 5, **more)
+    paths = base_paths(model, ETA, ["mine"], 5)
     columns = (paths.rewards["r"], paths.gains["mine"], paths.kl["mine"])
     return certificate(*(column.T.reshape(3, 2, 5).numpy() for column in columns))
 

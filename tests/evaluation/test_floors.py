@@ -62,6 +62,14 @@ def test_systems_with_and_without_rewards_stand_apart():
     del found[-1].rewards["background_chroma"]  # not judged throughout: in no table
     text = floors_markdown([(WEIGHTS, floors(arms_of(found), WEIGHTS))])
     free, used = text.split("### With rewards")
+    assert "| 1.2 |" not in text
+    kl = {("free", "", "r1=0.5 r2=0.5"): 1.234}
+    (line,) = (
+        line
+        for line in floors_markdown([(WEIGHTS, floors(arms_of(found), WEIGHTS))], kl).splitlines()
+        if line.startswith("| free |")
+    )
+    assert "| pass | 1.2 |" in line
     assert "| free |" in free and "| search |" in used and "triple" not in text
 
 

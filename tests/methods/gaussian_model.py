@@ -5,7 +5,7 @@ Images are the latents themselves. Samples are as many as asked for, so a sample
 is measured by Monte Carlo; one that is affine is measured exactly, on impulses.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import msdda_fast as mf
+from msdda_fast.levels import TimestepRange
 from msdda_fast.lora.soup import Merge
 from msdda_fast.methods.method import Method
 from msdda_fast.methods.model import BASE, Cost, Fusion
@@ -47,6 +48,7 @@ class GaussianModel:
         etas: By name of a model.
         scalar_rewards: By name, from x_0 (n,) to (n,).
         files: Data of the models that can be loaded, by path.
+        acts: Whether a model acts in each step, by name; others act in all.
         x_T, z: Given randomness (B, 1) and (T, B, 1) in place of drawn one.
     """
 
@@ -55,6 +57,7 @@ class GaussianModel:
     etas: Mapping[str, float] = field(default_factory=dict)
     scalar_rewards: Mapping[str, ScalarReward] = field(default_factory=dict)
     files: Mapping[str, Gaussian] = field(default_factory=dict)
+    acts: Mapping[str, Sequence[bool]] = field(default_factory=dict)
     batch_size: int = 1
     num_steps: int = 50
     x_T: Tensor | None = None
@@ -78,9 +81,14 @@ class GaussianModel:
     def uniform(self, k: int, *, purpose: int) -> Tensor:
         return torch.special.ndtr(self._draw(k, purpose, 0)[:, 0])
 
+    def acting(self, name: str, k: int) -> str:
+        return name if name not in self.acts or self.acts[name][k] else BASE
+
     def eps(self, x: Tensor, k: int, name: str = BASE, rows: Tensor | None = None) -> Tensor:
         self.cost.unet_forwards += len(x)
-        slope, offset = self.models[name].eps_affine(float(self.grid.alpha_bar_t[k]))
+        slope, offset = self.models[self.acting(name, k)].eps_affine(
+            float(self.grid.alpha_bar_t[k])
+        )
         output = slope * x + offset
         if output.requires_grad:
             output.register_hook(lambda grad: self._count_backward(len(grad)))
@@ -132,7 +140,8 @@ class GaussianModel:
         }  # fmt: skip
         return "soup"
 
-    def load(self, path: str | Path) -> str:
+    def load(self, path: str | Path, timesteps: TimestepRange | None = None) -> str:
+        assert timesteps is None, "steps are told apart by number here"
         self.models = {**self.models, "loaded": self.files[str(path)]}
         return "loaded"
 
