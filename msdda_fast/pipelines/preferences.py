@@ -72,7 +72,7 @@ def call_strength(
     weights: Tensor,
     images_per_prompt: int,
 ) -> Tensor | None:
-    """Return strengths, (B, M) or (T, B, M) float64; None: none was given.
+    """Return strengths, (B, M) or (T, B, M) float64; None: all are 1, which needs no base.
 
     Args:
         names: Of the objectives, in order.
@@ -101,11 +101,12 @@ def call_strength(
             f"(B, M) = ({batch}, {count})"
         )
     values = values.expand(batch, count)
-    if kl_weights is None:
-        return values
-    by_name = isinstance(kl_weights, Mapping)
-    lambdas: Any = _named("kl_weights", names, kl_weights, None) if by_name else kl_weights
-    return relative_strength(lambdas, weights, values)
+    if kl_weights is not None:
+        by_name = isinstance(kl_weights, Mapping)
+        lambdas: Any = _named("kl_weights", names, kl_weights, None) if by_name else kl_weights
+        values = relative_strength(lambdas, weights, values)
+    # a table of M objectives: the captured step, and the batch, of requests without strength
+    return None if bool((values == 1).all()) else values
 
 
 def _named(

@@ -87,6 +87,54 @@ def test_ranges_in_one_forward_are_those_one_after_another(pipe):
     assert_close(together, apart)
 
 
+#: Of one set of networks: all three. The shape stays, and so does what steps may read.
+STRONG = [
+    {"strength": 1.5},
+    {"strength": 0.25},
+    {"strength": {"warm": 2.0}},
+    {"strength": [[0.5, 2.0], [3.0, 1.0]]},
+    {"strength": [{"warm": 2.0}, {"cool": 0.0}], "weights": [[0.2, 0.8], [1, 0]]},
+    {"kl_weights": {"warm": 0.05, "cool": 0.2}, "weights": [0.7, 0.3], "seed": 9},
+]
+
+#: Of one shape: under ranges of timesteps none of them adds a set of networks to another.
+RANGED = [
+    {},
+    {"strength": 1.0},
+    {"weights": [[0.2, 0.8], [1, 0]]},
+    {"weights": lambda k: (1, 0) if k == 0 else (0.2, 0.8)},
+    {"seed": 7, "prompt": ["a cup", "a car"]},
+    {"guidance_scale": 5.0, "etas": {"warm": 0.3, "cool": 0.9}, "num_inference_steps": 6},
+]
+
+
+def drawn_again(pipe, requests):
+    """Draw each on the captured step; compare with one network after another."""
+    apart = quiet(mf.MSDDAPipeline.from_pipe(pipe))
+    apart.set_forward("sequential")
+    for request in requests:
+        given = {"prompt": ["a red dog", "a blue cat"], **SHORT, **request}
+        assert_close(pipe(**given).images, apart(**given).images)
+
+
+def test_no_strength_captures_a_set_of_networks_again(pipe, counted):
+    pipe.set_forward(capture="required")
+    drawn_again(pipe, STRONG)
+    assert counted.captures == 1
+    # each captures the set that it leaves: without the base, the base alone, without "warm"
+    for request in ({}, {"strength": 0}, {"strength": {"warm": 0}}):
+        drawn_again(pipe, [request] * 2)
+    assert counted.captures == 4
+    drawn_again(pipe, [{"strength": 1.0}, {"strength": {"warm": 1, "cool": 1}}, *STRONG])
+    assert counted.captures == 4
+
+
+def test_in_ranges_each_set_of_networks_is_captured_once(pipe, counted):
+    with_ranges(pipe, warm=(500, 999), cool=(200, 999)).set_forward(capture="required")
+    drawn_again(pipe, [{"num_inference_steps": 5, **request} for request in RANGED])
+    assert counted.captures == 3  # both, "cool" and the base, the base alone
+
+
 def test_approximate_modes_merge_with_strength(pipe):
     alone = {"weights": {"warm": 0.0, "cool": 1.0}, "strength": 1.5}
     exact = pipe("a dog", **SHORT, **alone).images
