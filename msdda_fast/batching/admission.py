@@ -27,7 +27,6 @@ from msdda_fast.pipelines.prompt_length import check_text
 from msdda_fast.pipelines.stable_diffusion.pipeline import MSDDAPipeline
 from msdda_fast.steps.coefficients import CoefficientTable
 from msdda_fast.steps.ddim import ddim_grid
-from msdda_fast.steps.strength import folding
 from msdda_fast.steps.table import coefficient_table
 from msdda_fast.types import ZeroVariancePolicy
 from msdda_fast.weights import preference_schedule
@@ -145,7 +144,6 @@ class Admission:
                 batch_size=1,
                 num_steps=steps,
             )
-            folding(prefers["strength"], None, torch.zeros(steps), len(objectives))  # a check
         with _field("weights"):
             return coefficient_table(
                 pipe.scheduler,

@@ -19,6 +19,7 @@ from msdda_fast.cli.session import (
     ModelOption,
     ObjectiveOption,
     StepsOption,
+    StrengthOption,
     check_prompts,
     load,
     out,
@@ -43,17 +44,7 @@ def generate(
             show_default="uniform",
         ),
     ] = None,
-    strength: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--strength",
-            "-s",
-            metavar="S|NAME=S",
-            help="How far from the base: 1 is as trained, 0 the base. Of all objectives, or repeat "
-            "with names.",
-            show_default="1",
-        ),
-    ] = None,
+    strength: StrengthOption = None,
     output: Annotated[
         str,
         typer.Option(

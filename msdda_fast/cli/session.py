@@ -60,6 +60,17 @@ GuidanceOption = Annotated[
         "--guidance", help="Guidance scale; 1 means no guidance.", show_default="the model's own"
     ),
 ]
+StrengthOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--strength",
+        "-s",
+        metavar="S|NAME=S",
+        help="How far from the base: 1 is as trained, 0 the base. Of all objectives, or repeat "
+        "with names.",
+        show_default="1",
+    ),
+]
 DTypeOption = Annotated[DType, typer.Option("--dtype", help="Data type of the networks.")]
 DeviceOption = Annotated[
     str | None,

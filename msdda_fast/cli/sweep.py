@@ -20,6 +20,7 @@ from msdda_fast.cli.session import (
     ModelOption,
     ObjectiveOption,
     StepsOption,
+    StrengthOption,
     check_request,
     drawing_progress,
     load,
@@ -54,6 +55,7 @@ def sweep(
         str,
         typer.Option(help="Objective that the weights belong to; the other one gets the rest."),
     ] = "consistency",
+    strength: StrengthOption = None,
     seeds: Annotated[
         str, typer.Option(help="Comma-separated seeds; the grid shows images of the first one.")
     ] = "0",
@@ -93,6 +95,7 @@ def sweep(
             seeds=[parse.seed(s, "--seeds") for s in parse.numbers(seeds, "--seeds", int)],
             toward=toward,
             num_inference_steps=steps,
+            strength=parse.strength(strength or []),
             guidance_scale=guidance,
             rewards=parse.distinct(reward or ("aesthetic", "consistency"), "--reward"),
             batch_size=batch_size,

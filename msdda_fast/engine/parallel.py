@@ -44,7 +44,8 @@ class ObjectiveParallel:
         pipe.enable_parallel(ObjectiveParallel())
         images = pipe(prompt, weights=..., seed=0).images  # the same call and result on every rank
 
-    With M ranks, rank i evaluates objective i. With fewer, a rank evaluates several; with more, the
+    With M ranks, rank i evaluates objective i; with strength, or outside of an objective's
+    timesteps, the base is one more. With fewer, a rank evaluates several; with more, the
     unconditional and conditional halves of guidance are split too. Inactive ones cost nothing.
 
     Without `split_guidance` the networks see the same batches as in one process, so all bits are

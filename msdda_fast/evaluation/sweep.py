@@ -23,6 +23,7 @@ from msdda_fast.files import write_atomically
 from msdda_fast.objective import Objective
 from msdda_fast.pipelines import MSDDAPipeline
 from msdda_fast.pipelines.identity import model_identity
+from msdda_fast.pipelines.preferences import call_strength
 from msdda_fast.rewards import load_reward
 from msdda_fast.rewards.checks import check_scores
 
@@ -42,6 +43,8 @@ class Sweep:
         seeds: Every cell has one image per seed; the grid shows the first.
         toward: The objective that w is the weight of.
         num_inference_steps: T.
+        strength: s >= 0, how far from the base objectives go: 1 as trained, 0 the base; a number,
+            or by name, 1 for those not named; None: 1.
         guidance_scale: >= 1; None: the model's own.
         rewards: Names for `load_reward`.
         batch_size: Images per call of the pipeline. Whatever shares the batch, the noise is the
@@ -57,6 +60,7 @@ class Sweep:
     seeds: Sequence[int] = (0,)
     toward: str = "consistency"
     num_inference_steps: int = 25
+    strength: float | Mapping[str, float] | None = None
     guidance_scale: float | None = None
     rewards: Sequence[str] = ("aesthetic", "consistency")
     batch_size: int = 8
@@ -122,7 +126,9 @@ def run_sweep(
         progress: Called with the numbers of finished and of all cells, first before any is drawn.
 
     Raises:
-        UnknownObjective: `sweep.toward` is not an objective of the pipeline.
+        UnknownObjective: `sweep.toward`, or a name in `sweep.strength`, is not an objective of the
+            pipeline.
+        InvalidWeights: A strength is negative or not finite.
         ValueError: The pipeline does not have two objectives; or a reward is unknown or cannot
             score a prompt.
         ResumeMismatch: The folder holds cells of another model or other settings.
@@ -203,6 +209,7 @@ class CellDrawer:
         images: list[Image.Image] = (self._base if weight is None else self._pipe)(
             [cell.prompt for cell in batch],
             weights=chosen,
+            strength=None if weight is None else sweep.strength,
             seed=[cell.seed for cell in batch],
             num_inference_steps=sweep.num_inference_steps,
             guidance_scale=sweep.guidance_scale,
@@ -245,8 +252,12 @@ def _batches(sweep: Sweep, store: SweepFolder) -> Iterator[list[Cell]]:
 
 def _settings(pipe: MSDDAPipeline, sweep: Sweep) -> dict[str, Any]:
     """Return everything that an image depends on besides prompt, weight and seed."""
+    names = list(pipe.objectives)
+    every = torch.ones(1, 1, len(names), dtype=torch.float64)
+    strength = call_strength(names, sweep.strength, None, every, 1)
     return {
         "toward": sweep.toward,
+        "strength": None if strength is None else dict(zip(names, *strength.tolist(), strict=True)),
         "num_inference_steps": sweep.num_inference_steps,
         "guidance_scale": sweep.guidance_scale,
         **model_identity(pipe),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from msdda_fast.errors import InvalidShape, UnknownObjective
 from msdda_fast.objective import Objective
-from msdda_fast.steps.strength import relative_strength
+from msdda_fast.steps.strength import check_strength, relative_strength
 from msdda_fast.weights import as_host_float64, preference_schedule
 
 if TYPE_CHECKING:
@@ -47,7 +47,8 @@ def preferences(
     Raises:
         UnknownObjective: A mapping names an objective that does not exist, or KL weights miss one.
         InvalidShape: Numbers of another shape than those.
-        InvalidWeights: Weights off the simplex, or KL weights that are not positive.
+        InvalidWeights: Weights off the simplex, a strength that is negative or not finite, or KL
+            weights that are not positive.
     """
     names = list(objectives)
     rows = preference_schedule(
@@ -72,7 +73,7 @@ def call_strength(
     weights: Tensor,
     images_per_prompt: int,
 ) -> Tensor | None:
-    """Return strengths, (B, M) or (T, B, M) float64; None: none was given.
+    """Return strengths, (B, M) or (T, B, M) float64; None: all are 1, which needs no base.
 
     Args:
         names: Of the objectives, in order.
@@ -100,12 +101,14 @@ def call_strength(
             f"strength has shape {tuple(values.shape)}, expected a number, (M,) = ({count},) or "
             f"(B, M) = ({batch}, {count})"
         )
+    check_strength(values)
     values = values.expand(batch, count)
-    if kl_weights is None:
-        return values
-    by_name = isinstance(kl_weights, Mapping)
-    lambdas: Any = _named("kl_weights", names, kl_weights, None) if by_name else kl_weights
-    return relative_strength(lambdas, weights, values)
+    if kl_weights is not None:
+        by_name = isinstance(kl_weights, Mapping)
+        lambdas: Any = _named("kl_weights", names, kl_weights, None) if by_name else kl_weights
+        values = relative_strength(lambdas, weights, values)
+    # a table of M objectives: the captured step, and the batch, of requests without strength
+    return None if bool((values == 1).all()) else values
 
 
 def _named(

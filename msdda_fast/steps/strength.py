@@ -25,7 +25,7 @@ from msdda_fast.errors import InvalidShape, InvalidWeights
 from msdda_fast.levels import TimestepRange, check_range
 from msdda_fast.weights import as_host_float64
 
-__all__ = ["Folding", "folding", "relative_strength"]
+__all__ = ["Folding", "check_strength", "folding", "relative_strength"]
 
 
 class Folding(NamedTuple):
@@ -57,6 +57,14 @@ class Folding(NamedTuple):
         return torch.cat([self.acts, self.with_base.any(-1, keepdim=True)], -1)
 
 
+def check_strength(strength: Tensor) -> None:
+    """Raise `InvalidWeights` unless all strengths are finite and not negative."""
+    if not bool((strength.isfinite() & (strength >= 0)).all()):
+        raise InvalidWeights(
+            f"strength must be finite and not negative, got {strength.tolist()!r:.80}"
+        )
+
+
 def folding(
     strength: float | Sequence[Any] | Tensor | None,
     ranges: Sequence[TimestepRange | None] | None,
@@ -86,8 +94,7 @@ def folding(
         )
     if s.ndim == 3 and len(s) not in (1, len(timesteps)):
         raise InvalidShape(f"strength has {len(s)} steps, and there are T = {len(timesteps)}")
-    if not bool((s.isfinite() & (s >= 0)).all()):
-        raise InvalidWeights(f"strength must be finite and not negative, got {s.tolist()!r:.80}")
+    check_strength(s)
     s = s.expand(count) if s.ndim == 0 else s
     s = s[(None,) * (3 - s.ndim)]  # (T, B, M)
     inside = torch.ones(len(timesteps), count, dtype=torch.bool)

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from msdda_fast.cli import app as cli
 from msdda_fast.cli import generate as cli_generate
 from msdda_fast.cli import sweep as cli_sweep
+from msdda_fast.evaluation import sweep as sweeps
 
 runner = CliRunner()
 
@@ -121,9 +122,23 @@ class TestSweep:
         for text in ("SD", "w = 0", "w = 1", "aesthetic", "grid.png", "rewards.json"):
             assert text in done.stdout
 
+    def test_strength_is_that_of_generate(self, loaded, monkeypatch, tmp_path):
+        plans = []
+
+        def noted(pipe, plan, folder, **options):
+            plans.append(plan)
+            return sweeps.SweepResult(folder, folder, {})
+
+        monkeypatch.setattr(sweeps, "run_sweep", noted)
+        for given in (["-s", 1.5], ["-s", "cool=2"], []):
+            assert run(*sweep_of("unused", tmp_path), *given).exit_code == 0
+        assert [plan.strength for plan in plans] == [1.5, {"cool": 2.0}, None]
+
     @pytest.mark.parametrize(
         "arguments, message",
         [
+            (["--strength", "much"], "--strength 'much' must be a number or NAME=NUMBER"),
+            (["--strength", "hot=2"], "UnknownObjective: strength: unknown objective 'hot'"),
             (["--weights", "0,x"], "--weights '0,x' must be comma-separated numbers"),
             (["--weights", "2"], "InvalidWeights"),
             (["--seeds", "0.5"], "--seeds '0.5' must be comma-separated numbers"),

@@ -70,6 +70,27 @@ def test_every_cell_is_its_preference_seed_and_prompt(pipe, tmp_path, calls):
         assert abs(stored - np.asarray(image)).max() <= 1
 
 
+def test_objectives_go_as_far_from_the_base_as_asked(pipe, tmp_path):
+    asked = replace(SMALLEST, weights=(0.5,), strength={"cool": 2.0})
+    report = read(run_sweep(pipe, asked, tmp_path / "strong"))
+    given = dict(weights=(0.5, 0.5), seed=0, num_inference_steps=2, guidance_scale=2.0)
+    expected = pipe(PROMPTS[:1], strength={"warm": 1.0, "cool": 2.0}, **given).images[0]
+    with Image.open(tmp_path / "strong" / report["cells"][1]["file"]) as image:
+        assert image.tobytes() == expected.tobytes()
+        assert image.tobytes() != pipe(PROMPTS[:1], **given).images[0].tobytes()
+    plain = read(run_sweep(pipe, replace(asked, strength=None), tmp_path / "plain"))
+    base = [folder / report["cells"][0]["file"] for folder in tmp_path.iterdir()]
+    assert np.array_equal(*(np.asarray(Image.open(file)) for file in base))
+    assert plain["cells"][0] == report["cells"][0] != plain["cells"][1]
+
+
+def test_a_strength_of_one_continues_a_sweep_without(pipe, finished, tmp_path, calls):
+    shutil.copytree(finished, tmp_path / "copy")
+    for strength in (1.0, {"cool": 1.0}):
+        run_sweep(pipe, replace(SMALLEST, strength=strength), tmp_path / "copy")
+    assert calls == []
+
+
 def test_rewards_are_of_the_stored_images(pipe, tmp_path):
     result = run_sweep(pipe, sweep(), tmp_path)
     report = read(result)
@@ -140,6 +161,7 @@ def finished(tiny, tmp_path_factory):
         ({"num_inference_steps": 3}, "num_inference_steps was 2, is 3"),
         ({"guidance_scale": 3.0}, r"guidance_scale was 2\.0, is 3\.0"),
         ({"toward": "warm"}, "toward was 'cool', is 'warm'"),
+        ({"strength": {"cool": 2}}, r"strength\.warm was absent, is 1\.0; strength\.cool was"),
     ],
 )
 def test_other_settings_are_refused_and_named(
@@ -258,6 +280,8 @@ def test_killed_at_any_file_and_resumed_it_ends_with_the_bits_of_a_straight_run(
         (dict(weights=(float("nan"),)), mf.InvalidWeights, "nan"),
         (dict(seeds=()), ValueError, "seeds"),
         (dict(batch_size=0), ValueError, "batch_size.*0"),
+        (dict(strength={"hot": 2.0}), mf.UnknownObjective, "strength: unknown objective 'hot'"),
+        (dict(strength=-1.0), mf.InvalidWeights, "strength must be finite and not negative"),
         (dict(toward="hot"), mf.UnknownObjective, "'hot'.*warm, cool"),
         (dict(rewards=("beauty",)), ValueError, "'beauty'"),
     ],

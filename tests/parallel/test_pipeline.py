@@ -26,6 +26,8 @@ REQUESTS = {
     "seeds": lambda rank: dict(seed=3),
     "one seed per image": lambda rank: dict(seed=[9, 4], num_images_per_prompt=1),
     "weights per prompt": lambda rank: dict(seed=0, weights=[(1, 0), (0.3, 0.7)]),
+    "strengths": lambda rank: dict(seed=0, strength=[[2.0, 0.5], [0.0, 3.0]]),
+    "KL weights": lambda rank: dict(seed=0, kl_weights=(0.05, 0.2), weights=(0.3, 0.7)),
     "one objective": lambda rank: dict(seed=0, weights=(0, 1)),
     "another objective in each step": lambda rank: dict(
         seed=0, weights=lambda k: (1, 0) if k == 0 else (0, 1)
@@ -73,7 +75,8 @@ def draw_all(parallel, tiny):
 
     def noting(network, sample, *args, **kwargs):
         layer = next(m for m in network.modules() if isinstance(m, BaseTunerLayer))
-        ran.append((layer.active_adapters[0], len(sample)))
+        name = "base" if layer.disable_adapters else layer.active_adapters[0]
+        ran.append((name, len(sample)))
         return forward(network, sample, *args, **kwargs)
 
     UNet2DConditionModel.forward = noting
@@ -127,19 +130,56 @@ def test_four_ranks_split_guidance(tiny, pipe):
     assert found[3]["no guidance"][2] == []
 
 
+WHOLE = ("seeds", "one objective", "strengths")
+
+
 def draw_whole(parallel, tiny):
     pipe = tiny.load(dtype=torch.bfloat16)
     pipe.enable_parallel(parallel)
-    return [draw(pipe, name, parallel.rank)[0] for name in ("seeds", "one objective")]
+    return [draw(pipe, name, parallel.rank)[0] for name in WHOLE]
 
 
 def test_without_splitting_all_bits_are_those_of_one_process(tiny):
     found = values(run_ranks(2, draw_whole, tiny, split_guidance=False))
     pipe = mf.MSDDAPipeline.from_pipe(tiny.shared(torch.bfloat16))
     pipe.set_forward("sequential")
-    for index, name in enumerate(("seeds", "one objective")):
+    for index, name in enumerate(WHOLE):
         images, _ = draw(quiet(pipe), name, rank=0)
         assert all(torch.equal(found[rank][index], images) for rank in range(2))
+
+
+RANGED = dict(seed=0, num_inference_steps=3, strength=(1.5, 1.0))
+
+
+def ranged(tiny):
+    """A pipeline whose objectives act at the first two of the timesteps 667, 334 and 1."""
+    return tiny.load(objectives=tiny.objectives(timesteps=(300, 999)))
+
+
+def draw_ranged(parallel, tiny):
+    """Latents, and how many rows each forward of this rank had."""
+    pipe = ranged(tiny)
+    pipe.enable_parallel(parallel)
+    rows, forward = [], UNet2DConditionModel.forward
+
+    def noting(network, sample, *args, **kwargs):
+        rows.append(len(sample))
+        return forward(network, sample, *args, **kwargs)
+
+    UNet2DConditionModel.forward = noting
+    return pipe(PROMPTS, **{**SHORT, **RANGED}).images, rows
+
+
+def test_the_base_is_one_more_objective_to_share(tiny):
+    """In ranges of timesteps, where below there is nothing else to do."""
+    found = values(run_ranks(2, draw_ranged, tiny, split_guidance=False))
+    pipe = ranged(tiny)
+    pipe.set_forward("sequential")
+    images = pipe(PROMPTS, **{**SHORT, **RANGED}).images
+    assert all(torch.equal(drawn, images) for drawn, _ in found)
+    # two steps of both objectives and the base, one of the base
+    assert sum(len(rows) for _, rows in found) == 3 + 3 + 1
+    assert all(rows == [4] * len(rows) and len(rows) > 1 for _, rows in found)
 
 
 #: name -> (the field that the error names, what rank 1 asks for in place of rank 0's)
@@ -148,6 +188,7 @@ DIFFERENCES = {
     "embeddings": ("prompts", dict(prompt=None, prompt_embeds=torch.zeros(1, 24, WIDTH))),
     "negative prompt": ("prompts", dict(negative_prompt="blurry")),
     "weights": ("weights", dict(weights=(0.4, 0.6))),
+    "strength": ("strength", dict(strength=2.0)),
     "guidance": ("weights", dict(guidance_scale=4.0)),
     "steps": ("weights", dict(num_inference_steps=3)),
     "etas": ("weights", dict(etas=(0.5, 0.5))),

@@ -3,7 +3,6 @@
 
 import logging
 from collections import Counter
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -209,21 +208,6 @@ def test_a_folded_build_agrees(pipe):
     apart = pipe(PROMPTS, **SHORT).images
     pipe.set_forward("batched", options=BatchedOptions(design="folded", fuse_qkv=True))
     assert_close(pipe(PROMPTS, **SHORT).images, apart)
-
-
-class CountedGraphs(TracedGraphs):
-    """Counts, and runs the step again instead of tracing it, which takes a second."""
-
-    def capture(self, advance, buffers):
-        self.captures += 1
-        return SimpleNamespace(replay=lambda: advance(buffers), release=lambda: None)
-
-
-@pytest.fixture
-def counted(monkeypatch) -> CountedGraphs:
-    made = CountedGraphs()
-    monkeypatch.setattr(graph, "graphs_for", lambda device: made)
-    return made
 
 
 def reversed_prompt(pipe, k, t, tensors):

@@ -10,7 +10,7 @@ import msdda_fast as mf
 from msdda_fast.batched.unet import BatchedUNet
 from msdda_fast.errors import InvalidShape, InvalidWeights, UnknownObjective
 from tests.pipelines.test_captured import SHORT, assert_close, both
-from tests.tiny_model import quiet
+from tests.tiny_model import WEIGHTS, quiet
 
 
 @pytest.fixture
@@ -87,11 +87,87 @@ def test_ranges_in_one_forward_are_those_one_after_another(pipe):
     assert_close(together, apart)
 
 
-def test_approximate_modes_merge_with_strength(pipe):
-    alone = {"weights": {"warm": 0.0, "cool": 1.0}, "strength": 1.5}
-    exact = pipe("a dog", **SHORT, **alone).images
-    merged = pipe("a dog", mode="merged", **SHORT, **alone).images
-    assert merged.isfinite().all() and merged.shape == exact.shape
+#: Of one set of networks: all three. The shape stays, and so does what steps may read.
+STRONG = [
+    {"strength": 1.5},
+    {"strength": 0.25},
+    {"strength": {"warm": 2.0}},
+    {"strength": [[0.5, 2.0], [3.0, 1.0]]},
+    {"strength": [{"warm": 2.0}, {"cool": 0.0}], "weights": [[0.2, 0.8], [1, 0]]},
+    {"kl_weights": {"warm": 0.05, "cool": 0.2}, "weights": [0.7, 0.3], "seed": 9},
+]
+
+#: Of one shape: under ranges of timesteps none of them adds a set of networks to another.
+RANGED = [
+    {},
+    {"strength": 1.0},
+    {"weights": [[0.2, 0.8], [1, 0]]},
+    {"weights": lambda k: (1, 0) if k == 0 else (0.2, 0.8)},
+    {"seed": 7, "prompt": ["a cup", "a car"]},
+    {"guidance_scale": 5.0, "etas": {"warm": 0.3, "cool": 0.9}, "num_inference_steps": 6},
+]
+
+
+def drawn_again(pipe, requests):
+    """Draw each on the captured step; compare with one network after another."""
+    apart = quiet(mf.MSDDAPipeline.from_pipe(pipe))
+    apart.set_forward("sequential")
+    for request in requests:
+        given = {"prompt": ["a red dog", "a blue cat"], **SHORT, **request}
+        assert_close(pipe(**given).images, apart(**given).images)
+
+
+def test_no_strength_captures_a_set_of_networks_again(pipe, counted):
+    pipe.set_forward(capture="required")
+    drawn_again(pipe, STRONG)
+    assert counted.captures == 1
+    # each captures the set that it leaves: without the base, the base alone, without "warm"
+    for request in ({}, {"strength": 0}, {"strength": {"warm": 0}}):
+        drawn_again(pipe, [request] * 2)
+    assert counted.captures == 4
+    drawn_again(pipe, [{"strength": 1.0}, {"strength": {"warm": 1, "cool": 1}}, *STRONG])
+    assert counted.captures == 4
+
+
+def test_in_ranges_each_set_of_networks_is_captured_once(pipe, counted):
+    with_ranges(pipe, warm=(500, 999), cool=(200, 999)).set_forward(capture="required")
+    drawn_again(pipe, [{"num_inference_steps": 5, **request} for request in RANGED])
+    assert counted.captures == 3  # both, "cool" and the base, the base alone
+
+
+def last_step(pipe, prompts, **request):
+    """Latents after the last of three steps, which begins at a state of its own."""
+    x = torch.randn(len(prompts), 4, 8, 8, generator=torch.Generator().manual_seed(4))
+
+    def restart(pipe, k, t, tensors):
+        return {"latents": x} if k == 1 else {}
+
+    return pipe(prompts, callback_on_step_end=restart, **SHORT, **request).images
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")  # stock loading of two
+@pytest.mark.parametrize(
+    ("weights", "strengths"),
+    [((0.0, 1.0), [(1.0, 1.5), (1.0, 0.5)]), ((0.3, 0.7), [(2.0, 0.5), (0.0, 3.0)])],
+    ids=["one objective", "two"],
+)
+def test_merged_are_the_adapters_scaled_by_share_and_strength(pipe, tiny, weights, strengths):
+    """W + sum_i share_i s_i B_i A_i, as stock diffusers runs it."""
+    prompts = ["a red dog", "a blue cat"]
+    merged = last_step(pipe, prompts, mode="merged", weights=weights, strength=strengths)
+    share = mf.coefficient_table(pipe.scheduler, 3, etas=[1.0, 0.8], weights=weights).share[-1, 0]
+    stock = tiny.stock.__wrapped__(tiny, "warm")
+    stock.load_lora_weights(tiny.cool, weight_name=WEIGHTS, adapter_name="cool")
+    for i, strength in enumerate(torch.tensor(strengths)):
+        stock.set_adapters(["warm", "cool"], (share * strength).tolist())
+        network = {
+            name: mf.Objective(unet=stock.unet, eta=objective.eta)
+            for name, objective in pipe.objectives.items()
+        }
+        alike = quiet(mf.MSDDAPipeline.from_pipe(pipe, objectives=network))
+        assert_close(merged[i], last_step(alike, prompts, weights=weights)[i])
+    exact = last_step(pipe, prompts, weights=weights, strength=strengths)
+    assert (merged - exact).norm() > 1e-3 * exact.norm()  # outputs mixed, not networks
 
 
 def test_ranges_are_saved(pipe, tmp_path):

@@ -91,7 +91,7 @@ def together(
     request = {
         "prompts": repr(texts).encode() + b"".join(tensor_bytes(e) for e in embeds),
         "objectives": repr(objectives).encode(),
-        "weights, etas, guidance or steps": coefficients,
+        "weights, strength, etas, guidance or steps": coefficients,
         "size or dtype": repr((tuple(noise.shape), dtype, table.clip_range)).encode(),
         "seeds": tensor_bytes(noise.seeds),
         "generators": repr([generator.device.type for generator in generators]).encode(),
