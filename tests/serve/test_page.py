@@ -162,7 +162,7 @@ def test_with_the_keyboard_alone(served, visit):
     right.focus()
     page.keyboard.press("Enter")
     page.locator(f'.tile[aria-current][aria-label="{name}"]:focus').wait_for()
-    assert page.locator("input[type=range]").get_attribute("aria-valuetext") == name
+    assert page.locator("#sliders input").get_attribute("aria-valuetext") == name
     assert visit.console == []
 
 
@@ -172,10 +172,32 @@ def test_the_image_follows_the_slider(served, visit):
     visit.page.fill("#prompt", "a blue cat")
     visit.page.click("#generate")
     before = visit.drawn()
-    visit.page.locator("input[type=range]").press("Home")
+    visit.page.locator("#sliders input").press("Home")
     visit.page.locator(f'#image:not([src="{before}"])').wait_for()
     visit.drawn()
     assert [b["weights"] for b in visit.bodies if b["weights"]["warm"] == 1]
+    assert visit.console == []
+
+
+@pytest.mark.full  # a browser
+def test_strength_is_sent_and_shown(served, visit):
+    visit = visit(served.url)
+    page = visit.page
+    page.fill("#prompt", "a blue cat")
+    strength = page.get_by_label("Strength")
+    assert strength.get_attribute("aria-valuetext") == page.inner_text("#strength-shown") == "100 %"
+    page.click("#generate")
+    before = visit.drawn()
+    assert all("strength" not in body for body in visit.bodies)
+    sent = len(visit.bodies)
+    for _ in range(10):
+        strength.press("ArrowRight")
+    page.locator(f'#image:not([src="{before}"])').wait_for()
+    visit.drawn()
+    assert strength.get_attribute("aria-valuetext") == page.inner_text("#strength-shown") == "150 %"
+    assert {body["strength"] for body in visit.bodies[sent:]} == {1.5}
+    assert page.get_attribute("#image", "alt").endswith("; strength 150 %)")
+    assert page.get_attribute("#download", "download").endswith("-strength-150.png")
     assert visit.console == []
 
 
@@ -185,7 +207,7 @@ def test_three_objectives_on_a_phone(three, visit):
     page = visit.page
     page.fill("#prompt", "a red dog")
     page.get_by_label("plain").press("End")
-    assert [s.get_attribute("aria-valuetext") for s in page.locator("input[type=range]").all()] == [
+    assert [s.get_attribute("aria-valuetext") for s in page.locator("#sliders input").all()] == [
         "0 %", "0 %", "100 %",
     ]  # fmt: skip
     box = page.locator("#triangle").bounding_box()

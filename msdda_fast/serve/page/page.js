@@ -7,6 +7,7 @@ import { Balance, around, percents, words } from "./balance.js";
 const $ = (id) => document.getElementById(id);
 const form = $("form");
 const png = (event) => `data:image/png;base64,${event.b64_json}`;
+const percent = (s) => `${Math.round(100 * s)} %`;
 const seconds = (s) => `${s.toFixed(s < 10 ? 2 : 1)} s`;
 
 let balance;
@@ -82,9 +83,11 @@ async function generate() {
 function finish(result, body, shares, status, facts) {
   idle();
   show(result);
-  $("image").alt = `${body.prompt} (${words(balance.names, shares)})`;
+  const strength = body.strength === undefined ? "" : percent(body.strength);
+  $("image").alt = `${body.prompt} (${words(balance.names, shares)}${strength && `; strength ${strength}`})`;
   say(status, facts.filter(Boolean).join(" · "));
-  const name = `${body.prompt.slice(0, 40).replace(/\W+/g, "-")}${result.seed}-${percents(shares).join("-")}.png`;
+  const parts = [result.seed, ...percents(shares), ...(strength && ["strength", parseInt(strength)])];
+  const name = `${body.prompt.slice(0, 40).replace(/\W+/g, "-")}${parts.join("-")}.png`;
   Object.assign($("download"), { href: png(result), download: name, hidden: false });
 }
 
@@ -140,7 +143,13 @@ function choose(shares, body, result) {
   if (focused) $("strip").querySelector("[aria-current]")?.focus();
 }
 
-/** After the first image, follow the balance when it rests. */
+function showStrength() {
+  const shown = percent($("strength").value);
+  $("strength-shown").textContent = shown;
+  $("strength").setAttribute("aria-valuetext", shown);
+}
+
+/** After the first image, follow the sliders when they rest. */
 function redraw() {
   clearTimeout(timer);
   if ($("live").checked && !$("image").hidden) timer = setTimeout(generate, 350);
@@ -213,9 +222,7 @@ $("dice").addEventListener("click", () => {
   redraw();
 });
 $("strength").addEventListener("input", () => {
-  const shown = `${Math.round(100 * $("strength").value)}%`;
-  $("strength-shown").textContent = shown;
-  $("strength").setAttribute("aria-valuetext", shown);
+  showStrength();
   redraw();
 });
 $("key").addEventListener("submit", (event) => {
@@ -223,4 +230,5 @@ $("key").addEventListener("submit", (event) => {
   key.set($("key-text").value.trim());
   start();
 });
+showStrength(); // a browser may have kept another value
 start();
