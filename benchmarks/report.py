@@ -272,14 +272,14 @@ def compare_table() -> str:
     middle = preferences[len(preferences) // 2]
     rows = []
     for (method, variant), found in systems.items():
-        if len(found) < len(preferences):
-            continue  # the page has those, too
         any_of = next(iter(found.values()))
         images = sorted({int(record["images"]) for record in found.values()})
         cells = [f"{method} ({variant})" if variant else method]
         for weights in preferences:
-            record = found[weights]
-            if (method, variant) == ("MSDDA", ""):
+            record = found.get(weights, {})
+            if not record:
+                cells.append("")
+            elif (method, variant) == ("MSDDA", ""):
                 cells.append(f"**{float(record['scalarised']):.3f}**")
             else:
                 gain = [record[f"msdda_minus_system{end}"] for end in ("", "_low", "_high")]
@@ -287,7 +287,8 @@ def compare_table() -> str:
                 mark = " *" if low * high > 0 else ""
                 cells.append(f"{mean:+.3f} ({min(low, high):+.3f}, {max(low, high):+.3f}){mark}")
         counts = " to ".join(dict.fromkeys(str(n) for n in (images[0], images[-1])))
-        cells += [f"{100 * float(found[middle][name]):.0f}%" for name in judges]
+        at_middle = found.get(middle, any_of)
+        cells += [f"{100 * float(at_middle[name]):.0f}%" for name in judges]
         cells += [any_of[name] for name in ("unet_forwards", "unet_backwards", "reward_calls")]
         rows.append("| " + " | ".join([*cells, counts]) + " |")
     columns = ["system", *(f"r_w at {w.split()[0].replace('=', ' ')}" for w in preferences)]
@@ -307,7 +308,7 @@ def compare_table() -> str:
 
 def gauge_table() -> str:
     """The share of MSDDA's gain over the base that each merge keeps, with its figure."""
-    folder = RESULTS / "merge-or-fuse"
+    folder = RESULTS / "compare-emoji"
     if not (folder / "gauge.json").exists():
         return ""
     rows = []
@@ -322,7 +323,7 @@ def gauge_table() -> str:
                 f"| {pairs} |"
             )
     head = "| preference | merge | share of MSDDA's gain over SD | by rotation | images |\n"
-    file = "../benchmarks/results/merge-or-fuse/gauge.png"
+    file = "../benchmarks/results/compare-emoji/gauge.png"
     figure = f"![Share of MSDDA's gain that each merge keeps]({file})"
     setting = json.loads((folder / "protocol.json").read_text())["setting"]
     return "\n".join([figure, "", head + "|---|---|---:|---|---:|", *rows, "", setting])
@@ -330,7 +331,7 @@ def gauge_table() -> str:
 
 def floors_table() -> str:
     """Gains over the base under the floors, systems without and with rewards apart."""
-    file = RESULTS / "merge-or-fuse" / "floors.md"
+    file = RESULTS / "compare-emoji" / "floors.md"
     return file.read_text().rstrip() if file.exists() else ""
 
 

@@ -13,13 +13,13 @@ import torch
 import typer
 
 from msdda_fast.assets import resolve
-from msdda_fast.emoji.align import ALIGNMENT, PROMPTS, RANK, prompt_embeds
+from msdda_fast.emoji.align import ALIGNMENT, PROMPTS, RANK
 from msdda_fast.emoji.sampling import NUM_STEPS
 from msdda_fast.objective import Objective
 from msdda_fast.pipelines.stable_diffusion.pipeline import MSDDAPipeline
 from msdda_fast.rewards import load_reward
 from msdda_fast.training import DPOKConfig, Task, add_lora, train_dpok
-from msdda_fast.training.codec import decoder, latent_shape
+from msdda_fast.training.codec import decoder, encode_prompts, latent_shape
 
 
 def _config(name: str, loops: int, kl_weight: float) -> DPOKConfig:
@@ -51,7 +51,7 @@ def align_dpok(base: Path, name: str, work: Path) -> Path:
         reward=load_reward(name),
         decode=decoder(pipe),
         prompts=PROMPTS,
-        prompt_embeds=prompt_embeds(pipe, PROMPTS),
+        prompt_embeds=encode_prompts(pipe, PROMPTS),
         latent_shape=latent_shape(pipe),
     )
     add_lora(pipe.unet, rank=RANK)

@@ -15,7 +15,7 @@ import typer
 from safetensors import safe_open
 
 from msdda_fast.assets import ASSETS
-from msdda_fast.emoji.align import ALIGNMENT, PROMPTS, RANK, SEEDS
+from msdda_fast.emoji.align import ALIGNMENT, PROMPTS, RANK, TIMESTEPS
 from msdda_fast.emoji.captions import Tail
 from msdda_fast.emoji.prompts import TRAIN_PROMPTS
 from msdda_fast.emoji.train import ADAPTER_LOGS, LOGS, STYLES
@@ -68,7 +68,7 @@ def _read_log(path: Path) -> list[dict[str, float]]:
 
 
 def plot_training(folder: Path, target: Path) -> None:
-    """Plot the loss of every training stage."""
+    """Plot the loss of every training stage, and the reward of every adapter."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -78,8 +78,9 @@ def plot_training(folder: Path, target: Path) -> None:
     figure, axes = plt.subplots(2, -(-len(names) // 2), figsize=(13, 5.2), layout="constrained")
     for axis, name in zip(axes.flat, names, strict=False):
         rows = _read_log(folder / f"{name}.jsonl")
-        axis.plot([row["step"] for row in rows], [row["loss"] for row in rows], linewidth=1)
-        axis.set(title=name, xlabel="step", ylabel="loss")
+        shown = "loss" if name in LOGS else "reward"
+        axis.plot([row["step"] for row in rows], [row[shown] for row in rows], linewidth=1)
+        axis.set(title=name, xlabel="step", ylabel=shown)
         if name in LOGS:
             axis.set_yscale("log")
         axis.spines[["top", "right"]].set_visible(False)
@@ -119,8 +120,8 @@ def card(results: dict[str, Any], three: dict[str, Any], certificate: dict[str, 
         for where, a in cases.items()
     )
     recipes = "\n".join(
-        f"| {name} | {recipe.eta} | {len(SEEDS)} | {recipe.config.steps} "
-        f"| {recipe.config.lr:g} | {recipe.config.beta_dpo:g} |"
+        f"| {name} | {recipe.eta} | {recipe.config.steps} | {recipe.config.lr:g} "
+        f"| {recipe.config.kl_weight:g} | {recipe.config.seed} |"
         for name, recipe in ALIGNMENT.items()
     )
     template = (Path(__file__).parent / "card.md").read_text()
@@ -128,6 +129,8 @@ def card(results: dict[str, Any], three: dict[str, Any], certificate: dict[str, 
         eta_aesthetic=ALIGNMENT["aesthetic"].eta,
         eta_consistency=ALIGNMENT["consistency"].eta,
         rank=RANK,
+        first=f"{TIMESTEPS[0]:g}",
+        last=f"{TIMESTEPS[1]:g}",
         more_prompts=len(PROMPTS) - len(TRAIN_PROMPTS),
         styles=", ".join(STYLES),
         natural=f"{100 * tail.natural:.0f}",

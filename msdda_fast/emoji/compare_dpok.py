@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compare adapters trained by DPOK with the shipped ones, on the held-out prompts.
+"""Compare adapters trained by DPOK with those by step-level DPO, on the held-out prompts.
 
 `python -m msdda_fast.emoji.compare_dpok aesthetic=FOLDER consistency=FOLDER` samples each folder
 at its own eta on the 25 test prompts (resumable) and writes `benchmarks/results/dpok.json`. The
-base model and the shipped adapters were sampled with the same seeds by `evaluate`: their rows are
-read from `emoji_samples.csv`, and every difference is paired by prompt and seed.
+base model and the adapters by step-level DPO, which shipped once, were sampled with the same seeds:
+their rows are read from `emoji_step_dpo_samples.csv`, and every difference is paired by prompt and
+seed.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from msdda_fast.assets import resolve
 from msdda_fast.emoji.align import ALIGNMENT
 from msdda_fast.emoji.evaluate import interval
 from msdda_fast.emoji.prompts import TEST_PROMPTS
-from msdda_fast.emoji.sampling import DTYPE, NUM_STEPS, sampler
+from msdda_fast.emoji.sampling import NUM_STEPS, sampler
 from msdda_fast.files import write_atomically
 from msdda_fast.objective import Objective
 from msdda_fast.pipelines.stable_diffusion.pipeline import MSDDAPipeline
@@ -33,12 +34,13 @@ from msdda_fast.rewards.judge import Judge
 from msdda_fast.training import collect
 
 Scores = dict[str, Tensor]  # by metric, (prompts, seeds)
+DTYPE = torch.bfloat16  # as of the samples that they are compared with
 REWARDS = ("aesthetic", "consistency")
-SHIPPED_ARM = {"aesthetic": "w = 0", "consistency": "w = 1"}  # of emoji_samples.csv
+STEP_DPO_ARM = {"aesthetic": "w = 0", "consistency": "w = 1"}  # of the samples
 
 
 def measured(samples: Path, arm: str, seeds: int) -> Scores:
-    """Return the scores of one arm of `emoji_samples.csv` for the first seeds.
+    """Return the scores of one arm of the samples for the first seeds.
 
     Raises:
         ValueError: The file has no such arm, other prompts or fewer seeds.
@@ -76,7 +78,7 @@ def compare(name: str, folder: Path, seeds: int, samples: Path, work: Path) -> d
     """Return one adapter's means, gains over the base model, and DPOK minus step-level DPO."""
     arms = {
         "base": measured(samples, f"base, eta {ALIGNMENT[name].eta}", seeds),
-        "step-dpo": measured(samples, SHIPPED_ARM[name], seeds),
+        "step-dpo": measured(samples, STEP_DPO_ARM[name], seeds),
         "dpok": sample(name, folder, seeds, work),
     }
 
@@ -118,7 +120,7 @@ def main(
         "benchmarks/results"
     ),
 ) -> None:
-    """Compare the given adapters with the shipped ones and write `dpok.json`."""
+    """Compare the given adapters with those by step-level DPO and write `dpok.json`."""
     folders = dict(text.split("=", 1) for text in adapters if "=" in text)
     if len(folders) != len(adapters) or not set(folders) <= set(REWARDS):
         raise typer.BadParameter(f"must be NAME=FOLDER, with NAME one of {', '.join(REWARDS)}")
@@ -134,7 +136,7 @@ def main(
         found = stored["adapters"]
     for name, folder in folders.items():
         found[name] = compare(
-            name, Path(folder), seeds, results / "emoji_samples.csv", work
+            name, Path(folder), seeds, results / "emoji_step_dpo_samples.csv", work
         )  # fmt: skip
     text = json.dumps({"setting": setting, "adapters": found}, indent=1) + "\n"
     write_atomically(target, lambda partial: partial.write_text(text))

@@ -64,7 +64,10 @@ def arms() -> list[Arm]:
 def three_arms() -> list[Arm]:
     """Return the base model, each of the three adapters alone, and all three in equal parts."""
     emoji = "msdda-fast/emoji"
-    own = {name: Objective(emoji, subfolder=name, eta=ALIGNMENT[name].eta) for name in ALIGNMENT}
+    own = {
+        name: Objective(emoji, subfolder=name, eta=recipe.eta, timesteps=recipe.config.timesteps)
+        for name, recipe in ALIGNMENT.items()
+    }
     third = 1 / len(own)
     by_name = {arm.name: arm for arm in arms()}
     return [

@@ -15,7 +15,7 @@ from msdda_fast.rewards import load_reward
 from msdda_fast.training.collect import Collection, Sampler
 
 NUM_STEPS = 25
-DTYPE = torch.bfloat16  # of the networks; latents stay float32 between steps
+DTYPE = torch.float32  # of the networks, as of the latents: nothing of a KL is rounding
 GUIDANCE_SCALE = 1.0  # none: the policy that DPO trains is the one that is sampled
 
 

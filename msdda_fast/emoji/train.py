@@ -21,7 +21,7 @@ from torch import nn
 
 from msdda_fast.assets import ASSETS
 from msdda_fast.emoji import architectures
-from msdda_fast.emoji.align import ALIGNMENT, align
+from msdda_fast.emoji.align import ALIGNMENT, TIMESTEPS, align
 from msdda_fast.emoji.render import Renderer
 from msdda_fast.emoji.sampling import GUIDANCE_SCALE
 from msdda_fast.emoji.train_base import cache_latents, tokenize, train_base
@@ -103,7 +103,7 @@ def export(base: Path, adapters: dict[str, Path], work: Path, folder: Path) -> N
     for name in LOGS:
         shutil.copy2(work / f"{name}.jsonl", logs)
     for name in ADAPTER_LOGS:
-        shutil.copy2(work / name / "train" / "log.jsonl", logs / f"{name}.jsonl")
+        shutil.copy2(work / name / "log.jsonl", logs / f"{name}.jsonl")
     write_manifest(folder)
 
 
@@ -124,7 +124,12 @@ def write_slow_tokenizer(folder: Path) -> None:
 
 def _objectives(names: Iterable[str]) -> dict[str, Any]:
     return {
-        name: {"source": name, "eta": ALIGNMENT[name].eta, "guidance_scale": GUIDANCE_SCALE}
+        name: {
+            "source": name,
+            "eta": ALIGNMENT[name].eta,
+            "timesteps": list(TIMESTEPS),
+            "guidance_scale": GUIDANCE_SCALE,
+        }
         for name in names
     }
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One collection of base samples serves every reward and every weighted sum of rewards."""
+"""Adapters of one reward and of weighted sums of rewards."""
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,59 +12,50 @@ from msdda_fast.emoji import align
 from msdda_fast.emoji.sampling import score
 from msdda_fast.pipelines.stable_diffusion.pipeline import MSDDAPipeline
 from msdda_fast.rewards import load_reward
-from msdda_fast.training import Collection, ResumeMismatch, StepDPOConfig
+from msdda_fast.training import Collection, ResumeMismatch
 
 EMOJI = resolve("msdda-fast/emoji")
-RECIPE = align.AlignmentRecipe(
-    eta=1.0, config=StepDPOConfig(steps=2, lr=1e-2, batch_size=1, checkpoint_every=1)
+SHORT = align.AlignmentRecipe(
+    config=replace(align.ALIGNMENT["aesthetic"].config, steps=1, batch_size=1, scored_steps=1)
 )
-# of each prompt's three samples the first is best by one reward and the last by the other
 SAMPLES = Collection(
-    torch.randn(6, 4, 16, 16, generator=torch.Generator().manual_seed(0)),
-    torch.tensor([0, 0, 0, 1, 1, 1]),
-    torch.tensor([0, 1, 2, 0, 1, 2]),
-    {"aesthetic": torch.tensor([3.0, 1, 0] * 2), "consistency": torch.tensor([0, 1.0, 2] * 2)},
+    torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0)),
+    torch.tensor([0, 1]),
+    torch.tensor([0, 0]),
+    {"aesthetic": torch.tensor([3.0, 1.0])},
 )
 
 
-@pytest.fixture
-def train(tmp_path, monkeypatch):
-    monkeypatch.setattr(align, "base_samples", lambda base, eta, work: SAMPLES)
-
-    def run(folder, **weights):
-        out = align.align_sum(EMOJI, weights, RECIPE, tmp_path, tmp_path / folder)
-        return load_file(out / "pytorch_lora_weights.safetensors")
-
-    return run
+def test_a_weighted_sum_of_rewards():
+    found = align.WeightedSum({"aesthetic": 0.25, "warmth": 2.0})
+    images, prompts = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0)), ["a"] * 3
+    wanted = 0.25 * load_reward("aesthetic")(images, prompts)
+    wanted += 2 * load_reward("warmth")(images, prompts)
+    torch.testing.assert_close(found(images, prompts), wanted)
+    assert found.differentiable and found.name == "0.25 aesthetic + 2 warmth"
 
 
-def same(one, other):
-    return all(torch.equal(one[name], other[name]) for name in one)
-
-
-@pytest.mark.full  # four trainings; what pairs are made of is in tests/training
-def test_a_weighted_sum_prefers_what_its_sum_does(train):
-    aesthetic, consistency = train("a", aesthetic=1.0), train("c", consistency=1.0)
-    assert not same(aesthetic, consistency)
-    # .8 of the first outweighs .2 of the second in every pair, and the other way round
-    assert same(train("a8", aesthetic=0.8, consistency=0.2), aesthetic)
-    assert same(train("c8", aesthetic=0.2, consistency=0.8), consistency)
-
-
-@pytest.mark.full  # three trainings; runs that differ are told apart in tests/training
-def test_another_sum_does_not_continue_a_finished_run(train):
-    done = train("run", aesthetic=1.0)
-    assert same(train("run", aesthetic=0.8, consistency=0.2), done)  # the same pairs
-    with pytest.raises(ResumeMismatch):
-        train("run", consistency=1.0)
+@pytest.mark.full  # minutes of loading; what a run is told apart by is in tests/training
+def test_another_sum_does_not_continue_a_finished_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(align, "PROMPTS", align.PROMPTS[:1])
+    done = align.align_sum(EMOJI, {"aesthetic": 1.0}, SHORT, tmp_path)
+    weights = load_file(done / "pytorch_lora_weights.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
+    with pytest.raises(ResumeMismatch, match="reward"):
+        align.align_sum(EMOJI, {"aesthetic": 2.0}, SHORT, tmp_path)
 
 
 @pytest.mark.parametrize(
     ("weights", "message"), [({}, "no rewards"), ({"beauty": 1.0}, "unknown reward 'beauty'")]
 )
-def test_unknown_rewards_are_named(train, weights, message):
+def test_unknown_rewards_are_named(tmp_path, weights, message):
     with pytest.raises(ValueError, match=message):
-        train("none", **weights)
+        align.align_sum(EMOJI, weights, SHORT, tmp_path)
+
+
+def test_each_adapter_starts_from_factors_of_its_own():
+    seeds = [recipe.config.seed for recipe in align.ALIGNMENT.values()]
+    assert len(set(seeds)) == len(seeds)
 
 
 def test_a_reward_that_was_not_stored_is_that_of_the_decoded_samples():
@@ -73,5 +66,5 @@ def test_a_reward_that_was_not_stored_is_that_of_the_decoded_samples():
     found = score(pipe, SAMPLES, prompts, "warmth")
     with torch.no_grad():
         images = pipe.vae.decode(SAMPLES.latents / pipe.vae.config.scaling_factor).sample
-    wanted = load_reward("warmth")((images / 2 + 0.5).clamp(0, 1), ["A red colored car."] * 6)
+    wanted = load_reward("warmth")((images / 2 + 0.5).clamp(0, 1), ["A red colored car."] * 2)
     torch.testing.assert_close(found, wanted)
