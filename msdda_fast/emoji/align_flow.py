@@ -30,11 +30,16 @@ RANK = 16
 TARGETS = (*ATTENTION_PROJECTIONS, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 NUM_STEPS = 25
 PROMPTS = alignment_prompts(120)
-# An adapter has the name of its reward. Objects and colours are settled by t = 0.3.
+# An adapter has the name of its reward. Objects and colours are settled by t = 0.3. Each has a seed
+# of its own, so that factors do not start from equal ones.
 TIMESTEPS = (300.0, 1000.0)
 FLOW_ALIGNMENT = {
-    "aesthetic": RewardGradientConfig(steps=80, level=0.7, kl_weight=0.1, timesteps=TIMESTEPS),
-    "consistency": RewardGradientConfig(steps=80, level=0.5, kl_weight=0.05, timesteps=TIMESTEPS),
+    "aesthetic": RewardGradientConfig(
+        steps=80, level=0.7, kl_weight=0.1, timesteps=TIMESTEPS, seed=2
+    ),
+    "consistency": RewardGradientConfig(
+        steps=80, level=0.5, kl_weight=0.05, timesteps=TIMESTEPS, seed=1
+    ),
 }
 
 
@@ -65,7 +70,7 @@ def align_flow(base: Path, name: str, work: Path, recipe: RewardGradientConfig) 
         conditions=conditions(pipe, PROMPTS, short),
         latent_shape=(pipe.transformer.config.in_channels, *2 * (pipe.default_sample_size,)),
     )
-    add_lora(pipe.transformer, rank=RANK, target_modules=TARGETS)
+    add_lora(pipe.transformer, rank=RANK, target_modules=TARGETS, seed=recipe.seed)
     out_dir = work / f"align-{name}"
     train_reward_gradient(
         pipe.transformer,

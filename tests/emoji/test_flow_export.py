@@ -119,3 +119,17 @@ def test_an_evaluated_arm_is_kept_and_the_guidance_is_that_of_training_prompts(
     assert len(kept) == 2
     assert evaluate_flow.choose_guidance(folder, tmp_path) == first
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")} == kept
+
+
+def test_arms_of_other_adapters_are_told_apart(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate_flow, "NUM_STEPS", 1)
+
+    def sample(name):
+        objective = mf.Objective(folder, subfolder=name)
+        arm = evaluate_flow.FlowArm("one", {"one": 1.0}, {"one": objective})
+        evaluate_flow.sample_flow_arm(folder, arm, tmp_path, PROMPTS[:1], range(1))
+
+    sample("aesthetic")
+    sample("aesthetic")
+    with pytest.raises(mf.ResumeMismatch, match="network"):
+        sample("consistency")

@@ -7,12 +7,14 @@ import logging
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
+from diffusers.models.attention_processor import JointAttnProcessor2_0
 from transformers import CLIPTextModel
 
 from msdda_fast.assets import resolve
 from msdda_fast.emoji.flow_model import (
     T5_TOKENS,
     OneForMany,
+    assemble_flow,
     save_flow,
     shorten,
     small_transformer,
@@ -99,8 +101,14 @@ def test_stock_encodes_prompts_as_training_did(pipe):
     assert (found[0, :24] - found[1, :24]).abs().max() > 0.1
 
 
-def test_the_folder_has_stock_attention_and_the_short_one_draws_the_same(pipe):
-    assert "OneForMany" not in {type(p).__name__ for p in pipe.transformer.attn_processors.values()}
+def test_the_assembled_pipeline_has_stock_attention():
+    network = random_transformer(96)
+    network.set_attn_processor(OneForMany())
+    assembled = assemble_flow(network).transformer.attn_processors
+    assert {type(p) for p in assembled.values()} == {JointAttnProcessor2_0}
+
+
+def test_one_token_of_t5_draws_the_same(pipe):
     stock = draw(pipe)
     short = draw(pipe, **shorten(pipe))
     assert (short - stock).abs().max() < 1e-5 * stock.abs().max()
