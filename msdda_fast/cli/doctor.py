@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from msdda_fast import assets
-from msdda_fast.cli.session import SHIPPED, out
+from msdda_fast.cli.session import out
 from msdda_fast.kernels import native, verify
 
 __all__ = ["doctor", "findings"]
@@ -21,12 +21,8 @@ _OPTIONAL = ("accelerate", "triton")
 _COMPILERS = ("c++", "g++", "clang++")
 
 
-def findings(shipped: str) -> dict[str, dict[str, str]]:
-    """Return what is installed and what is missing, by topic and name.
-
-    Args:
-        shipped: Id of the model that ships inside the package.
-    """
+def findings() -> dict[str, dict[str, str]]:
+    """Return what is installed and what is missing, by topic and name."""
     return {
         "Versions": {
             "python": f"{platform.python_version()} on {platform.platform()}",
@@ -36,7 +32,7 @@ def findings(shipped: str) -> dict[str, dict[str, str]]:
         "Devices": _devices(),
         **_kernels(),
         "Build tools": _build_tools(),
-        "Models": {shipped: _model(shipped)},
+        "Models": {name: _model(name) for name in assets.SHIPPED},
     }
 
 
@@ -88,7 +84,7 @@ def doctor() -> None:
     """Show what is installed, which backends can run here, and why the others cannot."""
     from rich.table import Table
 
-    for title, rows in findings(SHIPPED).items():
+    for title, rows in findings().items():
         table = Table(title=title, title_justify="left", show_header=False, box=None)
         table.add_column(no_wrap=True, style="bold")
         table.add_column(overflow="fold")

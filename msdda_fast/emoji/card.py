@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -63,28 +64,31 @@ def certificate_table(certificate: dict[str, Any]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def _read_log(path: Path) -> list[dict[str, float]]:
+def read_log(path: Path) -> list[dict[str, float]]:
+    """Return the rows of a training log."""
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def plot_training(folder: Path, target: Path) -> None:
-    """Plot the loss of every training stage, and the reward of every adapter."""
+def plot_training(folder: Path, quantities: Mapping[str, str], target: Path) -> None:
+    """Plot one quantity of every training log in `folder`, by the log's name."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    names = [*LOGS, *ADAPTER_LOGS]
-    figure, axes = plt.subplots(2, -(-len(names) // 2), figsize=(13, 5.2), layout="constrained")
-    for axis, name in zip(axes.flat, names, strict=False):
-        rows = _read_log(folder / f"{name}.jsonl")
-        shown = "loss" if name in LOGS else "reward"
-        axis.plot([row["step"] for row in rows], [row[shown] for row in rows], linewidth=1)
-        axis.set(title=name, xlabel="step", ylabel=shown)
-        if name in LOGS:
+    lines = -(-len(quantities) // 4)
+    size = (13, 2.6 * lines)
+    figure, axes = plt.subplots(
+        lines, -(-len(quantities) // lines), figsize=size, squeeze=False, layout="constrained"
+    )
+    for axis, (name, quantity) in zip(axes.flat, quantities.items(), strict=False):
+        rows = read_log(folder / f"{name}.jsonl")
+        axis.plot([row["step"] for row in rows], [row[quantity] for row in rows], linewidth=1)
+        axis.set(title=name, xlabel="step", ylabel=quantity)
+        if not name.startswith("align-"):
             axis.set_yscale("log")
         axis.spines[["top", "right"]].set_visible(False)
-    for axis in axes.flat[len(names) :]:
+    for axis in axes.flat[len(quantities) :]:
         axis.set_visible(False)
     figure.savefig(target, dpi=80)
     plt.close(figure)
@@ -102,18 +106,23 @@ def parameters(path: Path) -> int:
     return count
 
 
-def card(results: dict[str, Any], three: dict[str, Any], certificate: dict[str, Any]) -> str:
-    """Return the text of the model card from the results of two objectives, three, and certify."""
-    tail, setting = Tail(), results["setting"]
-    minutes = {n: _read_log(EMOJI / "training" / f"{n}.jsonl")[-1]["seconds"] / 60 for n in LOGS}
-    accuracy = json.loads((ASSETS / "scorers" / "accuracy.json").read_text())
-    weights = sorted(ASSETS.rglob("*.safetensors"))
-    sizes = "\n".join(
+def sizes_table(*folders: Path) -> tuple[str, str]:
+    """Return all weights in folders of `ASSETS` as rows of Markdown, and their size in MB."""
+    weights = sorted(path for folder in folders for path in folder.rglob("*.safetensors"))
+    rows = (
         f"| {path.relative_to(ASSETS)} | {parameters(path):,} "
         f"| {path.stat().st_size / 1e6:.2f} MB |"
         for path in weights
     )
-    total = sum(path.stat().st_size for path in weights) / 1e6
+    return "\n".join(rows), f"{sum(path.stat().st_size for path in weights) / 1e6:.2f}"
+
+
+def card(results: dict[str, Any], three: dict[str, Any], certificate: dict[str, Any]) -> str:
+    """Return the text of the model card from the results of two objectives, three, and certify."""
+    tail, setting = Tail(), results["setting"]
+    minutes = {n: read_log(EMOJI / "training" / f"{n}.jsonl")[-1]["seconds"] / 60 for n in LOGS}
+    accuracy = json.loads((ASSETS / "scorers" / "accuracy.json").read_text())
+    sizes, total = sizes_table(EMOJI, ASSETS / "scorers")
     scorers = "\n".join(
         f"| {name} | {where} | {100 * a['object']:.1f}% | {100 * a['color']:.1f}% | {a['n']} |"
         for name, cases in accuracy.items()
@@ -137,7 +146,7 @@ def card(results: dict[str, Any], three: dict[str, Any], certificate: dict[str, 
         colorless=f"{100 * tail.colorless:.0f}",
         loose=f"{100 * tail.loose:.0f}",
         sizes=sizes,
-        total=f"{total:.2f}",
+        total=total,
         minutes=", ".join(f"{name} {m:.0f} min" for name, m in minutes.items()),
         recipes=recipes,
         judge_styles=", ".join(JUDGE.styles),
@@ -173,7 +182,8 @@ def main(
 ) -> None:
     """Write the card, its plot, and the marked block of the results page."""
     figures = json.loads(results.read_text())
-    plot_training(EMOJI / "training", EMOJI / "training.png")
+    logs = dict.fromkeys(LOGS, "loss") | dict.fromkeys(ADAPTER_LOGS, "reward")
+    plot_training(EMOJI / "training", logs, EMOJI / "training.png")
     others = (json.loads(file.read_text()) for file in (three, certificate))
     text = card(figures, *others)
     write_atomically(EMOJI / "README.md", lambda partial: partial.write_text(text))

@@ -7,7 +7,6 @@ from its checkpoint, so the same command continues after a kill. The model card 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterable
@@ -22,6 +21,7 @@ from torch import nn
 from msdda_fast.assets import ASSETS
 from msdda_fast.emoji import architectures
 from msdda_fast.emoji.align import ALIGNMENT, TIMESTEPS, align
+from msdda_fast.emoji.packaging import add_adapters, add_logs, finish_pipeline, write_manifest
 from msdda_fast.emoji.render import Renderer
 from msdda_fast.emoji.sampling import GUIDANCE_SCALE
 from msdda_fast.emoji.train_base import cache_latents, tokenize, train_base
@@ -34,7 +34,6 @@ from msdda_fast.emoji.train_scorer import (
 )
 from msdda_fast.emoji.train_vae import refine_decoder, train_vae
 from msdda_fast.files import write_atomically
-from msdda_fast.pipelines.saving import load_in_float32
 from msdda_fast.rewards import REWARDS
 from msdda_fast.rewards.grammar import COLORS, OBJECTS
 
@@ -90,36 +89,13 @@ def save_scorer(scorer: nn.Module, path: Path) -> None:
 def export(base: Path, adapters: dict[str, Path], work: Path, folder: Path) -> None:
     """Copy the base pipeline and its adapters into `folder`, with objectives and training logs."""
     shutil.copytree(base, folder, dirs_exist_ok=True)
-    write_slow_tokenizer(folder / "tokenizer")
-    drop_derived_entry(folder / "vae" / "config.json")
-    load_in_float32(folder)
-    for name, source in adapters.items():
-        (folder / name).mkdir(exist_ok=True)
-        shutil.copy2(source / "pytorch_lora_weights.safetensors", folder / name)
-    text = json.dumps(_objectives(REWARDS), indent=1) + "\n"
-    write_atomically(folder / "objectives.json", lambda partial: partial.write_text(text))
-    logs = folder / "training"
-    logs.mkdir(exist_ok=True)
-    for name in LOGS:
-        shutil.copy2(work / f"{name}.jsonl", logs)
-    for name in ADAPTER_LOGS:
-        shutil.copy2(work / name / "log.jsonl", logs / f"{name}.jsonl")
-    write_manifest(folder)
-
-
-def drop_derived_entry(config: Path) -> None:
-    """Drop the entry that AutoencoderTiny writes, derives itself, and warns about when reading."""
-    entries = json.loads(config.read_text())
-    entries.pop("block_out_channels", None)
-    config.write_text(json.dumps(entries, indent=2) + "\n")
-
-
-def write_slow_tokenizer(folder: Path) -> None:
-    """Add `vocab.json` and `merges.txt`, which transformers 4 and other tools read."""
-    model = json.loads((folder / "tokenizer.json").read_text())["model"]
-    (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
-    merges = "\n".join(" ".join(pair) for pair in model["merges"])
-    (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
+    finish_pipeline(folder)
+    add_adapters(folder, adapters, own := _objectives(REWARDS))
+    logs = {name: work / f"{name}.jsonl" for name in LOGS}
+    logs |= {name: work / name / "log.jsonl" for name in ADAPTER_LOGS}
+    add_logs(folder, logs)
+    more = _objectives(name for name in ALIGNMENT if name not in REWARDS)
+    write_manifest(folder, "msdda-fast/emoji", own, more)
 
 
 def _objectives(names: Iterable[str]) -> dict[str, Any]:
@@ -132,28 +108,6 @@ def _objectives(names: Iterable[str]) -> dict[str, Any]:
         }
         for name in names
     }
-
-
-def write_manifest(folder: Path) -> None:
-    """Write `manifest.json`: the adapters and etas of the model, and a hash of each file.
-
-    `objectives` are those that the model loads by default, `more_objectives` the others.
-    """
-    files = {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.suffix in (".safetensors", ".json") and path.name != "manifest.json"
-    }
-    manifest = {
-        "id": "msdda-fast/emoji",
-        "license": "Apache-2.0",
-        "notices": "THIRD_PARTY_NOTICES",
-        "objectives": _objectives(REWARDS),
-        "more_objectives": _objectives(name for name in ALIGNMENT if name not in REWARDS),
-        "sha256": files,
-    }
-    text = json.dumps(manifest, indent=1) + "\n"
-    write_atomically(folder / "manifest.json", lambda partial: partial.write_text(text))
 
 
 def main(

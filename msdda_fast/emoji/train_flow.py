@@ -3,7 +3,8 @@
 
 A `SD3Transformer2DModel` on the latents of the shipped autoencoder, with the shipped text encoder,
 both frozen. Rectified flow: x_t = (1 - t) x_0 + t z, t = sigmoid(N(0, 1)), the network predicts
-z - x_0 with the squared error. Resumes from its checkpoint.
+z - x_0 with the squared error. Resumes from its checkpoint. Then `emoji.align_flow` trains the
+adapters and `emoji.export_flow` writes what ships.
 
 The learning rate is constant after a short warm-up and falls to nothing over the last quarter, so
 that a run can be made longer or shorter until then.
@@ -11,7 +12,6 @@ that a run can be made longer or shorter until then.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,79 +19,21 @@ import torch
 import torch.nn.functional as F
 import typer
 from diffusers import SD3Transformer2DModel
-from diffusers.models.attention_processor import Attention
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from msdda_fast import resume
 from msdda_fast.assets import resolve
 from msdda_fast.emoji.checkpoint import Checkpoint, TrainingLog
+from msdda_fast.emoji.flow_model import OneForMany, save_flow, small_transformer
 from msdda_fast.emoji.precision import fast_autocast
 from msdda_fast.emoji.render import Renderer
 from msdda_fast.emoji.train_base import cache_latents, tokenize
-from msdda_fast.files import write_atomically
 from msdda_fast.pipelines.stable_diffusion.pipeline import MSDDAPipeline
 
-#: Tokens of zeros that StableDiffusion3Pipeline appends where there is no T5.
-T5_TOKENS = 256
 SCENES = 15_000
 PEAK_RATE, LAST_RATE = 1e-3, 2e-5
 WARM_UP, DECAY = 40, 0.25  # steps; share of all steps
-
-
-def small_transformer(text_width: int) -> SD3Transformer2DModel:
-    """Build the untrained network, of 7.8 M parameters; two text encoders of width `text_width`."""
-    return SD3Transformer2DModel(
-        sample_size=16,
-        patch_size=2,
-        in_channels=4,
-        out_channels=4,
-        num_layers=6,
-        attention_head_dim=48,
-        num_attention_heads=4,
-        joint_attention_dim=2 * text_width,
-        caption_projection_dim=192,
-        pooled_projection_dim=2 * text_width,
-        pos_embed_max_size=16,
-        qk_norm="rms_norm",
-    )
-
-
-class OneForMany:
-    """Attention of training, where one zero token stands for the `T5_TOKENS` equal ones.
-
-    Tokens of the text have no positions, so that equal ones stay equal through all blocks: n of
-    them are one whose logits are greater by log n.
-    """
-
-    def __call__(
-        self,
-        attn: Attention,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        attention_mask: None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Attend over image and text; the last token of the text is the one of many."""
-
-        def heads(x: Tensor, project: nn.Module, norm: nn.Module | None = None) -> Tensor:
-            split: Tensor = project(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-            return split if norm is None else norm(split)
-
-        image, text = hidden_states, encoder_hidden_states
-        query = (
-            heads(image, attn.to_q, attn.norm_q),
-            heads(text, attn.add_q_proj, attn.norm_added_q),
-        )
-        key = heads(image, attn.to_k, attn.norm_k), heads(text, attn.add_k_proj, attn.norm_added_k)
-        value = heads(image, attn.to_v), heads(text, attn.add_v_proj)
-        q, k, v = torch.cat(query, 2), torch.cat(key, 2), torch.cat(value, 2)
-        bias = q.new_zeros(k.shape[2])
-        bias[-1] = math.log(T5_TOKENS)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.expand(1, 1, q.shape[2], -1))
-        out = out.transpose(1, 2).flatten(2)
-        own, its = out[:, : image.shape[1]], out[:, image.shape[1] :]
-        return attn.to_out[0](own), its if attn.context_pre_only else attn.to_add_out(its)
 
 
 @torch.no_grad()
@@ -191,9 +133,8 @@ def main(
     work: Annotated[Path, typer.Option(help="Folder of checkpoints and logs.")] = Path("out/flow"),
     steps: Annotated[int, typer.Option(help="Steps of training.")] = 2000,
 ) -> None:
-    """Train the network; the same command resumes."""
-    weights = train_network(work, steps).half().state_dict()
-    write_atomically(work / "transformer.safetensors", lambda partial: save_file(weights, partial))
+    """Train the network and write its pipeline, `WORK/base`; the same command resumes."""
+    save_flow(train_network(work, steps), work / "base")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The LoRA adapter in training: add it to a UNet, switch it off for the base model, save, load."""
+"""The LoRA adapter in training: add it to a network, switch it off for the base, save, load."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ from msdda_fast.training.storage import write_tensors
 ATTENTION_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 _ADAPTER = "default"
-_PREFIX = "unet."
 
 
 def add_lora(
@@ -122,7 +121,8 @@ def save_lora(unet: nn.Module, folder: str | Path, *, dtype: torch.dtype = torch
     """Write the adapter as a standard LoRA folder and return the file.
 
     `pipe.load_lora_weights(folder)` of diffusers reads it. The names are diffusers' own
-    (`unet.` + peft's); rank and alpha are in the file's metadata, where diffusers expects them.
+    (`unet.` or `transformer.`, then peft's); rank and alpha are in the file's metadata, where
+    diffusers expects them.
 
     Args:
         unet: A network prepared by `add_lora`.
@@ -136,14 +136,15 @@ def save_lora(unet: nn.Module, folder: str | Path, *, dtype: torch.dtype = torch
         "target_modules": sorted(config.target_modules),
         "init_lora_weights": config.init_lora_weights,
     }
+    prefix = _prefix(unet)
     metadata = {
         "format": "pt",
         "lora_adapter_metadata": json.dumps(
-            {_PREFIX + key: value for key, value in described.items()}, sort_keys=True
+            {prefix + key: value for key, value in described.items()}, sort_keys=True
         ),
     }
     tensors = {
-        _PREFIX + name: tensor.detach().to("cpu", dtype).contiguous()
+        prefix + name: tensor.detach().to("cpu", dtype).contiguous()
         for name, tensor in lora_state(unet).items()
     }
     path = Path(folder) / WEIGHT_NAME
@@ -161,12 +162,13 @@ def load_lora(unet: nn.Module, folder: str | Path) -> None:
     path = Path(folder) / WEIGHT_NAME
     if not path.is_file():
         raise FileNotFoundError(f"no LoRA weights at {path}")
+    prefix = _prefix(unet)
     with safe_open(path, framework="pt") as file:
-        stored = {name.removeprefix(_PREFIX): file.get_tensor(name) for name in file.keys()}
+        stored = {name.removeprefix(prefix): file.get_tensor(name) for name in file.keys()}
         described = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
     restore_lora(unet, stored, source=str(path))
     config: LoraConfig = vars(unet)["peft_config"][_ADAPTER]
-    alpha = described.get(f"{_PREFIX}lora_alpha", config.r)
+    alpha = described.get(f"{prefix}lora_alpha", config.r)
     if alpha != config.lora_alpha:
         raise AdapterMismatch(f"{path} has lora_alpha {alpha}, the network {config.lora_alpha}")
 
@@ -184,6 +186,12 @@ def restore_lora(unet: nn.Module, stored: dict[str, Tensor], *, source: str) -> 
         if here != there:
             raise AdapterMismatch(f"{source} does not fit at {name}: {there}, network: {here}")
     set_peft_model_state_dict(unet, stored, adapter_name=_ADAPTER)
+
+
+def _prefix(network: nn.Module) -> str:
+    """Return how names in a file begin: with the component that the network is in pipelines."""
+    module = type(network).__module__
+    return "transformer." if module.startswith("diffusers.models.transformers.") else "unet."
 
 
 def _lora_layers(unet: nn.Module) -> Iterator[BaseTunerLayer]:

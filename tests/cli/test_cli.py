@@ -201,7 +201,7 @@ def test_doctor_reports_and_never_fails(monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
     done = run("doctor")
     assert done.exit_code == 0
-    for text in ("torch", "diffusers", "eager", "native", "C++ compiler", "msdda-fast/emoji"):
+    for text in ("torch", "diffusers", "eager", "native", "C++ compiler", "msdda-fast/emoji-flow"):
         assert text in done.output
     assert "none of c++" in done.output
 
