@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # when run as a script
 
-from benchmarks import serving_output
+from benchmarks import serving_output, two_networks_output
 from msdda_fast.kernels.grouped_lora import DEFAULT_DESIGN
 
 RESULTS = Path(__file__).parent / "results"
@@ -340,6 +340,11 @@ def serving_table() -> str:
     return serving_output.table(serving_output.last_run(RESULTS / "serving.jsonl"))
 
 
+def two_networks_table() -> str:
+    """Two networks that cannot be merged: alone, fused and in turns, and what fusing adds."""
+    return two_networks_output.tables(RESULTS / "two_networks.json")
+
+
 def mode_time(record: dict, exact: dict) -> str:
     """Return the ratio of two medians, marked if their spreads overlap."""
     ratio = f"{record['median_us'] / exact['median_us']:.2f}"
@@ -423,6 +428,7 @@ TABLES = {
     "compare": compare_table,
     "gauge": gauge_table,
     "floors": floors_table,
+    "two_networks": two_networks_table,
     "serving": serving_table,
 }
 
