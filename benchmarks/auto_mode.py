@@ -4,9 +4,9 @@
     nice python benchmarks/auto_mode.py    # a quarter of an hour of one core; --images 8 is a third
 
 Shipped model with its adapters at scales 1, 2 and 4, T = 25, float32, the default budget. For each
-scale and weight, images of as many test prompts, none of which a pilot draws. At every state that an
-image visits the exact networks give the divergence of the step from the exact one; the sum over the
-path is what `path_kl` foretold. Rewards are compared with those of exact sampling from the same
+scale and weight, images of as many test prompts, none of which a pilot draws. At every state that
+an image visits the exact networks give the divergence of the step from the exact one; the sum over
+the path is what `path_kl` foretold. Rewards are compared with those of exact sampling from the same
 noise.
 
 Beside it, what merging costs on exact paths at the precision's shares, as "merged" and "auto" do
