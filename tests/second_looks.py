@@ -51,7 +51,7 @@ SECOND_LOOKS = {
     "tests/batched/test_network.py::test_every_convolution_reads_and_writes_channels_last": _UNET,
     "tests/pipelines/test_modes.py::TestApproximations": _MODES,
     "tests/pipelines/test_modes.py::TestExactLimits::test_merging_equal_adapters": _MODES,
-    "tests/pipelines/test_modes.py::TestExactLimits::test_hybrid_with_all_steps_exact": _MODES,
+    "tests/pipelines/test_modes.py::TestExactLimits::test_auto_without_a_budget_to_spend": _MODES,
     "tests/pipelines/test_modes.py::TestExactLimits::test_an_objective_at_a_time": _MODES,
     "tests/pipelines/test_captured.py::test_networks_of_their_own_run_in_the_same_step": (
         "test_latents_are_those_of_one_after_another"

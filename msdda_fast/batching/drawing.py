@@ -104,8 +104,8 @@ class BatchDrawer:
         def watched(k: int, generation: PromptedGeneration, embeds: Tensor) -> bool:
             return watch(k + 1, generation.x.clone() if looks else None)
 
-        x, _ = sample(networks, Request(prompts, table, noise), watched)
-        return x[: len(batch)]
+        done = sample(networks, Request(prompts, table, noise), watched)
+        return done.x[: len(batch)]
 
     @torch.no_grad()
     def decode(self, x_0: Tensor, output_type: str) -> tuple[Sequence[Any], Sequence[bool]]:

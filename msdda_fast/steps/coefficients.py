@@ -184,6 +184,12 @@ class CoefficientTable:
             rows[..., uncond], rows[..., cond] = (1 - scale) * both, scale * both
         return replace(self, rows=rows, needs_uncond=scale != 1)
 
+    def images(self, part: slice) -> CoefficientTable:
+        """The table of some of its images."""
+        return replace(
+            self, rows=self.rows[:, part], share=self.share[:, part], std=self.std[:, part]
+        )
+
     @property
     def active(self) -> list[bool]:
         """Whether each objective has influence on some sample at some step."""

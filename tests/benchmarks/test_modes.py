@@ -22,14 +22,12 @@ def test_quality_and_its_table(monkeypatch, tmp_path):
     assert list(found) == [*MODES, modes.BFLOAT16]
     assert found["exact"]["kl"] == [0, 0, 0]
     assert found["exact"]["changes"]["consistency"] == [0, 0, 0]
-    for name in ("merged", "hybrid", modes.BFLOAT16):
+    for name in ("merged", "auto", modes.BFLOAT16):
         assert found[name]["kl"][0] > 0
-    assert found["hybrid"]["kl"][0] < found["merged"]["kl"][0]
-    # the last step of four is exact in hybrid mode, and merged in merged mode
-    assert found["hybrid"]["kl_late"] < 1e-4 < found["merged"]["kl_late"]
+    assert found["merged"]["kl_late"] > 1e-4  # of four steps, the last
 
     timing = {"kind": "latency", "batch": 1, "when": "now", "rounds": 7, "load": 0, "commit": "c"}
-    times = {"exact": 2.0, "merged": 1.0, "hybrid": 1.9}
+    times = {"exact": 2.0, "merged": 1.0, "auto": 1.9}
     kept += [
         timing | {"mode": mode, "median_us": t, "p20_us": t - 0.1, "p80_us": t + 0.1}
         for mode, t in times.items()
@@ -39,7 +37,7 @@ def test_quality_and_its_table(monkeypatch, tmp_path):
     rows = [row for row in report.modes_table().splitlines() if row.startswith("| ")]
     assert [row.split(" | ")[0] for row in rows[1:]] == [f"| {name}" for name in found]
     assert rows[2].endswith("| 0.50 |")  # merged
-    assert rows[3].endswith("| 0.95 (=) |")  # hybrid, and the spreads overlap
+    assert rows[3].endswith("| 0.95 (=) |")  # auto, and the spreads overlap
 
 
 @pytest.mark.full  # of a benchmark

@@ -15,6 +15,7 @@ from msdda_fast.cli import app as cli
 from msdda_fast.cli import generate as cli_generate
 from msdda_fast.cli import sweep as cli_sweep
 from msdda_fast.evaluation import sweep as sweeps
+from msdda_fast.pipelines.stable_diffusion.modes import MODES
 
 runner = CliRunner()
 
@@ -59,6 +60,14 @@ class TestGenerate:
         with Image.open(out) as image:
             assert image.tobytes() == expected.tobytes()
 
+    def test_auto_gives_a_receipt(self, loaded, tmp_path):
+        options = ["--steps", 2, "--guidance", 3, "--device", "cpu", "-o", tmp_path / "x.png"]
+        done = run("generate", "a red dog", "--mode", "auto", "--kl-budget", 1e6, *options)
+        assert done.exit_code == 0, done.output
+        assert "path KL" in done.output and "nats, 2 forwards" in done.output
+        assert "path KL" not in run("generate", "a red dog", *options).output
+        assert tuple(cli_generate.ModeName) == MODES
+
     def test_several_images_and_objectives_by_path(self, tiny, tmp_path):
         done = run(
             "generate", "a red dog", "--objective", f"hot={tiny.warm}:0.9", "--objective",
@@ -77,6 +86,7 @@ class TestGenerate:
             (["-s", "1", "-s", "warm=2"], "--strength '1' must be a number, or NAME=NUMBER once"),
             (["-s", "hot=2"], "strength: unknown objective 'hot'"),
             (["-s", "-1"], "InvalidWeights: strength"),
+            (["--kl-budget", "1"], "InvalidMode: kl_budget is what mode="),
             (["-w", "warm"], "--weight 'warm' must be NAME=VALUE"),
             (["-w", "warm=much"], "--weight 'warm=much' must be NAME=VALUE"),
             (["--steps", "2000"], "InvalidSchedule: "),

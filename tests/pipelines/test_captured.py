@@ -236,7 +236,8 @@ class TestModes:
         eager.set_forward(capture="off")
         pipe.set_forward(capture="required")
         requests = [{"mode": "merged", **request} for request in REQUESTS]
-        requests.append({"mode": "hybrid"})  # of the same kinds
+        auto = {"mode": "auto", "kl_budget": 60}  # of the same kinds
+        requests += [auto, {**auto, "weights": WEIGHTS}]
         steps = 0
         for request in requests:
             given = {"prompt": PROMPTS, **SHORT, "num_inference_steps": 6, **request}
@@ -278,8 +279,8 @@ class TestModes:
             kind: Counter(dry_run(Step(predict, key, device="cpu").advance, buffers).operators)
             for kind, predict in network.kinds.items()
         }
-        assert list(counts) == ["exact", "refresh", "merged"]
-        assert {"errors", "step_kl"} <= network.storages().keys()
+        assert list(counts) == ["exact", "both", "merged"]
+        assert {"errors", "step_kl", "merged_kl"} <= network.storages().keys()
         for count in counts.values():  # two more for the estimate
             assert count["msdda_fast.fused_step_.default"] in (1, 3)
 

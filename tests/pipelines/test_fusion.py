@@ -39,7 +39,7 @@ def test_it_is_one_ddim_step_of_the_mixture(pipe):
 
 
 @pytest.mark.sweep(mode=1)
-@pytest.mark.parametrize("mode", ["exact", "merged", "hybrid"])
+@pytest.mark.parametrize("mode", ["exact", "merged", "auto"])
 def test_modes_run_with_it(pipe, mode):
     """The same as Eq. 7 where etas are equal, and not where they differ."""
     equal = {"etas": {"warm": 0.9, "cool": 0.9}}

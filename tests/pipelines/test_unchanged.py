@@ -23,7 +23,6 @@ CASES = {
     "etas": {"etas": {"aesthetic": 0.9, "consistency": 0.4}},
     "deterministic": {"etas": {"aesthetic": 0.0, "consistency": 0.0}},
     "generator": {"seed": None},
-    "hybrid": {"mode": "hybrid", "num_inference_steps": 12},
 }
 
 

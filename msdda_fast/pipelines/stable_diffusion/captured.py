@@ -8,7 +8,7 @@ graph per kind of step; see `modes`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import TypeAlias
 
 import torch
@@ -25,7 +25,8 @@ from msdda_fast.engine.noise import NoiseSource
 from msdda_fast.errors import InvalidShape, UnsupportedNetwork
 from msdda_fast.pipelines.stable_diffusion.exact import ExactNetwork, exact_kind
 from msdda_fast.pipelines.stable_diffusion.merged_network import MergedNetwork
-from msdda_fast.pipelines.stable_diffusion.modes import Mode, plan
+from msdda_fast.pipelines.stable_diffusion.modes import StepPlan
+from msdda_fast.pipelines.stable_diffusion.path_kl import Pilot
 from msdda_fast.steps.coefficients import CoefficientTable
 
 __all__ = ["CapturedGeneration", "CapturedSampler"]
@@ -35,13 +36,22 @@ _Network: TypeAlias = ExactNetwork | MergedNetwork
 
 
 class CapturedGeneration:
-    """One loaded request as an `engine.loop.Generation`, with steps in static buffers."""
+    """One loaded request as an `engine.loop.Generation`, with steps in static buffers.
+
+    Attributes:
+        forwards: How many networks have run on each image, guidance not counted twice.
+    """
 
     def __init__(
-        self, step: CapturedStep[_Network], table: CoefficientTable, *, shares_text: bool
+        self,
+        step: CapturedStep[_Network],
+        table: CoefficientTable,
+        kinds: Sequence[str],
+        *,
+        shares_text: bool,
     ) -> None:
-        self._step, self._shares_text = step, shares_text
-        self._num_steps = len(table)
+        self._step, self._shares_text, self._kinds = step, shares_text, kinds
+        self.forwards = 0
         changes = (table.share[1:] != table.share[:-1]).flatten(1).any(1).tolist()
         self._reweighted = [False, *changes]  # whether shares change before step k
         self._next = 0
@@ -54,16 +64,19 @@ class CapturedGeneration:
     @property
     def step_kl(self) -> Tensor:
         """Estimated KL divergence of each step from the exact one, (T, B) nats; a copy."""
-        estimates = self._step.network.step_kl
-        if estimates is None:  # exact networks
-            return self.x.new_zeros(self._num_steps, len(self.x))
-        return estimates[: self._num_steps].clone()
+        return self._estimates(self._step.network.step_kl)
+
+    @property
+    def merged_kl(self) -> Tensor:
+        """KL divergence of merged steps from exact ones where it was measured, (T, B) nats."""
+        return self._estimates(self._step.network.merged_kl)
 
     def step(self, k: int) -> None:
         """Do step k."""
         if self._reweighted[k]:
             self._step.network.mix(k)
         self._step.step(k)
+        self.forwards += self._step.network.forwards[self._kinds[k]]
         self._next = k + 1
 
     def replace_x(self, x: Tensor) -> None:
@@ -95,6 +108,11 @@ class CapturedGeneration:
             )
         self._step.network.begin(embeds, buffers.timesteps, shared=self._shares_text, k=self._next)
 
+    def _estimates(self, kept: Tensor | None) -> Tensor:
+        if kept is None:  # exact networks
+            return self.x.new_zeros(len(self._kinds), len(self.x))
+        return kept[: len(self._kinds)].clone()
+
 
 class CapturedSampler:
     """The steps of M variants of one or more networks, for requests of any kind.
@@ -110,6 +128,7 @@ class CapturedSampler:
 
     Attributes:
         device, dtype: Of the networks.
+        pilots: What pilots have measured of them; see `pilot`.
 
     Raises:
         AdapterMismatch, UnsupportedNetwork: A network cannot run as a batched forward.
@@ -126,6 +145,7 @@ class CapturedSampler:
         capacity: int = 8,
     ) -> None:
         self._variants, self._options = list(variants), options
+        self.pilots: dict[Hashable, Pilot] = {}
         self._groups: list[tuple[LoadedAdapters, list[int]]] = []
         for network in dict.fromkeys(variant.network for variant in variants):
             members = [m for m, variant in enumerate(variants) if variant.network is network]
@@ -159,7 +179,7 @@ class CapturedSampler:
         prompt_embeds: Tensor,
         *,
         shares_text: bool,
-        mode: Mode = "exact",
+        plan: StepPlan | None = None,
     ) -> CapturedGeneration:
         """Load a request into the step of its shape, which is built and captured the first time.
 
@@ -169,20 +189,21 @@ class CapturedSampler:
             x_T: (B, C, h, w), latent units.
             prompt_embeds: (M, K, B, L, D).
             shares_text: Whether they are the same for all objectives.
-            mode: "exact", "merged" or "hybrid"; see `modes`.
+            plan: Which steps are merged; None: none.
 
         Raises:
             InvalidShape: The step needs more memory than is free.
             CaptureError: It cannot be captured, and capture is required.
-            UnsupportedNetwork: An approximate mode cannot run these networks.
+            UnsupportedNetwork: These networks cannot be merged.
         """
         every = not self._options.sharing.inactive
         active = tuple(every or on for on in table.active)
-        kinds = ["exact"] if mode == "exact" else plan(mode, table)
         runs: list[tuple[bool, ...]] = []
-        if is_exact := set(kinds) == {"exact"}:
+        if plan is None:
             runs = [tuple(row) for row in (table.reads & torch.tensor(active)).tolist()]
             kinds = [exact_kind(row) for row in runs]
+        else:
+            kinds = plan.kinds
         step = self._cache.prepare(
             ShapeKey(
                 shape=tuple(x_T.shape),
@@ -196,15 +217,15 @@ class CapturedSampler:
                 noise_table=noise.seeds is None,
                 context=tuple(prompt_embeds.shape),
                 shared_context=shares_text,
-                mode="exact" if is_exact else "merged",
+                mode="exact" if plan is None else "merged",
             )
         )
         z = None if noise.seeds is not None else _drawn(noise, table, x_T, self.dtype)
         conditioning = None
-        if isinstance(step.network, MergedNetwork):
-            conditioning = step.network.conditioning(table)
+        if plan is not None and isinstance(step.network, MergedNetwork):
+            conditioning = step.network.conditioning(table, plan.exact)
         step.load(table, x_T, seeds=noise.seeds, noise=z, conditioning=conditioning, kinds=kinds)
-        generation = CapturedGeneration(step, table, shares_text=shares_text)
+        generation = CapturedGeneration(step, table, kinds, shares_text=shares_text)
         generation.replace_prompt(prompt_embeds)
         return generation
 

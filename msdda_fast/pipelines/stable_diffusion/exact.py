@@ -27,9 +27,13 @@ class ExactNetwork:
         members: By kind of step, the batched forward of each network and the objectives it runs.
         count: M; objectives that no member runs have no output.
         dtype: Dtype of the outputs.
+
+    Attributes:
+        forwards: How many networks each kind of step runs on an image.
     """
 
     step_kl: None = None
+    merged_kl: None = None
 
     def __init__(
         self,
@@ -38,6 +42,9 @@ class ExactNetwork:
         dtype: torch.dtype,
     ) -> None:
         self._members, self._count = [m for group in members.values() for m in group], count
+        self.forwards = {
+            kind: sum(len(objectives) for _, objectives in group) for kind, group in members.items()
+        }
         self._kinds = {
             kind: partial(
                 self._predict,

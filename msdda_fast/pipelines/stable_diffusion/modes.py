@@ -3,10 +3,14 @@
 
     "exact"      every objective's network in every step; the default.
     "merged"     one network with the adapters merged by precision: the limit of Rewarded Soups.
-    "hybrid"     merged, and exact in the last fifth of the steps.
+    "auto"       merged, and exact where the divergence would exceed a budget; see `forecast`.
 
-An approximate mode has a few kinds of step, each of constant shapes and captured once; `plan` gives
-the kind of each step of a generation. Both approximate modes have the same kinds.
+An approximate mode has a few kinds of step, each of constant shapes and captured once; a `StepPlan`
+gives the kind of each step of a generation. Both approximate modes have the same kinds:
+
+    "exact"      every objective's network.
+    "merged"     the merged network.
+    "both"       both, for their difference; each image goes on with one of them.
 
 The last steps are the sensitive ones. The error of an output counts |B| / sigma_w fold, squared:
 over 25 steps of Stable Diffusion's schedule that is 0.55 to 0.76 up to the last fifth, and up to
@@ -15,48 +19,79 @@ over 25 steps of Stable Diffusion's schedule that is 0.55 to 0.76 up to the last
 
 from __future__ import annotations
 
-from math import ceil
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
 
 from msdda_fast.errors import InvalidMode
 from msdda_fast.steps.coefficients import CoefficientTable
 
-__all__ = ["MODES", "Mode", "check_mode", "exact_steps", "plan"]
+__all__ = ["MODES", "Mode", "StepPlan", "check_mode", "merged_plan"]
 
-Mode = Literal["exact", "merged", "hybrid"]
+Mode = Literal["exact", "merged", "auto"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 
-EXACT_FRACTION = 0.2
-
-#: Approximate steps from one exact refresh to the next.
+#: Approximate steps of "merged" from one that measures the error to the next.
 REFRESH = 8
 
 
-def check_mode(mode: Mode, *, in_parallel: bool) -> None:
-    """Raise `InvalidMode` unless `mode` is one of `MODES`, and "exact" in parallel runs."""
+def check_mode(mode: Mode, kl_budget: float | None = None, *, in_parallel: bool) -> None:
+    """Raise `InvalidMode` unless `mode` is one of `MODES`, and "exact" in parallel runs.
+
+    A budget is of mode "auto", in nats and not negative.
+    """
     if mode not in MODES:
         raise InvalidMode(f"mode must be one of {', '.join(MODES)}; got {mode!r}")
     if in_parallel and mode != "exact":
         raise InvalidMode(f'several processes sample with mode="exact" only, got {mode!r}')
+    if kl_budget is None:
+        return
+    if mode != "auto":
+        raise InvalidMode(f'kl_budget is what mode="auto" may spend, and mode is {mode!r}')
+    if isinstance(kl_budget, str) or not kl_budget >= 0:  # NaN fails too
+        raise InvalidMode(f"kl_budget must be at least 0 nats, got {kl_budget!r}")
 
 
-def exact_steps(mode: Mode, num_steps: int) -> int:
-    """Return how many of the last of `num_steps` steps are always exact."""
-    return {"exact": num_steps, "hybrid": ceil(EXACT_FRACTION * num_steps)}.get(mode, 0)
+class StepPlan(NamedTuple):
+    """Which networks run in each of T steps, made before the first.
 
-
-def plan(mode: Mode, table: CoefficientTable) -> list[str]:
-    """Return the kind of each of T steps: "exact", or "refresh" or "merged" in approximate modes.
-
-    Steps at which only one objective has influence are exact in every mode.
+    Attributes:
+        kinds: (T,), the kind of each step.
+        exact: (T, B) on the host, whether the image goes on with the exact step.
     """
-    exact_from = len(table) - exact_steps(mode, len(table))
+
+    kinds: list[str]
+    exact: Tensor
+
+    @classmethod
+    def of(cls, exact: Tensor) -> StepPlan:
+        """The cheapest plan in which these images, (T, B), have these steps exact."""
+        kinds = []
+        for step in exact:
+            kinds.append("exact" if step.all() else "both" if step.any() else "merged")
+        return cls(kinds, exact)
+
+    @classmethod
+    def comparing(cls, num_steps: int, batch_size: int) -> StepPlan:
+        """Exact steps that each measure what the merged one would have done."""
+        return cls(["both"] * num_steps, torch.ones(num_steps, batch_size, dtype=torch.bool))
+
+
+def merged_plan(table: CoefficientTable) -> StepPlan | None:
+    """Return the plan of mode "merged"; None: every step is exact.
+
+    Steps at which only one objective has influence are exact.
+    """
     kinds: list[str] = []
     done = 0  # approximate steps so far
-    for k, runs in enumerate(table.influence.sum(1).tolist()):
-        if k >= exact_from or runs == 1:
+    for runs in table.influence.sum(1).tolist():
+        if runs == 1:
             kinds.append("exact")
         else:
-            kinds.append("refresh" if done % REFRESH == 0 else "merged")
+            kinds.append("both" if done % REFRESH == 0 else "merged")
             done += 1
-    return kinds
+    if done == 0:
+        return None
+    exact = torch.tensor([kind != "merged" for kind in kinds])
+    return StepPlan(kinds, exact[:, None].expand(-1, table.share.shape[1]))

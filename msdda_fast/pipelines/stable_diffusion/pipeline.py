@@ -31,15 +31,16 @@ from msdda_fast.pipelines import loading, request
 from msdda_fast.pipelines.attach import attach_as_it_is
 from msdda_fast.pipelines.dtypes import Dtypes, cast, check_dtypes
 from msdda_fast.pipelines.exclusive import one_at_a_time
-from msdda_fast.pipelines.preferences import StrengthsLike, preferences
+from msdda_fast.pipelines.preferences import StrengthsLike
 from msdda_fast.pipelines.prompts import Prompts
 from msdda_fast.pipelines.schedulers import ddim_scheduler
 from msdda_fast.pipelines.stable_diffusion.callback import Callback, StepCallback
 from msdda_fast.pipelines.stable_diffusion.modes import Mode, check_mode
 from msdda_fast.pipelines.stable_diffusion.multi_objective import MultiObjectivePipeline
-from msdda_fast.pipelines.stable_diffusion.output import MSDDAPipelineOutput
+from msdda_fast.pipelines.stable_diffusion.output import MSDDAPipelineOutput, receipt
+from msdda_fast.pipelines.stable_diffusion.pilot import planned
 from msdda_fast.pipelines.stable_diffusion.sampling import PromptedGeneration, Request, sample
-from msdda_fast.steps.table import coefficient_table
+from msdda_fast.pipelines.stable_diffusion.tables import Tables
 from msdda_fast.types import Fusion, GeneratorLike, SeedsLike, WeightSchedule, ZeroVariancePolicy
 
 __all__ = ["MSDDAPipeline"]
@@ -154,6 +155,7 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
         strength: StrengthsLike | None = None,
         kl_weights: Mapping[str, float] | Sequence[float] | None = None,
         mode: Mode = "exact",
+        kl_budget: float | None = None,
         seed: int | SeedsLike | None = None,
         etas: Mapping[str, float] | Sequence[float] | None = None,
         guidance_scale: float | Mapping[str, float] | Sequence[float] | None = None,
@@ -194,7 +196,10 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
                 w_j lambda_j.
             mode: "exact", or an approximation that reports an estimate of its error: "merged" runs
                 one network with the adapters merged by precision, the limit of Rewarded Soups;
-                "hybrid" is merged, and exact in the last fifth of the steps.
+                "auto" does in as many steps as `kl_budget` allows, after a pilot where `prepare`
+                made none: see `docs/exact.md`. It is exact where strengths differ between images.
+            kl_budget: Most nats that an image's path may be from exact ones, with "auto"; None:
+                what bfloat16 networks cost.
             seed: Counter-based noise: of `seed + i` for image i, or a list, each in [-2^63, 2^64).
             etas: eta in [0, 1] by objective, in place of its own.
             guidance_scale: >= 1 (none), for all, by name or (M,). None: the objective's own or 7.5.
@@ -232,7 +237,7 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
         decoder = [] if output_type == "latent" else ["vae"]
         request.check_parts(self, "unet", "scheduler", *decoder)
         num_inference_steps = request.check_steps(num_inference_steps)
-        check_mode(mode, in_parallel=self.parallel is not None)
+        check_mode(mode, kl_budget, in_parallel=self.parallel is not None)
         callback = Callback.check(callback_on_step_end, callback_on_step_end_tensor_inputs)
         prompts = Prompts.check(
             prompt,
@@ -245,28 +250,21 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
         if (scheduler := ddim_scheduler(self.scheduler)) is not self.scheduler:
             self.register_modules(scheduler=scheduler)  # users assign others to a pipeline
         guidance = request.objective_guidance(self._objectives, guidance_scale)
-        table = coefficient_table(
-            scheduler,
-            num_inference_steps,
+        tables = Tables(
+            scheduler=scheduler,
+            num_steps=num_inference_steps,
+            objectives=self._objectives,
             etas=request.objective_etas(self._objectives, etas),
-            **preferences(
-                self._objectives,
-                weights,
-                strength,
-                kl_weights,
-                batch_size=prompts.batch_size,
-                num_steps=num_inference_steps,
-                images_per_prompt=num_images_per_prompt,
-                extrapolate=extrapolate,
-            ),
             guidance_scale=guidance,
+            strength=strength,
+            kl_weights=kl_weights,
             zero_variance=zero_variance,
             rates=rates,
             extrapolate=extrapolate,
             fusion=fusion,
-            dtype=torch.float64,
         )
-        if prompts.needs_encoder(negative=table.needs_uncond):
+        table = tables.of(weights, prompts.batch_size, num_images_per_prompt)
+        if prompts.needs_encoder(negative=table.needs_uncond) or mode == "auto":
             request.check_parts(self, "text_encoder", "tokenizer")
         shape = request.latent_shape(
             prompts.batch_size, self.unet.config, self.vae_scale_factor, height, width
@@ -276,6 +274,7 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
         networks = self.networks(mode, with_base=table.has_base)
         device = networks.device
         noise = noise_source(shape, len(table), device, seeds=seeds, generator=generator)
+        plan, forecast = planned(mode, networks, tables, table, shape[1:], kl_budget)
         table = table.to(device, torch.promote_types(networks.dtype, torch.float32))
 
         self._interrupt, self._num_timesteps = False, len(table)
@@ -288,12 +287,11 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
                 bar.update()
                 return not self._interrupt
 
-            asked = Request(prompts, table, noise, latents, mode)
-            x_0, step_kl = sample(networks, asked, watch)
-        images, flagged = self.to_images(x_0, output_type)
+            done = sample(networks, Request(prompts, table, noise, latents, plan), watch)
+        images, flagged = self.to_images(done.x, output_type)
         self.maybe_free_model_hooks()
         if not return_dict:
             return images, flagged
         return MSDDAPipelineOutput(
-            images=images, nsfw_content_detected=flagged, step_kl_estimate=step_kl
+            images=images, nsfw_content_detected=flagged, **receipt(mode, done, forecast)
         )

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +23,12 @@ from msdda_fast.pipelines.stable_diffusion.captured import (
     CapturedGeneration,
     CapturedSampler,
 )
-from msdda_fast.pipelines.stable_diffusion.modes import Mode
+from msdda_fast.pipelines.stable_diffusion.modes import StepPlan
 from msdda_fast.pipelines.stable_diffusion.parallel import ParallelNetwork, together
 from msdda_fast.pipelines.stable_diffusion.sequential import SequentialNetwork
 from msdda_fast.steps.coefficients import CoefficientTable
 
-__all__ = ["Networks", "PromptedGeneration", "Request", "Watch", "sample"]
+__all__ = ["Networks", "PromptedGeneration", "Request", "Sampled", "Watch", "sample"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +40,14 @@ class Request:
         table: Coefficients of T steps, on the device and in the dtype of the state.
         noise: Source of x_T and z.
         latents: x_T in place of the drawn one, (B, C, h, w).
-        mode: How the networks run.
+        plan: Which steps are merged; None: none.
     """
 
     prompts: Prompts
     table: CoefficientTable
     noise: NoiseSource
     latents: Tensor | None = None
-    mode: Mode = "exact"
+    plan: StepPlan | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,13 @@ class Networks:
 
 
 class PromptedGeneration(loop.Generation, Protocol):
-    """A generation whose state, coefficients and prompts may be replaced between two steps."""
+    """A generation whose state, coefficients and prompts may be replaced between two steps.
+
+    Attributes:
+        forwards: How many networks have run on each image, guidance not counted twice.
+    """
+
+    forwards: int
 
     def replace_x(self, x: Tensor) -> None:
         """Continue from another state (B, C, h, w)."""
@@ -90,18 +96,32 @@ class PromptedGeneration(loop.Generation, Protocol):
 Watch: TypeAlias = Callable[[int, PromptedGeneration, Tensor], bool]
 
 
-def sample(
-    networks: Networks, request: Request, watch: Watch | None = None
-) -> tuple[Tensor, Tensor | None]:
+class Sampled(NamedTuple):
+    """What became of a request.
+
+    Attributes:
+        x: x_0, (B, C, h, w), in the dtype of the table, or the state when `watch` returned False.
+        steps: How many steps were done.
+        forwards: How many networks ran on each image, guidance not counted twice.
+        step_kl: Estimated KL divergence of each step from the exact one, (T, B) nats.
+        merged_kl: Measured KL divergence of merged steps from exact ones, (T, B) nats, where both
+            ran.
+    """
+
+    x: Tensor
+    steps: int
+    forwards: int
+    step_kl: Tensor
+    merged_kl: Tensor
+
+
+def sample(networks: Networks, request: Request, watch: Watch | None = None) -> Sampled:
     """Run Algorithm 1 with a checked request.
 
     Args:
         networks: The networks that evaluate it.
         request: What to sample.
         watch: Called after each step; returning False ends sampling.
-
-    Returns: x_0, (B, C, h, w), in the dtype of the table, or the state when `watch` returned False;
-        and the estimated KL divergence of each step, (T, B) nats, None in exact mode.
 
     Raises:
         RankLost, RanksDiffer: Several processes share the objectives, and one is lost or differs.
@@ -116,12 +136,19 @@ def sample(
             x_T = request.noise.initial(table.rows.device, dtype)
         generation = _begin(networks, request, x_T.to(table.rows), embeds, switch)
 
+        steps = 0
+
         def watched(k: int) -> bool:
+            nonlocal steps
+            steps = k + 1
             return watch is None or watch(k, generation, embeds)
 
-        x_0 = loop.run(generation, len(table), watched)
-        step_kl = generation.step_kl if isinstance(generation, CapturedGeneration) else None
-        return x_0.clone(), None if request.mode == "exact" else step_kl
+        x = loop.run(generation, len(table), watched).clone()
+        if isinstance(generation, CapturedGeneration):
+            kl = generation.step_kl, generation.merged_kl
+        else:
+            kl = (x.new_zeros(len(table), len(x)),) * 2
+        return Sampled(x, steps, generation.forwards, *kl)
 
 
 class _EagerGeneration(loop.EagerGeneration):
@@ -131,11 +158,18 @@ class _EagerGeneration(loop.EagerGeneration):
         self, networks: Networks, request: Request, x_T: Tensor, switch: AdapterSwitch
     ) -> None:
         variants, dtype = list(networks.variants.values()), networks.dtype
+        self.forwards = 0
+        self._runs: list[int] = request.table.influence.sum(1).tolist()
         self._local = SequentialNetwork(variants, switch, request.table, dtype)
         network: Callable[[Tensor, int], Outputs] = self._local
         if networks.parallel is not None:
             network = ParallelNetwork(networks.parallel, self._local, dtype)
         super().__init__(network, x_T, request.table, request.noise)
+
+    def step(self, k: int) -> None:
+        """Do step k."""
+        super().step(k)
+        self.forwards += self._runs[k]
 
     def replace_prompt(self, prompt_embeds: Tensor) -> None:
         """Continue with other embeddings (M, K, B, L, D), between two steps."""
@@ -148,7 +182,7 @@ def _begin(
     if networks.sampler is not None:
         shared = len(set(_text_encoders(networks))) == 1
         return networks.sampler.begin(
-            request.table, request.noise, x_T, embeds, shares_text=shared, mode=request.mode
+            request.table, request.noise, x_T, embeds, shares_text=shared, plan=request.plan
         )
     generation = _EagerGeneration(networks, request, x_T, switch)
     generation.replace_prompt(embeds)
