@@ -28,7 +28,6 @@ import torch
 import msdda_fast as mf
 from benchmarks import modes
 from benchmarks.harness import RESULTS, surroundings
-from msdda_fast.batched.unet import BatchedUNet
 from msdda_fast.emoji.prompts import TEST_PROMPTS
 from msdda_fast.pipelines.stable_diffusion.merged_unet import MergedUNet
 from msdda_fast.pipelines.stable_diffusion.path_kl import LIMIT_LEVEL, PILOTS
@@ -61,13 +60,8 @@ class Cell:
         self.seeds = [SEED + i for i in range(images)]
         self.embeds = pipe.encode_prompt(self.prompts, "cpu", 1, False)[0]
         ordered = [self.weights[name] for name in pipe.objectives]
-        self.table = mf.coefficient_table(
-            pipe.scheduler,
-            STEPS,
-            weights=torch.tensor([ordered] * images),
-            etas=[objective.eta for objective in pipe.objectives.values()],
-        )
-        self.judge = BatchedUNet.of(list(pipe.variants.values()))
+        self.table = modes.coefficients(pipe, torch.tensor([ordered] * images))
+        self.judge = modes.exact_networks(pipe, self.table)
         self.judge.begin(self.embeds[None, None], self.table.timesteps)
 
     def draw(self, mode):
@@ -109,7 +103,7 @@ class Cell:
 
     def remapped(self):
         """The shares of what predictions count in a step, (T, B, M)."""
-        counts = self.table.rows[..., 1 + len(self.pipe.objectives) : -1].double()
+        counts = self.table.rows[..., self.table[0].layout.cond].double()
         return counts / counts.sum(-1, keepdim=True)
 
 

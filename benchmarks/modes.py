@@ -39,13 +39,21 @@ def load(dtype):
     return pipe
 
 
-def coefficients(pipe, batch):
+def coefficients(pipe, weights):
+    """The table at weights (B, M), with a column for the base if adapters have ranges."""
+    objectives = pipe.objectives.values()
     return mf.coefficient_table(
         pipe.scheduler,
         STEPS,
-        weights=torch.tensor([[1 - WEIGHT, WEIGHT]] * batch),
-        etas=[objective.eta for objective in pipe.objectives.values()],
+        weights=weights,
+        etas=[objective.eta for objective in objectives],
+        ranges=[objective.timesteps for objective in objectives],
     )
+
+
+def exact_networks(pipe, table):
+    """The batched forward whose outputs the columns of `coefficients` are for."""
+    return BatchedUNet.of([*pipe.networks(with_base=table.has_base).variants.values()])
 
 
 def trajectory(pipe, mode, embeds, seeds):
@@ -97,9 +105,9 @@ def quality(seeds_per_prompt):
     torch.manual_seed(0)
     pipe = load(torch.float32)
     narrow = load(torch.bfloat16)
-    table = coefficients(pipe, len(TEST_PROMPTS))
+    table = coefficients(pipe, torch.tensor([[1 - WEIGHT, WEIGHT]] * len(TEST_PROMPTS)))
     embeds = pipe.encode_prompt(list(TEST_PROMPTS), "cpu", 1, False)[0]
-    judge = BatchedUNet.of([*pipe.variants.values()])
+    judge = exact_networks(pipe, table)
     judge.begin(embeds[None, None], table.timesteps)
     rewards = {name: load_reward(name) for name in REWARDS}
     found = {}
