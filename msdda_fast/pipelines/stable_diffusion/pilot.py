@@ -47,12 +47,13 @@ from msdda_fast.steps.coefficients import CoefficientTable
 
 __all__ = ["foretell", "pilot_weights", "planned"]
 
-#: One per image; plain captions of one and two things.
+#: One per image; plain captions of one and of two things, as the shipped model was trained on.
 PROMPTS = (
-    "A red colored car.", "A black dog.", "A green cup and a red book.", "A white giraffe.",
-    "A blue bird and a brown bear.", "A yellow banana.", "A pink hat.", "A brown table.",
-    "A green apple and a black backpack.", "A red vase.", "A white sheep and a black clock.",
-    "An orange sandwich.",
+    "A red colored car.", "A red car and a white sheep.", "A blue colored dog.",
+    "A blue bird and a brown bear.", "A green colored banana.",
+    "A green cup and a blue cell phone.",
+    "A black colored sandwich.", "A yellow book and a red vase.", "A yellow colored giraffe.",
+    "A black apple and a green backpack.", "A pink colored car.", "A white car and a red sheep.",
 )  # fmt: skip
 FIRST_SEED = 0x70696C6F74
 #: Images drawn together; two of the first ones are drawn with rounding, too.
