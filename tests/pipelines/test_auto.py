@@ -13,7 +13,7 @@ from msdda_fast.engine.noise import noise_source
 from msdda_fast.errors import InvalidMode
 from msdda_fast.pipelines.stable_diffusion import path_kl, pilot
 from msdda_fast.pipelines.stable_diffusion.merged_unet import MergedUNet
-from msdda_fast.pipelines.stable_diffusion.modes import StepPlan, merged_plan
+from msdda_fast.pipelines.stable_diffusion.modes import StepPlan
 from msdda_fast.pipelines.stable_diffusion.path_kl import Pilot, forecast, kl_scale
 from msdda_fast.pipelines.stable_diffusion.rounding import WideProducts
 from msdda_fast.pipelines.stable_diffusion.step_kl import step_kl
@@ -294,8 +294,3 @@ class TestRefusals:
     def test_a_budget_of_another_mode(self, pipe, mode):
         with pytest.raises(InvalidMode, match='mode="auto"'):
             pipe(PROMPTS, **{**AUTO, "mode": mode})
-
-
-def test_merged_without_a_step_to_merge_is_exact(pipe):
-    table = mf.coefficient_table(pipe.scheduler, 3, etas=[1.0, 0.8], weights=[1.0, 0.0])
-    assert merged_plan(table) is None
