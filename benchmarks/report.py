@@ -272,7 +272,7 @@ def auto_mode_table() -> str:
             f"{cell['forwards_per_step']:.2f}", spread(cell["truth"]), f"{cell['estimate']:.3g}",
             f"{cell['upper']:.3g}", f"{cell['held']} of {cell['images']}",
             *(spread(cell["changes"][r], "+") for r in ("consistency", "aesthetic")),
-            *(spread(cell["merging"][name]) for name in ("shares", "remapped")),
+            *(spread(m[n]) if (m := cell["merging"]) else "" for n in ("shares", "remapped")),
         ]  # fmt: skip
         rows.append("| " + " | ".join(cells) + " |")
     columns = [

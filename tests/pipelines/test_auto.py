@@ -13,7 +13,7 @@ from msdda_fast.engine.noise import noise_source
 from msdda_fast.errors import InvalidMode
 from msdda_fast.pipelines.stable_diffusion import path_kl, pilot
 from msdda_fast.pipelines.stable_diffusion.merged_unet import MergedUNet
-from msdda_fast.pipelines.stable_diffusion.modes import StepPlan, merged_plan
+from msdda_fast.pipelines.stable_diffusion.modes import StepPlan
 from msdda_fast.pipelines.stable_diffusion.path_kl import Pilot, forecast, kl_scale
 from msdda_fast.pipelines.stable_diffusion.rounding import WideProducts
 from msdda_fast.pipelines.stable_diffusion.step_kl import step_kl
@@ -67,11 +67,11 @@ class TestTheLaw:
 
 class TestForecasts:
     def test_limits_hold_for_the_next_lognormal_number(self):
-        """97.5 of 100, and the deviation of 20000 such counts is 0.11 of 100."""
+        """99 of 100, and the deviation of 20000 such counts is 0.07 of 100."""
         torch.manual_seed(0)
         draws = (0.5 * torch.randn(20000, path_kl.PILOTS + 1, dtype=torch.float64) - 1).exp()
         held = draws[:, -1] <= path_kl._limit(draws[:, :-1])
-        assert abs(held.double().mean() - path_kl.LIMIT_LEVEL) < 0.004
+        assert abs(held.double().mean() - path_kl.LIMIT_LEVEL) < 0.003
 
     def of(self, scale, budget, ratio=(0.5, 1.0, 2.0) * 4):
         scale = torch.tensor(scale, dtype=torch.float64)
@@ -91,10 +91,11 @@ class TestForecasts:
         assert float(found.path_kl(2).upper) == pytest.approx(one) and receipt.pilot_forwards == 7
 
     def test_images_do_not_matter_to_each_other(self):
-        together = self.of([[1.0, 3.0], [8.0, 0.1], [2.0, 2.0]], 12.0)
+        budget = 4 * float(self.of([[1.0]], 1e9).path_kl(1).upper)
+        together = self.of([[1.0, 3.0], [8.0, 0.1], [2.0, 2.0]], budget)
         assert together.plan.kinds == ["both", "both", "merged"]
         for b, alone in enumerate(([[1.0], [8.0], [2.0]], [[3.0], [0.1], [2.0]])):
-            assert torch.equal(together.plan.exact[:, b], self.of(alone, 12.0).plan.exact[:, 0])
+            assert torch.equal(together.plan.exact[:, b], self.of(alone, budget).plan.exact[:, 0])
 
     def test_steps_without_noise_are_exact_and_free_ones_merged(self):
         inf = float("inf")
@@ -293,8 +294,3 @@ class TestRefusals:
     def test_a_budget_of_another_mode(self, pipe, mode):
         with pytest.raises(InvalidMode, match='mode="auto"'):
             pipe(PROMPTS, **{**AUTO, "mode": mode})
-
-
-def test_merged_without_a_step_to_merge_is_exact(pipe):
-    table = mf.coefficient_table(pipe.scheduler, 3, etas=[1.0, 0.8], weights=[1.0, 0.0])
-    assert merged_plan(table) is None

@@ -28,7 +28,7 @@ class MSDDAPipelineOutput(StableDiffusionPipelineOutput):  # type: ignore[misc] 
             a bound. 0 for exact steps; infinite for steps that are not exact and add no noise. None
             with `mode="exact"`.
         path_kl: With `mode="auto"` how far the path of each image is from an exact one: an
-            estimate, and a limit with 97.5% confidence.
+            estimate, and a limit with 99% confidence.
         forwards: How many networks ran on each image in this call, a pass with guidance counted
             once. A pilot's are in `path_kl`.
     """

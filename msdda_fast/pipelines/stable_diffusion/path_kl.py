@@ -33,9 +33,9 @@ from msdda_fast.steps.coefficients import CoefficientTable, Layout
 __all__ = ["LIMIT_LEVEL", "PILOTS", "Forecast", "PathKL", "Pilot", "forecast", "kl_scale"]
 
 PILOTS = 12  #: Images of a pilot.
-LIMIT_LEVEL = 0.975  #: Of the limits: how many images of a hundred stay below theirs.
+LIMIT_LEVEL = 0.99  #: Of the limits: how many images like a pilot's stay below theirs.
 #: Student's t at that level with PILOTS - 1 degrees of freedom.
-QUANTILE = 2.20099
+QUANTILE = 2.71808
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class PathKL:
     Attributes:
         estimate: Mean KL divergence of the path from the exact one, (B,) nats; 0 where every step
             was exact.
-        upper: What 97.5 of 100 such images stay below, (B,) nats.
+        upper: What 99 of 100 images like those of the pilot stay below, (B,) nats.
         budget: What `upper` was to be at most, nats; None where nothing could be merged.
         pilot_forwards: Forwards of a network on one image that the pilot took. A pilot serves all
             later calls of the same settings, whatever their weights.
