@@ -11,8 +11,8 @@ A step of its rule moves by dt (1 + a^2 / 2) times the velocity, so predictions 
 
     what_i = share_i (1 + a_i^2 / 2) / (1 + a_w^2 / 2)
 
-give the fused mean: `effective_weights` at a_i / sqrt(2). Merges at these weights, and DB-MPA at
-them (`fusion="eps"`), are the rows "re-weighted". MORL is one adapter trained on r_w at a_w, at
+give the fused mean at every finite step but the first: `effective_weights` at a_i / sqrt(2). Merges
+at these weights, and DB-MPA at them (`fusion="eps"`), are the rows "re-weighted". MORL is one adapter trained on r_w at a_w, at
 w = 0.5. Writes results/compare-flow; `benchmarks/report.py` makes the table of docs/results.md.
 """
 
