@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The shipped model draws what it drew before the package moved to its present rooms.
+"""The shipped model draws what it drew when its adapters were made.
 
-`latents.safetensors` was drawn by commit 7e6bde9. On the machine that drew it, the bits are the
+`latents.safetensors` was drawn by commit da9a75c. On the machine that drew it, the bits are the
 same today; elsewhere matrices are summed in another order, which moves the last digits.
 """
 
