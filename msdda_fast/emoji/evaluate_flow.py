@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure the shipped flow model on held-out prompts: `python -m msdda_fast.emoji.evaluate_flow`.
 
-The guidance of the base is chosen on the training prompts; then all arms draw 25 test prompts x 8
+The guidance of the base is chosen on the training prompts; then all arms draw 25 test prompts x 4
 seeds (resumable) and `benchmarks/results/emoji_flow.json` gets means with intervals,
 `emoji_flow_samples.csv` a row per image. As in `emoji.evaluate`, the judge was never optimised
 against.
@@ -38,8 +38,8 @@ from msdda_fast.rewards import REWARDS, load_reward
 from msdda_fast.rewards.judge import Judge
 from msdda_fast.training.collect import Collection, Sampler, collect
 
-SEEDS = range(8)
-CHOICE_SEEDS = range(20_000, 20_004)
+SEEDS = range(4)
+CHOICE_SEEDS = range(20_000, 20_002)
 GUIDANCE = (2.0, 3.0, 4.0)  # of the base, to choose from
 SWEEP = (0.0, 0.5, 1.0)  # weight of consistency
 BATCH = 25

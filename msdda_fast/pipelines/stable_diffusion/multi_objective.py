@@ -65,8 +65,8 @@ class MultiObjectivePipeline(AdapterMethods, DiffusionPipeline):  # type: ignore
         class with objectives (`pipelines.attach`).
 
         Args:
-            pretrained_model_name_or_path: Hub id, local folder in diffusers' layout, or the shipped
-                model `msdda-fast/emoji`.
+            pretrained_model_name_or_path: Hub id, local folder in diffusers' layout, or a shipped
+                model: `msdda-fast/emoji` or `msdda-fast/emoji-flow`.
             objectives: Objectives by name, in order; None: those of the model's `objectives.json`,
                 or only the base model if there is no such file.
             dtype: Dtype of all components, float32 by default, or a mapping from their names, in
