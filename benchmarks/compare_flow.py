@@ -11,9 +11,11 @@ A step of its rule moves by dt (1 + a^2 / 2) times the velocity, so predictions 
 
     what_i = share_i (1 + a_i^2 / 2) / (1 + a_w^2 / 2)
 
-give the fused mean at every finite step but the first: `effective_weights` at a_i / sqrt(2). Merges
-at these weights, and DB-MPA at them (`fusion="eps"`), are the rows "re-weighted". MORL is one adapter trained on r_w at a_w, at
-w = 0.5. Writes results/compare-flow; `benchmarks/report.py` makes the table of docs/results.md.
+give the fused mean in every step but the first: `effective_weights` at a_i / sqrt(2). Merges at
+these weights, and DB-MPA at them (`fusion="eps"`), are the rows "re-weighted". MORL is one adapter
+trained on r_w at a_w, at w = 0.5.
+
+Writes results/compare-flow; `benchmarks/report.py` makes the table of docs/results.md.
 """
 
 import argparse
@@ -34,7 +36,7 @@ from benchmarks.harness import RESULTS
 from msdda_fast.assets import resolve
 from msdda_fast.emoji.align import WeightedSum
 from msdda_fast.emoji.align_flow import FLOW_ALIGNMENT, NUM_STEPS, TIMESTEPS, align_flow_to
-from msdda_fast.emoji.evaluate_flow import FlowArm, flow_sampler
+from msdda_fast.emoji.evaluate_flow import FlowArm, flow_sampler, load_arm
 from msdda_fast.emoji.export_flow import FLOW
 from msdda_fast.emoji.prompts import TEST_PROMPTS
 from msdda_fast.evaluation.floors import JUDGES
@@ -158,7 +160,8 @@ def draw(model: Path, system: System, work: Path, seeds: range) -> Iterator[Scor
     """Draw and score what is missing of a system, and yield the scores of all its images."""
     name = system.arm.name.replace(" ", "-").replace(",", "")
     rewards = {reward: load_reward(reward) for reward in SCORES}
-    sampler, pipe = flow_sampler(model, system.arm, **system.options)
+    pipe = load_arm(model, system.arm)
+    sampler = flow_sampler(pipe, system.arm, **system.options)
     timing, start = work / name / "seconds.json", time.perf_counter()
     found = collect(sampler, rewards, TEST_PROMPTS, seeds, work / name, batch_size=BATCH)
     if not timing.exists():

@@ -18,7 +18,7 @@ from torch import Tensor
 from msdda_fast.emoji.flow_model import shorten
 from msdda_fast.emoji.prompts import alignment_prompts
 from msdda_fast.levels import FlowSDE, noise_to_json
-from msdda_fast.rewards import load_reward
+from msdda_fast.rewards import Reward, load_reward
 from msdda_fast.steps.flow import flow_grid
 from msdda_fast.steps.flow_sde import FlowSDERule
 from msdda_fast.training import RewardGradientConfig, RewardTask, add_lora, train_reward_gradient
@@ -60,18 +60,22 @@ def align_flow(base: Path, name: str, work: Path, recipe: RewardGradientConfig) 
 
     Resumes from the checkpoint in `work/align-NAME`, which receives log and weights (fp16).
     """
+    return align_flow_to(base, load_reward(name), work / f"align-{name}", recipe)
+
+
+def align_flow_to(base: Path, reward: Reward, out_dir: Path, recipe: RewardGradientConfig) -> Path:
+    """Train an adapter for any differentiable reward in `out_dir`, and return it; resumes."""
     pipe: Any = StableDiffusion3Pipeline.from_pretrained(base)
     short = shorten(pipe)
     pipe.scheduler.set_timesteps(NUM_STEPS)
     task = RewardTask(
-        reward=load_reward(name),
+        reward=reward,
         decode=soft_decoder(pipe),
         prompts=PROMPTS,
         conditions=conditions(pipe, PROMPTS, short),
         latent_shape=(pipe.transformer.config.in_channels, *2 * (pipe.default_sample_size,)),
     )
     add_lora(pipe.transformer, rank=RANK, target_modules=TARGETS, seed=recipe.seed)
-    out_dir = work / f"align-{name}"
     train_reward_gradient(
         pipe.transformer,
         FlowSDERule(flow_grid(pipe.scheduler)),

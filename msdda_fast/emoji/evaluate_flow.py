@@ -89,16 +89,26 @@ def sample_flow_arm(
     model: Path, arm: FlowArm, work: Path, prompts: Sequence[str], seeds: range
 ) -> Collection:
     """Draw one arm in float32 and score it; resumes from finished shards."""
-    pipe: Any = MSDDAPipeline.from_pretrained(model, objectives=arm.objectives)
-    pipe.set_progress_bar_config(disable=True)
     rewards: dict[str, Any] = {name: load_reward(name) for name in REWARDS}
     rewards |= {f"judge {what}": Judge(what) for what in ("object", "color")}
     folder = work / arm.name.replace(" ", "").replace(",", "-")
-    return collect(_sampler(pipe, arm), rewards, prompts, seeds, folder, batch_size=BATCH)
+    return collect(
+        flow_sampler(load_arm(model, arm), arm), rewards, prompts, seeds, folder, batch_size=BATCH
+    )
 
 
-def _sampler(pipe: Any, arm: FlowArm) -> Sampler:  # noqa: ANN401 - Stable Diffusion 3, attached
-    options = {"num_inference_steps": NUM_STEPS, "guidance_scale": arm.guidance_scale}
+def load_arm(model: Path, arm: FlowArm) -> Any:  # noqa: ANN401 - Stable Diffusion 3, attached
+    """Load the flow model in float32 with the objectives of an arm."""
+    pipe: Any = MSDDAPipeline.from_pretrained(model, objectives=arm.objectives)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def flow_sampler(pipe: Any, arm: FlowArm, **more: object) -> Sampler:  # noqa: ANN401 - as above
+    """Return a function (prompts, seeds) -> (latents, images); `more` are options of the call."""
+    options = {
+        "num_inference_steps": NUM_STEPS, "guidance_scale": arm.guidance_scale, **more
+    }  # fmt: skip
     short = shorten(pipe)
 
     def sample(prompts: Sequence[str], seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
