@@ -10,6 +10,7 @@ OUT ?= out/demo
 
 demo: $(STAMP)
 	$(BIN)/msdda-fast sweep --seeds 1,2 --out $(OUT)
+	$(BIN)/python examples/flow_model.py $(OUT)/flow.png
 
 # `test` leaves out what is marked `full`: rows of sweeps that no pair of values needs, and expensive
 # second looks. tests/faults/ shows that it notices what `test-all` notices.

@@ -15,6 +15,9 @@ give the fused mean in every step but the first: `effective_weights` at a_i / sq
 these weights, and DB-MPA at them (`fusion="eps"`), are the rows "re-weighted". MORL is one adapter
 trained on r_w at a_w, at w = 0.5.
 
+With few steps Euler's noise stays in the picture. Flow-CPS takes it out in the same step: the rows
+with 4 and 8 steps are MSDDA by either rule, at the same numbers for a.
+
 Writes results/compare-flow; `benchmarks/report.py` makes the table of docs/results.md.
 """
 
@@ -25,6 +28,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # when run as a script
 
@@ -53,6 +57,7 @@ from msdda_fast.training.collect import collect
 WEIGHTED, OTHER = "consistency", "aesthetic"  # w weighs the first
 WEIGHTS, MIDDLE = (0.2, 0.5, 0.8), 0.5
 ROTATIONS = 8
+FEW_STEPS, RULES = (8, 4), {"SDE": mf.FlowSDE, "CPS": mf.CPS}
 SCORES = (*REWARDS, *JUDGES, "background_chroma")
 LORA = "pytorch_lora_weights.safetensors"
 BATCH = 25
@@ -66,7 +71,7 @@ class System:
     variant: str
     w: float | None
     arm: FlowArm
-    options: Mapping[str, object] = field(default_factory=dict)  # of the call
+    options: Mapping[str, Any] = field(default_factory=dict)  # of the call
 
     @property
     def weights(self) -> str:
@@ -135,6 +140,17 @@ def systems(model: Path, work: Path) -> Iterator[System]:
         )
         yield merged("product", w, preference(w))
         yield merged("re-weighted", w, remapped(w)[0])
+    for steps in FEW_STEPS:
+        for name, noise in RULES.items():
+            own = {
+                objective: mf.Objective(
+                    FLOW, subfolder=objective, noise=noise(recipe.level), timesteps=TIMESTEPS
+                )
+                for objective, recipe in FLOW_ALIGNMENT.items()
+            }
+            variant = f"{name}, {steps} steps"
+            arm = FlowArm(f"MSDDA {variant}", preference(MIDDLE), own)
+            yield System("MSDDA", variant, MIDDLE, arm, {"num_inference_steps": steps})
     yield merged("factor", MIDDLE, preference(MIDDLE), "factor")
     for seed in range(ROTATIONS):
         yield merged(f"{ROTATED} {seed}", MIDDLE, preference(MIDDLE), "factor", seed)
@@ -168,7 +184,8 @@ def draw(model: Path, system: System, work: Path, seeds: range) -> Iterator[Scor
         seconds = (time.perf_counter() - start) / len(found.seeds)
         write_json(timing, {"seconds": round(seconds, 4)})
     seconds = json.loads(timing.read_text())["seconds"]
-    pipe.scheduler.set_timesteps(NUM_STEPS)
+    steps = int(system.options.get("num_inference_steps", NUM_STEPS))
+    pipe.scheduler.set_timesteps(steps)
     costs = {
         "unet_forwards": float(networks(system, pipe.scheduler.timesteps)),
         "unet_backwards": 0.0,
@@ -181,7 +198,7 @@ def draw(model: Path, system: System, work: Path, seeds: range) -> Iterator[Scor
             variant=system.variant,
             w=system.w,
             weights=system.weights,
-            steps=NUM_STEPS,
+            steps=steps,
             prompt=TEST_PROMPTS[int(found.prompt_index[row])],
             seed=int(found.seeds[row]),
             rewards={reward: float(found.scores[reward][row]) for reward in SCORES},

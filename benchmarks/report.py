@@ -365,10 +365,19 @@ def gauge_table() -> str:
     return "\n".join([figure, "", head + "|---|---|---:|---|---:|", *rows, "", setting])
 
 
-def floors_table() -> str:
+def floors_table(comparison: str = "compare-emoji") -> str:
     """Gains over the base under the floors, systems without and with rewards apart."""
-    file = RESULTS / "compare-emoji" / "floors.md"
+    file = RESULTS / comparison / "floors.md"
     return file.read_text().rstrip() if file.exists() else ""
+
+
+def compare_flow_table() -> str:
+    """The same for the flow model, with its setting."""
+    table = floors_table("compare-flow")
+    if not table:
+        return ""
+    setting = json.loads((RESULTS / "compare-flow" / "protocol.json").read_text())["setting"]
+    return f"{table}\n\n{setting}"
 
 
 def serving_table() -> str:
@@ -465,6 +474,7 @@ TABLES = {
     "compare": compare_table,
     "gauge": gauge_table,
     "floors": floors_table,
+    "compare_flow": compare_flow_table,
     "two_networks": two_networks_table,
     "serving": serving_table,
 }

@@ -22,6 +22,7 @@ WRITES = {
     "pipeline.py": {"dog.png", "apple.png"},
     "any_pipeline.py": set(),
     "drop_in_step.py": set(),
+    "flow_model.py": {"flow.png"},
     "k_diffusion_sampler.py": set(),
     "train_adapter.py": {"dark", "dark.png"},
 }
