@@ -74,7 +74,7 @@ class Plan:
         search_preferences, search_seeds: Preferences (None: all) and seeds for systems that
             evaluate rewards while sampling.
         front: Additional weights w for the Pareto figure: MSDDA, RS and DB-MPA.
-        front_seeds: Seeds for those, for the variants of MSDDA and RS, and for `simplex`.
+        front_seeds: Seeds for those, for the variants of MSDDA, RS and TFG, and for `simplex`.
         simplex: Preferences over three objectives, for MSDDA.
         tuned: Further settings of searches, beside the published ones, by name and variant.
         oracles: Adapter folders by w.
@@ -174,4 +174,4 @@ class Plan:
             for w in self.search_preferences or self.preferences:
                 yield Entry(method, variant, self.at(w), self.search_seeds)
         for variant, preset in PRESETS.items():
-            yield Entry(preset, variant, middle, self.search_seeds)
+            yield Entry(preset, variant, middle, self.front_seeds)
