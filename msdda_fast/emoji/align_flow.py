@@ -35,10 +35,10 @@ PROMPTS = alignment_prompts(120)
 TIMESTEPS = (300.0, 1000.0)
 FLOW_ALIGNMENT = {
     "aesthetic": RewardGradientConfig(
-        steps=20, level=0.7, kl_weight=0.03, timesteps=TIMESTEPS, lr=2e-3, seed=2
+        steps=50, level=0.7, kl_weight=0.1, timesteps=TIMESTEPS, seed=2
     ),
     "consistency": RewardGradientConfig(
-        steps=80, level=0.5, kl_weight=0.02, timesteps=TIMESTEPS, seed=1
+        steps=200, level=0.5, kl_weight=0.02, timesteps=TIMESTEPS, seed=1
     ),
 }
 
