@@ -9,8 +9,8 @@ an image visits the exact networks give the divergence of the step from the exac
 the path is what `path_kl` foretold. Rewards are compared with those of exact sampling from the same
 noise.
 
-Beside it, at equal weights, what merging all steps would cost on exact paths: at the shares that are
-right to first order, as the modes do it, and at those of Eq. 7.
+Beside it, at equal weights, what merging every step would cost on exact paths: at the shares that
+are right to first order, as the modes do it, and at those of Eq. 7.
 
 Writes results/auto_mode.json; `benchmarks/report.py` makes the table of docs/results.md.
 """
