@@ -16,7 +16,7 @@ so the shares of a step count in `KL_k` by a factor that is known, `kl_scale`,
 
 and `KL_k / s_k` is a property of the networks, the prompt and the state. A pilot measures it on a
 few images, at weights all over the simplex; see `pilot`. For other images, at any weights, the same
-numbers foretell a mean and, as they are nearly lognormal, a limit for one more image.
+numbers foretell a mean and, as they are roughly lognormal, a limit for one more image.
 """
 
 from __future__ import annotations
@@ -126,7 +126,8 @@ def forecast(table: CoefficientTable, pilot: Pilot, budget: float | None) -> For
     """
     budget = pilot.rounding if budget is None else float(budget)
     scale = kl_scale(table)
-    kl = _product(scale[..., None], pilot.ratio[:, None])
+    kl = scale[..., None] * pilot.ratio[:, None]
+    kl = kl.masked_fill(scale[..., None] == 0, 0.0)  # a ratio may be infinite
     order = kl.mean(-1).argsort(dim=0, stable=True)
     totals = kl.gather(0, order[..., None].expand_as(kl)).cumsum(0)
     fits = _limit(totals) <= budget  # (T, B): whether the cheapest k + 1 steps may be merged
@@ -136,10 +137,6 @@ def forecast(table: CoefficientTable, pilot: Pilot, budget: float | None) -> For
     return Forecast(
         StepPlan.of(exact, table), kl.masked_fill(exact[..., None], 0.0), budget, pilot.forwards
     )
-
-
-def _product(scale: Tensor, ratio: Tensor) -> Tensor:
-    return torch.where(scale == 0, 0.0, scale * ratio)
 
 
 def _limit(totals: Tensor) -> Tensor:
