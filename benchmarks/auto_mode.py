@@ -9,9 +9,8 @@ an image visits the exact networks give the divergence of the step from the exac
 the path is what `path_kl` foretold. Rewards are compared with those of exact sampling from the same
 noise.
 
-Beside it, at equal weights, what merging costs on exact paths at the precision's shares, as
-"merged" and "auto" do it, and at shares re-mapped in each step by what a prediction counts at each
-objective's eta.
+Beside it, at equal weights, what merging every step would cost on exact paths: at the shares that
+are right to first order, as the modes do it, and at those of Eq. 7.
 
 Writes results/auto_mode.json; `benchmarks/report.py` makes the table of docs/results.md.
 """
@@ -31,6 +30,7 @@ from benchmarks import modes
 from benchmarks.harness import RESULTS, surroundings
 from msdda_fast.emoji.prompts import TEST_PROMPTS
 from msdda_fast.pipelines.stable_diffusion.merged_unet import MergedUNet
+from msdda_fast.pipelines.stable_diffusion.merging import merged_shares
 from msdda_fast.pipelines.stable_diffusion.path_kl import LIMIT_LEVEL, PILOTS
 from msdda_fast.pipelines.stable_diffusion.step_kl import step_kl
 from msdda_fast.rewards import REWARDS, load_reward
@@ -103,11 +103,6 @@ class Cell:
             total = total + step_kl(x, wrong, exact, self.table[k], self.table.std[k])
         return total
 
-    def remapped(self):
-        """The shares of what predictions count in a step, (T, B, M)."""
-        counts = self.table.rows[..., self.table[0].layout.cond].double()
-        return counts / counts.sum(-1, keepdim=True)
-
 
 @torch.no_grad()
 def judged(cell, judges):
@@ -116,6 +111,7 @@ def judged(cell, judges):
     out, states = cell.draw("auto")
     truth = modes.divergence(cell.judge, states, cell.table, cell.seeds).sum(0).double()
     receipt = out.path_kl
+    ways = {"first_order": merged_shares(cell.table), "precision": cell.table.share}
     before, after = (cell.rewards(one.images, judges) for one in (exact, out))
     return {
         "budget": round(receipt.budget, 4),
@@ -130,7 +126,7 @@ def judged(cell, judges):
         "changes": {name: modes.interval(after[name] - before[name]) for name in judges},
         "merging": {
             name: modes.interval(cell.merging(exact_states, shares))
-            for name, shares in {"shares": cell.table.share, "remapped": cell.remapped()}.items()
+            for name, shares in ways.items()
             if cell.weights["consistency"] == EVEN
         },
     }

@@ -272,13 +272,13 @@ def auto_mode_table() -> str:
             f"{cell['forwards_per_step']:.2f}", spread(cell["truth"]), f"{cell['estimate']:.3g}",
             f"{cell['upper']:.3g}", f"{cell['held']} of {cell['images']}",
             *(spread(cell["changes"][r], "+") for r in ("consistency", "aesthetic")),
-            *(spread(m[n]) if (m := cell["merging"]) else "" for n in ("shares", "remapped")),
+            *(spread(m[n]) if (m := cell["merging"]) else "" for n in ("first_order", "precision")),
         ]  # fmt: skip
         rows.append("| " + " | ".join(cells) + " |")
     columns = [
         "adapter scale", "w", "budget, nats", "forwards a step", "path KL, nats", "estimate",
         "limit", "limit held", "consistency reward, change", "aesthetic reward, change",
-        "path KL of merging all", "at re-mapped shares",
+        "path KL of merging every step", "at shares of Eq. 7",
     ]  # fmt: skip
     head = "| " + " | ".join(columns) + " |\n|" + "---|" * len(columns)
     note = (

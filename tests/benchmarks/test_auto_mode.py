@@ -20,7 +20,7 @@ def test_receipts_are_judged_and_their_table_is_made(monkeypatch, tmp_path):
     assert cell["images"] == result["images"] == 2 and 0 <= cell["held"] <= 2
     assert 1 <= cell["forwards_per_step"] <= 2 and cell["upper"] <= cell["budget"]
     merged = cell["merging"]
-    assert 0 < merged["shares"][0] < 2 * merged["remapped"][0] < 4 * merged["shares"][0]
+    assert 0 < merged["first_order"][0] < 2 * merged["precision"][0]
     if cell["forwards_per_step"] == 2:
         assert cell["truth"][0] == 0
     monkeypatch.setattr(report, "RESULTS", tmp_path)

@@ -13,6 +13,7 @@ from msdda_fast.engine.noise import noise_source
 from msdda_fast.errors import InvalidMode
 from msdda_fast.pipelines.stable_diffusion import path_kl, pilot
 from msdda_fast.pipelines.stable_diffusion.merged_unet import MergedUNet
+from msdda_fast.pipelines.stable_diffusion.merging import TOLERANCE, merged_shares, output_counts
 from msdda_fast.pipelines.stable_diffusion.modes import StepPlan
 from msdda_fast.pipelines.stable_diffusion.path_kl import Pilot, forecast, kl_scale
 from msdda_fast.pipelines.stable_diffusion.rounding import WideProducts
@@ -65,6 +66,35 @@ class TestTheLaw:
         torch.testing.assert_close(kl_scale(table), kl_scale(plain), rtol=1e-4, atol=0)
 
 
+class TestMergedShares:
+    @pytest.mark.parametrize("options", [{}, {"guidance_scale": 4.0}, {"strength": 1.5}], ids=str)
+    def test_are_right_to_first_order(self, options):
+        """f(d) = d: one output at the mixture makes the step of all outputs."""
+        weights = torch.tensor([[0.3, 0.7], [0.9, 0.1]])
+        table = mf.coefficient_table(
+            DDIMScheduler(clip_sample=False), 9, etas=[1.0, 0.5], weights=weights, **options
+        )
+        d = torch.arange(1.0, 1 + table.num_objectives, dtype=torch.float64)
+        counts = output_counts(table)
+        right = (counts * d).sum(-1) / counts.sum(-1)
+        error = ((merged_shares(table) * d).sum(-1) - right).abs()
+        assert error.max() <= TOLERANCE * d.sum() and error[0].max() < 1e-6
+        assert ((table.share * d).sum(-1) - right).abs().max() > 2 * error.max()
+
+    def test_change_in_few_steps(self):
+        """To merge again takes time; who comes in or leaves is seen at once."""
+        table = mf.coefficient_table(
+            DDIMScheduler(clip_sample=False),
+            25,
+            etas=[1.0, 0.8],
+            weights=[0.5, 0.5],
+            ranges=[(500, 999), None],
+        )
+        changes = (merged_shares(table).diff(dim=0) != 0).any(-1).any(-1)
+        outside = (table.share[:, 0, 0] == 0).int().diff().nonzero()
+        assert changes[outside].all() and changes.sum() < 6
+
+
 class TestForecasts:
     def test_limits_hold_for_the_next_lognormal_number(self):
         """99 of 100, and the deviation of 20000 such counts is 0.07 of 100."""
@@ -73,10 +103,17 @@ class TestForecasts:
         held = draws[:, -1] <= path_kl._limit(draws[:, :-1])
         assert abs(held.double().mean() - path_kl.LIMIT_LEVEL) < 0.003
 
+    @pytest.fixture(autouse=True)
+    def scales(self, monkeypatch):
+        """`kl_scale` gives the numbers that stand in a table as deviations."""
+        monkeypatch.setattr(path_kl, "kl_scale", lambda table: table.std)
+
     def of(self, scale, budget, ratio=(0.5, 1.0, 2.0) * 4):
         scale = torch.tensor(scale, dtype=torch.float64)
+        weights = torch.full((*scale.shape, 2), 0.5)
+        table = mf.coefficient_table(DDIMScheduler(), len(scale), etas=[1.0, 1.0], weights=weights)
         ratios = torch.tensor(ratio, dtype=torch.float64).expand(len(scale), -1)
-        return forecast(scale, Pilot(ratios, 1.0, 7), budget)
+        return forecast(replace(table, std=scale), Pilot(ratios, 1.0, 7), budget)
 
     def test_merge_the_cheapest_steps_within_the_budget(self):
         found = self.of([[1.0], [8.0], [2.0], [4.0]], None)
@@ -116,8 +153,8 @@ def test_both_networks_run_where_images_differ(pipe):
     own = torch.tensor([[True, False], [False, True], [False, False]])
     plans = {
         "exact": None,
-        "merged": StepPlan(["merged"] * 3, torch.zeros_like(own)),
-        "both": StepPlan(["both"] * 3, own),
+        "merged": StepPlan(["merged"] * 3, torch.zeros_like(own), table.share),
+        "both": StepPlan(["both"] * 3, own, table.share),
     }
     after = {name: [] for name in plans}
     for name, plan in plans.items():
@@ -171,7 +208,7 @@ class TestPilots:
         table = mf.coefficient_table(
             pipe.scheduler, STEPS, etas=[1.0, 0.8], weights=weights, guidance_scale=3.0
         )
-        states = []
+        states, shares = [], merged_shares(table)
 
         def look(pipe, k, t, tensors):
             states.append(tensors["latents"])
@@ -184,7 +221,7 @@ class TestPilots:
         cond, uncond = pipe.encode_prompt(prompts, "cpu", 1, True)
         for k in (1, STEPS - 1):
             at, x = torch.tensor(k), states[k - 1]
-            merged.mix(table.share[k])
+            merged.mix(shares[k])
             for network in (exact, merged):
                 network.begin(torch.stack([uncond, cond])[None], table.timesteps)
             both = merged(x, at).expand(2, -1, -1, -1, -1, -1), exact(x, at)
@@ -281,6 +318,8 @@ class TestWhatIsExact:
         pipe = quiet(mf.MSDDAPipeline.from_pipe(tiny.shared(), objectives=objectives))
         out = pipe(PROMPTS, **{**AUTO, "kl_budget": 1e9})
         assert out.forwards == STEPS and (out.step_kl_estimate > 0).all()
+        exact = pipe(PROMPTS, **CALL)
+        assert pipe(PROMPTS, **{**AUTO, "kl_budget": 0}).forwards == exact.forwards == 2 * STEPS
 
 
 class TestRefusals:

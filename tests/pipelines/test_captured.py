@@ -236,7 +236,7 @@ class TestModes:
         eager.set_forward(capture="off")
         pipe.set_forward(capture="required")
         requests = [{"mode": "merged", **request} for request in REQUESTS]
-        auto = {"mode": "auto", "kl_budget": 60}  # of the same kinds
+        auto = {"mode": "auto", "kl_budget": 100}  # of the same kinds
         requests += [auto, {**auto, "weights": WEIGHTS}]
         steps = 0
         for request in requests:
@@ -272,14 +272,15 @@ class TestModes:
             mode="merged",
         )
         buffers = StepBuffers.allocate(key, "cpu")
-        network = MergedNetwork(BatchedUNet.of([*pipe.variants.values()]), key, buffers)
+        unet = BatchedUNet.of([*pipe.variants.values()])
+        network = MergedNetwork({(True, True): unet}, key, buffers)
         embeds = torch.zeros(2, 2, 5, pipe.unet.config.cross_attention_dim)
         network.begin(dict.fromkeys(range(2), embeds), buffers.timesteps, shared=True, k=0)
         counts = {
             kind: Counter(dry_run(Step(predict, key, device="cpu").advance, buffers).operators)
             for kind, predict in network.kinds.items()
         }
-        assert list(counts) == ["exact", "both", "merged"]
+        assert list(counts) == ["merged", "exact 0,1", "both 0,1"]
         assert {"errors", "step_kl", "merged_kl"} <= network.storages().keys()
         for count in counts.values():  # two more for the estimate
             assert count["msdda_fast.fused_step_.default"] in (1, 3)

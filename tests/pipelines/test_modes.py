@@ -19,7 +19,7 @@ CALL = dict(num_inference_steps=STEPS, guidance_scale=3.0, seed=0, output_type="
 
 
 #: Of mode "auto" here: some steps are exact, some merged.
-BUDGET = 60
+BUDGET = 100
 
 
 def run(pipe, mode, prompts=PROMPTS, **changes):
@@ -191,7 +191,9 @@ class TestPlans:
 
     def test_images_that_differ_have_both_networks(self):
         exact = torch.tensor([[True, True], [True, False], [False, False]])
-        assert modes.StepPlan.of(exact).kinds == ["exact", "both", "merged"]
+        weights = torch.tensor([[0.5, 0.5], [0.4, 0.6]])
+        table = coefficient_table(DDIMScheduler(), 3, etas=[1.0, 1.0], weights=weights)
+        assert modes.StepPlan.of(exact, table).kinds == ["exact", "both", "merged"]
 
 
 class TestRefusals:
@@ -231,7 +233,7 @@ def test_the_estimate_equals_the_divergence_where_errors_do_not_change(pipe):
     embeds = torch.randn(1, 1, 2, 5, pipe.unet.config.cross_attention_dim).expand(2, -1, -1, -1, -1)
     x, noise = torch.randn(2, 4, 8, 8), noise_source((2, 4, 8, 8), 4, "cpu", seeds=[1, 2])
     after = {}
-    plans["merged"] = modes.merged_plan(table)
+    plans["merged"] = modes.merged_plan(table)._replace(shares=table.share)  # in all steps
     for mode, plan in plans.items():
         generation = sampler.begin(table, noise, x, embeds, shares_text=True, plan=plan)
         after[mode] = []

@@ -23,7 +23,7 @@ from msdda_fast.engine.buffers import ShapeKey, StepBuffers, padded_steps
 from msdda_fast.engine.graph import Capture, CapturedStep, StepCache
 from msdda_fast.engine.noise import NoiseSource
 from msdda_fast.errors import InvalidShape, UnsupportedNetwork
-from msdda_fast.pipelines.stable_diffusion.exact import ExactNetwork, exact_kind
+from msdda_fast.pipelines.stable_diffusion.exact import ExactNetwork, step_kind
 from msdda_fast.pipelines.stable_diffusion.merged_network import MergedNetwork
 from msdda_fast.pipelines.stable_diffusion.modes import StepPlan
 from msdda_fast.pipelines.stable_diffusion.path_kl import Pilot
@@ -45,14 +45,14 @@ class CapturedGeneration:
     def __init__(
         self,
         step: CapturedStep[_Network],
-        table: CoefficientTable,
         kinds: Sequence[str],
+        shares: Tensor,
         *,
         shares_text: bool,
     ) -> None:
         self._step, self._shares_text, self._kinds = step, shares_text, kinds
         self.forwards = 0
-        changes = (table.share[1:] != table.share[:-1]).flatten(1).any(1).tolist()
+        changes = (shares[1:] != shares[:-1]).flatten(1).any(1).tolist()
         self._reweighted = [False, *changes]  # whether shares change before step k
         self._next = 0
 
@@ -198,12 +198,12 @@ class CapturedSampler:
         """
         every = not self._options.sharing.inactive
         active = tuple(every or on for on in table.active)
-        runs: list[tuple[bool, ...]] = []
-        if plan is None:
-            runs = [tuple(row) for row in (table.reads & torch.tensor(active)).tolist()]
-            kinds = [exact_kind(row) for row in runs]
-        else:
-            kinds = plan.kinds
+        runs = [tuple(row) for row in (table.reads & torch.tensor(active)).tolist()]
+        words = ["exact"] * len(table) if plan is None else plan.kinds
+        kinds = [
+            word if word == "merged" else step_kind(word, row)
+            for word, row in zip(words, runs, strict=True)
+        ]
         step = self._cache.prepare(
             ShapeKey(
                 shape=tuple(x_T.shape),
@@ -223,21 +223,24 @@ class CapturedSampler:
         z = None if noise.seeds is not None else _drawn(noise, table, x_T, self.dtype)
         conditioning = None
         if plan is not None and isinstance(step.network, MergedNetwork):
-            conditioning = step.network.conditioning(table, plan.exact)
+            conditioning = step.network.conditioning(table, plan)
         step.load(table, x_T, seeds=noise.seeds, noise=z, conditioning=conditioning, kinds=kinds)
-        generation = CapturedGeneration(step, table, kinds, shares_text=shares_text)
+        shares = table.share if plan is None else plan.shares
+        generation = CapturedGeneration(step, kinds, shares, shares_text=shares_text)
         generation.replace_prompt(prompt_embeds)
         return generation
 
     def _build(self, key: ShapeKey, buffers: StepBuffers) -> _Network:
         network: _Network
         if key.mode == "exact":
-            by_kind = {exact_kind(runs): self._members(runs) for runs in key.runs}
+            by_kind = {step_kind("exact", runs): self._members(runs) for runs in key.runs}
             network = ExactNetwork(by_kind, len(key.active), key.dtype)
-        elif len(members := self._members(key.active)) > 1:
-            raise UnsupportedNetwork("approximate modes need objectives that share one network")
         else:
-            network = MergedNetwork(members[0][0], key, buffers)
+            members = {runs: self._members(runs) for runs in key.runs}
+            if len(self._members(key.active)) > 1:
+                raise UnsupportedNetwork("approximate modes need objectives that share one network")
+            exact = {runs: unet for runs, [(unet, _)] in members.items()}
+            network = MergedNetwork(exact, key, buffers)
         nothing = torch.zeros(key.context[1:], dtype=key.dtype, device=buffers.x.device)
         embeds = {m: nothing for m, runs in enumerate(key.active) if runs}
         network.begin(embeds, buffers.timesteps, shared=key.shared_context, k=0)

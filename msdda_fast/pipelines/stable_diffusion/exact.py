@@ -12,12 +12,12 @@ from torch import Tensor
 from msdda_fast.batched.unet import BatchedUNet
 from msdda_fast.engine.side_by_side import SideBySide
 
-__all__ = ["ExactNetwork", "exact_kind"]
+__all__ = ["ExactNetwork", "step_kind"]
 
 
-def exact_kind(runs: Sequence[bool]) -> str:
-    """Return the name of the kind of step that runs these objectives."""
-    return "exact " + ",".join(str(m) for m, on in enumerate(runs) if on)
+def step_kind(kind: str, runs: Sequence[bool]) -> str:
+    """Return the name of a kind of step, "exact" or another, that runs these objectives."""
+    return f"{kind} " + ",".join(str(m) for m, on in enumerate(runs) if on)
 
 
 class ExactNetwork:
@@ -56,7 +56,7 @@ class ExactNetwork:
 
     @property
     def kinds(self) -> Mapping[str, Callable[[Tensor, Tensor], list[Tensor | None]]]:
-        """The kinds of step by name; see `exact_kind`."""
+        """The kinds of step by name; see `step_kind`."""
         return self._kinds
 
     def storages(self) -> Mapping[str, Tensor]:

@@ -2,7 +2,7 @@
 """The modes of a generation: exact, or approximate with an estimate of the error.
 
     "exact"      every objective's network in every step; the default.
-    "merged"     one network with the adapters merged by precision: the limit of Rewarded Soups.
+    "merged"     one network, its adapters merged by precision: the limit of Rewarded Soups.
     "auto"       merged, and exact where the divergence would exceed a budget; see `forecast`.
 
 An approximate mode has a few kinds of step, each of constant shapes and captured once; a `StepPlan`
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from msdda_fast.errors import InvalidMode
+from msdda_fast.pipelines.stable_diffusion.merging import merged_shares
 from msdda_fast.steps.coefficients import CoefficientTable
 
 __all__ = ["MODES", "Mode", "StepPlan", "check_mode", "merged_plan"]
@@ -59,23 +60,28 @@ class StepPlan(NamedTuple):
     Attributes:
         kinds: (T,), the kind of each step.
         exact: (T, B) on the host, whether the image goes on with the exact step.
+        shares: (T, B, M) on the host, at which adapters are merged.
     """
 
     kinds: list[str]
     exact: Tensor
+    shares: Tensor
 
     @classmethod
-    def of(cls, exact: Tensor) -> StepPlan:
+    def of(cls, exact: Tensor, table: CoefficientTable) -> StepPlan:
         """The cheapest plan in which these images, (T, B), have these steps exact."""
         kinds = []
         for step in exact:
             kinds.append("exact" if step.all() else "both" if step.any() else "merged")
-        return cls(kinds, exact)
+        return cls(kinds, exact, merged_shares(table))
 
     @classmethod
-    def comparing(cls, num_steps: int, batch_size: int) -> StepPlan:
+    def comparing(cls, table: CoefficientTable) -> StepPlan:
         """Exact steps that each measure what the merged one would have done."""
-        return cls(["both"] * num_steps, torch.ones(num_steps, batch_size, dtype=torch.bool))
+        reads = (table.reads & torch.tensor(table.active)).sum(1)
+        kinds = ["exact" if count == 1 else "both" for count in reads.tolist()]
+        every = torch.ones(table.share.shape[:2], dtype=torch.bool)
+        return cls(kinds, every, merged_shares(table))
 
 
 def merged_plan(table: CoefficientTable) -> StepPlan | None:
@@ -94,4 +100,5 @@ def merged_plan(table: CoefficientTable) -> StepPlan | None:
     if done == 0:
         return None
     exact = torch.tensor([kind != "merged" for kind in kinds])
-    return StepPlan(kinds, exact[:, None].expand(-1, table.share.shape[1]))
+    exact = exact[:, None].expand(-1, table.share.shape[1])
+    return StepPlan(kinds, exact, merged_shares(table))

@@ -6,17 +6,17 @@ A merged step and the exact one are Gaussians of one variance, so the divergence
     KL_k = |mu_merged - mu_exact|^2 / (2 sigma_w^2)    nats,
 
 and these add up along a path (the chain rule). To second order in the adapters the merged network
-differs from the mixture of the objectives' outputs, with shares c_i, by
+differs from the mixture of the objectives' outputs, with the shares c_i of `merging`, by
 
     f(sum_i c_i d_i) - sum_i c_i f(d_i) = -1/2 sum_{i<j} c_i c_j f''(d_i - d_j, d_i - d_j),
 
 so the shares of a step count in `KL_k` by a factor that is known, `kl_scale`,
 
-    s_k = (sum_i a_i)^2 (sum_{i<j} |c_i c_j|)^2 / (2 sigma_w^2),    a_i: what output i counts,
+    s_k = (sum_i a_i)^2 (sum_{i<j} |c_i c_j|)^2 / (2 sigma_w^2),    c_i = a_i / sum_j a_j,
 
 and `KL_k / s_k` is a property of the networks, the prompt and the state. A pilot measures it on a
 few images, at weights all over the simplex; see `pilot`. For other images, at any weights, the same
-numbers foretell a mean and, as they are nearly lognormal, a limit for one more image.
+numbers foretell a mean and, as they are roughly lognormal, a limit for one more image.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from math import sqrt
 import torch
 from torch import Tensor
 
+from msdda_fast.pipelines.stable_diffusion.merging import output_counts
 from msdda_fast.pipelines.stable_diffusion.modes import StepPlan
-from msdda_fast.steps.coefficients import CoefficientTable, Layout
+from msdda_fast.steps.coefficients import CoefficientTable
 
 __all__ = ["LIMIT_LEVEL", "PILOTS", "Forecast", "PathKL", "Pilot", "forecast", "kl_scale"]
 
@@ -106,30 +107,27 @@ def kl_scale(table: CoefficientTable) -> Tensor:
 
     0 where one output alone has influence; infinite where others have and the step adds no noise.
     """
-    layout = Layout(table.num_objectives, table.clip_range is not None)
-    rows = table.rows.to("cpu", torch.float64)
-    counts = rows[..., layout.uncond] + rows[..., layout.cond]
-    if layout.clips:  # as where nothing is clipped
-        clean = rows[..., layout.x0_uncond] + rows[..., layout.x0_cond]
-        counts = counts + rows[..., layout.x0_scale] * clean
-    share = table.share.abs()
-    pairs = (share.sum(-1).square() - share.square().sum(-1)).clamp(min=0) / 2
-    scale = (counts.sum(-1) * pairs).square() / (2 * table.std.square())
+    counts = output_counts(table)
+    total, sizes = counts.sum(-1), counts.abs()
+    pairs = (sizes.sum(-1).square() - sizes.square().sum(-1)).clamp(min=0) / 2
+    scale = (pairs / total).square() / (2 * table.std.square())
     return scale.masked_fill(pairs == 0, 0.0)
 
 
-def forecast(scale: Tensor, pilot: Pilot, budget: float | None) -> Forecast:
+def forecast(table: CoefficientTable, pilot: Pilot, budget: float | None) -> Forecast:
     """Choose the steps to merge: as many as stay within the budget, the cheapest first.
 
     Each image has its own, so that what shares a batch does not matter.
 
     Args:
-        scale: `kl_scale` of the images, (T, B).
+        table: Of the images.
         pilot: Of their settings.
         budget: Nats that the limit of the path's divergence may reach; None: `pilot.rounding`.
     """
     budget = pilot.rounding if budget is None else float(budget)
-    kl = _product(scale[..., None], pilot.ratio[:, None])
+    scale = kl_scale(table)
+    kl = scale[..., None] * pilot.ratio[:, None]
+    kl = kl.masked_fill(scale[..., None] == 0, 0.0)  # a ratio may be infinite
     order = kl.mean(-1).argsort(dim=0, stable=True)
     totals = kl.gather(0, order[..., None].expand_as(kl)).cumsum(0)
     fits = _limit(totals) <= budget  # (T, B): whether the cheapest k + 1 steps may be merged
@@ -137,12 +135,8 @@ def forecast(scale: Tensor, pilot: Pilot, budget: float | None) -> Forecast:
     merged = (fits * place).amax(0)
     exact = torch.empty_like(fits).scatter_(0, order, place > merged)
     return Forecast(
-        StepPlan.of(exact), kl.masked_fill(exact[..., None], 0.0), budget, pilot.forwards
+        StepPlan.of(exact, table), kl.masked_fill(exact[..., None], 0.0), budget, pilot.forwards
     )
-
-
-def _product(scale: Tensor, ratio: Tensor) -> Tensor:
-    return torch.where(scale == 0, 0.0, scale * ratio)
 
 
 def _limit(totals: Tensor) -> Tensor:

@@ -117,7 +117,7 @@ def foretell(
     if key not in pilots:
         logger.info('mode="auto" draws a pilot of %d images, once for these settings', PILOTS)
         pilots[key] = _measure(networks, measured, size)
-    return forecast(kl_scale(table), pilots[key], budget)
+    return forecast(table, pilots[key], budget)
 
 
 def pilot_weights(active: list[bool]) -> Tensor:
@@ -157,7 +157,7 @@ def _measure(networks: Networks, table: CoefficientTable, size: tuple[int, ...])
             return True
 
         on_device = some.to(networks.device, torch.float32)
-        plan = StepPlan.comparing(len(table), TOGETHER)
+        plan = StepPlan.comparing(some)
         done = sample(networks, Request(prompts, on_device, noise, x_T, plan), watch)
         found.append(done.merged_kl.double().cpu())
         forwards += TOGETHER * done.forwards
