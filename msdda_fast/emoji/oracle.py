@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapters of the MORL oracle: one for each preference, trained on r_w = w r_1 + (1 - w) r_2.
 
-`python -m msdda_fast.emoji.oracle` trains those for w = 0.2, 0.5 and 0.8 (r_1 is consistency, r_2
+`python -m msdda_fast.emoji.oracle` trains those for w = 0.2 and 0.5 (r_1 is consistency, r_2
 aesthetic) as the shipped adapters were trained, and puts them into `benchmarks/results/oracle`; the
 same command resumes. w = 0 and w = 1 are the shipped adapters.
 
@@ -26,7 +26,7 @@ from msdda_fast.emoji.align import ALIGNMENT, TIMESTEPS, AlignmentRecipe, align_
 from msdda_fast.files import write_atomically
 
 WEIGHTED, OTHER = "consistency", "aesthetic"  # w weighs the first, as in the paper
-PREFERENCES = (0.2, 0.5, 0.8)
+PREFERENCES = (0.2, 0.5)
 
 
 def oracle_eta(w: float) -> float:
