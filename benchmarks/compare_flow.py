@@ -3,7 +3,7 @@
 
     python benchmarks/compare_flow.py --work DIR   # an hour of one core; resumes
 
-All systems have the noise of MSDDA at their preference: Flow-GRPO's SDE at
+All systems are at w = 0.5 and have the noise of MSDDA there: Flow-GRPO's SDE at
 
     a_w = (sum_i w_i / a_i^2)^(-1/2).
 
@@ -13,7 +13,7 @@ A step of its rule moves by dt (1 + a^2 / 2) times the velocity, so predictions 
 
 give the fused mean in every step but the first: `effective_weights` at a_i / sqrt(2). Merges at
 these weights, and DB-MPA at them (`fusion="eps"`), are the rows "re-weighted". MORL is one adapter
-trained on r_w at a_w, at w = 0.5.
+trained on r_w at a_w.
 
 With few steps Euler's noise stays in the picture. Flow-CPS takes it out in the same step: the rows
 with 4 and 8 steps are MSDDA by either rule, at the same numbers for a.
@@ -54,8 +54,7 @@ from msdda_fast.lora.stack import StackedFactors
 from msdda_fast.rewards import REWARDS, load_reward
 from msdda_fast.training.collect import collect
 
-WEIGHTED, OTHER = "consistency", "aesthetic"  # w weighs the first
-WEIGHTS, MIDDLE = (0.2, 0.5, 0.8), 0.5
+WEIGHTED, OTHER, W = "consistency", "aesthetic", 0.5  # w weighs the first
 ROTATIONS = 8
 FEW_STEPS, RULES = (8, 4), {"SDE": mf.FlowSDE, "CPS": mf.CPS}
 SCORES = (*REWARDS, *JUDGES, "background_chroma")
@@ -124,22 +123,19 @@ def systems(model: Path, work: Path) -> Iterator[System]:
         timesteps = None if source is None else TIMESTEPS
         return {"one": mf.Objective(source, noise=mf.FlowSDE(a), timesteps=timesteps)}
 
-    def merged(variant: str, w: float, weights, merge="product", rotation=None) -> System:
-        file = work / "merged" / f"{variant}-{w:g}.safetensors".replace(" ", "-")
+    def merged(variant: str, weights, merge="product", rotation=None) -> System:
+        file = work / "merged" / f"{variant}.safetensors".replace(" ", "-")
         source = soup(model, weights, merge, rotation, file)
-        arm = FlowArm(f"RS {variant} {w:g}", {"one": 1.0}, alone(source, remapped(w)[1]))
-        return System("RS", variant, w, arm)
+        arm = FlowArm(f"RS {variant}", {"one": 1.0}, alone(source, remapped(W)[1]))
+        return System("RS", variant, W, arm)
 
-    base = FlowArm("SD", {"one": 1.0}, alone(None, remapped(MIDDLE)[1]))
+    base = FlowArm("SD", {"one": 1.0}, alone(None, remapped(W)[1]))
     yield System("SD", "", None, base)
-    for w in WEIGHTS:
-        fused = FlowArm(f"MSDDA {w:g}", preference(w))
-        yield System("MSDDA", "", w, fused)
-        yield System(
-            "DB-MPA", "re-weighted", w, replace(fused, name=f"DB-MPA {w:g}"), {"fusion": "eps"}
-        )
-        yield merged("product", w, preference(w))
-        yield merged("re-weighted", w, remapped(w)[0])
+    fused = FlowArm("MSDDA", preference(W))
+    yield System("MSDDA", "", W, fused)
+    yield System("DB-MPA", "re-weighted", W, replace(fused, name="DB-MPA"), {"fusion": "eps"})
+    yield merged("product", preference(W))
+    yield merged("re-weighted", remapped(W)[0])
     for steps in FEW_STEPS:
         for name, noise in RULES.items():
             own = {
@@ -149,21 +145,21 @@ def systems(model: Path, work: Path) -> Iterator[System]:
                 for objective, recipe in FLOW_ALIGNMENT.items()
             }
             variant = f"{name}, {steps} steps"
-            arm = FlowArm(f"MSDDA {variant}", preference(MIDDLE), own)
-            yield System("MSDDA", variant, MIDDLE, arm, {"num_inference_steps": steps})
-    yield merged("factor", MIDDLE, preference(MIDDLE), "factor")
+            arm = FlowArm(f"MSDDA {variant}", preference(W), own)
+            yield System("MSDDA", variant, W, arm, {"num_inference_steps": steps})
+    yield merged("factor", preference(W), "factor")
     for seed in range(ROTATIONS):
-        yield merged(f"{ROTATED} {seed}", MIDDLE, preference(MIDDLE), "factor", seed)
-    ends = [FLOW_ALIGNMENT[name] for name in preference(MIDDLE)]
-    a_w = remapped(MIDDLE)[1]
+        yield merged(f"{ROTATED} {seed}", preference(W), "factor", seed)
+    ends = [FLOW_ALIGNMENT[name] for name in preference(W)]
+    a_w = remapped(W)[1]
     recipe = replace(
         ends[0],
         level=a_w,
         steps=round(sum(end.steps for end in ends) / 2),
         kl_weight=sum(end.kl_weight for end in ends) / 2,
     )
-    oracle = align_flow_to(model, WeightedSum(preference(MIDDLE)), work / "morl", recipe)
-    yield System("MORL", "", MIDDLE, FlowArm("MORL", {"one": 1.0}, alone(oracle, a_w)))
+    oracle = align_flow_to(model, WeightedSum(preference(W)), work / "morl", recipe)
+    yield System("MORL", "", W, FlowArm("MORL", {"one": 1.0}, alone(oracle, a_w)))
 
 
 def networks(system: System, timesteps: torch.Tensor) -> int:
@@ -228,7 +224,7 @@ def main():
             f"models: {levels}; networks in float32 on cpu."
         ),
         "objectives": [WEIGHTED, OTHER],
-        "preferences": list(WEIGHTS),
+        "preferences": [W],
         "reference": dict.fromkeys((WEIGHTED, OTHER), -1.0),
     }
     write_json(args.out / "protocol.json", protocol)
