@@ -75,12 +75,17 @@ def gauge_figure(shares: Mapping[str, Sequence[Share]], file: Path) -> None:
         shares: By title of the panel.
         file: PNG to write.
     """
+    # the longest panel first: rows are shared, and others may lack some
+    longest = max(shares.values(), key=len)
+    others = (share for panel in shares.values() for share in panel)
+    systems = list(dict.fromkeys(share.system for share in (*longest, *others)))
     figure, row = plt.subplots(
         1, len(shares), figsize=(5.2 * len(shares) + 1.6, 2.9), layout="constrained",
         squeeze=False, sharey=True,
     )  # fmt: skip
     for axes, (title, panel) in zip(row[0], shares.items(), strict=True):
-        for place, share in enumerate(panel):
+        for share in panel:
+            place = systems.index(share.system)
             mean, low, high, _ = share.share
             axes.barh(place, mean, height=0.55, color="#c8d6e5", zorder=2)
             axes.plot(share.rotations, [place] * len(share.rotations), "o", color="#1a1a1a",
@@ -90,8 +95,8 @@ def gauge_figure(shares: Mapping[str, Sequence[Share]], file: Path) -> None:
             axes.annotate(f"{mean:.2f}", (0.02, place), va="center", fontsize=9, zorder=4)
         axes.axvline(1.0, color="#d62728", linewidth=1.3)
         axes.annotate("MSDDA", (1.0, -0.75), color="#d62728", ha="center", fontsize=9)
-        axes.set_yticks(range(len(panel)), [label_of(share.system) for share in panel])
-        axes.set_ylim(len(panel) - 0.4, -1.0)
+        axes.set_yticks(range(len(systems)), [label_of(system) for system in systems])
+        axes.set_ylim(len(systems) - 0.4, -1.0)
         axes.set_xlabel("share of MSDDA's gain over SD; a dot: one rotation")
         axes.set_title(title, fontsize=11)
         axes.grid(alpha=0.25, axis="x")

@@ -4,6 +4,7 @@
 import numpy as np
 import pytest
 
+from msdda_fast.evaluation import gauge
 from msdda_fast.evaluation.floors import floors, floors_markdown, two_level
 from msdda_fast.evaluation.gauge import gauge_figure, shares_kept
 from msdda_fast.evaluation.rotations import averaged_rotations
@@ -98,3 +99,19 @@ def test_rotations_are_averaged_and_their_spread_is_kept(tmp_path):
     gauge_figure({"w = 0.5": list(shares.values())}, tmp_path / "gauge.png")
     assert (tmp_path / "gauge.png").stat().st_size > 1000
     assert shares_kept(arms_of(rows("SD", 0.0)), WEIGHTS) == []
+
+
+def test_a_panel_that_lacks_merges_has_its_bars_in_the_rows_of_their_names(monkeypatch, tmp_path):
+    found = rows("SD", 0.0) + rows("MSDDA", 1.0)
+    found += rows("RS", 0.4, variant="factor") + rows("RS", 0.9, variant="product")
+    both = shares_kept(arms_of(found), WEIGHTS)
+    product = [share for share in both if share.system[1] == "product"]
+    drawn = []
+    monkeypatch.setattr(gauge, "save", lambda figure, file: drawn.append(figure))
+    gauge_figure({"w = 0.2": product, "w = 0.5": both}, tmp_path / "gauge.png")
+    few, all_of_them = drawn[0].axes
+    names = [label.get_text() for label in few.get_yticklabels()]
+    assert names == ["RS (factor)", "RS (product)"]
+    [bar] = few.patches
+    widths = {round(b.get_y(), 6): b.get_width() for b in all_of_them.patches}
+    assert bar.get_width() == pytest.approx(widths[round(bar.get_y(), 6)]) == pytest.approx(0.9)
