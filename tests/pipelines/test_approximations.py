@@ -11,6 +11,7 @@ from msdda_fast.adapters.variant import Variant
 from msdda_fast.batched.unet import BatchedUNet
 from msdda_fast.engine.buffers import ShapeKey, StepBuffers
 from msdda_fast.errors import InvalidShape
+from msdda_fast.pipelines.stable_diffusion.exact import step_kind
 from msdda_fast.pipelines.stable_diffusion.merged_network import MergedNetwork
 from msdda_fast.pipelines.stable_diffusion.merged_unet import MergedUNet
 from msdda_fast.pipelines.stable_diffusion.step_kl import step_kl
@@ -119,7 +120,7 @@ def merged_network(case, shares):
         shape=tuple(case.x.shape), active=(True,) * count, branches=branches, dtype=case.x.dtype
     )
     buffers = StepBuffers.allocate(key, "cpu")
-    network = MergedNetwork(BatchedUNet.of(case.variants), key, buffers)
+    network = MergedNetwork({key.active: BatchedUNet.of(case.variants)}, key, buffers)
     buffers.conditioning["share"][: len(shares)] = shares
     network.begin(dict(enumerate(case.prompts)), case.timesteps, shared=False, k=0)
     return network
@@ -133,9 +134,12 @@ class TestMergedNetwork:
         right = BatchedUNet.of(case.variants)
         right.begin(case.prompts, case.timesteps)
         expected = right(case.x, STEP)
-        refreshed = torch.stack(network.kinds["refresh"](case.x[None], STEP))
-        assert torch.equal(refreshed, expected)
-        assert torch.equal(torch.stack(network.kinds["exact"](case.x[None], STEP)), expected)
+        both, exact = (step_kind(kind, (True,) * 3) for kind in ("both", "exact"))
+        network._is_exact[STEP] = torch.tensor([True, False])
+        outputs = torch.stack(network.kinds[both](case.x[None], STEP))
+        assert torch.equal(outputs[:, :, 0], expected[:, :, 0])  # this image goes on with the exact
+        assert relative(outputs[:, :, 1], expected[:, :, 1]) > 1e-3
+        assert torch.equal(torch.stack(network.kinds[exact](case.x[None], STEP)), expected)
         for _ in range(3):
             outputs = torch.stack(network.kinds["merged"](case.x[None], STEP))
             # errors are kept in float32, the dtype of the state

@@ -45,8 +45,9 @@ def test_stock_diffusers_draws_with_it_and_is_told_no_dtype(shipped):
     stock.load_lora_weights(folder / "aesthetic", adapter_name="aesthetic")
     request = dict(num_inference_steps=3, guidance_scale=3.0, output_type="latent")
     expected = stock(PROMPTS, generator=torch.manual_seed(0), eta=1.0, **request).images
-    weights = {"aesthetic": 1, "consistency": 0}
-    actual = shipped(PROMPTS, generator=torch.manual_seed(0), weights=weights, **request).images
+    always = {"aesthetic": mf.Objective(NAME, subfolder="aesthetic")}  # as stock: at all timesteps
+    ours = quiet(mf.MSDDAPipeline.from_pretrained(NAME, objectives=always))
+    actual = ours(PROMPTS, generator=torch.manual_seed(0), **request).images
     # float32, three steps: as in test_equivalence
     assert (actual - expected).abs().max() < 1e-4 * expected.abs().max()
 

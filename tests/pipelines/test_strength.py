@@ -9,6 +9,7 @@ import torch
 import msdda_fast as mf
 from msdda_fast.batched.unet import BatchedUNet
 from msdda_fast.errors import InvalidShape, InvalidWeights, UnknownObjective
+from msdda_fast.pipelines.stable_diffusion.merging import TOLERANCE, merged_shares
 from tests.pipelines.test_captured import SHORT, assert_close, both
 from tests.tiny_model import WEIGHTS, quiet
 
@@ -152,14 +153,21 @@ def last_step(pipe, prompts, **request):
     ids=["one objective", "two"],
 )
 def test_merged_are_the_adapters_scaled_by_share_and_strength(pipe, tiny, weights, strengths):
-    """W + sum_i share_i s_i B_i A_i, as stock diffusers runs it."""
+    """W + sum_i c_i s_i B_i A_i, as stock diffusers runs it; c_i is what outputs count."""
     prompts = ["a red dog", "a blue cat"]
     merged = last_step(pipe, prompts, mode="merged", weights=weights, strength=strengths)
-    share = mf.coefficient_table(pipe.scheduler, 3, etas=[1.0, 0.8], weights=weights).share[-1, 0]
+    table = mf.coefficient_table(pipe.scheduler, 3, etas=[1.0, 0.8], weights=weights)
+    counts = table.rows[-1, 0, table[-1].layout.cond].double()
+    strong = mf.coefficient_table(
+        pipe.scheduler, 3, etas=[1.0, 0.8], weights=weights, strength=strengths
+    )
+    shares = merged_shares(strong)[-1, :, :2]
+    wanted = counts / counts.sum() * torch.tensor(strengths)
+    torch.testing.assert_close(shares, wanted, rtol=0, atol=TOLERANCE)
     stock = tiny.stock.__wrapped__(tiny, "warm")
     stock.load_lora_weights(tiny.cool, weight_name=WEIGHTS, adapter_name="cool")
-    for i, strength in enumerate(torch.tensor(strengths)):
-        stock.set_adapters(["warm", "cool"], (share * strength).tolist())
+    for i, scales in enumerate(shares.tolist()):
+        stock.set_adapters(["warm", "cool"], scales)
         network = {
             name: mf.Objective(unet=stock.unet, eta=objective.eta)
             for name, objective in pipe.objectives.items()
