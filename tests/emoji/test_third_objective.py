@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import msdda_fast as mf
+from msdda_fast.emoji.align import TIMESTEPS
 
 EMOJI = "msdda-fast/emoji"
 OPTIONS = {
@@ -19,7 +20,9 @@ PROMPTS = ["A purple colored dog.", "A blue car and a pink sheep."]
 @pytest.fixture(scope="module")
 def three():
     etas = {"aesthetic": 1.0, "consistency": 0.8, "warmth": 1.0}
-    objectives = {n: mf.Objective(EMOJI, subfolder=n, eta=eta) for n, eta in etas.items()}
+    objectives = {
+        n: mf.Objective(EMOJI, subfolder=n, eta=eta, timesteps=TIMESTEPS) for n, eta in etas.items()
+    }
     pipe = mf.MSDDAPipeline.from_pretrained(EMOJI, objectives=objectives)
     pipe.set_progress_bar_config(disable=True)
     return pipe
