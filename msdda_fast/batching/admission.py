@@ -24,9 +24,10 @@ from msdda_fast.kernels.counter_noise import as_seeds, seed_list
 from msdda_fast.pipelines import request as call
 from msdda_fast.pipelines.preferences import preferences
 from msdda_fast.pipelines.prompt_length import check_text
+from msdda_fast.pipelines.schedulers import sampling_levels
 from msdda_fast.pipelines.stable_diffusion.pipeline import MSDDAPipeline
 from msdda_fast.steps.coefficients import CoefficientTable
-from msdda_fast.steps.ddim import ddim_grid
+from msdda_fast.steps.schedulers import scheduler_rule
 from msdda_fast.steps.table import coefficient_table
 from msdda_fast.types import ZeroVariancePolicy
 from msdda_fast.weights import preference_schedule
@@ -118,7 +119,7 @@ class Admission:
                 )
         with _field("num_inference_steps"):
             steps = integer("num_inference_steps", request.num_inference_steps)
-            ddim_grid(self._pipe.scheduler, steps)
+            scheduler_rule(self._pipe.scheduler, steps)
             if (cost := count * height * width * steps) > self._limits.max_cost:
                 raise InvalidRequest(
                     f"{count} images x {height} x {width} pixels x {steps} steps = {cost} is more "
@@ -148,7 +149,7 @@ class Admission:
             return coefficient_table(
                 pipe.scheduler,
                 steps,
-                etas=call.objective_etas(objectives, None),
+                etas=sampling_levels(pipe.scheduler, objectives, None),
                 **prefers,
                 guidance_scale=guidance,
                 zero_variance=zero_variance,

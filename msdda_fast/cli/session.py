@@ -167,10 +167,10 @@ def check_request(
         InvalidSchedule: The scheduler has no such number of steps, or --guidance is not >= 1.
     """
     from msdda_fast.pipelines.request import objective_guidance
-    from msdda_fast.steps.ddim import ddim_grid
+    from msdda_fast.steps.schedulers import scheduler_rule
 
     check_prompts(pipe, prompts)
-    ddim_grid(pipe.scheduler, steps)
+    scheduler_rule(pipe.scheduler, steps)
     objective_guidance(pipe.objectives, guidance)
 
 

@@ -27,13 +27,15 @@ from transformers import (
 from msdda_fast.adapters.variant import Variant
 from msdda_fast.engine.noise import image_seeds, noise_source
 from msdda_fast.objective import Objective
-from msdda_fast.pipelines import loading, request
+from msdda_fast.pipelines import request
+from msdda_fast.pipelines.already_loaded import attach_loaded
 from msdda_fast.pipelines.attach import attach_as_it_is
+from msdda_fast.pipelines.carried_over import shared_components
 from msdda_fast.pipelines.dtypes import Dtypes, cast, check_dtypes
 from msdda_fast.pipelines.exclusive import one_at_a_time
 from msdda_fast.pipelines.preferences import StrengthsLike
 from msdda_fast.pipelines.prompts import Prompts
-from msdda_fast.pipelines.schedulers import ddim_scheduler
+from msdda_fast.pipelines.schedulers import sampling_levels, sampling_scheduler
 from msdda_fast.pipelines.stable_diffusion.callback import Callback, StepCallback
 from msdda_fast.pipelines.stable_diffusion.modes import Mode, check_mode
 from msdda_fast.pipelines.stable_diffusion.multi_objective import MultiObjectivePipeline
@@ -63,7 +65,7 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
     Args:
         vae, text_encoder, tokenizer, unet: As in `StableDiffusionPipeline`; None leaves one out,
             and what needs it is refused: without unet or scheduler, prompts can be encoded.
-        scheduler: DDIM; PNDM and DDPM are rebuilt as DDIM from their config, others are refused.
+        scheduler: DDIM, LCM or TCD; PNDM and DDPM are rebuilt as DDIM, others are refused.
         safety_checker, feature_extractor, image_encoder, requires_safety_checker: Optional, as in
             `StableDiffusionPipeline`.
     """
@@ -85,7 +87,7 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
             text_encoder=text_encoder,
             tokenizer=tokenizer,
             unet=unet,
-            scheduler=None if scheduler is None else ddim_scheduler(scheduler),
+            scheduler=None if scheduler is None else sampling_scheduler(scheduler),
             safety_checker=safety_checker,
             feature_extractor=feature_extractor,
             image_encoder=image_encoder,
@@ -127,7 +129,7 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
         if type(pipeline) is not StableDiffusionPipeline and not isinstance(pipeline, cls):
             other: Self = attach_as_it_is(pipeline, objectives, components, dtype, torch_dtype)
             return other
-        modules = loading.shared_components(pipeline, components)
+        modules = shared_components(pipeline, components)
         dtype = check_dtypes(dtype, torch_dtype, list(modules))
         pipe = cls(**modules, requires_safety_checker=False)
         pipe.register_to_config(
@@ -137,7 +139,7 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
         pipe._shares_networks = True
         if (settings := getattr(pipeline, "forward_settings", None)) is not None:
             pipe.set_forward(**vars(settings))
-        loading.attach_loaded(pipe, pipeline, objectives)
+        attach_loaded(pipe, pipeline, objectives)
         if dtype is not None:
             cast(pipe, dtype)
         return pipe
@@ -149,7 +151,7 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
         prompt: str | list[str] | None = None,
         height: int | None = None,
         width: int | None = None,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = None,
         *,
         weights: WeightSchedule = None,
         strength: StrengthsLike | None = None,
@@ -185,7 +187,7 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
         Args:
             prompt: P texts, or one.
             height, width: Size of the images in pixels, multiples of 8; by default the model's own.
-            num_inference_steps: T, in [1, training steps of the scheduler].
+            num_inference_steps: T in [1, training steps]; None: 50, or what an accelerator takes.
             weights: Preferences w, no unit, on the simplex: a mapping from every objective's name
                 to a number, a list of P mappings, one per prompt, (M,) or (B, M) numbers, or a
                 callable from the step index 0..T-1 to any of these. None: uniform. An objective
@@ -201,7 +203,7 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
             kl_budget: Most nats that an image's path may be from exact ones, with "auto"; None:
                 what bfloat16 networks cost.
             seed: Counter-based noise: of `seed + i` for image i, or a list, each in [-2^63, 2^64).
-            etas: eta in [0, 1] by objective, in place of its own.
+            etas: eta in [0, 1] by objective, in place of its own; with TCD gamma, by default .3.
             guidance_scale: >= 1 (none), for all, by name or (M,). None: the objective's own or 7.5.
             negative_prompt: What guidance steers away from; one text, or one per prompt.
             num_images_per_prompt: Images of each prompt, consecutive in the output.
@@ -236,7 +238,7 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
         request.check_output_type(output_type)
         decoder = [] if output_type == "latent" else ["vae"]
         request.check_parts(self, "unet", "scheduler", *decoder)
-        num_inference_steps = request.check_steps(num_inference_steps)
+        num_inference_steps = self.checked_steps(num_inference_steps)
         check_mode(mode, kl_budget, in_parallel=self.parallel is not None)
         callback = Callback.check(callback_on_step_end, callback_on_step_end_tensor_inputs)
         prompts = Prompts.check(
@@ -247,14 +249,14 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
             images_per_prompt=num_images_per_prompt,
             embed_width=self.unet.config.cross_attention_dim,
         )
-        if (scheduler := ddim_scheduler(self.scheduler)) is not self.scheduler:
+        if (scheduler := sampling_scheduler(self.scheduler)) is not self.scheduler:
             self.register_modules(scheduler=scheduler)  # users assign others to a pipeline
         guidance = request.objective_guidance(self._objectives, guidance_scale)
         tables = Tables(
             scheduler=scheduler,
             num_steps=num_inference_steps,
             objectives=self._objectives,
-            etas=request.objective_etas(self._objectives, etas),
+            etas=sampling_levels(scheduler, self._objectives, etas),
             guidance_scale=guidance,
             strength=strength,
             kl_weights=kl_weights,

@@ -24,7 +24,7 @@ class Tables:
     scheduler: Scheduler
     num_steps: int
     objectives: Mapping[str, Objective]
-    etas: Sequence[float]
+    etas: Sequence[float] | None
     guidance_scale: Sequence[float]
     strength: StrengthsLike | None
     kl_weights: Mapping[str, float] | Sequence[float] | None
