@@ -29,6 +29,7 @@ def model_identity(pipe: MSDDAPipeline) -> dict[str, Any]:
         "dtype": str(pipe.unet.dtype).removeprefix("torch."),
         "device": pipe._execution_device.type,
         "scheduler": _config(pipe.scheduler.config),
+        **_few_steps(pipe),
         "objectives": {
             name: {
                 "eta": pipe.objectives[name].eta,
@@ -53,6 +54,16 @@ def base_digest(network: nn.Module) -> str:
         if ".lora_" not in name
     }
     return digest(weights, _config(getattr(network, "config", {})))
+
+
+def _few_steps(pipe: MSDDAPipeline) -> dict[str, Any]:
+    """What sampling in few steps adds: older results, which were of DDIM, stay valid."""
+    kind, found = type(pipe.scheduler).__name__, dict[str, Any]()
+    if not kind.startswith("DDIM"):
+        found["sampler"] = kind
+    if pipe.accelerator is not None:
+        found["accelerator"] = _adapter_digest(pipe.base_variant)
+    return found
 
 
 def _range(objective: Objective) -> dict[str, Any]:
