@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # when run as a script
 
-from benchmarks import serving_output, two_networks_output
+from benchmarks import few_steps_output, serving_output, two_networks_output
 from msdda_fast.kernels.grouped_lora import DEFAULT_DESIGN
 from msdda_fast.pipelines.stable_diffusion.modes import MODES
 
@@ -24,7 +24,7 @@ RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parent.parent
 PAGES = (
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{page}.md" for page in ("results", "merge-or-fuse")),
+    *(ROOT / "docs" / f"{page}.md" for page in ("results", "merge-or-fuse", "guide/few-steps")),
 )
 
 
@@ -390,6 +390,11 @@ def two_networks_table() -> str:
     return two_networks_output.tables(RESULTS / "two_networks.json")
 
 
+def few_steps_table() -> str:
+    """One row per sampler and preference, with and without an accelerator."""
+    return few_steps_output.table(RESULTS / "few_steps.jsonl")
+
+
 def mode_time(record: dict, exact: dict) -> str:
     """Return the ratio of two medians, marked if their spreads overlap."""
     ratio = f"{record['median_us'] / exact['median_us']:.2f}"
@@ -477,6 +482,7 @@ TABLES = {
     "compare_flow": compare_flow_table,
     "two_networks": two_networks_table,
     "serving": serving_table,
+    "few_steps": few_steps_table,
 }
 
 if __name__ == "__main__":
