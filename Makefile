@@ -37,7 +37,7 @@ test-oldest:
 	$(OLDEST)/bin/python -m pytest -p no:cacheprovider -o filterwarnings=default \
 		tests/adapters tests/lora tests/steps/test_table.py tests/engine/test_loop.py tests/test_drop_in.py \
 		tests/pipelines/test_loading.py tests/pipelines/test_unchanged.py tests/cli/test_values.py \
-		tests/kernels/test_triton_cases.py tests/evaluation/test_report.py tests/serve/test_fields.py
+		tests/kernels/test_triton_cases.py tests/kernels/test_specialised.py tests/evaluation/test_report.py tests/serve/test_fields.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
