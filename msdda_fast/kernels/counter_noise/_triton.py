@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from msdda_fast.kernels.current_device import on_its_device
+
 __all__ = ["normals", "run"]
 
 _BLOCK = 512
@@ -88,6 +90,7 @@ def _fill(
         tl.store(to, z[i].to(out.dtype.element_ty), mask=channel < channels)
 
 
+@on_its_device
 def run(out: Tensor, seeds: Tensor, step: int | Tensor, stream: int) -> None:
     """Fill contiguous `out` (B, C, ...) with the noise of `seeds` (B,)."""
     if out.numel() == 0:

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from msdda_fast.kernels.current_device import on_its_device
+
 __all__ = ["blocks", "constants", "kernel", "launch", "run"]
 
 _MIN_RANK = 16  # the smallest inner size of tl.dot
@@ -115,6 +117,7 @@ def constants(c: int, rank: int, block_k: int, *, bias: bool) -> dict[str, int]:
     }
 
 
+@on_its_device
 def launch(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor) -> Tensor:
     """y (M, rows, N) for x (M, rows, C) of float32, float16 or bfloat16."""
     count, rows, c = x.shape
