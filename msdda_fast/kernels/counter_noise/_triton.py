@@ -71,7 +71,7 @@ def normals(seed, pixel, block, step, stream):
 
 
 @triton.jit(do_not_specialize=["step", "stream", "tiles"])
-def _fill(
+def noise_fill(
     out, seeds, step, stream, channels, pixels, tiles,
     STEP_POINTER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -99,7 +99,7 @@ def run(out: Tensor, seeds: Tensor, step: int | Tensor, stream: int) -> None:
     pixels = out.numel() // (batch * channels)
     tiles = triton.cdiv(-(-channels // 4) * pixels, _BLOCK)
     on_device = isinstance(step, Tensor) and step.device == out.device
-    _fill[(batch * tiles,)](
+    noise_fill[(batch * tiles,)](
         out, seeds, step if on_device else int(step), stream, channels, pixels, tiles,
         STEP_POINTER=on_device, BLOCK=_BLOCK, enable_fp_fusion=False,
     )  # fmt: skip

@@ -16,14 +16,14 @@ from torch import Tensor
 
 from msdda_fast.kernels.current_device import on_its_device
 
-__all__ = ["blocks", "constants", "kernel", "launch", "run"]
+__all__ = ["blocks", "constants", "grouped_lora_layer", "launch", "run"]
 
 _MIN_RANK = 16  # the smallest inner size of tl.dot
 _SMS = 132  # H100; the block sizes below follow from this count and are not tuned
 
 
 @triton.jit(do_not_specialize=["rows"])
-def kernel(
+def grouped_lora_layer(
     x_ptr,  # [M, rows, C] dense
     weight_ptr,  # [N, C] dense, dtype of x
     bias_ptr,  # [N]; not read without HAS_BIAS
@@ -125,7 +125,7 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Ten
     out = x.new_empty(count, rows, n)
     size = blocks(count, rows, n, rank, x.dtype)
     grid = (triton.cdiv(n, size["BLOCK_N"]), triton.cdiv(rows, size["BLOCK_ROWS"]), count)
-    kernel[grid](
+    grouped_lora_layer[grid](
         x.contiguous(),
         weight,
         weight if bias is None else bias,
