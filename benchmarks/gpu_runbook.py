@@ -4,8 +4,8 @@
     make gpu OUT=out/gpu
     python benchmarks/gpu_runbook.py --out out/gpu --stages "latency*,profile" --budget 540
 
-All stages fit in 25 minutes, the most telling first: what builds, what is right, the step alone, one
-and two objectives of a real size. Needs no network. A stage whose wheels or tools are missing is
+All stages fit in 25 minutes, the most telling first: what builds, what is right, the step alone,
+one and two objectives of a real size. Needs no network. A stage whose wheels or tools are missing is
 skipped, and the missing ones are listed.
 
 What a stage has done is kept in build/gpu, so that the same command goes on where it stopped, also
@@ -219,12 +219,8 @@ def main(given: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--stages", default="*", help='names or patterns, e.g. "latency*,profile"')
-    parser.add_argument(
-        "--budget",
-        type=float,
-        default=BUDGET_S,
-        help="seconds; no stage begins that might exceed it",
-    )
+    budget = "seconds; no stage begins that might exceed it"
+    parser.add_argument("--budget", type=float, default=BUDGET_S, help=budget)
     args = parser.parse_args(given)
     patterns = args.stages.split(",")
     chosen = [

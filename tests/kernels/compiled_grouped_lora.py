@@ -64,7 +64,5 @@ def compiled_build(build: Build) -> dict[str, object]:
 
 if __name__ == "__main__":
     result = {str(build): compiled_build(build) for build in BUILDS}
-    free = [
-        parameter.name for parameter in grouped_lora_layer.params if parameter.do_not_specialize
-    ]
+    free = [entry.name for entry in grouped_lora_layer.params if entry.do_not_specialize]
     print(json.dumps({"builds": result, "not specialised": free}))
