@@ -5,8 +5,8 @@
     python benchmarks/gpu_runbook.py --out out/gpu --stages "latency*,profile" --budget 540
 
 All stages fit in 25 minutes, the most telling first: what builds, what is right, the step alone,
-one and two objectives of a real size. Needs no network. A stage whose wheels or tools are missing is
-skipped, and the missing ones are listed.
+one and two objectives of a real size. Needs no network. A stage whose wheels or tools are missing
+is skipped, and the missing ones are listed.
 
 What a stage has done is kept in build/gpu, so that the same command goes on where it stopped, also
 after an interruption, with an output folder that is new and empty. There it puts the summary and
