@@ -162,3 +162,17 @@ def test_nothing_is_kept_of_a_refused_run(tmp_path, monkeypatch, capsys):
     assert run(tmp_path, "E1", "--objectives", "1") == 1
     assert list(tmp_path.iterdir()) == []
     assert "ms/step" not in capsys.readouterr().out
+
+
+def test_kernels_are_counted_after_everything_was_timed(tmp_path, monkeypatch):
+    """The profiler that counts them stays on, and would slow down what follows."""
+    seen = []
+
+    def noted(name):
+        real = getattr(latency, name)
+        return lambda *given: seen.append(name) or real(*given)
+
+    for name in ("interleaved", "loop_times", "describe"):
+        monkeypatch.setattr(latency, name, noted(name))
+    assert run(tmp_path, "E1", "--objectives", "1") == 0
+    assert seen[-1] == "describe" and seen.index("describe") > seen.index("loop_times")
