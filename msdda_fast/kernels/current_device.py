@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Concatenate, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -31,4 +31,4 @@ def on_its_device(run: Callable[Concatenate[Tensor, P], R]) -> Callable[Concaten
         with torch.cuda.device(index):
             return run(tensor, *args, **kwargs)
 
-    return guarded
+    return cast("Callable[Concatenate[Tensor, P], R]", guarded)
