@@ -8,21 +8,21 @@ import threading
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import replace
 from functools import partial
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from msdda_fast.batching.admission import Admission
-from msdda_fast.batching.drawing import BatchDrawer
 from msdda_fast.batching.limits import Limits, duration, integer
 from msdda_fast.batching.queue import TicketQueue
 from msdda_fast.batching.request import GeneratedImage, ImageRequest
+from msdda_fast.batching.routes import Routes
 from msdda_fast.batching.stats import EngineStats, Tally
 from msdda_fast.batching.ticket import Chore, Ticket
 from msdda_fast.batching.worker import Worker
 from msdda_fast.errors import EngineClosed, InvalidRequest, QueueFull
-from msdda_fast.pipelines.request import check_output_type, latent_shape
+from msdda_fast.pipelines.attach import WithObjectives
+from msdda_fast.pipelines.request import check_output_type
 from msdda_fast.pipelines.stable_diffusion.pipeline import MSDDAPipeline
 
 __all__ = ["Engine"]
@@ -77,7 +77,7 @@ class Engine:
 
     def __init__(
         self,
-        pipe: MSDDAPipeline,
+        pipe: MSDDAPipeline | WithObjectives,
         *,
         max_batch: int = 8,
         max_wait_ms: float = 20.0,
@@ -99,16 +99,14 @@ class Engine:
         )
         check_output_type(output_type)
         self._sizes = limits.batch_sizes
-        drawer = BatchDrawer(pipe)
-        self._pipe = drawer.pipe
-        self._admission = Admission(self._pipe, limits)
+        self._routes = Routes(pipe, limits)
+        self._admission = Admission(self._routes.checks)
+        self._plain = self._routes.own_checks.plain
         self._queue = TicketQueue(limits)
         self._tally = Tally()
-        (probe,) = self._admission.tickets(
-            ImageRequest("", seed=0, num_inference_steps=2), zero_variance="dominate"
-        )
+        probe = self._admission.tickets(self._plain(2)[0], zero_variance="dominate")[0]
         self._worker = Worker(
-            drawer,
+            self._routes,
             self._queue,
             self._tally,
             probe=probe,
@@ -121,9 +119,9 @@ class Engine:
         self._dropped.atexit = False  # the thread is a daemon, which ends with its process
 
     @property
-    def pipe(self) -> MSDDAPipeline:
-        """The pipeline that draws; for reading its objectives, sizes and settings only."""
-        return self._pipe
+    def pipe(self) -> Any:  # noqa: ANN401 - of the class that the engine was given
+        """The pipeline that draws; for reading its objectives and settings only."""
+        return self._routes.pipe
 
     @property
     def has_failed(self) -> bool:
@@ -143,9 +141,7 @@ class Engine:
     @property
     def native_size(self) -> tuple[int, int]:
         """Default width and height of the model's images, in pixels."""
-        config, factor = self._pipe.unet.config, self._pipe.vae_scale_factor
-        *_, rows, columns = latent_shape(1, config, factor, None, None)
-        return columns * factor, rows * factor
+        return self._routes.own_checks.native_size()
 
     def submit(self, request: ImageRequest, *, client: str | None = None) -> Future[GeneratedImage]:
         """Submit a request for one image; arguments and errors as in `submit_images`."""
@@ -208,7 +204,8 @@ class Engine:
     ) -> None:
         """Build, and capture where the device can, everything that requests of a shape need.
 
-        That is a batch of every size, with and without guidance. Requests are admitted meanwhile.
+        That is a batch of every size, with and without guidance where graphs differ. Requests are
+        admitted meanwhile.
 
         Args:
             height, width: In pixels; None: the model's own.
@@ -223,14 +220,9 @@ class Engine:
         self._check_process()
         if self._worker.waits_for_caller():
             raise InvalidRequest("prepare() cannot be called from on_step or another callback")
-        asked = ImageRequest(
-            "", seed=0, num_inference_steps=num_inference_steps, height=height, width=width
-        )
         chores = []
-        for guidance in (1.0, 2.0):
-            (ticket,) = self._admission.tickets(
-                replace(asked, guidance_scale=guidance), zero_variance="dominate"
-            )
+        for asked in self._plain(num_inference_steps, height, width):
+            (ticket,) = self._admission.tickets(asked, zero_variance="dominate")
             for size in reversed(self._sizes):
                 chores.append(Chore(partial(self._worker.warm, ticket, size)))
                 self._queue.add(chores[-1])
