@@ -41,9 +41,9 @@ class Engine:
     Requests with the same height, width and number of steps share a batch, whatever their prompts,
     weights and seeds, images and masks. With Stable Diffusion 1 and 2 guidance may differ, too;
     other pipelines have one guidance scale in a call. Clients named in `submit` take turns; within
-    one, first come, first served. An image gets the same noise bits as when drawn alone. It differs from that image by
-    rounding only (1 level of 255), since other batch sizes sum in another order. On the CPU, in
-    batches of one size, it is the same to the bit whichever requests share the batch.
+    one, first come, first served. An image gets the same noise bits as when drawn alone. It differs
+    from that image by rounding only (1 level of 255), since other batch sizes sum in another order.
+    On the CPU, in batches of one size, it is the same to the bit whichever requests share it.
 
     Batches are padded to a few sizes, so that a GPU captures each once, in `prepare`. Only Stable
     Diffusion 1 and 2 from a text is captured; the rest is one call of a stock pipeline per batch.
