@@ -632,9 +632,9 @@ FAULTS = (
     Fault(
         "methods-remap-ignored",
         "The remapped DB-MPA keeps the weights as they are.",
-        "msdda_fast/methods/db_mpa.py",
+        "msdda_fast/methods/model.py",
         "return dict(zip(w, what.tolist(), strict=True)), float(eta_w)",
-        "return w, float(eta_w)",
+        "return dict(w), float(eta_w)",
         ("tests/methods/test_db_mpa.py",),
     ),
     Fault(
