@@ -638,6 +638,22 @@ FAULTS = (
         ("tests/methods/test_db_mpa.py",),
     ),
     Fault(
+        "methods-stock-weights",
+        "On any pipeline re-mapped weights are the shares of Eq. 7 alone.",
+        "msdda_fast/methods/stock_levels.py",
+        "share * (1 + c * values**2) / (1 + c * rate**2)",
+        "share",
+        ("tests/methods/test_stock_levels.py",),
+    ),
+    Fault(
+        "methods-stock-merge",
+        "On any pipeline a merge acts in all timesteps.",
+        "msdda_fast/methods/stock_model.py",
+        "self._put(adapter, next(iter(ranges.values())))",
+        "self._put(adapter, None)",
+        ("tests/methods/test_stock_model.py",),
+    ),
+    Fault(
         "methods-worst-of-n",
         "The worst of the candidates is kept.",
         "msdda_fast/methods/particles.py",
