@@ -36,6 +36,7 @@ from msdda_fast.cli.session import (
     check_request,
     drawing_progress,
     load,
+    only_stable_diffusion,
     out,
     reported,
 )
@@ -159,6 +160,7 @@ def compare(
         }
         check_folder(work)
         there = cluster.Model(model, objective, dtype, "cuda" if ray_gpus else device)
+        only_stable_diffusion(model, "compare")
         pipe = load(model, objective, dtype, device)
         check_request(pipe, texts, steps, guidance)
         names = objectives(pipe, toward)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, StableDiffusionPipeline
@@ -20,7 +21,7 @@ from msdda_fast.errors import UnsupportedNetwork
 from msdda_fast.pipelines.attach import WithObjectives, attach
 from msdda_fast.pipelines.loading import STABLE_DIFFUSION
 
-__all__ = ["Task", "for_task", "task_class"]
+__all__ = ["Task", "check_from_text", "for_task", "shared_guidance", "task_class"]
 
 #: What is drawn from, beside the prompt: an image, or an image and a mask of what is repainted.
 Task = Literal["image-to-image", "inpaint"]
@@ -34,8 +35,26 @@ _MAKERS: dict[Task, Any] = {
     "inpaint": AutoPipelineForInpainting,
 }
 _NEEDS: dict[Task, set[str]] = {"image-to-image": {"image"}, "inpaint": {"image", "mask_image"}}
-#: Images that a task does not give.
+_TEXTS = (
+    auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING,
+    auto_pipeline.AUTO_TEXT2VIDEO_PIPELINES_MAPPING,
+)
+#: Images that no task gives, and parts that need them.
 _MORE = {"control_image", "control_video"}
+_CONTROLS = {"controlnet", "adapter"}
+
+
+def check_from_text(kind: type) -> None:
+    """Check that a class of pipelines can draw from a prompt alone.
+
+    Raises:
+        UnsupportedNetwork: It needs an image, too.
+    """
+    if (_CONTROLS & _arguments(kind)) | (_MORE & _arguments(kind.__call__)):
+        raise UnsupportedNetwork(f"{kind.__name__} needs a control image; call it in Python")
+    named = any(kind.__name__ == text.__name__ for table in _TEXTS for text in table.values())
+    if "image" in _arguments(kind.__call__) and not named:
+        raise UnsupportedNetwork(f"{kind.__name__} starts from an image, and none is given")
 
 
 def task_class(kind: type, task: Task) -> type:
@@ -59,7 +78,7 @@ def task_class(kind: type, task: Task) -> type:
         None,
     )
     found: type | None = _IMAGES[task].get(model) if model is not None else None
-    if found is None and "controlnet" not in _arguments(kind):
+    if found is None and not _CONTROLS & _arguments(kind):
         found = kind if _takes(kind, task) else None
     if found is None:
         raise UnsupportedNetwork(
@@ -78,7 +97,8 @@ def for_task(pipe: Any, task: Task) -> Any:  # noqa: ANN401 - a pipeline with ob
 
     It is of the stock class of that task, whose arguments `image`, `mask_image` (white is
     repainted) and `strength` it takes, besides those of `WithObjectives`; `pipe` itself, where that
-    takes them. It has a scheduler of its own, and nothing is loaded or copied.
+    takes them. It has a scheduler of its own, and nothing is loaded or copied. Its call guides all
+    objectives alike: where they had guidance of their own, give it `shared_guidance(pipe)`.
 
     Args:
         pipe: A pipeline with objectives: `MSDDAPipeline`, or of a stock class (`attach`).
@@ -86,8 +106,8 @@ def for_task(pipe: Any, task: Task) -> Any:  # noqa: ANN401 - a pipeline with ob
 
     Raises:
         UnsupportedNetwork: The family lacks such a pipeline; the message names the class.
-        ValueError: An objective is a network, or has guidance, of its own, which only Stable
-            Diffusion's text to image has.
+        ValueError: An objective is a network of its own, or objectives differ in guidance, which
+            only Stable Diffusion's text to image can have.
     """
     stock = pipe.stock_class if isinstance(pipe, WithObjectives) else StableDiffusionPipeline
     wanted = task_class(stock, task)
@@ -97,7 +117,16 @@ def for_task(pipe: Any, task: Task) -> Any:  # noqa: ANN401 - a pipeline with ob
     source = pipe if isinstance(pipe, WithObjectives) else _stock(pipe)
     made = _MAKERS[task].from_pipe(source, scheduler=scheduler)
     made.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
-    return attach(made, pipe.objectives, _sets(pipe))
+    objectives = pipe.objectives
+    if shared_guidance(pipe) is not None:
+        objectives = {name: replace(one, guidance_scale=None) for name, one in objectives.items()}
+    return attach(made, objectives, _sets(pipe))
+
+
+def shared_guidance(pipe: Any) -> float | None:  # noqa: ANN401 - as `for_task`
+    """Return the guidance that all objectives have of their own; None: none, or they differ."""
+    scales = {objective.guidance_scale for objective in pipe.objectives.values()}
+    return scales.pop() if len(scales) == 1 else None
 
 
 def _stock(pipe: Any) -> StableDiffusionPipeline:  # noqa: ANN401 - an MSDDAPipeline

@@ -4,7 +4,7 @@
 import pytest
 
 import msdda_fast as mf
-from msdda_fast.cli import values as parse
+from msdda_fast.cli import objectives
 
 
 @pytest.mark.parametrize(
@@ -20,10 +20,10 @@ from msdda_fast.cli import values as parse
     ],
 )
 def test_objectives(text, expected):
-    assert parse.objective(text) == ("x", expected)
+    assert objectives.objective(text) == ("x", expected)
 
 
 def test_a_folder_that_is_here_is_no_hub_repository(tmp_path, monkeypatch):
     (tmp_path / "runs" / "lora" / "best").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    assert parse.objective("x=runs/lora/best:1")[1] == mf.Objective("runs/lora/best", eta=1.0)
+    assert objectives.objective("x=runs/lora/best:1")[1] == mf.Objective("runs/lora/best", eta=1.0)

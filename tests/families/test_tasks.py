@@ -10,7 +10,7 @@ from PIL import Image
 
 import msdda_fast as mf
 from msdda_fast.errors import UnsupportedNetwork
-from msdda_fast.pipelines.tasks import for_task, task_class
+from msdda_fast.pipelines.tasks import check_from_text, for_task, shared_guidance, task_class
 from tests.families import images, videos, xl
 from tests.families.lockstep import draw, quiet
 from tests.families.parts import pixels
@@ -68,9 +68,13 @@ class TestForTask:
         assert torch.equal(got, wanted)
         assert isinstance(for_task(pipe, "inpaint"), diffusers.StableDiffusionInpaintPipeline)
 
-    def test_an_objective_with_guidance_of_its_own_is_refused(self, tiny):
+    def test_guidance_of_their_own_must_be_shared(self, tiny):
         pipe = tiny.only(mf.Objective("warm", guidance_scale=2.0))
-        with pytest.raises(ValueError, match="'only' has a guidance_scale"):
+        assert shared_guidance(pipe) == 2.0 and shared_guidance(tiny.shared()) is None
+        assert for_task(pipe, "image-to-image").objectives == {"only": mf.Objective("warm")}
+        both = {"warm": mf.Objective(guidance_scale=2.0), "cool": mf.Objective()}
+        pipe = mf.MSDDAPipeline.from_pipe(tiny.shared(), objectives=both)
+        with pytest.raises(ValueError, match="'warm' has a guidance_scale"):
             for_task(pipe, "image-to-image")
 
     def test_a_class_that_takes_images_is_its_own(self):
@@ -104,3 +108,19 @@ class TestTaskClass:
     def test_a_controlnet_needs_its_own_image(self):
         with pytest.raises(UnsupportedNetwork, match="needs control_image as well"):
             task_class(diffusers.StableDiffusionXLControlNetPipeline, "image-to-image")
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("StableDiffusionXLControlNet", "needs a control image"),
+        ("FluxControl", "needs a control image"),
+        ("LTXImageToVideo", "starts from an image"),
+        ("StableDiffusionXLInpaint", "starts from an image"),
+    ],
+)
+def test_what_needs_an_image_is_named(kind, message):
+    with pytest.raises(UnsupportedNetwork, match=message):
+        check_from_text(getattr(diffusers, f"{kind}Pipeline"))
+    for text in (mf.MSDDAPipeline, diffusers.Flux2Pipeline, diffusers.LTX2Pipeline):
+        check_from_text(text)
