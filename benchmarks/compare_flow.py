@@ -28,6 +28,7 @@ from msdda_fast.assets import resolve
 from msdda_fast.emoji.align import WeightedSum
 from msdda_fast.emoji.align_flow import FLOW_ALIGNMENT, NUM_STEPS, TIMESTEPS, align_flow_to
 from msdda_fast.emoji.export_flow import FLOW
+from msdda_fast.emoji.flow_model import shorten_calls
 from msdda_fast.emoji.prompts import TEST_PROMPTS
 from msdda_fast.evaluation.compare import compare, report_scores
 from msdda_fast.evaluation.floors import JUDGES
@@ -77,6 +78,7 @@ def main():
     torch.set_num_threads(1)
     pipe: Any = mf.MSDDAPipeline.from_pretrained(FLOW)
     pipe.set_progress_bar_config(disable=True)
+    shorten_calls(pipe)  # the same images, sooner
     shared = Comparison(
         prompts=TEST_PROMPTS,
         rewards={name: load_reward(name) for name in (*REWARDS, *JUDGES, "background_chroma")},

@@ -36,10 +36,10 @@ from msdda_fast.cli.session import (
     check_request,
     drawing_progress,
     load,
-    only_stable_diffusion,
     out,
     reported,
 )
+from msdda_fast.cli.sweep import check_family
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -160,7 +160,7 @@ def compare(
         }
         check_folder(work)
         there = cluster.Model(model, objective, dtype, "cuda" if ray_gpus else device)
-        only_stable_diffusion(model, "compare")
+        check_family(model, guidance)
         pipe = load(model, objective, dtype, device)
         check_request(pipe, texts, steps, guidance)
         names = objectives(pipe, toward)

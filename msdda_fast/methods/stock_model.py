@@ -34,6 +34,7 @@ from msdda_fast.pipelines.call_levels import call_levels
 from msdda_fast.pipelines.row_arguments import row_arguments
 from msdda_fast.pipelines.rows import Call
 from msdda_fast.pipelines.stock_call import StockCall
+from msdda_fast.pipelines.tasks import check_from_text
 from msdda_fast.weights import preference_weights
 
 __all__ = ["StockModel", "check_draws_images", "own_levels", "scheduler_of"]
@@ -41,6 +42,7 @@ __all__ = ["StockModel", "check_draws_images", "own_levels", "scheduler_of"]
 
 def check_draws_images(pipe: WithObjectives) -> None:
     """Raise `UnsupportedNetwork` unless a pipeline draws images from prompts alone."""
+    check_from_text(pipe.stock_class)
     call = StockCall.of(pipe.stock_class)
     if call.makes != "images":
         raise UnsupportedNetwork(f"{call.kind} draws {call.makes}, and rewards score images")

@@ -22,6 +22,7 @@ from msdda_fast.methods.sd import SD
 from msdda_fast.methods.stock_levels import common_level
 from msdda_fast.methods.stock_model import StockModel
 from msdda_fast.pipelines.attach_files import networks_of
+from tests.families import images as images_of
 from tests.families import videos
 from tests.methods import stock
 from tests.methods.stock import LEVELS, PROMPTS, RUN, SEEDS, STEPS, drawn
@@ -186,6 +187,9 @@ def test_bad_input_is_named(networks, pipe):
     film = mf.MSDDAPipeline.from_pipe(videos.wan()[0])
     with pytest.raises(UnsupportedNetwork, match="draws video, and rewards score images"):
         StockModel(film, PROMPTS, {"a": 1.0}, SEEDS, num_steps=1)
+    started = mf.MSDDAPipeline.from_pipe(images_of.flux_img2img()[0])
+    with pytest.raises(UnsupportedNetwork, match="starts from an image"):
+        StockModel(started, PROMPTS, {"a": 1.0}, SEEDS, num_steps=1)
     with pytest.raises(AdapterMismatch, match="different timesteps"):
         own = stock.objectives()
         own["a"] = mf.Objective("a", noise=own["a"].noise, timesteps=(500, 1000))
