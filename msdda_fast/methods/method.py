@@ -127,7 +127,7 @@ def is_stock(pipe: Pipeline) -> bool:
 
 
 def needs_captured(pipe: Pipeline) -> str:
-    """Return why a system, a file or an option is refused; it comes first in the message."""
+    """Return the sentence that refuses a system or an option, but for its first word, the name."""
     return (
         "needs single steps of the networks, which Stable Diffusion's captured pipeline gives, and "
         f"{type(pipe).__name__} does not"

@@ -22,7 +22,7 @@ from msdda_fast.adapters.sources import adapter_files
 from msdda_fast.adapters.switching import adapter_names
 from msdda_fast.engine.noise import image_seeds
 from msdda_fast.errors import AdapterMismatch, UnknownObjective, UnsupportedNetwork
-from msdda_fast.levels import FlowNoise
+from msdda_fast.levels import FlowNoise, TimestepRange
 from msdda_fast.lora.soup import Merge
 from msdda_fast.methods.model import BASE, Cost, Fusion, Level
 from msdda_fast.methods.stock_levels import common_level, is_ddim, mixing_weights
@@ -168,7 +168,7 @@ class StockModel:
         self._put(adapter, next(iter(ranges.values())))
         return name
 
-    def load(self, path: str | Path, timesteps: Any = None) -> str:  # noqa: ANN401 - a range
+    def load(self, path: str | Path, timesteps: TimestepRange | None = None) -> str:
         """Make a model of the base and the adapter at `path`, and return its name."""
         name = self._new_name("loaded")
         (file,) = adapter_files(Objective(path), {})
@@ -177,7 +177,7 @@ class StockModel:
         self._put(AdapterFile.read(name, file, kind), timesteps)
         return name
 
-    def _put(self, adapter: AdapterFile, timesteps: Any) -> None:  # noqa: ANN401 - a range
+    def _put(self, adapter: AdapterFile, timesteps: TimestepRange | None) -> None:
         self._stack.enter_context(temporarily(adapter, self._networks))
         self._sets[adapter.name] = ((adapter.name, 1.0),)
         if timesteps is not None:
@@ -223,7 +223,7 @@ def own_levels(pipe: WithObjectives) -> dict[str, Level]:
     return dict(zip(own, levels or [None] * len(own), strict=True))
 
 
-def _objective(level: Level, timesteps: Any) -> Objective:  # noqa: ANN401 - a range or None
+def _objective(level: Level, timesteps: TimestepRange | None) -> Objective:
     if level is None or isinstance(level, FlowNoise):
         return Objective(noise=level, timesteps=timesteps)
     return Objective(eta=level, timesteps=timesteps)

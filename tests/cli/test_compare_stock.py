@@ -30,6 +30,7 @@ def compare(folder, *more):
     return CliRunner().invoke(cli.app, [str(a) for a in arguments], terminal_width=200)
 
 
+@pytest.mark.full  # tests/evaluation has it without the command line
 def test_compare_writes_scores_tables_and_a_page(tmp_path):
     done = compare(tmp_path / "out", "--systems", "SD,MSDDA,RS")
     assert done.exit_code == 0, done.output
