@@ -143,6 +143,14 @@ class Engine:
         """Default width and height of the model's images, in pixels."""
         return self._routes.own_checks.native_size()
 
+    def check(self, request: ImageRequest, count: int = 1) -> None:
+        """Check a request for `count` images as `submit_images` does, and draw nothing.
+
+        Raises:
+            MSDDAError: As in `submit_images`, but for what depends on the queue.
+        """
+        self._admission.tickets(request, count)
+
     def submit(self, request: ImageRequest, *, client: str | None = None) -> Future[GeneratedImage]:
         """Submit a request for one image; arguments and errors as in `submit_images`."""
         return self.submit_images(request, 1, client=client)[0]
