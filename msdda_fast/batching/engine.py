@@ -13,12 +13,13 @@ from types import TracebackType
 from typing import Any, Self
 
 from msdda_fast.batching.admission import Admission
+from msdda_fast.batching.leaving import end, left
 from msdda_fast.batching.limits import Limits, duration, integer
 from msdda_fast.batching.queue import TicketQueue
 from msdda_fast.batching.request import GeneratedImage, ImageRequest
 from msdda_fast.batching.routes import Routes
 from msdda_fast.batching.stats import EngineStats, Tally
-from msdda_fast.batching.ticket import Chore, Ticket
+from msdda_fast.batching.ticket import Chore
 from msdda_fast.batching.worker import Worker
 from msdda_fast.errors import EngineClosed, InvalidRequest, QueueFull
 from msdda_fast.pipelines.attach import WithObjectives
@@ -38,12 +39,17 @@ class Engine:
             image = (await asyncio.wrap_future(engine.submit(request))).image   # in a coroutine
 
     Requests with the same height, width and number of steps share a batch, whatever their prompts,
-    weights, seeds and guidance. Clients named in `submit` take turns; within one, first come, first
-    served. An image gets the same noise bits as when drawn alone. It differs from that image by
-    rounding only (1 level of 255), since other batch sizes sum in another order. On the CPU, in
-    batches of one size, it is the same to the bit whichever requests share the batch.
+    weights and seeds, images and masks. With Stable Diffusion 1 and 2 guidance may differ, too;
+    other pipelines have one guidance scale in a call. Clients named in `submit` take turns; within
+    one, first come, first served. An image gets the same noise bits as when drawn alone. It differs
+    from that image by rounding only (1 level of 255), since other batch sizes sum in another order.
+    On the CPU, in batches of one size, it is the same to the bit whichever requests share it.
 
-    Batches are padded to a few sizes, so that a GPU captures each once, in `prepare`.
+    Batches are padded to a few sizes, so that a GPU captures each once, in `prepare`. Only Stable
+    Diffusion 1 and 2 from a text is captured; the rest is one call of a stock pipeline per batch.
+
+    Requests with an image, and a mask, are drawn by the pipeline that diffusers has for that with
+    the networks of the given one. What a family cannot do is refused with the field's name.
 
     The images of a batch that fails are drawn again, each alone, once, with `on_step` called from
     step 1 again; only what fails twice fails. An engine that can draw nothing any more, whatever
@@ -55,23 +61,26 @@ class Engine:
     forked child it refuses every request; make one there.
 
     Args:
-        pipe: A pipeline with its objectives, on its device. Until the engine is closed it owns the
-            modules: do not call, move or change the pipeline.
+        pipe: A pipeline with its objectives, on its device, of any class that
+            `MSDDAPipeline.from_pretrained` and `from_pipe` return. Until the engine is closed it
+            owns the modules: do not call, move or change the pipeline.
         max_batch: Most images drawn together.
         max_wait_ms: Longest time that a request waits for others to share its batch, milliseconds;
             it waits longer only for earlier batches.
         queue_limit: Most images in the queue.
         client_limit: Most images of one client in the queue, up to `queue_limit`. None: half of it.
         max_pixels: Largest height x width of one image.
-        max_cost: Largest images x height x width x steps of one request. The default lets through
-            80 images of 512 x 512 pixels in 50 steps.
+        max_cost: Largest images x height x width x steps of one request, times its frames if it is
+            a video. The default lets through 80 images of 512 x 512 pixels in 50 steps.
         batch_sizes: Sizes that batches are padded to, increasing up to `max_batch`. None: powers of
             two, and `max_batch`.
         output_type: Type of the images, as in the pipeline's call.
 
     Raises:
         ValueError: A number is out of range, or several processes share the pipeline.
-        UnsupportedNetwork: The pipeline is of another kind than Stable Diffusion 1 and 2.
+        UnsupportedNetwork: It has no objectives, or its call does not suit requests: it takes a
+            control image, makes sound, or has no seed.
+        InvalidSchedule: Its objectives cannot be mixed.
         InvalidRequest: `max_pixels` or `max_cost` rule out any image of the model's own size.
     """
 
@@ -115,7 +124,7 @@ class Engine:
         )
         self._process = os.getpid()
         self._worker.start()
-        self._dropped = weakref.finalize(self, _end, self._worker, self._process)
+        self._dropped = weakref.finalize(self, end, self._worker, self._process)
         self._dropped.atexit = False  # the thread is a daemon, which ends with its process
 
     @property
@@ -201,7 +210,7 @@ class Engine:
             self._tally.count("refused", count)
             raise
         for ticket in tickets:
-            ticket.future.add_done_callback(partial(_left, self._queue, self._tally, ticket))
+            ticket.future.add_done_callback(partial(left, self._queue, self._tally, ticket))
         return [ticket.future for ticket in tickets]
 
     def prepare(
@@ -285,15 +294,3 @@ class Engine:
         trace: TracebackType | None,
     ) -> None:
         self.close(drain=kind is None)
-
-
-def _end(worker: Worker, process: int) -> None:
-    if process == os.getpid():
-        worker.stop(drain=True)
-
-
-def _left(queue: TicketQueue, tally: Tally, ticket: Ticket, future: Future[GeneratedImage]) -> None:
-    if future.cancelled():
-        ticket.claim()  # tells those who wait for it
-        tally.count("cancelled")
-        queue.remove(ticket)

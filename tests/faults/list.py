@@ -492,7 +492,7 @@ FAULTS = (
     Fault(
         "batching-cancelled-stays",
         "A cancelled image keeps its place in the queue.",
-        "msdda_fast/batching/engine.py",
+        "msdda_fast/batching/leaving.py",
         '        tally.count("cancelled")\n',
         '        tally.count("cancelled")\n        return\n',
         ("tests/batching/test_engine.py",),
