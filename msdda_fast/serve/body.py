@@ -133,7 +133,10 @@ class DrawingBody(BaseModel):
     )
     steps: int | None = Field(None, ge=1, description="Denoising steps T.")
     guidance_scale: Number | None = Field(
-        None, ge=1, le=MOST_GUIDANCE, description="Guidance scale; 1 means no guidance."
+        None,
+        ge=0,
+        le=MOST_GUIDANCE,
+        description="Guidance scale; 1 means no guidance, and less only some models take.",
     )
     negative_prompt: str | None = Field(None, description="What guidance should steer away from.")
 
