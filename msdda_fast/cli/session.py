@@ -197,11 +197,12 @@ def _device(name: str) -> torch.device:
 
 def check_prompts(pipe: Any, prompts: Iterable[str]) -> None:  # noqa: ANN401 - as `load`
     """Raise `InvalidRequest` if no text encoder would read all of a prompt."""
-    from msdda_fast.pipelines.prompt_length import check_prompt
+    from msdda_fast.pipelines.prompt_length import Readers
 
+    readers = Readers.of(pipe)
     for prompt in prompts:
         shown = f"{prompt[:60]!r}..." if len(prompt) > 60 else f"{prompt!r}"
-        check_prompt(pipe, prompt, f"the prompt {shown}")
+        readers.check(prompt, f"the prompt {shown}")
 
 
 def check_request(

@@ -29,7 +29,7 @@ from msdda_fast.cli.session import (
     saved_class,
 )
 
-__all__ = ["sweep"]
+__all__ = ["check_family", "sweep"]
 
 DEMO_PROMPTS = [
     "A yellow colored dog.",
@@ -103,7 +103,7 @@ def sweep(
             rewards=parse.distinct(reward or ("aesthetic", "consistency"), "--reward"),
             batch_size=batch_size,
         )
-        _check_family(model, guidance)
+        check_family(model, guidance)
         there = cluster.Model(model, objective, dtype, "cuda" if ray_gpus else device, accelerator)
         if torchrun.rank() == 0:
             check_folder(folder)
@@ -118,8 +118,8 @@ def sweep(
         out.print(f"{result.grid}\n{result.rewards}", soft_wrap=True)
 
 
-def _check_family(model: str, guidance: float | None) -> None:
-    """Refuse, before it is loaded, a model that a sweep cannot draw with."""
+def check_family(model: str, guidance: float | None) -> None:
+    """Refuse, before it is loaded, a model that draws no images from prompts alone."""
     from msdda_fast.errors import UnsupportedNetwork
     from msdda_fast.pipelines.stock_call import StockCall
     from msdda_fast.pipelines.tasks import check_from_text
