@@ -67,8 +67,7 @@ def weights_of_latents(pipe: Any, regions: Regions, sample: Tensor) -> PixelWeig
     h, w = height // scale, width // scale
     if (h * scale, w * scale) == (height, width) and h and w:
         if sample.ndim >= 4 and tuple(sample.shape[-2:]) == (h, w):
-            ones = (1,) * (sample.ndim - 3)
-            return regions.on(h, w, scale).reshaped(lambda one: one.view(len(one), *ones, h, w))
+            return regions.on(h, w, scale).in_latents(sample.ndim - 3)
         if sample.ndim == 3 and hasattr(pipe, "_pack_latents"):
             weights = regions.on(h, w, scale)
             try:

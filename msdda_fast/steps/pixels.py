@@ -68,6 +68,11 @@ class PixelWeights:
         """Return those of some objectives; the others must have the weight 0."""
         return replace(self, own=self.own[:, objectives], free=self.free[:, objectives])
 
+    def in_latents(self, axes: int) -> Self:
+        """Return weights (B, M, h, w) for latents whose h and w come behind `axes` other axes."""
+        ones = (1,) * axes
+        return self.reshaped(lambda one: one.view(len(one), *ones, *one.shape[1:]))
+
     def reshaped(self, change: Callable[[Tensor], Tensor]) -> Self:
         """Return them with `change` done to (N, *S), of any number N."""
         own = change(self.own.flatten(0, 1))
