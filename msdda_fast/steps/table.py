@@ -211,7 +211,7 @@ def rule_table(
     table_of_pixels = None
     if pixels is not None:
         c = None if rates is None else as_host_float64(rates, "rates")
-        table_of_pixels = pixel_table(pixels, schedule, share, terms, guidance, fold, c)
+        table_of_pixels = pixel_table(pixels, schedule, weight, terms, guidance, fold, c)
         table_of_pixels = table_of_pixels.to(device, dtype)
     needs_uncond = bool(((share != 0) & (guidance != 1)).any())
     influence = (share != 0).any(1)
