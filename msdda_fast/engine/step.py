@@ -126,7 +126,7 @@ class Step:
             buffers.x,
             buffers.x,
             outputs,
-            pixels.means,
+            pixels.means.unbind(),
             pixels.rows,
             variances,
             weights,

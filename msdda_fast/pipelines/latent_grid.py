@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -32,7 +33,7 @@ def latent_scale(pipe: Any) -> int:  # noqa: ANN401 - any pipeline
     )
 
 
-def requested_size(pipe: Any, given: dict[str, Any]) -> tuple[int | None, int | None]:  # noqa: ANN401
+def requested_size(pipe: Any, given: Mapping[str, Any]) -> tuple[int | None, int | None]:  # noqa: ANN401
     """Return (height, width) of the images that a call asks for, as far as it says.
 
     Args:

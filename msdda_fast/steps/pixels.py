@@ -76,7 +76,9 @@ class PixelWeights:
     def reshaped(self, change: Callable[[Tensor], Tensor]) -> Self:
         """Return them with `change` done to (N, *S), of any number N."""
         own = change(self.own.flatten(0, 1))
-        return replace(self, own=own.unflatten(0, self.own.shape[:2]), rest=change(self.rest))
+        return replace(
+            self, own=own.view(*self.own.shape[:2], *own.shape[1:]), rest=change(self.rest)
+        )
 
     def of_rest(self, weights: Tensor) -> Tensor:
         """Return v, (..., B, M), for the preferences (..., B, M) of a step; 0 where all are."""

@@ -30,7 +30,7 @@ def side_by_side(tables: Sequence[CoefficientTable]) -> CoefficientTable:
         parts = [
             _everywhere(table, like) if table.pixels is None else table.pixels for table in tables
         ]
-        size = torch.broadcast_shapes(*(part.rest.shape[1:] for part in parts))
+        size = [max(axis) for axis in zip(*(part.rest.shape[1:] for part in parts), strict=True)]
         pixels = PixelTable(
             means=torch.cat([part.means for part in parts], 2),
             numbers=torch.cat([part.numbers for part in parts], 3),

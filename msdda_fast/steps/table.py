@@ -198,7 +198,8 @@ def rule_table(
         weight = pixels.mean(schedule)
     mixing = mixing_rule(fusion, rule, level)
     if mixing is not None and pixels is not None:
-        mixing = no_mixing(level)
+        no_mixing(level)
+        mixing = None
     terms = rule.step(level)
     share, rate = fusion_shares(weight, terms.rate, zero_variance=zero_variance, rates=rates)
     if mixing is not None:

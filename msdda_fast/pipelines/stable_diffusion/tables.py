@@ -16,6 +16,7 @@ from msdda_fast.steps.coefficients import CoefficientTable
 from msdda_fast.steps.ddim import ddim_grid
 from msdda_fast.steps.table import coefficient_table
 from msdda_fast.types import Fusion, Scheduler, WeightSchedule, ZeroVariancePolicy
+from msdda_fast.weight_ranges import has_ranges
 
 __all__ = ["Tables"]
 
@@ -66,6 +67,9 @@ class Tables:
             softness=self.mask_softness,
         )
         check_kl_weights(self.kl_weights, regions)
+        timesteps = None
+        if has_ranges(weights, list(self.objectives)):
+            timesteps = ddim_grid(self.scheduler, self.num_steps).timesteps
         prefers = preferences(
             self.objectives,
             weights,
@@ -75,7 +79,7 @@ class Tables:
             num_steps=self.num_steps,
             images_per_prompt=images_per_prompt,
             extrapolate=self.extrapolate,
-            timesteps=ddim_grid(self.scheduler, self.num_steps).timesteps,
+            timesteps=timesteps,
         )
         pixels = None
         if regions is not None:
