@@ -18,8 +18,8 @@ from msdda_fast.objective import Objective
 from msdda_fast.weights import as_host_float64
 
 __all__ = [
+    "check_call",
     "check_latents",
-    "check_output_type",
     "check_parts",
     "check_steps",
     "latent_shape",
@@ -113,6 +113,19 @@ def check_latents(latents: Tensor | None, shape: tuple[int, ...]) -> None:
             else repr(latents)
         )
         raise InvalidShape(f"latents must be a float tensor (B, C, H, W) = {shape}, got {got}")
+
+
+def check_call(pipe: object, refused: Mapping[str, Any], output_type: str, num_steps: int) -> int:
+    """Check what a call needs before anything else, and return `num_steps` as an `int`.
+
+    Raises:
+        ValueError, TypeError: As `refuse`; an unknown output type; a component that is missing.
+        InvalidSchedule: The number of steps is no positive integer.
+    """
+    refuse(refused)
+    check_output_type(output_type)
+    check_parts(pipe, "unet", "scheduler", *([] if output_type == "latent" else ["vae"]))
+    return check_steps(num_steps)
 
 
 def check_output_type(output_type: str) -> None:

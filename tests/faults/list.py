@@ -107,7 +107,7 @@ FAULTS = (
     Fault(
         "steps-guidance-halves",
         "Guidance gives 1 - g to the conditional half, too.",
-        "msdda_fast/steps/table.py",
+        "msdda_fast/steps/table_rows.py",
         "uncond, cond = output_scale * (1 - guidance), output_scale * guidance",
         "uncond, cond = output_scale * (1 - guidance), output_scale * (1 - guidance)",
         (
