@@ -64,7 +64,7 @@ def test_only_the_named_blocks_are_not_run():
         "needs a Ray cluster": 1,
         "needs the server above": 2,
         "runs until it is stopped": 1,
-        "takes minutes": 2,
+        "takes minutes": 3,
         "takes hours": 1,
         "rewrites committed results": 1,
     }

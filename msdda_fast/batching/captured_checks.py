@@ -35,7 +35,7 @@ class CapturedChecks:
 
     def __init__(self, pipe: MSDDAPipeline, limits: Limits) -> None:
         self._pipe, self._limits = pipe, limits
-        self._readers = Readers([pipe.tokenizer])
+        self._readers = Readers((pipe.tokenizer, None))
 
     def check_text(self, text: Any) -> None:  # noqa: ANN401 - it is what is checked
         """Raise `InvalidRequest` if a prompt is not read to its end."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
 from typing import Any
 
 from PIL import Image
@@ -42,14 +41,7 @@ class StockChecks:
     def __init__(self, pipe: WithObjectives, task: Task, limits: Limits) -> None:
         self._pipe, self._task, self._limits = pipe, task, limits
         self.takes = Capabilities.of(pipe)
-        parts: Mapping[str, Any] = pipe.components  # type: ignore[attr-defined]
-        tokenizers = [
-            part
-            for name, part in parts.items()
-            if "tokenizer" in name and hasattr(part, "model_max_length")
-        ]
-        longest = self.takes.defaults.get("max_sequence_length")
-        self._readers = Readers(tokenizers, longest if isinstance(longest, int) else None)
+        self._readers = Readers.of(pipe)
         self._alone = itertools.count()
 
     def check_text(self, text: Any) -> None:  # noqa: ANN401 - it is what is checked

@@ -17,6 +17,7 @@ from msdda_fast.cli.session import (
     ModelOption,
     ObjectiveOption,
     load,
+    only_stable_diffusion,
     reported,
 )
 
@@ -123,4 +124,5 @@ def _load(model: str, objectives: list[str] | None, dtype: DType, device: str | 
     from msdda_fast.serve.service import lay_out
 
     quieten()
+    only_stable_diffusion(model, "serve")
     return lay_out(load(model, objectives, dtype, device))
