@@ -162,6 +162,10 @@ class CoefficientTable:
             raise IndexError(f"step {k} is outside the table of {len(self)} steps")
         return StepCoefficients(self.rows[k], self.num_objectives, self.clip_range)
 
+    def adds_noise(self, k: int) -> bool:
+        """Whether step k adds noise to some sample."""
+        return bool(self.std[k].any())
+
     def mixture(self, k: int) -> StepCoefficients:
         """The coefficients of `sum_m share_m c_m` at step k: the outputs mixed, and no step taken.
 
