@@ -12,8 +12,8 @@ PACKAGE = Path(__file__).parents[1] / "msdda_fast"
 
 #: Level 0 in order: each module may import those before it.
 LEVEL_0 = (
-    "errors", "types", "files", "resume", "integers", "torch_private", "tracing", "weights",
-    "levels", "objective",
+    "errors", "types", "files", "resume", "integers", "torch_private", "tracing",
+    "weight_ranges", "weights", "levels", "objective",
 )  # fmt: skip
 
 MODELS = {"batched", "adapters", "engine", "kernels", "steps", "lora", "assets", *LEVEL_0}
