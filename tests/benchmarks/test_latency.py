@@ -10,12 +10,14 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import gpu_runbook, latency, latency_output, report
+from benchmarks import gpu_runbook, latency, latency_output
 from benchmarks.contenders import stock
 from benchmarks.contenders.catalogue import catalogue
 from benchmarks.contenders.contender import LIMITS, Unverified, verify
 from benchmarks.contenders.models import load
 from benchmarks.contenders.request import Request
+from benchmarks.tables import latency as tables
+from benchmarks.tables import results
 
 SOME = "E1,E2,E3-M2,E4-M2,E5-M2,S,S again,M2,M2/merged,M2-no-graph,C5-M2"
 TINY = ["--device", "cpu", "--dtype", "fp32", "--model", "tiny", "--steps", "3", "--rounds", "7"]
@@ -104,10 +106,10 @@ def test_copies_hold_each_weight_again_and_one_forward_does_not(measured):
 @MEASURED
 def test_the_tables_have_what_was_timed_and_what_was_not(measured, monkeypatch):
     folder, records = measured
-    monkeypatch.setattr(report, "RESULTS", folder)
+    monkeypatch.setattr(results, "RESULTS", folder)
     console = Console(width=200, record=True, file=io.StringIO())
     latency_output.show(console, records)
-    for text in (report.latency_table(), console.export_text()):
+    for text in (tables.latency_table(), console.export_text()):
         assert "M2" in text and "E3-M2" in text
         assert "C5-M2" in text and "dynamo" in text
         assert "E4-M3" not in text
@@ -123,11 +125,11 @@ def test_ratios_are_of_one_run_and_the_last_run_is_reported(measured, tmp_path, 
             record["median_us"] *= 2
     text = "".join(json.dumps(record) + "\n" for record in [*records, *later])
     (tmp_path / "latency.jsonl").write_text(text)
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
-    (last,) = report.latency_runs().values()
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    (last,) = tables.latency_runs().values()
     ours, single = (next(r for r in last if r["contender"] == name) for name in ("M2", "S"))
-    assert report.ratios(ours, last)["S"] == ours["median_us"] / single["median_us"]
-    assert report.is_noisy(last)
+    assert tables.ratios(ours, last)["S"] == ours["median_us"] / single["median_us"]
+    assert tables.is_noisy(last)
 
 
 def test_a_wrong_contender_is_refused_by_name(request_of_two):
