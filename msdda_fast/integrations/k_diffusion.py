@@ -29,11 +29,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-from msdda_fast.engine.loop import EagerGeneration, Generation, run
+from msdda_fast.engine.loop import EagerGeneration, run
 from msdda_fast.engine.noise import noise_source
-from msdda_fast.engine.pixels import PixelGeneration, PixelTable, pixel_table, pixel_weights
 from msdda_fast.errors import InvalidShape
-from msdda_fast.integrations.preferences import SigmaWeights, weights_by_step
 from msdda_fast.kernels import registry
 from msdda_fast.kernels.fused_step import fused_ddim_step
 from msdda_fast.levels import Levels, read_levels
@@ -41,11 +39,12 @@ from msdda_fast.steps.ancestral import ancestral_rule
 from msdda_fast.steps.coefficients import CoefficientTable
 from msdda_fast.steps.denoised import denoised_flow_rule
 from msdda_fast.steps.table import rule_table
+from msdda_fast.weight_ranges import by_timestep, has_ranges
 
 if TYPE_CHECKING:
     from msdda_fast.levels import NoiseLevels
     from msdda_fast.steps.rules import Rule
-    from msdda_fast.types import Backend, SeedsLike, ZeroVariancePolicy
+    from msdda_fast.types import Backend, SeedsLike, WeightSchedule, ZeroVariancePolicy
 
 __all__ = ["sample_msdda"]
 
@@ -65,7 +64,7 @@ def sample_msdda(
     etas: Sequence[float] | Tensor | None = None,
     levels: NoiseLevels | None = None,
     flow: bool = False,
-    weights: SigmaWeights = None,
+    weights: WeightSchedule = None,
     s_noise: float = 1.0,
     noise_sampler: Callable[[Tensor, Tensor], Tensor] | None = None,
     seeds: SeedsLike | None = None,
@@ -99,10 +98,10 @@ def sample_msdda(
         flow: The models are flow models, x = (1 - sigma) x_0 + sigma eps in place of
             x_0 + sigma eps.
         weights: Preferences: None (uniform), (M,), (B, M) or (T, B, M), rows on the simplex; or of
-            each pixel, an array (B or 1, M, *S) with axes of S of size 1 along which they are alike
-            (channels, say), for samples of at least two axes. Or a callable from the step index to
-            any of these but (T, B, M); or a mapping to any of these from ranges of sigma (low,
-            high), both included, of which each sampled sigma but the last lies in exactly one.
+            every pixel, a tensor (B, M, *S), each axis of S that of `x` or 1, and two of them or
+            more. Or a mapping from ranges of sigma, both ends included, to these, such as
+            `{(0.6, 1.0): [1, 0], (0.0, 0.6): [0.5, 0.5]}`; or a callable from the step index. Both
+            may give all of these but (T, B, M).
         s_noise: Factor on the noise, no unit.
         noise_sampler: z of a step, (B, *S), from (sigma, sigma_next), as in k-diffusion; not called
             for a step to sigma 0 that adds no noise.
@@ -121,9 +120,9 @@ def sample_msdda(
         InvalidShape: `x`, `sigmas`, `weights`, `etas`, `levels`, `seeds`, a denoised x_0 or a z has
             the wrong shape; or there is no denoiser.
         InvalidSchedule: Sigmas that increase, or leave [0, 1] for a flow model; a level out of its
-            range, or none at all; unequal levels of CPS with weights per pixel.
+            range; with weights of every pixel, levels of 0 beside others, or unequal ones of CPS.
         InvalidWeights, ZeroVariance: See `steps.shares.fusion_shares`; also ranges of sigma that
-            overlap at a sampled one, or leave one out.
+            overlap, or leave out one that is sampled.
         ValueError: Both `noise_sampler` and `seeds`, or both `etas` and `levels`.
         BackendUnavailable: The named backend cannot run here.
     """
@@ -140,21 +139,21 @@ def sample_msdda(
     rule: Rule = ancestral_rule(sigmas, s_noise)
     if is_flow:
         rule = denoised_flow_rule(sigmas, read.noise, s_noise)
-    by_step = weights_by_step(weights, rule.timesteps)
-    per_pixel = pixel_weights(by_step, len(rule.timesteps), x.ndim)
-    options: dict[str, Any] = {
-        "zero_variance": zero_variance,
-        "rates": rates,
-        "extrapolate": extrapolate,
-        "device": x.device,
-        "dtype": torch.float64 if x.dtype == torch.float64 else torch.float32,
-    }
-    table: CoefficientTable | PixelTable
-    if per_pixel is not None:
-        table = pixel_table(rule, read.values, per_pixel, x.shape, **options)
-    else:
-        table = rule_table(rule, levels=read.values, weights=by_step, batch_size=len(x), **options)
-    is_silent = [end == 0 and not table.adds_noise(k) for k, end in enumerate(sigmas[1:].tolist())]
+    tables = _tables(
+        rule,
+        weights,
+        x.shape,
+        levels=read.values,
+        zero_variance=zero_variance,
+        rates=rates,
+        extrapolate=extrapolate,
+        device=x.device,
+        dtype=torch.float64 if x.dtype == torch.float64 else torch.float32,
+    )
+    is_silent = [
+        end == 0 and not table.adds_noise(k)
+        for k, (table, end) in enumerate(zip(tables, sigmas[1:].tolist(), strict=True))
+    ]
 
     def sampled(k: int) -> Tensor:
         if is_silent[k]:
@@ -164,11 +163,11 @@ def sample_msdda(
 
     own = seeds is None or noise_sampler is not None
     source = noise_source(
-        x.shape, len(table), x.device, seeds=seeds, noise_sampler=sampled if own else None
+        x.shape, len(tables), x.device, seeds=seeds, noise_sampler=sampled if own else None
     )
     registry.resolve("fused_step", backend, x.device.type)  # a missing backend fails before work
     extra_args = {} if extra_args is None else extra_args
-    is_active = table.influence.tolist()  # [T][M]
+    is_active = [table.influence[k].tolist() for k, table in enumerate(tables)]
     s_in = x.new_ones([len(x)])
 
     def predict(x: Tensor, k: int) -> list[Tensor | None]:
@@ -179,19 +178,43 @@ def sample_msdda(
             if is_active[k][m]:
                 outputs[m] = _denoised(models[m], m, x, sigma * s_in, extra_args)
         if callback is not None:
-            preview = _mixture(table, k, x, outputs, backend)
+            # a coefficient of 0 masks its input, here the noise
+            preview = fused_ddim_step(x, outputs, tables[k].mixture(k), noise=x, backend=backend)
             callback({"x": x, "i": k, "sigma": sigma, "sigma_hat": sigma, "denoised": preview})
+        generation.replace_table(tables[k])
         return outputs
 
-    generation: Generation
-    if isinstance(table, PixelTable):
-        generation = PixelGeneration(predict, x, table, source, backend)
-    else:
-        generation = EagerGeneration(
-            lambda x, k: _as_branches(predict(x, k)), x, table, source, backend
-        )
-    with tqdm(total=len(table), disable=disable) as bar:
-        return run(generation, len(table), lambda k: bar.update() is not False)
+    noisy = next((table for table in tables if table.std.any()), tables[0])
+    generation = EagerGeneration(predict, x, noisy, source, backend)
+    with tqdm(total=len(tables), disable=disable) as bar:
+        return run(generation, len(tables), lambda k: bar.update() is not False)
+
+
+def _tables(
+    rule: Rule,
+    weights: WeightSchedule,
+    shape: torch.Size,
+    **options: Any,  # noqa: ANN401 - those of `rule_table`
+) -> list[CoefficientTable]:
+    """Return a table for each step: one for all, unless weights of every pixel change."""
+    steps = range(len(rule.timesteps))
+    if has_ranges(weights):
+        weights = by_timestep(weights, rule.timesteps)
+    each = [weights(k) if callable(weights) else weights for k in steps]
+    of_pixels = [one for one in each if isinstance(one, Tensor) and one.ndim > 3]
+    for one in of_pixels:
+        axes = zip(one.shape[2:], shape[1:], strict=False)
+        if one.ndim != len(shape) + 1 or any(n not in (1, size) for n, size in axes):
+            raise InvalidShape(
+                f"weights of every pixel have shape {tuple(one.shape)}, expected (B, M, *S) for x "
+                f"(B, *S) = {tuple(shape)}, each axis of S as there or 1"
+            )
+    options |= {"batch_size": shape[0]}
+    if not of_pixels:
+        schedule = each.__getitem__ if callable(weights) else weights
+        return [rule_table(rule, weights=schedule, **options)] * len(steps)
+    made = {id(one): rule_table(rule, weights=one, **options) for one in each}
+    return [made[id(one)] for one in each]
 
 
 def _levels(
@@ -207,25 +230,6 @@ def _levels(
     return read
 
 
-def _mixture(
-    table: CoefficientTable | PixelTable,
-    k: int,
-    x: Tensor,
-    outputs: Sequence[Tensor | None],
-    backend: Backend,
-) -> Tensor:
-    """Return sum_i share_i D_i, (B, *S)."""
-    if isinstance(table, PixelTable):
-        return table.mixture(k, outputs, backend)
-    # a coefficient of 0 masks its input, here the noise
-    return fused_ddim_step(x, _as_branches(outputs), table.mixture(k), noise=x, backend=backend)
-
-
-def _as_branches(outputs: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Return each as (1, B, *S): K = 1, since guidance is the denoiser's own."""
-    return [None if output is None else output[None] for output in outputs]
-
-
 def _denoised(
     model: KDenoiser, m: int, x: Tensor, sigma: Tensor, extra_args: Mapping[str, Any]
 ) -> Tensor:
@@ -235,4 +239,4 @@ def _denoised(
             f"models[{m}] returned shape {tuple(output.shape)}, expected that of x, "
             f"{tuple(x.shape)}"
         )
-    return output.to(x.dtype)
+    return output.to(x.dtype)[None]  # K = 1: guidance is the denoiser's own
