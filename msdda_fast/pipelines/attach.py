@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor, nn
+from torch import nn
 
 from msdda_fast.adapters.switching import adapter_names
 from msdda_fast.adapters.variant import AdapterSet
@@ -29,13 +29,16 @@ from msdda_fast.pipelines.attach_files import DENOISERS, networks_of, save_objec
 from msdda_fast.pipelines.batch import Batch
 from msdda_fast.pipelines.call_arguments import check_arguments
 from msdda_fast.pipelines.call_levels import call_levels
+from msdda_fast.pipelines.call_preferences import CallPreferences
 from msdda_fast.pipelines.exclusive import one_at_a_time
 from msdda_fast.pipelines.fused_scheduler import with_fusing
 from msdda_fast.pipelines.fusing import FusingOptions
+from msdda_fast.pipelines.latent_grid import requested_size
 from msdda_fast.pipelines.loop_noise import LoopNoise
 from msdda_fast.pipelines.manifest import check_names
 from msdda_fast.pipelines.pipeline_step import PipelineFusing, WithBase
-from msdda_fast.pipelines.preferences import StrengthsLike, call_strength
+from msdda_fast.pipelines.preferences import StrengthsLike
+from msdda_fast.pipelines.regions import MasksLike, check_masks, check_softness
 from msdda_fast.pipelines.row_hook import RowHook
 from msdda_fast.pipelines.stock_methods import attached_class
 from msdda_fast.pipelines.stock_schedulers import check_scheduler
@@ -96,6 +99,8 @@ class WithObjectives:
         self,
         *args: Any,  # noqa: ANN401 - the stock pipeline's own
         weights: WeightSchedule = None,
+        masks: MasksLike | None = None,
+        mask_softness: float | None = None,
         objective_strength: StrengthsLike | None = None,
         kl_weights: Mapping[str, float] | Sequence[float] | None = None,
         seed: int | Sequence[int] | None = None,
@@ -116,8 +121,11 @@ class WithObjectives:
             args, kwargs: As in the stock pipeline.
             weights: Preferences w, no unit, on the simplex: a mapping from every objective's name
                 to a number, a list of mappings, one per prompt, (M,) or (B, M) numbers, or a
-                callable from the step index 0..T-1 to any of these. None: uniform. An objective
-                whose weight is 0 throughout is not evaluated.
+                callable from the step index 0..T-1 to any of these, or a mapping from ranges of
+                timesteps to them, `{(500, 999): {...}, (0, 499): {...}}`, both ends included. None:
+                uniform. An objective whose weight is 0 throughout is not evaluated.
+            masks, mask_softness: As `MSDDAPipeline`: where an objective acts, in pixels of the
+                image, and how far edges are blurred.
             objective_strength, kl_weights: As `strength` and `kl_weights` of `MSDDAPipeline`, here
                 with another name because `strength` of image to image is something else.
             seed: Counter-based noise in the steps, and x_T from one generator per image: image i
@@ -146,13 +154,21 @@ class WithObjectives:
         stock: Any = super().__call__  # type: ignore[misc]
         scheduler: Any = self.scheduler  # type: ignore[attr-defined]
         batch = Batch.of(stock, args, kwargs)
-        rows = batch.weights(weights, list(self._objectives), extrapolate=extrapolate)
-        active = {
-            name: objective
-            for m, (name, objective) in enumerate(self._objectives.items())
-            if bool((rows[..., m] != 0).any())
-        }
-        columns = [m for m, name in enumerate(self._objectives) if name in active]
+        names = list(self._objectives)
+        regions = None
+        check_softness(mask_softness, masks)
+        if masks is not None:
+            regions = check_masks(
+                masks,
+                names,
+                batch.images,
+                *requested_size(self, batch.given),
+                images_per_prompt=batch.copies,
+                softness=mask_softness,
+            )
+        prefers = CallPreferences.of(batch, weights, names, regions, extrapolate=extrapolate)
+        columns = prefers.columns
+        active = {names[m]: self._objectives[names[m]] for m in columns}
         seeds, kwargs = batch.seeded(seed, kwargs)
         check_scheduler(scheduler, steered=seeds is not None)
         own_levels = call_levels(scheduler, active, self._objectives, levels)
@@ -170,12 +186,11 @@ class WithObjectives:
             options,
             count=len(active),
             levels=own_levels,
-            weights=_by_step(rows[..., columns]),
+            weights=prefers.schedule,
             noise=LoopNoise(seeds, None),
+            pixels=prefers.pixels(self),
         )
-        own = call_strength(
-            list(self._objectives), objective_strength, kl_weights, rows, batch.copies
-        )
+        own = prefers.strength(objective_strength, kl_weights, batch.copies)
         ranges = [objective.timesteps for objective in active.values()]
         loaded = _loaded(self)
         for name in active:
@@ -268,15 +283,6 @@ def attach_as_it_is(
 
 def _loaded(pipeline: Any) -> list[str]:  # noqa: ANN401 - a pipeline
     return adapter_names(*networks_of(pipeline).values())
-
-
-def _by_step(rows: Tensor) -> WeightSchedule:
-    """(T, B, M) -> (M,) or (B, M) where steps agree, else a callable from the step to either."""
-    if bool((rows == rows[:, :1]).all()):
-        rows = rows[:, 0]
-    if bool((rows == rows[:1]).all()):
-        return rows[0]
-    return lambda k: rows[k]
 
 
 def _set_to(scheduler: Any, num_steps: int) -> Any:  # noqa: ANN401 - any scheduler of diffusers

@@ -12,6 +12,7 @@ means (`kernels.fused_step`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Self
 
@@ -62,6 +63,15 @@ class PixelWeights:
     def shape(self) -> tuple[int, ...]:
         """(B, M, *S)."""
         return tuple(self.own.shape)
+
+    def columns(self, objectives: list[int]) -> Self:
+        """Return those of some objectives; the others must have the weight 0."""
+        return replace(self, own=self.own[:, objectives], free=self.free[:, objectives])
+
+    def reshaped(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """Return them with `change` done to (N, *S), of any number N."""
+        own = change(self.own.flatten(0, 1))
+        return replace(self, own=own.unflatten(0, self.own.shape[:2]), rest=change(self.rest))
 
     def of_rest(self, weights: Tensor) -> Tensor:
         """Return v, (..., B, M), for the preferences (..., B, M) of a step; 0 where all are."""
