@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from msdda_fast.steps.rules import Rule
     from msdda_fast.types import Backend, SeedsLike, WeightSchedule, ZeroVariancePolicy
 
-__all__ = ["sample_msdda"]
+__all__ = ["fused_tables", "sample_msdda"]
 
 #: k-diffusion's denoiser: (x (B, *S), sigma (B,), **extra_args) -> denoised (B, *S).
 KDenoiser: TypeAlias = Callable[..., Tensor]
@@ -135,15 +135,13 @@ def sample_msdda(
     read = _levels(etas, levels, count)
     if sigmas.ndim == 1 and len(sigmas) < 2:
         return x
-    is_flow = flow or read.noise is not None
-    rule: Rule = ancestral_rule(sigmas, s_noise)
-    if is_flow:
-        rule = denoised_flow_rule(sigmas, read.noise, s_noise)
-    tables = _tables(
-        rule,
+    tables = fused_tables(
+        sigmas,
+        read,
         weights,
         x.shape,
-        levels=read.values,
+        flow=flow,
+        s_noise=s_noise,
         zero_variance=zero_variance,
         rates=rates,
         extrapolate=extrapolate,
@@ -190,13 +188,24 @@ def sample_msdda(
         return run(generation, len(tables), lambda k: bar.update() is not False)
 
 
-def _tables(
-    rule: Rule,
+def fused_tables(
+    sigmas: Tensor,
+    levels: Levels,
     weights: WeightSchedule,
     shape: torch.Size,
+    *,
+    flow: bool,
+    s_noise: float,
     **options: Any,  # noqa: ANN401 - those of `rule_table`
 ) -> list[CoefficientTable]:
-    """Return a table for each step: one for all, unless weights of every pixel change."""
+    """Return T tables, of which step k uses the k-th: one, unless weights of every pixel change.
+
+    Arguments and errors are those of `sample_msdda`, for `x` of shape (B, *S).
+    """
+    rule: Rule = ancestral_rule(sigmas, s_noise)
+    if flow or levels.noise is not None:
+        rule = denoised_flow_rule(sigmas, levels.noise, s_noise)
+    options |= {"levels": levels.values, "batch_size": shape[0]}
     steps = range(len(rule.timesteps))
     if has_ranges(weights):
         weights = by_timestep(weights, rule.timesteps)
@@ -209,7 +218,6 @@ def _tables(
                 f"weights of every pixel have shape {tuple(one.shape)}, expected (B, M, *S) for x "
                 f"(B, *S) = {tuple(shape)}, each axis of S as there or 1"
             )
-    options |= {"batch_size": shape[0]}
     if not of_pixels:
         schedule = each.__getitem__ if callable(weights) else weights
         return [rule_table(rule, weights=schedule, **options)] * len(steps)

@@ -27,11 +27,36 @@ class InterruptProcessingException(Exception):
 
 
 class CONST:
-    """The mark of flow models."""
+    """Flow models: x = (1 - sigma) x_0 + sigma eps."""
+
+    sigma_max = 1.0
+
+    def noise_scaling(self, sigma, noise, latent_image, max_denoise=False):
+        return sigma * noise + (1 - sigma) * latent_image
+
+    def inverse_noise_scaling(self, sigma, latent):
+        return latent / (1 - sigma)
+
+    def percent_to_sigma(self, percent):
+        return 1.0 - percent
+
+    def ideal(self, x, sigma, mean):
+        """E[x_0 | x] of N(mean, VAR)."""
+        s = sigma.reshape(-1, *(1,) * (x.ndim - 1))
+        return ((1 - s) * VAR * x + s**2 * mean) / ((1 - s) ** 2 * VAR + s**2)
 
 
 class EPS:
     sigma_max = 14.6
+
+    def percent_to_sigma(self, percent):
+        if percent <= 0.0:
+            return 999999999.9
+        return 0.0 if percent >= 1.0 else 5.0 * (1.0 - percent)
+
+    def ideal(self, x, sigma, mean):
+        """E[x_0 | x] of N(mean, VAR)."""
+        return ideal(x, sigma, mean)
 
     def noise_scaling(self, sigma, noise, latent_image, max_denoise=False):
         return noise * (torch.sqrt(1 + sigma**2) if max_denoise else sigma) + latent_image
@@ -68,7 +93,7 @@ class Network:
     def apply_model(self, x, sigma, prompt):
         assert self in Manager.loaded and self.patched_by is self.current_patcher, "not loaded"
         self.calls += 1
-        return ideal(x, sigma, prompt + self.weights)
+        return self.model_sampling.ideal(x, sigma, prompt + self.weights)
 
 
 def ideal(x: Tensor, sigma: Tensor, mean: float) -> Tensor:
@@ -85,6 +110,7 @@ class ModelPatcher:
     def __init__(self, model, lora=0.0, model_sampling=None):
         self.model, self.lora, self.model_options = model, lora, {"transformer_options": {}}
         self.object_patches = {"model_sampling": model_sampling or model.model_sampling}
+        self.patches = {}
 
     def clone(self, lora, model_sampling=None):
         return ModelPatcher(self.model, lora, model_sampling)
@@ -125,6 +151,22 @@ class Manager(ModuleType):
             if cls.interrupted_in < 0:
                 cls.interrupted_in = None
                 raise InterruptProcessingException
+
+
+#: Files of LoRAs: what each adds to the network, and to how many of its weights.
+LORAS = {"one.safetensors": (0.5, 1), "two.safetensors": (-0.2, 1), "other.safetensors": (1.0, 0)}
+
+
+def load_torch_file(path, safe_load=False):
+    assert safe_load
+    return LORAS[path.removeprefix("loras/")]
+
+
+def load_lora_for_models(model, clip, lora, strength_model, strength_clip):
+    value, weights = lora
+    patched = model.clone(model.lora + weights * strength_model * value)
+    patched.patches = {"weight": [*model.patches.get("weight", []), *[lora] * weights]}
+    return patched, clip
 
 
 def prepare_sampling(model, noise_shape, conds, model_options=None):
@@ -236,6 +278,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
         "samplers": {"CFGGuider": CFGGuider, "KSAMPLER": KSAMPLER},
         "sampler_helpers": {"prepare_sampling": prepare_sampling},
         "model_sampling": {"CONST": CONST, "EPS": EPS},
+        "utils": {"load_torch_file": load_torch_file},
+        "sd": {"load_lora_for_models": load_lora_for_models},
         "model_management": {
             "throw_exception_if_processing_interrupted": (
                 Manager.throw_exception_if_processing_interrupted
@@ -249,6 +293,10 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
         module = ModuleType(f"comfy.{name}")
         vars(module).update(content)
         monkeypatch.setitem(sys.modules, module.__name__, module)
+    folders = ModuleType("folder_paths")
+    folders.get_filename_list = lambda folder: list(LORAS) if folder == "loras" else []
+    folders.get_full_path_or_raise = lambda folder, name: f"{folder}/{name}"
+    monkeypatch.setitem(sys.modules, "folder_paths", folders)
     monkeypatch.setattr(Manager, "loaded", [])
     monkeypatch.setattr(Manager, "swaps", 0)
 
