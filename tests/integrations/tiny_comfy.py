@@ -94,11 +94,17 @@ _WAN = {
     "patch_size": (1, 2, 2), "qk_norm": True, "cross_attn_norm": True, "eps": 1e-6,
     "window_size": (-1, -1),
 }  # fmt: skip
+_QWEN = {
+    "image_model": "qwen_image", "patch_size": 2, "in_channels": 64, "out_channels": 16,
+    "num_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 20,
+    "pooled_projection_dim": 24, "axes_dims_rope": (4, 6, 6),
+}  # fmt: skip
 
 FAMILIES = {
     "Stable Diffusion 1": Family("SD15", _UNET, 16, 24, (4, 8, 8), {}),
     "Stable Diffusion 3": Family("SD3", _MMDIT, 20, 24, (16, 8, 8), {}),
     "FLUX": Family("Flux", _FLUX, 20, 24, (16, 8, 8), {"guidance": 3.5}),
+    "Qwen-Image": Family("QwenImage", _QWEN, 20, 24, (16, 1, 8, 8), {}),
     "Wan": Family("WAN21_T2V", _WAN, 20, 24, (16, 2, 8, 8), {}),
 }
 
