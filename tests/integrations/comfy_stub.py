@@ -12,7 +12,7 @@ place, as in ComfyUI, so that a network asked while another's patch is in it giv
 
 import math
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -73,10 +73,16 @@ class SDXL(SD15):
     scale_factor = 0.13025
 
 
-class Network:
-    """comfy's BaseModel: takes x and sigma, returns the denoised x_0."""
+class Network(torch.nn.Module):
+    """comfy's BaseModel: takes x and sigma, returns the denoised x_0.
+
+    `diffusion_model` is a layer of weight 0, for LoRAs that act on its output.
+    """
 
     def __init__(self, base=0.0, latent_format=SD15, model_sampling=EPS):
+        super().__init__()
+        self.diffusion_model = torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.zeros_(self.diffusion_model.weight)
         self.weights, self.patched_by, self.base = base, None, base
         self.latent_format, self.model_sampling = latent_format(), model_sampling()
         self.current_patcher, self.calls = None, 0
@@ -93,7 +99,8 @@ class Network:
     def apply_model(self, x, sigma, prompt):
         assert self in Manager.loaded and self.patched_by is self.current_patcher, "not loaded"
         self.calls += 1
-        return self.model_sampling.ideal(x, sigma, prompt + self.weights)
+        added = float(self.diffusion_model(torch.ones(1, 1)))
+        return self.model_sampling.ideal(x, sigma, prompt + self.weights + added)
 
 
 def ideal(x: Tensor, sigma: Tensor, mean: float) -> Tensor:
@@ -110,10 +117,28 @@ class ModelPatcher:
     def __init__(self, model, lora=0.0, model_sampling=None):
         self.model, self.lora, self.model_options = model, lora, {"transformer_options": {}}
         self.object_patches = {"model_sampling": model_sampling or model.model_sampling}
-        self.patches = {}
+        self.injections, self.wrappers, self.callbacks = {}, {}, []
 
-    def clone(self, lora, model_sampling=None):
-        return ModelPatcher(self.model, lora, model_sampling)
+    def clone(self, lora=None, model_sampling=None):
+        return ModelPatcher(self.model, self.lora if lora is None else lora, model_sampling)
+
+    def get_injections(self, key):
+        return self.injections.get(key)
+
+    def set_injections(self, key, injections):
+        self.injections[key] = injections
+
+    def add_callback(self, call_type, callback):
+        assert call_type == "on_cleanup"
+        self.callbacks.append(callback)
+
+    def add_patches(self, patches, strength):
+        """Into the weights; here each is a number."""
+        self.lora += strength * sum(one.value for one in patches.values())
+
+    def inject(self, method):
+        for injection in [one for many in self.injections.values() for one in many]:
+            getattr(injection, method)(self)
 
     def get_model_object(self, name):
         return self.object_patches.get(name) or getattr(self.model, name)
@@ -123,6 +148,8 @@ class ModelPatcher:
 
     def cleanup(self):
         self.model.current_patcher = None
+        for callback in self.callbacks:
+            callback(self)
 
 
 class Manager(ModuleType):
@@ -139,7 +166,11 @@ class Manager(ModuleType):
             network = patcher.model
             if network in cls.loaded:
                 cls.loaded.remove(network)
-            cls.swaps += network.patched_by not in (None, patcher)
+            before = network.patched_by
+            cls.swaps += before not in (None, patcher) and before.lora != patcher.lora
+            if before is not None:
+                before.inject("eject")
+            patcher.inject("inject")
             network.weights, network.patched_by = network.base + patcher.lora, patcher
             network.model_sampling = patcher.get_model_object("model_sampling")
             cls.loaded = [*cls.loaded, network][-cls.memory :]
@@ -153,20 +184,33 @@ class Manager(ModuleType):
                 raise InterruptProcessingException
 
 
-#: Files of LoRAs: what each adds to the network, and to how many of its weights.
-LORAS = {"one.safetensors": (0.5, 1), "two.safetensors": (-0.2, 1), "other.safetensors": (1.0, 0)}
+class LoRA:
+    """comfy.weight_adapter's LoRAAdapter, or another adapter, which has a value alone."""
+
+    def __init__(self, value=0.5, name="lora", alpha=None, dora_scale=None, width=1):
+        self.name, self.value = name, value
+        up, down = torch.full((1, 2), value), torch.full((2, width), 0.5)
+        self.weights = (up, down, alpha, None, dora_scale, None)
+
+
+#: Files of LoRAs: what each has for the network's layer.
+LORAS = {
+    "one.safetensors": {"diffusion_model.weight": LoRA(0.5)},
+    "two.safetensors": {("diffusion_model.weight", (0, 0, 1)): LoRA(-0.4, alpha=1.0)},
+    "dora.safetensors": {"diffusion_model.weight": LoRA(0.3, dora_scale=torch.ones(1))},
+    "wide.safetensors": {"diffusion_model.weight": LoRA(width=3)},
+    "other.safetensors": {},
+}
+
+
+class PatcherInjection:
+    def __init__(self, inject, eject):
+        self.inject, self.eject = inject, eject
 
 
 def load_torch_file(path, safe_load=False):
     assert safe_load
     return LORAS[path.removeprefix("loras/")]
-
-
-def load_lora_for_models(model, clip, lora, strength_model, strength_clip):
-    value, weights = lora
-    patched = model.clone(model.lora + weights * strength_model * value)
-    patched.patches = {"weight": [*model.patches.get("weight", []), *[lora] * weights]}
-    return patched, clip
 
 
 def prepare_sampling(model, noise_shape, conds, model_options=None):
@@ -279,7 +323,15 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
         "sampler_helpers": {"prepare_sampling": prepare_sampling},
         "model_sampling": {"CONST": CONST, "EPS": EPS},
         "utils": {"load_torch_file": load_torch_file},
-        "sd": {"load_lora_for_models": load_lora_for_models},
+        "lora": {
+            "model_lora_keys_unet": lambda model, keys: {"layer": "diffusion_model.weight"},
+            "load_lora": lambda state, keys: dict(state),
+        },
+        "lora_convert": {"convert_lora": lambda state: state},
+        "patcher_extension": {
+            "PatcherInjection": PatcherInjection,
+            "CallbacksMP": SimpleNamespace(ON_CLEANUP="on_cleanup"),
+        },
         "model_management": {
             "throw_exception_if_processing_interrupted": (
                 Manager.throw_exception_if_processing_interrupted

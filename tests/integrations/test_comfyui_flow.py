@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ComfyUI nodes with flow models, stacks of LoRAs, masks and percents, in the stub."""
 
+import gc
 import math
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 import msdda_fast as mf
 from msdda_fast.errors import UnsupportedNetwork
 from msdda_fast.integrations.comfyui import NODE_CLASS_MAPPINGS
+from msdda_fast.integrations.comfyui import loras as comfy_loras
 from msdda_fast.integrations.k_diffusion import sample_msdda
 from tests.integrations import comfy_stub as stub
 from tests.integrations.comfy_stub import CONST, SD15, Manager, ModelPatcher, Network
@@ -100,27 +105,124 @@ def test_noise_goes_on_where_sampling_stops_early() -> None:
     assert (found - run(flow_models(), settings=settings, sigmas=FLOW[:4])).abs().mean() > 0.1
 
 
-def test_a_stack_of_loras_makes_an_objective_of_a_shared_model() -> None:
+def stack(*entries: tuple[str, float]):
+    made = None
+    for name, strength in entries:
+        (made,) = NODE_CLASS_MAPPINGS["MSDDALoRA"]().add(f"{name}.safetensors", strength, made)
+    return made
+
+
+#: What they add: strength (alpha / r) up down, or in the weights of the stub, the strength's share.
+STACKS = [
+    ([("one", 0.8), ("two", 2.0)], 0.8 * 0.5 - 2.0 * 0.5 * 0.4),
+    ([("one", 0.8)], 0.8 * 0.5),
+    ([("dora", 0.5), ("one", -1.0)], 0.5 * 0.3 - 0.5),
+]
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_stacks_of_loras_make_objectives_of_a_shared_model(is_compiled: bool) -> None:
     base = ModelPatcher(Network(model_sampling=CONST))
-    node = NODE_CLASS_MAPPINGS["MSDDALoRA"]()
-    (first,) = node.add("one.safetensors", 0.8)
-    (both,) = node.add("two.safetensors", 2.0, first)
-    assert len(first) == 1  # a node's output is not changed
-    stacks = [{"lora_stack": both}, {"lora_stack": first}, {}]
-    found = run([base] * 3, stacks)
-    values = (0.8 * 0.5 - 2.0 * 0.2, 0.8 * 0.5, 0.0)
-    settings = [(*one[:5], value) for one, value in zip(OBJECTIVES, values, strict=True)]
+    if is_compiled:
+        base.model.diffusion_model._orig_mod = None
+    settings = [(*one[:5], value) for one, (_, value) in zip(OBJECTIVES, STACKS, strict=True)]
+    if is_compiled:  # LoRAs are patched in, and in the stub a patch is its value
+        values = (0.8 * 0.5 - 2.0 * 0.4, 0.8 * 0.5, 0.5 * 0.3 - 0.5)
+        settings = [(*one[:5], value) for one, value in zip(OBJECTIVES, values, strict=True)]
+    found = run([base] * 3, [{"lora_stack": stack(*entries)} for entries, _ in STACKS])
     expected = by_hand(settings=settings, weights=weights(), etas=ETAS)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert base.lora == 0.0 and len(Manager.loaded) == 1
 
 
+def test_loras_take_turns_without_new_weights_and_are_gone_afterwards() -> None:
+    base = ModelPatcher(Network(model_sampling=CONST))
+    layer = base.model.diffusion_model
+    made = [{"lora_stack": stack(*entries)} for entries, _ in STACKS[:2]] + [{}]
+    run([base] * 3, made)
+    assert Manager.swaps == 0
+    Manager.load_models_gpu([base])
+    assert not layer._forward_hooks and not layer(torch.ones(1, 1)).any()
+
+
+def test_a_patcher_that_is_forgotten_takes_its_loras_with_it() -> None:
+    base = ModelPatcher(Network())
+    layer = base.model.diffusion_model
+    made = objective(OBJECTIVES[0], base, lora_stack=stack(("one", 1.0)))
+    Manager.load_models_gpu([made.model])
+    assert layer._forward_hooks
+    Manager.loaded.clear()
+    base.model.patched_by = None
+    del made
+    gc.collect()
+    assert not layer._forward_hooks
+
+
+def test_a_layer_that_is_not_called_is_warned_of(monkeypatch, caplog) -> None:
+    network = Network(model_sampling=CONST)
+    network.idle = torch.nn.Linear(1, 1)
+    both = {"diffusion_model.weight": stub.LoRA(), "idle.weight": stub.LoRA()}
+    monkeypatch.setitem(stub.LORAS, "both.safetensors", both)
+    run([ModelPatcher(network)] * 3, [{"lora_stack": stack(("both", 1.0))}, {}, {}])
+    assert "1 layers had no effect" in caplog.text and "idle.weight" in caplog.text
+
+
+def test_a_node_does_not_change_the_stack_it_is_given() -> None:
+    first = stack(("one", 0.8))
+    NODE_CLASS_MAPPINGS["MSDDALoRA"]().add("two.safetensors", 1.0, first)
+    assert len(first) == 1
+
+
 def test_a_lora_of_another_model_is_refused_by_its_name() -> None:
-    with pytest.raises(mf.AdapterMismatch, match=r"other\.safetensors has no weight of Network"):
-        objective(OBJECTIVES[0], loras()[0], lora_stack=[("other.safetensors", 1.0, 0.0)])
-    # no file of an objective that is switched off is read
-    off = (*OBJECTIVES[0][:3], 0.0, *OBJECTIVES[0][4:])
-    objective(off, loras()[0], lora_stack=[("other.safetensors", 1.0, 0.0)])
+    for name, message in (
+        ("other", r"other\.safetensors has no weight of Network"),
+        (
+            "wide",
+            r"wide\.safetensors has 3 inputs and 1 outputs for diffusion_model\.weight, which",
+        ),
+    ):
+        with pytest.raises(mf.AdapterMismatch, match=message):
+            objective(OBJECTIVES[0], loras()[0], lora_stack=stack((name, 1.0)))
+        # no file of an objective that is switched off is read
+        off = (*OBJECTIVES[0][:3], 0.0, *OBJECTIVES[0][4:])
+        objective(off, loras()[0], lora_stack=stack((name, 1.0)))
+
+
+def test_loras_of_convolutions_and_of_parts_of_a_layer_add_what_their_product_adds() -> None:
+    generator = torch.Generator().manual_seed(0)
+    draw = partial(torch.randn, generator=generator, dtype=torch.float64)
+    network = torch.nn.Module()
+    network.conv = torch.nn.Conv2d(3, 4, 3, stride=2, padding=1).double()
+    network.linear = torch.nn.Linear(6, 5).double()
+    network.norm = torch.nn.LayerNorm(6).double()
+    adapters = {
+        "conv.weight": (draw(4, 2, 1, 1), draw(2, 3, 3, 3), 1.0),
+        ("linear.weight", (1, 2, 3)): (draw(5, 2), draw(2, 3), None),
+        ("linear.weight", (0, 1, 2)): (draw(2, 2), draw(2, 6), None),
+    }
+    x = {"conv": draw(2, 3, 7, 7), "linear": draw(2, 7, 6)}
+    conv = network.conv.weight.detach().clone()
+    linear = network.linear.weight.detach().clone()
+    up, down, _ = adapters["conv.weight"]
+    conv += 0.7 * 0.5 * (up.flatten(1) @ down.flatten(1)).view_as(conv)
+    for (_, (axis, start, length)), (up, down, _) in list(adapters.items())[1:]:
+        linear.narrow(axis, start, length).add_(0.7 * up @ down)
+    expected = {
+        "conv": functional.conv2d(x["conv"], conv, network.conv.bias, 2, 1),
+        "linear": functional.linear(x["linear"], linear, network.linear.bias),
+    }
+    for key, (up, down, alpha) in adapters.items():
+        adapter = SimpleNamespace(name="lora", weights=(up, down, alpha, None, None, None))
+        layer, lora = comfy_loras._read(network, key, adapter, 0.7)
+        comfy_loras._check_fits("file", key, layer, lora)
+        layer.register_forward_hook(partial(comfy_loras._answer, [lora]))
+    with torch.no_grad():
+        for name, value in expected.items():
+            torch.testing.assert_close(getattr(network, name)(x[name]), value)
+    other = SimpleNamespace(name="lora", weights=(draw(6, 1), draw(1, 1), None, None, None, None))
+    assert comfy_loras._read(network, "norm.weight", other, 1.0) == (None, None)
+    swapped = ("linear.weight", (0, 0, 5), lambda weight: weight)
+    assert comfy_loras._read(network, swapped, adapter, 1.0) == (None, None)
 
 
 def left(columns: int = 20) -> Tensor:

@@ -193,19 +193,24 @@ ETAS = [eta for _, _, _, eta, _ in OBJECTIVES]
 
 
 @pytest.mark.parametrize("name", tiny.FAMILIES)
-def test_lora_stacks_on_one_model_draw_what_merged_networks_draw(nodes, name) -> None:
+def test_lora_stacks_on_one_model_draw_what_merged_networks_draw(nodes, name, monkeypatch) -> None:
     family = tiny.FAMILIES[name]
     model, is_flow = tiny.patcher(family), name != "Stable Diffusion 1"
     states, sigmas = stored_loras(nodes, model.model), sigmas_of(model)
     made = objectives(nodes, family, model)
     guider, sampler = call(nodes, "MSDDAGuider", **made, s_noise=1.0, zero_variance="error")
     before = {key: value.clone() for key, value in model.model.state_dict().items()}
+    loads, load = [], type(model).load
+    counted = lambda self, *rest, **more: loads.append(1) or load(self, *rest, **more)  # noqa: E731
+    monkeypatch.setattr(type(model), "load", counted)
     found = sampled(nodes, guider, sampler, sigmas, torch.zeros(BATCH, *family.latent))
+    assert len(loads) == 1  # objectives take turns without moving or patching the network
     expected = by_hand(model, family, states, sigmas, weights=WEIGHTS, etas=ETAS, flow=is_flow)
     scale = expected.abs().max()
     assert (found - expected).abs().max() <= 1e-4 * scale
     assert (found[0] - found[1]).abs().max() > 0.01 * scale
     importlib.import_module("comfy.model_management").unload_all_models()
+    assert not any(layer._forward_hooks for layer in model.model.modules())
     assert all(torch.equal(value, before[key]) for key, value in model.model.state_dict().items())
 
 
@@ -240,27 +245,30 @@ def test_masks_percents_and_noise_of_flow_models(nodes, name) -> None:
     assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
-def test_without_noise_one_objective_is_stock_euler(nodes) -> None:
+@pytest.mark.parametrize("name", ["a.safetensors", "diffusers.safetensors"])
+def test_without_noise_one_objective_is_stock_euler(nodes, name) -> None:
     """Through ComfyUI's own loader of LoRAs, guider and sampler on the other side."""
     family = tiny.FAMILIES["FLUX"]
     model = tiny.patcher(family)
     stored_loras(nodes, model.model)
+    save_file(tiny.flux_lora_of_diffusers(family, 4), nodes.home / "loras/diffusers.safetensors")
     positive, latent = tiny.conditioning(family, 11), torch.zeros(BATCH, *family.latent)
     common = {"model": model, "positive": positive, "cfg": 1.0, "eta": 0.0}
     one, other = (
-        call(nodes, "MSDDAObjective", **common, weight=w, lora_stack=stack(nodes, (name, 0.8)))[0]
-        for w, name in ((1.0, "a.safetensors"), (0.0, "b.safetensors"))
+        call(nodes, "MSDDAObjective", **common, weight=w, lora_stack=stack(nodes, (file, 0.8)))[0]
+        for w, file in ((1.0, name), (0.0, "b.safetensors"))
     )
     pair = call(
         nodes, "MSDDAGuider", objective_1=one, objective_2=other, s_noise=1.0, zero_variance="error"
     )
     found = sampled(nodes, *pair, sigmas_of(model), latent)
-    (patched,) = call(
-        nodes, "LoraLoaderModelOnly", model=model, lora_name="a.safetensors", strength_model=0.8
-    )
+    (patched,) = call(nodes, "LoraLoaderModelOnly", model=model, lora_name=name, strength_model=0.8)
     (guider,) = call(nodes, "BasicGuider", model=patched, conditioning=positive)
     (euler,) = call(nodes, "KSamplerSelect", sampler_name="euler")
     expected = sampled(nodes, guider, euler, sigmas_of(model), latent)
+    (guider,) = call(nodes, "BasicGuider", model=model, conditioning=positive)
+    without = sampled(nodes, guider, euler, sigmas_of(model), latent)
+    assert (without - expected).abs().max() > 0.01 * expected.abs().max()
     assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 

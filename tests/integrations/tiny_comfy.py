@@ -84,7 +84,7 @@ _MMDIT = {
 }  # fmt: skip
 _FLUX = {
     "image_model": "flux", "in_channels": 16, "out_channels": 16, "patch_size": 2,
-    "vec_in_dim": 24, "context_in_dim": 20, "hidden_size": 32, "mlp_ratio": 2.0, "num_heads": 2,
+    "vec_in_dim": 24, "context_in_dim": 20, "hidden_size": 32, "mlp_ratio": 4.0, "num_heads": 2,
     "depth": 1, "depth_single_blocks": 1, "axes_dim": [4, 6, 6], "theta": 10000, "qkv_bias": True,
     "guidance_embed": True,
 }  # fmt: skip
@@ -132,26 +132,45 @@ def conditioning(family: Family, seed: int) -> list[Any]:
     return [[draw(1, 5, family.text, seed=seed), {"pooled_output": pooled, **family.extra}]]
 
 
-def linear_layers(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """Names, without .weight, and weights of the network's linear layers."""
+def layers(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """Names, without .weight, and weights of the network's linear and 2d convolutional layers."""
     for name, weight in model.diffusion_model.state_dict().items():
-        if name.endswith(".weight") and weight.ndim == 2:
+        if name.endswith(".weight") and weight.ndim in (2, 4):
             yield f"diffusion_model.{name.removesuffix('.weight')}", weight
 
 
 def lora(model: Any, seed: int, rank: int = 2) -> dict[str, Tensor]:
-    """A LoRA of every linear layer, as a file has it."""
+    """A LoRA of every such layer, as a file has it."""
     state = {}
-    for index, (name, weight) in enumerate(linear_layers(model)):
-        at = 1000 * seed + 2 * index
-        state[f"{name}.lora_A.weight"] = 0.2 * draw(rank, weight.shape[1], seed=at)
-        state[f"{name}.lora_B.weight"] = 0.2 * draw(weight.shape[0], rank, seed=at + 1)
+    for index, (name, weight) in enumerate(layers(model)):
+        at, ones = 1000 * seed + 2 * index, (1,) * (weight.ndim - 2)
+        state[f"{name}.lora_A.weight"] = 0.2 * draw(rank, *weight.shape[1:], seed=at)
+        state[f"{name}.lora_B.weight"] = 0.2 * draw(weight.shape[0], rank, *ones, seed=at + 1)
     return state
 
 
 def merge(model: Any, state: dict[str, Tensor], strength: float) -> None:
     """Add a LoRA to a network's weights."""
     with torch.no_grad():
-        for name, weight in linear_layers(model):
+        for name, weight in layers(model):
             up, down = state[f"{name}.lora_B.weight"], state[f"{name}.lora_A.weight"]
-            weight += strength * up @ down
+            weight += strength * (up.flatten(1) @ down.flatten(1)).view_as(weight)
+
+
+def flux_lora_of_diffusers(family: Family, seed: int, rank: int = 2) -> dict[str, Tensor]:
+    """A LoRA by diffusers' names: parts of layers that ComfyUI's FLUX has in one piece."""
+    width, mlp = family.settings["hidden_size"], 4 * family.settings["hidden_size"]
+    double, single = "transformer_blocks.0", "single_transformer_blocks.0"
+    sizes = {
+        **{f"{double}.attn.to_{part}": (width, width) for part in "qkv"},
+        f"{double}.attn.add_q_proj": (width, width),
+        f"{single}.attn.to_v": (width, width),
+        f"{single}.proj_mlp": (mlp, width),
+        f"{single}.proj_out": (width, width + mlp),
+    }
+    state = {}
+    for index, (name, (outputs, inputs)) in enumerate(sizes.items()):
+        at = 1000 * seed + 2 * index
+        state[f"transformer.{name}.lora_A.weight"] = 0.3 * draw(rank, inputs, seed=at)
+        state[f"transformer.{name}.lora_B.weight"] = 0.3 * draw(outputs, rank, seed=at + 1)
+    return state

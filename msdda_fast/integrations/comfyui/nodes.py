@@ -11,7 +11,8 @@ from torch import Tensor
 from msdda_fast.integrations.comfyui.guider import FusedGuider
 from msdda_fast.integrations.comfyui.inside import inside
 from msdda_fast.integrations.comfyui.levels import NOISES
-from msdda_fast.integrations.comfyui.objective import ComfyObjective, LoRAStack, with_loras
+from msdda_fast.integrations.comfyui.loras import LoRAStack, with_loras
+from msdda_fast.integrations.comfyui.objective import ComfyObjective
 from msdda_fast.integrations.comfyui.run import fused_ancestral
 from msdda_fast.types import ZeroVariancePolicy
 
@@ -144,7 +145,7 @@ class MSDDAObjective:
         start_percent: float = 0.0,
         end_percent: float = 1.0,
     ) -> tuple[ComfyObjective]:
-        """Return the objective; its LoRAs are read, and patched in when it is used.
+        """Return the objective; its LoRAs are read, and act when it is used.
 
         Raises:
             AdapterMismatch: A LoRA was made for another kind of model.

@@ -1,22 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An objective in ComfyUI: a model and what belongs to it, and the LoRAs that make it one."""
+"""An objective in ComfyUI: a model and what belongs to it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from msdda_fast.errors import AdapterMismatch
-from msdda_fast.integrations.comfyui.inside import inside
-
-__all__ = ["ComfyObjective", "LoRAStack", "with_loras"]
-
-#: Names of files, their strengths on the model, and on text encoders, as other node packs have it.
-LoRAStack = Sequence[tuple[str, float, float]]
+__all__ = ["ComfyObjective"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,31 +49,3 @@ class ComfyObjective:
         if self.start_percent > 0:
             inside_range &= sigmas <= float(sampling.percent_to_sigma(self.start_percent))
         return inside_range & torch.tensor(self.weight > 0, device=sigmas.device)
-
-
-def with_loras(model: Any, stack: LoRAStack) -> Any:  # noqa: ANN401 - comfy's ModelPatchers
-    """Return a clone of `model` with LoRAs patched in; all clones share one network.
-
-    Args:
-        model: comfy's ModelPatcher.
-        stack: (file in the loras folder, strength, strength on text encoders), of which the last is
-            not read: conditioning is made elsewhere.
-
-    Raises:
-        AdapterMismatch: A file has no weight of this model.
-    """
-    for name, strength, *_ in stack:
-        path = inside("folder_paths").get_full_path_or_raise("loras", name)
-        lora = inside("comfy.utils").load_torch_file(path, safe_load=True)
-        before = _patch_count(model)
-        model, _ = inside("comfy.sd").load_lora_for_models(model, None, lora, strength, 0.0)
-        if _patch_count(model) == before:
-            raise AdapterMismatch(
-                f"{name} has no weight of {type(model.model).__name__}: it was made for another "
-                "kind of model"
-            )
-    return model
-
-
-def _patch_count(model: Any) -> int:  # noqa: ANN401 - comfy's ModelPatcher
-    return sum(map(len, model.patches.values()))

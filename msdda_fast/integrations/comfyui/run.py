@@ -5,9 +5,9 @@ A stock guider returns one prediction, but models of different eta can only be f
 made its step. So `FusedGuider` opens one stock `CFGGuider` per objective, nested; each loads its
 model and encodes its conditioning as usual, and the sampler, called innermost, calls all of them.
 
-Of two models that share a network (LoRAs over one checkpoint) only one can be patched into it at a
-time, and ComfyUI may unload one model to load another. So each model is loaded again before a call
-if another was called in between; that is free when it is still loaded.
+Of two models that share a network (LoRAs over one checkpoint) only one can be in it at a time, and
+ComfyUI may unload one model to load another. So each model is loaded again before a call if another
+was called in between; that is free when it is still loaded.
 """
 
 from __future__ import annotations
