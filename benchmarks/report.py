@@ -14,12 +14,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # when run as a script
 
-from benchmarks.tables import comparisons, kernels, latency, modes, serving
+from benchmarks.tables import comparisons, families, kernels, latency, modes, serving
 
 ROOT = Path(__file__).parent.parent
 PAGES = (
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{page}.md" for page in ("results", "merge-or-fuse")),
+    *(ROOT / "docs" / f"{page}.md" for page in ("results", "merge-or-fuse", "families/index")),
 )
 
 
@@ -46,6 +46,8 @@ TABLES = {
     "compare_flow": comparisons.compare_flow_table,
     "two_networks": comparisons.two_networks_table,
     "serving": serving.serving_table,
+    "family_takes": families.takes_table,
+    "family_memory": families.memory_table,
 }
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "TorchDispatchMode",
+    "abandon_pool",
     "conv_forward",
     "has_tangent",
     "held_by",
@@ -72,6 +73,24 @@ __all__ = [
 ]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def abandon_pool(device: int, pool: Any) -> None:  # noqa: ANN401 - torch's handle of a memory pool
+    """Take back what a capture that failed has left in the allocator.
+
+    A capture whose end fails never tells the allocator that it is over: the pool stays registered,
+    so that `empty_cache` raises and no block is used again. _cuda_endAllocateToPool and
+    _cuda_releasePool are what `torch.cuda.use_mem_pool` calls, since 2.7; 2.11 and 2.13 were read.
+
+    Args:
+        device: Index of the GPU.
+        pool: Handle of the pool that the capture allocated from.
+    """
+    try:
+        torch._C._cuda_endAllocateToPool(device, pool)
+    except RuntimeError:
+        return  # the capture did end, and its graph releases the pool
+    torch._C._cuda_releasePool(device, pool)
 
 
 def in_dispatch_mode() -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from functools import partial
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,11 +17,9 @@ from msdda_fast.cli.session import (
     ModelOption,
     ObjectiveOption,
     load,
+    only_stable_diffusion,
     reported,
 )
-
-if TYPE_CHECKING:
-    from msdda_fast.pipelines import MSDDAPipeline
 
 #: Holds the API key: what is on a command line can be read by everybody on the machine.
 API_KEY = "MSDDA_API_KEY"
@@ -121,11 +119,10 @@ def serve(
             process.run()
 
 
-def _load(
-    model: str, objectives: list[str] | None, dtype: DType, device: str | None
-) -> MSDDAPipeline:
+def _load(model: str, objectives: list[str] | None, dtype: DType, device: str | None) -> Any:  # noqa: ANN401 - a pipeline of any class
     from msdda_fast.pipelines.notices import quieten
     from msdda_fast.serve.service import lay_out
 
     quieten()
+    only_stable_diffusion(model, "serve")
     return lay_out(load(model, objectives, dtype, device))

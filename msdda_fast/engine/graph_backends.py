@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from msdda_fast.engine.buffers import StepBuffers
+from msdda_fast.torch_private import abandon_pool
 
 __all__ = ["Advance", "CudaGraphs", "Graph", "GraphBackend", "graphs_for"]
 
@@ -54,6 +55,7 @@ class CudaGraphs:
         self._device = torch.device(device)
         self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
+        self._failed: list[torch.cuda.CUDAGraph] = []
 
     def capture(self, advance: Advance, buffers: StepBuffers) -> Graph:
         """Warm `advance` up on the side stream, then record it; see `GraphBackend.capture`."""
@@ -71,17 +73,20 @@ class CudaGraphs:
                 ):
                     advance(buffers)
             except RuntimeError:
-                self._recover(buffers)
+                self._recover(graph, buffers)
                 raise
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
         return _CudaGraph(graph, self._device)
 
-    def _recover(self, buffers: StepBuffers) -> None:
+    def _recover(self, graph: torch.cuda.CUDAGraph, buffers: StepBuffers) -> None:
         """Restore PyTorch's state after a capture that failed.
 
-        Until a capture succeeds, its default generator behaves as if captured ("Offset increment
-        outside graph capture"), and its allocator may still use the old pool.
+        Its allocator still has the pool of the capture, and until a capture succeeds its default
+        generator behaves as if captured ("Offset increment outside graph capture").
         """
+        self._failed.append(graph)  # its end would touch the pool once more
+        index = self._device.index
+        abandon_pool(torch.cuda.current_device() if index is None else index, self._pool)
         self._pool = torch.cuda.graph_pool_handle()
         with torch.cuda.graph(torch.cuda.CUDAGraph(), pool=self._pool, stream=self._stream):
             buffers.counter.add_(1)

@@ -8,6 +8,7 @@
 
 import os
 from functools import partial
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -132,7 +133,7 @@ def build(args: RayArgs) -> Application:
     return application
 
 
-def _load(args: RayArgs) -> MSDDAPipeline:
+def _load(args: RayArgs) -> Any:  # noqa: ANN401 - of any class
     quieten()
     objectives = {name: Objective(**dict(o)) for name, o in (args.objectives or {}).items()}
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")

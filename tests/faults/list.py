@@ -492,7 +492,7 @@ FAULTS = (
     Fault(
         "batching-cancelled-stays",
         "A cancelled image keeps its place in the queue.",
-        "msdda_fast/batching/engine.py",
+        "msdda_fast/batching/leaving.py",
         '        tally.count("cancelled")\n',
         '        tally.count("cancelled")\n        return\n',
         ("tests/batching/test_engine.py",),
@@ -632,10 +632,26 @@ FAULTS = (
     Fault(
         "methods-remap-ignored",
         "The remapped DB-MPA keeps the weights as they are.",
-        "msdda_fast/methods/db_mpa.py",
+        "msdda_fast/methods/model.py",
         "return dict(zip(w, what.tolist(), strict=True)), float(eta_w)",
-        "return w, float(eta_w)",
+        "return dict(w), float(eta_w)",
         ("tests/methods/test_db_mpa.py",),
+    ),
+    Fault(
+        "methods-stock-weights",
+        "On any pipeline re-mapped weights are the shares of Eq. 7 alone.",
+        "msdda_fast/methods/stock_levels.py",
+        "share * (1 + c * values**2) / (1 + c * rate**2)",
+        "share",
+        ("tests/methods/test_stock_levels.py",),
+    ),
+    Fault(
+        "methods-stock-merge",
+        "On any pipeline a merge acts in all timesteps.",
+        "msdda_fast/methods/stock_model.py",
+        "self._put(adapter, next(iter(ranges.values())))",
+        "self._put(adapter, None)",
+        ("tests/methods/test_stock_model.py",),
     ),
     Fault(
         "methods-worst-of-n",
