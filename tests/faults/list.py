@@ -683,7 +683,7 @@ FAULTS = (
         "integrations-noise-at-the-end",
         "k-diffusion's noise sampler is asked at the step to sigma 0.",
         "msdda_fast/integrations/k_diffusion.py",
-        "if ends_at_zero[k]:",
+        "if is_silent[k]:",
         "if False:",
         ("tests/integrations/test_k_diffusion.py",),
     ),
