@@ -15,10 +15,11 @@ from msdda_fast.pipelines import request as call
 from msdda_fast.pipelines.preferences import call_strength
 from msdda_fast.pipelines.prompt_length import Readers
 from msdda_fast.pipelines.regions import check_masks, check_softness
+from msdda_fast.pipelines.schedulers import sampling_levels
 from msdda_fast.pipelines.stable_diffusion.pipeline import MSDDAPipeline
 from msdda_fast.pipelines.stable_diffusion.tables import Tables
 from msdda_fast.steps.coefficients import CoefficientTable
-from msdda_fast.steps.ddim import ddim_grid
+from msdda_fast.steps.schedulers import scheduler_rule
 from msdda_fast.types import ZeroVariancePolicy
 from msdda_fast.weights import preference_schedule
 
@@ -82,7 +83,7 @@ class CapturedChecks:
             check_pixels(self._limits, height, width)
         with field("num_inference_steps"):
             steps = integer("num_inference_steps", request.num_inference_steps)
-            ddim_grid(self._pipe.scheduler, steps)
+            scheduler_rule(self._pipe.scheduler, steps)
             check_cost(self._limits, count, height, width, steps)
         return Shape(height, width, steps)
 
@@ -94,7 +95,7 @@ class CapturedChecks:
         with field("guidance_scale"):
             guidance = call.objective_guidance(objectives, request.guidance_scale)
         with field("weights"):
-            grid = ddim_grid(pipe.scheduler, steps).timesteps
+            grid = scheduler_rule(pipe.scheduler, steps).timesteps
             weights = preference_schedule(
                 request.weights, list(objectives), 1, steps, timesteps=grid
             )
@@ -113,7 +114,7 @@ class CapturedChecks:
                 scheduler=pipe.scheduler,
                 num_steps=steps,
                 objectives=objectives,
-                etas=call.objective_etas(objectives, None),
+                etas=sampling_levels(pipe.scheduler, objectives, None),
                 guidance_scale=guidance,
                 strength=request.strength,
                 kl_weights=None,
