@@ -12,30 +12,34 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor, nn
+from torch import nn
 
 from msdda_fast.adapters.switching import adapter_names
 from msdda_fast.adapters.variant import AdapterSet
 from msdda_fast.errors import UnsupportedNetwork
 from msdda_fast.levels import NoiseLevels
 from msdda_fast.objective import Objective
+from msdda_fast.pipelines.accelerator import Accelerator
 from msdda_fast.pipelines.adapter_sets import adapter_set, check_loaded, check_objective
-from msdda_fast.pipelines.attach_files import DENOISERS, networks_of, save_objectives
+from msdda_fast.pipelines.attach_files import DENOISERS, networks_of
 from msdda_fast.pipelines.batch import Batch
 from msdda_fast.pipelines.call_arguments import check_arguments
 from msdda_fast.pipelines.call_levels import call_levels
+from msdda_fast.pipelines.call_preferences import CallPreferences
 from msdda_fast.pipelines.exclusive import one_at_a_time
 from msdda_fast.pipelines.fused_scheduler import with_fusing
 from msdda_fast.pipelines.fusing import FusingOptions
+from msdda_fast.pipelines.held_objectives import HeldObjectives
+from msdda_fast.pipelines.latent_grid import requested_size
 from msdda_fast.pipelines.loop_noise import LoopNoise
-from msdda_fast.pipelines.manifest import check_names
+from msdda_fast.pipelines.manifest import NAMELESS, check_names
 from msdda_fast.pipelines.pipeline_step import PipelineFusing, WithBase
-from msdda_fast.pipelines.preferences import StrengthsLike, call_strength
+from msdda_fast.pipelines.preferences import StrengthsLike
+from msdda_fast.pipelines.regions import MasksLike, check_masks, check_softness
 from msdda_fast.pipelines.row_hook import RowHook
 from msdda_fast.pipelines.stock_methods import attached_class
 from msdda_fast.pipelines.stock_schedulers import check_scheduler
@@ -44,51 +48,8 @@ from msdda_fast.types import Fusion, WeightSchedule, ZeroVariancePolicy
 __all__ = ["WithObjectives", "attach", "attach_as_it_is"]
 
 
-class WithObjectives:
+class WithObjectives(HeldObjectives):
     """Mixin before the class of a stock pipeline; `attach` makes the class."""
-
-    stock_class: type[DiffusionPipeline]
-    _objectives: dict[str, Objective]
-    _sets: dict[str, AdapterSet]
-    _hooks: dict[str, RowHook]
-
-    @property
-    def objectives(self) -> dict[str, Objective]:
-        """The objectives by name, in the order of the columns of `weights`."""
-        return dict(self._objectives)
-
-    @property
-    def adapter_sets(self) -> dict[str, AdapterSet]:
-        """The adapters of each objective, by their names in peft, with factors on their updates."""
-        return dict(self._sets)
-
-    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:  # noqa: ANN401
-        """Write a folder of the stock class, with the objectives beside it.
-
-        The base is written without its adapters, so stock diffusers loads the folder too; adapters
-        go to `objectives/<name>/`, several of one objective as one, and `objectives.json` lists
-        them. A failed save does not change the folder.
-
-        Args:
-            save_directory: Made if missing; files of an earlier save are replaced.
-            options: As in diffusers.
-
-        Raises:
-            AdapterMismatch: An adapter is no plain LoRA.
-        """
-        save_objectives(self, Path(save_directory), **options)
-
-    def detach(self) -> DiffusionPipeline:
-        """Return the stock pipeline, on the same networks and scheduler."""
-        stock = copy.copy(self)
-        stock.__class__ = self.stock_class
-        for name in ("_objectives", "_sets", "_hooks"):
-            del stock.__dict__[name]
-        return stock
-
-    def shared_networks(self) -> list[nn.Module]:
-        """The networks that a call hooks; threads that use one of them wait for each other."""
-        return list(networks_of(self).values())
 
     @torch.no_grad()
     @one_at_a_time
@@ -96,6 +57,8 @@ class WithObjectives:
         self,
         *args: Any,  # noqa: ANN401 - the stock pipeline's own
         weights: WeightSchedule = None,
+        masks: MasksLike | None = None,
+        mask_softness: float | None = None,
         objective_strength: StrengthsLike | None = None,
         kl_weights: Mapping[str, float] | Sequence[float] | None = None,
         seed: int | Sequence[int] | None = None,
@@ -116,8 +79,11 @@ class WithObjectives:
             args, kwargs: As in the stock pipeline.
             weights: Preferences w, no unit, on the simplex: a mapping from every objective's name
                 to a number, a list of mappings, one per prompt, (M,) or (B, M) numbers, or a
-                callable from the step index 0..T-1 to any of these. None: uniform. An objective
-                whose weight is 0 throughout is not evaluated.
+                callable from the step index 0..T-1 to any of these, or a mapping from ranges of
+                timesteps to them, `{(500, 999): {...}, (0, 499): {...}}`, both ends included. None:
+                uniform. An objective whose weight is 0 throughout is not evaluated.
+            masks, mask_softness: As `MSDDAPipeline`: where an objective acts, in pixels of the
+                image, and how far edges are blurred.
             objective_strength, kl_weights: As `strength` and `kl_weights` of `MSDDAPipeline`, here
                 with another name because `strength` of image to image is something else.
             seed: Counter-based noise in the steps, and x_T from one generator per image: image i
@@ -146,13 +112,21 @@ class WithObjectives:
         stock: Any = super().__call__  # type: ignore[misc]
         scheduler: Any = self.scheduler  # type: ignore[attr-defined]
         batch = Batch.of(stock, args, kwargs)
-        rows = batch.weights(weights, list(self._objectives), extrapolate=extrapolate)
-        active = {
-            name: objective
-            for m, (name, objective) in enumerate(self._objectives.items())
-            if bool((rows[..., m] != 0).any())
-        }
-        columns = [m for m, name in enumerate(self._objectives) if name in active]
+        names = list(self._objectives)
+        regions = None
+        check_softness(mask_softness, masks)
+        if masks is not None:
+            regions = check_masks(
+                masks,
+                names,
+                batch.images,
+                *requested_size(self, batch.given),
+                images_per_prompt=batch.copies,
+                softness=mask_softness,
+            )
+        prefers = CallPreferences.of(batch, weights, names, regions, extrapolate=extrapolate)
+        columns = prefers.columns
+        active = {names[m]: self._objectives[names[m]] for m in columns}
         seeds, kwargs = batch.seeded(seed, kwargs)
         check_scheduler(scheduler, steered=seeds is not None)
         own_levels = call_levels(scheduler, active, self._objectives, levels)
@@ -170,12 +144,11 @@ class WithObjectives:
             options,
             count=len(active),
             levels=own_levels,
-            weights=_by_step(rows[..., columns]),
+            weights=prefers.schedule,
             noise=LoopNoise(seeds, None),
+            pixels=prefers.pixels(self),
         )
-        own = call_strength(
-            list(self._objectives), objective_strength, kl_weights, rows, batch.copies
-        )
+        own = prefers.strength(objective_strength, kl_weights, batch.copies)
         ranges = [objective.timesteps for objective in active.values()]
         loaded = _loaded(self)
         for name in active:
@@ -183,7 +156,7 @@ class WithObjectives:
         sets = [self._sets[name] for name in active]
         if own is not None or any(ranges):
             fusing.with_base = WithBase.of(own, columns, ranges)
-            sets.append(())  # the base
+            sets.append(self._base_set)
         with ExitStack() as stack:
             for name, network in networks_of(self).items():
                 stack.enter_context(self._hook(name, network).hooked(sets))
@@ -208,6 +181,7 @@ def attach(
     pipeline: DiffusionPipeline,
     objectives: Mapping[str, Objective] | None = None,
     sets: Mapping[str, AdapterSet] | None = None,
+    accelerator: Accelerator | None = None,
 ) -> WithObjectives:
     """Return a pipeline of the same class with objectives, on the same networks and scheduler.
 
@@ -215,7 +189,9 @@ def attach(
         pipeline: Any loaded pipeline of diffusers; it is not changed, and stays usable.
         objectives: By name, in order; a source is the name of a loaded adapter. None: those that
             the pipeline has, else every loaded adapter, else the base model.
-        sets: The adapters of each objective, whose sources then are files.
+        sets: The adapters of each objective, whose sources then are files, and by `NAMELESS` those
+            of the base.
+        accelerator: What all of `sets` include; None: nothing.
 
     Raises:
         UnknownObjective: A source is not a loaded adapter.
@@ -232,7 +208,8 @@ def attach(
         raise UnsupportedNetwork(f"{type(pipeline).__name__} has no scheduler with a step to fuse")
     loaded = _loaded(pipeline)
     if objectives is None and isinstance(pipeline, WithObjectives):
-        objectives, sets = pipeline.objectives, pipeline.adapter_sets
+        objectives, accelerator = pipeline.objectives, pipeline.accelerator
+        sets = {**pipeline.adapter_sets, NAMELESS: pipeline.base_set}
     if objectives is None:
         objectives = {name: Objective(name) for name in loaded} or {"base": Objective.base()}
     check_names(objectives)
@@ -245,7 +222,9 @@ def attach(
     stock: Any = getattr(pipeline, "stock_class", type(pipeline))
     attached: Any = copy.copy(pipeline)
     attached.__class__ = attached_class(WithObjectives, stock)
-    attached._objectives, attached._sets, attached._hooks = dict(objectives), dict(sets), {}
+    attached._objectives, attached._hooks = dict(objectives), {}
+    attached._accelerator, attached._base_set = accelerator, sets.get(NAMELESS, ())
+    attached._sets = {name: sets[name] for name in objectives}
     made: WithObjectives = attached
     return made
 
@@ -268,15 +247,6 @@ def attach_as_it_is(
 
 def _loaded(pipeline: Any) -> list[str]:  # noqa: ANN401 - a pipeline
     return adapter_names(*networks_of(pipeline).values())
-
-
-def _by_step(rows: Tensor) -> WeightSchedule:
-    """(T, B, M) -> (M,) or (B, M) where steps agree, else a callable from the step to either."""
-    if bool((rows == rows[:, :1]).all()):
-        rows = rows[:, 0]
-    if bool((rows == rows[:1]).all()):
-        return rows[0]
-    return lambda k: rows[k]
 
 
 def _set_to(scheduler: Any, num_steps: int) -> Any:  # noqa: ANN401 - any scheduler of diffusers

@@ -107,7 +107,7 @@ FAULTS = (
     Fault(
         "steps-guidance-halves",
         "Guidance gives 1 - g to the conditional half, too.",
-        "msdda_fast/steps/table.py",
+        "msdda_fast/steps/table_rows.py",
         "uncond, cond = output_scale * (1 - guidance), output_scale * guidance",
         "uncond, cond = output_scale * (1 - guidance), output_scale * (1 - guidance)",
         (
@@ -683,7 +683,7 @@ FAULTS = (
         "integrations-noise-at-the-end",
         "k-diffusion's noise sampler is asked at the step to sigma 0.",
         "msdda_fast/integrations/k_diffusion.py",
-        "if ends_at_zero[k]:",
+        "if is_silent[k]:",
         "if False:",
         ("tests/integrations/test_k_diffusion.py",),
     ),
