@@ -107,7 +107,7 @@ FAULTS = (
     Fault(
         "steps-guidance-halves",
         "Guidance gives 1 - g to the conditional half, too.",
-        "msdda_fast/steps/table.py",
+        "msdda_fast/steps/table_rows.py",
         "uncond, cond = output_scale * (1 - guidance), output_scale * guidance",
         "uncond, cond = output_scale * (1 - guidance), output_scale * (1 - guidance)",
         (
@@ -686,6 +686,38 @@ FAULTS = (
         "if is_silent[k]:",
         "if False:",
         ("tests/integrations/test_k_diffusion.py",),
+    ),
+    Fault(
+        "integrations-flow-velocity",
+        "A flow model's x_0 is taken for its velocity.",
+        "msdda_fast/steps/denoised.py",
+        "slope = terms.output_scale / self.grid.start",
+        "slope = terms.output_scale",
+        ("tests/integrations/test_k_diffusion_flow.py",),
+    ),
+    Fault(
+        "integrations-percents",
+        "In ComfyUI an objective goes on after its end.",
+        "msdda_fast/integrations/comfyui/objective.py",
+        "inside_range = sigmas >= last",
+        "inside_range = sigmas >= 0 * last",
+        ("tests/integrations/test_comfyui_flow.py",),
+    ),
+    Fault(
+        "integrations-lora-alpha",
+        "In ComfyUI the alpha of a LoRA is not divided by its rank.",
+        "msdda_fast/integrations/comfyui/loras.py",
+        "alpha / down.shape[0]",
+        "alpha",
+        ("tests/integrations/test_comfyui_flow.py",),
+    ),
+    Fault(
+        "integrations-lora-stays",
+        "In ComfyUI the LoRAs of one objective stay in the network for the next.",
+        "msdda_fast/integrations/comfyui/loras.py",
+        "            hook.remove()",
+        "            pass",
+        ("tests/integrations/test_comfyui_flow.py",),
     ),
     Fault(
         "emoji-test-prompts-leak",
