@@ -10,7 +10,8 @@ OUT ?= out/demo
 
 demo: $(STAMP)
 	$(BIN)/msdda-fast sweep --seeds 1,2 --out $(OUT)
-	$(BIN)/python examples/flow_model.py $(OUT)/flow.png
+	$(BIN)/msdda-fast sweep --model msdda-fast/emoji-flow --guidance 1 --seeds 2 --weights 0,0.5,1 --out $(OUT)/flow \
+		-p "A pink colored banana." -p "A purple hat and a black clock." -p "A black chair and a red table."
 
 # `test` leaves out what is marked `full`: rows of sweeps that no pair of values needs, and expensive
 # second looks. tests/faults/ shows that it notices what `test-all` notices.

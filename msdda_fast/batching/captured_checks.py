@@ -11,14 +11,15 @@ from msdda_fast.batching.checks import check_cost, check_pixels, field
 from msdda_fast.batching.limits import Limits, integer
 from msdda_fast.batching.request import ImageRequest
 from msdda_fast.batching.ticket import Shape
-from msdda_fast.errors import InvalidRequest
 from msdda_fast.pipelines import request as call
-from msdda_fast.pipelines.preferences import preferences
+from msdda_fast.pipelines.preferences import call_strength
 from msdda_fast.pipelines.prompt_length import Readers
+from msdda_fast.pipelines.regions import check_masks, check_softness
+from msdda_fast.pipelines.schedulers import sampling_levels
 from msdda_fast.pipelines.stable_diffusion.pipeline import MSDDAPipeline
+from msdda_fast.pipelines.stable_diffusion.tables import Tables
 from msdda_fast.steps.coefficients import CoefficientTable
-from msdda_fast.steps.ddim import ddim_grid
-from msdda_fast.steps.table import coefficient_table
+from msdda_fast.steps.schedulers import scheduler_rule
 from msdda_fast.types import ZeroVariancePolicy
 from msdda_fast.weights import preference_schedule
 
@@ -45,12 +46,8 @@ class CapturedChecks:
         self, request: ImageRequest, count: int, zero_variance: ZeroVariancePolicy
     ) -> tuple[Shape, dict[str, Any]]:
         """Return the shape of a request, and its coefficients; see `Checks`."""
-        for name in ("masks", "mask_softness"):
-            with field(name):
-                if getattr(request, name) is not None:
-                    raise InvalidRequest("Stable Diffusion 1 and 2 take no masks here")
         shape = self._shape(request, count)
-        table = self._table(request, shape.steps, zero_variance)
+        table = self._table(request, shape, zero_variance)
         return shape._replace(with_base=table.has_base), {"table": table}
 
     def native_size(self) -> tuple[int, int]:
@@ -86,35 +83,50 @@ class CapturedChecks:
             check_pixels(self._limits, height, width)
         with field("num_inference_steps"):
             steps = integer("num_inference_steps", request.num_inference_steps)
-            ddim_grid(self._pipe.scheduler, steps)
+            scheduler_rule(self._pipe.scheduler, steps)
             check_cost(self._limits, count, height, width, steps)
         return Shape(height, width, steps)
 
     def _table(
-        self, request: ImageRequest, steps: int, zero_variance: ZeroVariancePolicy
+        self, request: ImageRequest, shape: Shape, zero_variance: ZeroVariancePolicy
     ) -> CoefficientTable:
-        pipe = self._pipe
-        objectives = pipe.objectives
+        pipe, steps = self._pipe, shape.steps
+        objectives, factor = pipe.objectives, pipe.vae_scale_factor
         with field("guidance_scale"):
             guidance = call.objective_guidance(objectives, request.guidance_scale)
         with field("weights"):
-            preference_schedule(request.weights, list(objectives), 1, steps)
+            grid = scheduler_rule(pipe.scheduler, steps).timesteps
+            weights = preference_schedule(
+                request.weights, list(objectives), 1, steps, timesteps=grid
+            )
         with field("strength"):
-            prefers = preferences(
-                objectives,
-                request.weights,
-                request.strength,
-                None,
-                batch_size=1,
-                num_steps=steps,
+            call_strength(list(objectives), request.strength, None, weights, 1)
+        with field("mask_softness"):
+            check_softness(request.mask_softness, request.masks)
+        with field("masks"):
+            regions = check_masks(
+                request.masks, list(objectives), 1, *shape[:2], softness=request.mask_softness
             )
+            if regions is not None:
+                regions.covered_with(weights)
         with field("weights"):
-            return coefficient_table(
-                pipe.scheduler,
-                steps,
-                etas=call.objective_etas(objectives, None),
-                **prefers,
+            tables = Tables(
+                scheduler=pipe.scheduler,
+                num_steps=steps,
+                objectives=objectives,
+                etas=sampling_levels(pipe.scheduler, objectives, None),
                 guidance_scale=guidance,
+                strength=request.strength,
+                kl_weights=None,
                 zero_variance=zero_variance,
-                dtype=torch.float64 if pipe.unet.dtype == torch.float64 else torch.float32,
+                rates=None,
+                extrapolate=False,
+                fusion="posterior",
+                masks=request.masks,
+                mask_softness=request.mask_softness,
+                latent_size=(shape.height // factor, shape.width // factor),
+                scale=factor,
             )
+            table = tables.of(request.weights, 1)
+        dtype = torch.float64 if pipe.unet.dtype == torch.float64 else torch.float32
+        return table.to("cpu", dtype)

@@ -19,6 +19,7 @@ from msdda_fast.pipelines.stable_diffusion.forward import Runner
 from msdda_fast.pipelines.stable_diffusion.pipeline import MSDDAPipeline
 from msdda_fast.pipelines.stable_diffusion.sampling import PromptedGeneration, Request, sample
 from msdda_fast.steps.coefficients import CoefficientTable
+from msdda_fast.steps.side_by_side import side_by_side
 
 __all__ = ["BatchDrawer"]
 
@@ -106,7 +107,7 @@ class BatchDrawer:
         pipe = self.pipe
         networks = pipe.networks(with_base=batch[0].shape.with_base, runner=self._runner)
         device = networks.device
-        table = _side_by_side([_table(ticket) for ticket in rows]).to(device)
+        table = side_by_side([_table(ticket) for ticket in rows]).to(device)
         prompts = Prompts.check(
             [ticket.prompt for ticket in rows],
             [ticket.negative_prompt for ticket in rows],
@@ -144,16 +145,3 @@ class BatchDrawer:
 def _table(ticket: Ticket) -> CoefficientTable:
     assert ticket.table is not None
     return ticket.table
-
-
-def _side_by_side(tables: Sequence[CoefficientTable]) -> CoefficientTable:
-    """Join B tables (T, 1, C) of the same steps into one (T, B, C)."""
-    return replace(
-        tables[0],
-        rows=torch.cat([table.rows for table in tables], dim=1),
-        share=torch.cat([table.share for table in tables], dim=1),
-        std=torch.cat([table.std for table in tables], dim=1),
-        needs_uncond=any(table.needs_uncond for table in tables),
-        influence=torch.stack([table.influence for table in tables]).any(0),
-        reads=torch.stack([table.reads for table in tables]).any(0),
-    )

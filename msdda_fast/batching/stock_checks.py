@@ -8,6 +8,7 @@ import math
 from typing import Any
 
 from PIL import Image
+from torch import Tensor
 
 from msdda_fast.batching.checks import check_cost, check_pixels, field
 from msdda_fast.batching.limits import Limits, integer
@@ -15,13 +16,16 @@ from msdda_fast.batching.request import ImageRequest
 from msdda_fast.batching.ticket import Shape, StockImage
 from msdda_fast.errors import InvalidRequest, InvalidSchedule, InvalidShape
 from msdda_fast.pipelines.attach import WithObjectives
+from msdda_fast.pipelines.batch import Batch
 from msdda_fast.pipelines.call_check import check_fusing
+from msdda_fast.pipelines.call_preferences import CallPreferences
 from msdda_fast.pipelines.capabilities import Capabilities, check_stock_inputs
-from msdda_fast.pipelines.preferences import call_strength
 from msdda_fast.pipelines.prompt_length import Readers
+from msdda_fast.pipelines.regions import Regions, check_masks, check_softness
 from msdda_fast.pipelines.siblings import Task
 from msdda_fast.types import ZeroVariancePolicy
-from msdda_fast.weights import preference_schedule
+from msdda_fast.weight_ranges import has_ranges
+from msdda_fast.weights import preference_weights
 
 __all__ = ["StockChecks"]
 
@@ -67,12 +71,17 @@ class StockChecks:
         shared = {
             **self._guidance(request),
             **self._image_strength(request, steps),
-            **self._softness(request),
+            **({} if request.mask_softness is None else {"mask_softness": request.mask_softness}),
         }
         with field("negative_prompt"):
             if request.negative_prompt and not takes.takes_negative:
                 raise InvalidRequest(f"{takes.kind} takes no negative prompt")
-        stock, levels = self._preferences(request, steps, zero_variance, image, mask)
+        prefers = self._preferences(request, steps, self._regions(request, height, width))
+        with field("strength"):
+            strength = prefers.strength(request.strength, None, 1)
+        with field("weights"):
+            levels = check_fusing(self._pipe, prefers, steps, zero_variance)
+            weights = _sent(request, prefers)
         with field("prompt"):
             size = {"height": height, "width": width} if takes.takes_size else {}
             images = {"image": image, "mask_image": mask}
@@ -83,12 +92,16 @@ class StockChecks:
             height,
             width,
             steps,
-            with_base=stock.strength is not None,
+            with_base=strength is not None,
             task=self._task,
             call=tuple(shared.items()),
             has_negative=bool(request.negative_prompt) or takes.needs_negative,
             levels=levels,
+            by_range=not isinstance(weights, Tensor),
             alone=next(self._alone) if image is not None and takes.mixes_images else None,
+        )
+        stock = StockImage(
+            weights=weights, strength=strength, image=image, mask_image=mask, masks=request.masks
         )
         return shape, {"stock": stock}
 
@@ -189,37 +202,41 @@ class StockChecks:
                 )
             return {"strength": float(value)}
 
-    def _softness(self, request: ImageRequest) -> dict[str, float]:
-        """Return how soft masks are made, if the request has any."""
-        for name in ("masks", "mask_softness"):
-            with field(name):
-                if getattr(request, name) is not None and not self.takes.takes(name):
-                    raise InvalidRequest(f"{self.takes.kind} takes no masks for objectives")
+    def _regions(self, request: ImageRequest, height: int, width: int) -> Regions | None:
+        """Return where objectives act, if the request says that."""
         with field("mask_softness"):
-            if request.mask_softness is None or request.masks is None:
-                return {}
-            softness = float(request.mask_softness)
-            if not 0 <= softness < math.inf:
-                raise InvalidRequest(f"mask_softness must be finite and >= 0, got {softness}")
-            return {"mask_softness": softness}
+            check_softness(request.mask_softness, request.masks)
+        with field("masks"):
+            return check_masks(
+                request.masks,
+                list(self._pipe.objectives),
+                1,
+                height,
+                width,
+                softness=request.mask_softness,
+            )
 
     def _preferences(
-        self,
-        request: ImageRequest,
-        steps: int,
-        zero_variance: ZeroVariancePolicy,
-        image: Image.Image | None,
-        mask: Image.Image | None,
-    ) -> tuple[StockImage, Any]:
-        """Return what an image brings to its call, and the kind of its noise levels."""
+        self, request: ImageRequest, steps: int, regions: Regions | None
+    ) -> CallPreferences:
+        """Return the preferences of one image, as its call alone would have them."""
         names = list(self._pipe.objectives)
+        one = Batch(1, 1, steps, takes_generator=True, given={})
+
+        def of(regions: Regions | None) -> CallPreferences:
+            return CallPreferences.of(one, request.weights, names, regions, extrapolate=False)
+
         with field("weights"):
-            weights = preference_schedule(request.weights, names, 1, steps)
-        with field("strength"):
-            strength = call_strength(names, request.strength, None, weights, 1)
-        with field("weights"):
-            levels = check_fusing(self._pipe, weights, zero_variance)
-        stock = StockImage(
-            weights=weights, strength=strength, image=image, mask_image=mask, masks=request.masks
-        )
-        return stock, levels
+            prefers = of(None)
+        with field("masks"):
+            return prefers if regions is None else of(regions)
+
+
+def _sent(request: ImageRequest, prefers: CallPreferences) -> Any:  # noqa: ANN401 - see `StockImage`
+    """The weights of one image as its call gets them."""
+    weights: Any = request.weights
+    if not has_ranges(weights, prefers.names):
+        return prefers.rows
+    return {
+        key: preference_weights(form, prefers.names, 1)[0].tolist() for key, form in weights.items()
+    }

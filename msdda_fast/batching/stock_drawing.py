@@ -120,7 +120,7 @@ class StockDrawer:
             **dict(shape.call),
             "prompt": [ticket.prompt for ticket in rows],
             "num_inference_steps": steps,
-            "weights": torch.cat([one.weights for one in brought], 1)[:steps],
+            "weights": _weights(brought, steps),
             "seed": [ticket.seed for ticket in rows],
             "zero_variance": "dominate",  # admission refused what was not to be
         }
@@ -144,6 +144,13 @@ class StockDrawer:
 def _brought(ticket: Ticket) -> StockImage:
     assert ticket.stock is not None
     return ticket.stock
+
+
+def _weights(brought: Sequence[StockImage], steps: int) -> Any:  # noqa: ANN401 - as in the call
+    """(T, B, M), or a list of mappings from ranges of timesteps; see `Shape.by_range`."""
+    given = [one.weights for one in brought]
+    rows = [one for one in given if isinstance(one, Tensor)]
+    return torch.cat(rows, 1)[:steps] if rows else given
 
 
 def _strengths(brought: Sequence[StockImage]) -> Tensor:

@@ -32,6 +32,7 @@ class Shape(NamedTuple):
         call: Arguments of a stock pipeline's call that are one for all.
         has_negative: Whether negative prompts are given to it.
         levels: The kind of its noise levels, with a stock pipeline.
+        by_range: Whether its weights are by ranges of timesteps, with a stock pipeline.
         alone: A number of its own for an image that cannot share a call.
     """
 
@@ -43,6 +44,7 @@ class Shape(NamedTuple):
     call: tuple[tuple[str, Any], ...] = ()
     has_negative: bool = False
     levels: LevelKind | None = None
+    by_range: bool = False
     alone: int | None = None
 
 
@@ -51,13 +53,14 @@ class StockImage:
     """What one image brings to the call of a stock pipeline with objectives.
 
     Attributes:
-        weights: (T, 1, M) float64, rows on the simplex.
+        weights: (T, 1, M) float64, rows on the simplex; or a mapping from ranges of timesteps to
+            (M,) numbers.
         strength: Of the objectives, (1, M) float64; None: all are 1.
         image, mask_image: PIL images of the request's size, or None.
         masks: As in the request.
     """
 
-    weights: Tensor
+    weights: Tensor | Mapping[Any, list[float]]
     strength: Tensor | None
     image: Any
     mask_image: Any

@@ -221,11 +221,11 @@ def check_request(
     from msdda_fast.errors import InvalidSchedule
     from msdda_fast.pipelines import MSDDAPipeline
     from msdda_fast.pipelines.request import check_steps, objective_guidance
-    from msdda_fast.steps.ddim import ddim_grid
+    from msdda_fast.steps.schedulers import scheduler_rule
 
     check_prompts(pipe, prompts)
     if isinstance(pipe, MSDDAPipeline):
-        ddim_grid(pipe.scheduler, steps)
+        scheduler_rule(pipe.scheduler, steps)
         objective_guidance(pipe.objectives, guidance)
     else:
         check_steps(steps)

@@ -7,13 +7,14 @@ import copy
 from typing import Any, Literal, TypeAlias
 
 import torch
-from torch import Tensor
 
 from msdda_fast.levels import FlowNoise
 from msdda_fast.pipelines.attach import WithObjectives
 from msdda_fast.pipelines.call_levels import call_levels
-from msdda_fast.pipelines.fusing import Fusing, FusingOptions
+from msdda_fast.pipelines.call_preferences import CallPreferences
+from msdda_fast.pipelines.fusing import FusingOptions
 from msdda_fast.pipelines.loop_noise import LoopNoise
+from msdda_fast.pipelines.pipeline_step import PipelineFusing
 from msdda_fast.pipelines.stock_schedulers import check_scheduler
 from msdda_fast.types import ZeroVariancePolicy
 
@@ -24,18 +25,23 @@ LevelKind: TypeAlias = Literal["own", "eta", "flow"]
 
 
 def check_fusing(
-    pipe: WithObjectives, weights: Tensor, zero_variance: ZeroVariancePolicy
+    pipe: WithObjectives,
+    prefers: CallPreferences,
+    num_steps: int,
+    zero_variance: ZeroVariancePolicy,
 ) -> LevelKind:
     """Check the steps of one image.
 
     Args:
         pipe: The pipeline.
-        weights: (T, 1, M) float64, rows on the simplex.
+        prefers: Of one image.
+        num_steps: T.
         zero_variance: As in the call.
 
     Returns: The kind of noise levels. Images of one kind may share a call, whatever their weights.
 
     Raises:
+        InvalidWeights: Ranges of timesteps leave out one that is sampled.
         InvalidSchedule: The scheduler cannot be fused or cannot make its noise from seeds, or the
             objectives' levels fit neither it nor each other.
         ZeroVariance: A step mixes levels of zero with others.
@@ -43,15 +49,10 @@ def check_fusing(
     scheduler: Any = pipe.scheduler  # type: ignore[attr-defined]
     check_scheduler(scheduler, steered=True)
     objectives = pipe.objectives
-    columns = [m for m in range(len(objectives)) if bool((weights[..., m] != 0).any())]
-    names = list(objectives)
-    levels = call_levels(
-        scheduler, {names[m]: objectives[names[m]] for m in columns}, objectives, None
-    )
-    rows = weights[:, 0, columns]
-    changing = bool((rows != rows[:1]).any())
-    Fusing(
-        _timed(scheduler, len(weights)),
+    active = {name: objectives[name] for name in (prefers.names[m] for m in prefers.columns)}
+    levels = call_levels(scheduler, active, objectives, None)
+    PipelineFusing(
+        _timed(scheduler, num_steps),
         FusingOptions(
             fusion=None,
             zero_variance=zero_variance,
@@ -60,10 +61,11 @@ def check_fusing(
             state_dtype=torch.float32,
             backend="auto",
         ),
-        count=len(columns),
+        count=len(active),
         levels=levels,
-        weights=(lambda k: rows[k]) if changing else rows[0],
+        weights=prefers.schedule,
         noise=LoopNoise([0], None),
+        pixels=prefers.pixels(pipe),
     )
     if levels is None:
         return "own"

@@ -153,7 +153,8 @@ def _by_range(
 ) -> WeightSchedule:
     """Weights by ranges of timesteps, as numbers of some objectives."""
     if isinstance(weights, Mapping):
-        return {key: chosen(read(form, batch.images)) for key, form in weights.items()}
+        whole: Any = {key: chosen(read(form, batch.images)) for key, form in weights.items()}
+        return whole  # type: ignore[no-any-return]
     entries = []
     for entry in weights:
         if has_ranges(entry, names):

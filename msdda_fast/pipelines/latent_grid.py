@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -32,7 +33,7 @@ def latent_scale(pipe: Any) -> int:  # noqa: ANN401 - any pipeline
     )
 
 
-def requested_size(pipe: Any, given: dict[str, Any]) -> tuple[int | None, int | None]:  # noqa: ANN401
+def requested_size(pipe: Any, given: Mapping[str, Any]) -> tuple[int | None, int | None]:  # noqa: ANN401
     """Return (height, width) of the images that a call asks for, as far as it says.
 
     Args:
@@ -67,8 +68,7 @@ def weights_of_latents(pipe: Any, regions: Regions, sample: Tensor) -> PixelWeig
     h, w = height // scale, width // scale
     if (h * scale, w * scale) == (height, width) and h and w:
         if sample.ndim >= 4 and tuple(sample.shape[-2:]) == (h, w):
-            ones = (1,) * (sample.ndim - 3)
-            return regions.on(h, w, scale).reshaped(lambda one: one.view(len(one), *ones, h, w))
+            return regions.on(h, w, scale).in_latents(sample.ndim - 3)
         if sample.ndim == 3 and hasattr(pipe, "_pack_latents"):
             weights = regions.on(h, w, scale)
             try:

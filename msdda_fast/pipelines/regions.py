@@ -74,7 +74,7 @@ class Regions:
                 for name, has in zip(self.names, self.masked[b].tolist(), strict=True)
                 if not has
             ]
-            why = f", and {', '.join(others)} without a mask have the weight 0" if others else ""
+            why = f"; without a mask, and with weight 0: {', '.join(others)}" if others else ""
             raise InvalidWeights(
                 f"no objective covers the pixel in row {row}, column {column} of image {b}: the "
                 f"masks of {self._masked_names(b)} sum to {float(total[b, row, column]):.4g} "

@@ -18,7 +18,7 @@ __all__ = ["check_fused_rate", "mixing_rule", "no_mixing"]
 
 
 def no_mixing(level: Tensor) -> None:
-    """Go without mixing where it changes nothing, for weights of every pixel.
+    """Check that steps with weights of every pixel can go without mixing, which changes nothing.
 
     Raises:
         InvalidSchedule: Levels differ.

@@ -47,7 +47,7 @@ def check_pixels(pixels: PixelWeights, weights: Tensor, batch_size: int) -> None
 def pixel_table(
     pixels: PixelWeights,
     weights: Tensor,
-    share: Tensor,
+    mean: Tensor,
     terms: StepTerms,
     guidance: Tensor,
     fold: Folding | None,
@@ -58,8 +58,7 @@ def pixel_table(
     Args:
         pixels: Preferences of every pixel.
         weights: Of the steps, (T, B, M).
-        share: Of the weights that an image has on average, (T, B, M); 0: no pixel has the
-            objective.
+        mean: What an image has on average, (T, B, M); 0: no pixel has the objective.
         terms: The objectives' Gaussians.
         guidance, fold: As in `step_rows`.
         rates: (M,) of `zero_variance="ratio"`, or None.
@@ -67,12 +66,12 @@ def pixel_table(
     Raises:
         InvalidSchedule: Objectives of one image have levels of 0 and others.
     """
-    count = share.shape[-1]
-    own = [(share != 0) * torch.eye(count, dtype=share.dtype)[m] for m in range(count)]
-    still = torch.zeros(share.shape[:2], dtype=share.dtype)
+    count, active = mean.shape[-1], mean != 0
+    own = [active * torch.eye(count, dtype=mean.dtype)[m] for m in range(count)]
+    still = torch.zeros(mean.shape[:2], dtype=mean.dtype)
     return PixelTable(
         means=torch.stack([step_rows(one, still, terms, guidance, fold) for one in own]),
-        numbers=_numbers(pixels, weights, share != 0, terms, rates),
+        numbers=_numbers(pixels, weights, active, terms, rates),
         own=pixels.own.transpose(0, 1),
         rest=pixels.rest,
         parts=torch.stack(own if fold is None else [fold.columns(one) for one in own]),

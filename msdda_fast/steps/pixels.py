@@ -68,10 +68,17 @@ class PixelWeights:
         """Return those of some objectives; the others must have the weight 0."""
         return replace(self, own=self.own[:, objectives], free=self.free[:, objectives])
 
+    def in_latents(self, axes: int) -> Self:
+        """Return weights (B, M, h, w) for latents whose h and w come behind `axes` other axes."""
+        ones = (1,) * axes
+        return self.reshaped(lambda one: one.view(len(one), *ones, *one.shape[1:]))
+
     def reshaped(self, change: Callable[[Tensor], Tensor]) -> Self:
         """Return them with `change` done to (N, *S), of any number N."""
         own = change(self.own.flatten(0, 1))
-        return replace(self, own=own.unflatten(0, self.own.shape[:2]), rest=change(self.rest))
+        return replace(
+            self, own=own.view(*self.own.shape[:2], *own.shape[1:]), rest=change(self.rest)
+        )
 
     def of_rest(self, weights: Tensor) -> Tensor:
         """Return v, (..., B, M), for the preferences (..., B, M) of a step; 0 where all are."""

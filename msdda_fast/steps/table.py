@@ -198,7 +198,8 @@ def rule_table(
         weight = pixels.mean(schedule)
     mixing = mixing_rule(fusion, rule, level)
     if mixing is not None and pixels is not None:
-        mixing = no_mixing(level)
+        no_mixing(level)
+        mixing = None
     terms = rule.step(level)
     share, rate = fusion_shares(weight, terms.rate, zero_variance=zero_variance, rates=rates)
     if mixing is not None:
@@ -211,7 +212,7 @@ def rule_table(
     table_of_pixels = None
     if pixels is not None:
         c = None if rates is None else as_host_float64(rates, "rates")
-        table_of_pixels = pixel_table(pixels, schedule, share, terms, guidance, fold, c)
+        table_of_pixels = pixel_table(pixels, schedule, weight, terms, guidance, fold, c)
         table_of_pixels = table_of_pixels.to(device, dtype)
     needs_uncond = bool(((share != 0) & (guidance != 1)).any())
     influence = (share != 0).any(1)

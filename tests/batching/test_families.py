@@ -271,6 +271,85 @@ def sized(name):
     return {} if name == "SDXL" else {"height": 32, "width": 32}
 
 
+RANGES = [
+    {(500, 1000): {"a": 1.0, "b": 0.0}, (0, 500): {"a": 0.2, "b": 0.8}},
+    {"0-1000": [0.3, 0.7]},
+]
+
+
+class TestWhereAndWhen:
+    @pytest.mark.parametrize("name", some("SD3", full=["FLUX", "SDXL", "Wan"]))
+    def test_masks_are_of_each_image(self, start, name):
+        pipe = pipe_of(name)
+        size = KINDS[name].fields["width"]
+        left = Image.new("L", (size, size))
+        left.paste(255, (0, 0, size // 2, size))
+        asked = strangers(name)
+        asked[0] = replace(asked[0], masks={"a": left})
+        asked[2] = replace(asked[2], masks={"a": MASK.resize((size, size))})
+        results = together(start(pipe), asked, height=16, width=16)
+        assert {result.batch_size for result in results} == {3}
+        for result, one in zip(results, asked, strict=True):
+            assert_close(result.image, alone(pipe, one, masks=one.masks))
+
+    def test_softness_is_one_for_all_with_masks(self, start):
+        engine = start(pipe_of("SD3"))
+        mask = {"a": MASK.crop((0, 0, 16, 16))}
+        soft = [{"masks": mask, "mask_softness": 3.0}] * 2 + [{"masks": mask}, {}]
+        results = together(engine, [request(**one) for one in soft])
+        assert [result.batch_size for result in results] == [2] * 4
+        assert_close(results[0].image, alone(engine.pipe, request(), masks=mask, mask_softness=3.0))
+
+    def test_ranges_of_timesteps_are_of_each_image(self, start):
+        pipe = pipe_of("SD3")
+        asked = [replace(one, weights=w) for one, w in zip(strangers("SD3"), RANGES, strict=False)]
+        results = together(start(pipe), [*asked, strangers("SD3")[0]])
+        assert [result.batch_size for result in results] == [2, 2, 1]
+        for result, one in zip(results, asked, strict=False):
+            assert_close(result.image, alone(pipe, one))
+
+    def test_stable_diffusion_has_all_of_it_in_one_batch(self, start, own_pipe):
+        ranges = {(500, 999): {"warm": 1.0, "cool": 0.0}, (0, 499): {"warm": 0.2, "cool": 0.8}}
+        fields = [
+            {"masks": {"warm": HALF}, "mask_softness": 2.0},
+            {"masks": {"cool": MASK}, "weights": ranges},
+            {"weights": ranges},
+            {"weights": [0.3, 0.7]},
+        ]
+        asked = [request(seed=seed, **one) for seed, one in enumerate(fields)]
+        results = together(start(own_pipe), asked)
+        assert {result.batch_size for result in results} == {4}
+        for result, one, given in zip(results, asked, fields, strict=True):
+            latents = own_pipe(
+                one.prompt, seed=one.seed, num_inference_steps=3, output_type="latent", **given
+            ).images
+            assert_close(result.image, latents[0])
+
+    @pytest.mark.parametrize(
+        ("fields", "error", "field"),
+        [
+            ({"masks": {"c": MASK}}, mf.UnknownObjective, "masks"),
+            ({"masks": {"a": MASK}, "height": 16}, mf.InvalidShape, "masks"),
+            ({"masks": {"a": MASK, "b": MASK}}, mf.InvalidWeights, "masks"),
+            ({"masks": {"a": MASK}, "weights": [1, 0]}, mf.InvalidWeights, "masks"),
+            ({"mask_softness": 1.0}, mf.InvalidWeights, "mask_softness"),
+            ({"masks": {"a": MASK}, "mask_softness": -1}, mf.InvalidWeights, "mask_softness"),
+            ({"weights": {"500-999": [1, 0]}}, mf.InvalidWeights, "weights"),
+            ({"weights": {"5-9": [1, 0], "7-20": [0, 1]}}, mf.InvalidWeights, "weights"),
+        ],
+    )
+    @pytest.mark.parametrize("captured", [False, True], ids=["stock", "captured"])
+    def test_bad_ones_by_field(self, start, tiny, captured, fields, error, field):
+        pipe = pipe_of("SDXL")
+        if captured:
+            adapters = [variant.adapter for variant in tiny.shared().variants.values()]
+            names = dict(zip("ab", map(mf.Objective, adapters), strict=True))
+            pipe = mf.MSDDAPipeline.from_pipe(tiny.shared(), objectives=names)
+        with pytest.raises(error) as raised:
+            start(pipe).submit(request(**{"height": 32, "width": 32, **fields}))
+        assert raised.value.field == field
+
+
 class TestRefused:
     @pytest.mark.parametrize(
         ("name", "fields", "error", "field"),
@@ -352,7 +431,7 @@ class TestRefused:
             engine.submit(request(image=PICTURES[0]))
         assert raised.value.field == "image"
 
-    def test_masks_and_previews_of_stable_diffusion_from_images(self, start, own_pipe):
+    def test_previews_of_stable_diffusion_from_images(self, start, own_pipe):
         engine = start(own_pipe)
         with pytest.raises(mf.InvalidRequest, match="previews are of Stable Diffusion"):
             engine.submit(request(image=PICTURES[0], preview_steps=[1]))

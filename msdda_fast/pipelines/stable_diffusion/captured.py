@@ -217,6 +217,7 @@ class CapturedSampler:
                 noise_table=noise.seeds is None,
                 context=tuple(prompt_embeds.shape),
                 shared_context=shares_text,
+                pixelwise=0 if table.pixels is None else len(table.pixels.own),
                 mode="exact" if plan is None else "merged",
             )
         )
