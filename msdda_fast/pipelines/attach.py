@@ -13,19 +13,24 @@ import copy
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from msdda_fast.adapters.switching import adapter_names
 from msdda_fast.adapters.variant import AdapterSet
+from msdda_fast.engine.graph import Capture
 from msdda_fast.errors import UnsupportedNetwork
 from msdda_fast.levels import NoiseLevels
 from msdda_fast.objective import Objective
 from msdda_fast.pipelines.adapter_sets import adapter_set, check_loaded, check_objective
-from msdda_fast.pipelines.attach_files import DENOISERS, networks_of, save_objectives
+from msdda_fast.pipelines.attach_files import (
+    DENOISERS,
+    loaded_adapters,
+    networks_of,
+    save_objectives,
+)
 from msdda_fast.pipelines.batch import Batch
 from msdda_fast.pipelines.call_arguments import check_arguments
 from msdda_fast.pipelines.call_levels import call_levels
@@ -38,7 +43,7 @@ from msdda_fast.pipelines.pipeline_step import PipelineFusing, WithBase
 from msdda_fast.pipelines.preferences import StrengthsLike, call_strength
 from msdda_fast.pipelines.row_hook import RowHook
 from msdda_fast.pipelines.stock_methods import attached_class
-from msdda_fast.pipelines.stock_schedulers import check_scheduler
+from msdda_fast.pipelines.stock_schedulers import check_scheduler, set_to
 from msdda_fast.types import Fusion, WeightSchedule, ZeroVariancePolicy
 
 __all__ = ["WithObjectives", "attach", "attach_as_it_is"]
@@ -51,6 +56,7 @@ class WithObjectives:
     _objectives: dict[str, Objective]
     _sets: dict[str, AdapterSet]
     _hooks: dict[str, RowHook]
+    _capture: Capture
 
     @property
     def objectives(self) -> dict[str, Objective]:
@@ -82,9 +88,24 @@ class WithObjectives:
         """Return the stock pipeline, on the same networks and scheduler."""
         stock = copy.copy(self)
         stock.__class__ = self.stock_class
-        for name in ("_objectives", "_sets", "_hooks"):
+        for name in ("_objectives", "_sets", "_hooks", "_capture"):
             del stock.__dict__[name]
         return stock
+
+    def set_forward(self, *, capture: Capture = "auto") -> None:
+        """Choose how the denoisers run for several objectives in later calls.
+
+        Args:
+            capture: Whether to capture them as graphs, one per shape of arguments: "auto" where the
+                device has graphs, with a warning if that fails; "required" (or raise); "off".
+
+        Raises:
+            ValueError: `capture` is unknown.
+        """
+        if capture not in get_args(Capture):
+            raise ValueError(f"capture must be one of {get_args(Capture)}, got {capture!r}")
+        self._capture = capture
+        self._hooks.clear()
 
     def shared_networks(self) -> list[nn.Module]:
         """The networks that a call hooks; threads that use one of them wait for each other."""
@@ -133,6 +154,7 @@ class WithObjectives:
 
         Raises:
             AdapterMismatch: An objective's adapter has been deleted, or fused into the weights.
+            CaptureError: Graphs are required (`set_forward`) and impossible.
             PipelineBusy: A callback called the pipeline that calls it. Other threads wait instead.
             UnsupportedNetwork: The pipeline reads predictions on the host, a cache is enabled, or
                 it never called its scheduler's step.
@@ -166,7 +188,7 @@ class WithObjectives:
             backend="auto",
         )
         fusing = PipelineFusing(
-            _set_to(scheduler, batch.num_steps),
+            set_to(scheduler, batch.num_steps),
             options,
             count=len(active),
             levels=own_levels,
@@ -177,7 +199,7 @@ class WithObjectives:
             list(self._objectives), objective_strength, kl_weights, rows, batch.copies
         )
         ranges = [objective.timesteps for objective in active.values()]
-        loaded = _loaded(self)
+        loaded = loaded_adapters(self)
         for name in active:
             check_loaded(name, self._sets[name], loaded)
         sets = [self._sets[name] for name in active]
@@ -200,7 +222,8 @@ class WithObjectives:
     def _hook(self, name: str, network: nn.Module) -> RowHook:
         hook = self._hooks.get(name)
         if hook is None or hook.network is not network:  # users assign others to a pipeline
-            hook = self._hooks[name] = RowHook(name, network)
+            capture = self._capture if name in DENOISERS else "off"  # others run once a call
+            hook = self._hooks[name] = RowHook(name, network, capture)
         return hook
 
 
@@ -230,7 +253,7 @@ def attach(
         )
     if not hasattr(parts.get("scheduler"), "step"):
         raise UnsupportedNetwork(f"{type(pipeline).__name__} has no scheduler with a step to fuse")
-    loaded = _loaded(pipeline)
+    loaded = loaded_adapters(pipeline)
     if objectives is None and isinstance(pipeline, WithObjectives):
         objectives, sets = pipeline.objectives, pipeline.adapter_sets
     if objectives is None:
@@ -246,6 +269,7 @@ def attach(
     attached: Any = copy.copy(pipeline)
     attached.__class__ = attached_class(WithObjectives, stock)
     attached._objectives, attached._sets, attached._hooks = dict(objectives), dict(sets), {}
+    attached._capture = getattr(pipeline, "_capture", "auto")
     made: WithObjectives = attached
     return made
 
@@ -266,10 +290,6 @@ def attach_as_it_is(
     return attach(pipeline, objectives)
 
 
-def _loaded(pipeline: Any) -> list[str]:  # noqa: ANN401 - a pipeline
-    return adapter_names(*networks_of(pipeline).values())
-
-
 def _by_step(rows: Tensor) -> WeightSchedule:
     """(T, B, M) -> (M,) or (B, M) where steps agree, else a callable from the step to either."""
     if bool((rows == rows[:, :1]).all()):
@@ -277,16 +297,3 @@ def _by_step(rows: Tensor) -> WeightSchedule:
     if bool((rows == rows[:1]).all()):
         return rows[0]
     return lambda k: rows[k]
-
-
-def _set_to(scheduler: Any, num_steps: int) -> Any:  # noqa: ANN401 - any scheduler of diffusers
-    """A copy with the timesteps of this call, or with none where the pipeline must set them.
-
-    Those of an earlier call must not be judged by the levels of this one.
-    """
-    probe = copy.copy(scheduler)
-    try:
-        probe.set_timesteps(num_steps)
-    except (TypeError, ValueError):  # shifts that depend on the size, for one
-        probe.num_inference_steps, probe.custom_timesteps = None, False
-    return probe

@@ -12,13 +12,14 @@ from torch import nn
 
 from msdda_fast.adapters.formats import StockFormat
 from msdda_fast.adapters.injection import peft_names
+from msdda_fast.adapters.switching import adapter_names
 from msdda_fast.adapters.writing import write_adapters
 from msdda_fast.pipelines.adapter_sets import adapter_scale
 from msdda_fast.pipelines.loading import LoadPlan, read_adapters
 from msdda_fast.pipelines.manifest import OBJECTIVES_FILE, dump_objectives
 from msdda_fast.pipelines.saving import folders_of, load_in_float32, staged, without_adapters
 
-__all__ = ["DENOISERS", "load_objectives", "networks_of", "save_objectives"]
+__all__ = ["DENOISERS", "load_objectives", "loaded_adapters", "networks_of", "save_objectives"]
 
 #: Components that predict what a scheduler's step takes.
 DENOISERS = ("unet", "transformer", "transformer_2", "prior", "decoder")
@@ -30,6 +31,11 @@ def networks_of(pipeline: Any) -> dict[str, nn.Module]:  # noqa: ANN401 - any pi
         name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)
     }
     return dict(sorted(networks.items(), key=lambda item: item[0] not in DENOISERS))
+
+
+def loaded_adapters(pipeline: Any) -> list[str]:  # noqa: ANN401 - any pipeline
+    """Return the names of the adapters in its networks."""
+    return adapter_names(*networks_of(pipeline).values())
 
 
 def load_objectives(pipeline: DiffusionPipeline, plan: LoadPlan) -> dict[str, Any]:
