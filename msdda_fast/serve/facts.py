@@ -18,7 +18,7 @@ from msdda_fast.objective import Objective
 from msdda_fast.pipelines.stable_diffusion.pipeline import MSDDAPipeline
 from msdda_fast.serve.settings import ServeSettings, sides
 
-__all__ = ["Facts"]
+__all__ = ["Facts", "check_draws_images"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,9 +49,7 @@ class Facts:
             UnsupportedNetwork: It makes videos.
         """
         pipe = engine.pipe
-        family = _family(pipe)
-        if "num_frames" in inspect.signature(pipe.__call__).parameters:
-            raise UnsupportedNetwork(f"{family} makes videos, and the API is one of images")
+        check_draws_images(type(pipe))
         can = _capabilities(engine)
         sizes = settings.sizes or ("{}x{}".format(*engine.native_size),)
         for width, height in map(sides, sizes):
@@ -60,7 +58,7 @@ class Facts:
         return cls(
             sizes=sizes,
             objectives=pipe.objectives,
-            family=family,
+            family=_family(pipe),
             capabilities=can,
             timesteps=int(pipe.scheduler.config.num_train_timesteps),
         )
@@ -83,6 +81,16 @@ class Facts:
             "timesteps": self.timesteps,
             "capabilities": dict(self.capabilities),
         }
+
+
+def check_draws_images(kind: type) -> None:
+    """Refuse a class of pipelines whose results are no images.
+
+    Raises:
+        UnsupportedNetwork: They are videos.
+    """
+    if "num_frames" in inspect.signature(kind.__call__).parameters:
+        raise UnsupportedNetwork(f"{kind.__name__} makes videos, and the API is one of images")
 
 
 def _family(pipe: Any) -> str:  # noqa: ANN401 - of any class
