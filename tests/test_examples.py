@@ -24,6 +24,7 @@ WRITES = {
     "drop_in_step.py": set(),
     "flow_model.py": {"flow.png"},
     "k_diffusion_sampler.py": set(),
+    "regions.py": {"regions.png"},
     "train_adapter.py": {"dark", "dark.png"},
 }
 RUN = [sys.executable, "-W", "error::DeprecationWarning:__main__"]
