@@ -106,7 +106,6 @@ def measure(
     contenders, skipped = build(entries, request, args.contenders.split(","))
     errors = verify(contenders, request)
     effects = {name: effect(contender, request) for name, contender in contenders.items()}
-    facts = {name: describe(contender, args.device) for name, contender in contenders.items()}
     parts = {"text_ms": lambda: request.encode(), "vae_ms": lambda: request.decode()}
     before = clocks(args.device)
     with torch.no_grad():
@@ -116,6 +115,8 @@ def measure(
         headline = [entry.name for entry in entries if entry.headline and entry.name in contenders]
         whole = {name: contenders[name].loop for name in headline}
         loops = loop_times(whole, args.loops, args.device)
+    # after all times: where kernels were counted once, the profiler of CUDA stays on
+    facts = {name: describe(contender, args.device) for name, contender in contenders.items()}
     shared = surroundings(args.device) | {
         "device": args.device,
         "model": args.model if args.checkpoint is None else args.checkpoint.name,

@@ -62,9 +62,9 @@ def test_only_the_named_blocks_are_not_run():
         "needs the model above, and a process per part": 1,
         "needs ComfyUI": 1,
         "needs a Ray cluster": 1,
-        "needs the server above": 1,
+        "needs the server above": 2,
         "runs until it is stopped": 1,
-        "takes minutes": 2,
+        "takes minutes": 3,
         "takes hours": 1,
         "rewrites committed results": 1,
     }

@@ -15,7 +15,7 @@ from msdda_fast import assets
 from msdda_fast.lora.adapter import DEFAULT_WEIGHT_NAME, find_adapter_file
 from msdda_fast.objective import Objective
 
-__all__ = ["adapter_files", "fetch", "hub_options", "locate"]
+__all__ = ["adapter_files", "fetch", "hub_options", "locate", "model_file"]
 
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 #: Options of diffusers' `from_pretrained` that say how to reach the hub, not what to load.
@@ -61,6 +61,23 @@ def fetch(
         return None
     except Exception as error:  # the transport's own errors differ between hub client versions
         raise _unreachable(repo, error) from error
+
+
+def model_file(
+    place: Path | str, name: str, options: Mapping[str, Any], *, required: bool = True
+) -> Path | None:
+    """Return a file of a model's folder or hub repository; None if there is none.
+
+    Args:
+        place: As `locate` returned it.
+        name: Relative to it.
+        options: Of `from_pretrained`.
+        required: As in `fetch`.
+    """
+    if isinstance(place, Path):
+        return place / name if (place / name).is_file() else None
+    revision = {"revision": options["revision"]} if "revision" in options else {}
+    return fetch(place, name, {**hub_options(options), **revision}, required=required)
 
 
 def adapter_files(objective: Objective, options: Mapping[str, Any]) -> list[Path]:

@@ -43,13 +43,14 @@ class Model:
     objectives: list[str] | None
     dtype: DType
     device: str | None
+    accelerator: str | None = None
 
-    def __call__(self) -> MSDDAPipeline:
+    def __call__(self) -> Any:  # noqa: ANN401 - as `load`
         """Load the model, without a progress bar."""
         from msdda_fast.pipelines.notices import quieten
 
         quieten()
-        pipe = load(self.model, self.objectives, self.dtype, self.device)
+        pipe = load(self.model, self.objectives, self.dtype, self.device, self.accelerator)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 

@@ -22,13 +22,16 @@ from msdda_fast.evaluation.settings import write_json
 from msdda_fast.files import write_atomically
 from msdda_fast.objective import Objective
 from msdda_fast.pipelines import MSDDAPipeline
+from msdda_fast.pipelines.attach import WithObjectives, attach
 from msdda_fast.pipelines.identity import model_identity
 from msdda_fast.pipelines.preferences import call_strength
+from msdda_fast.pipelines.stock_call import StockCall
 from msdda_fast.rewards import load_reward
 from msdda_fast.rewards.checks import check_scores
 
-__all__ = ["CellDrawer", "Sweep", "SweepResult", "run_sweep"]
+__all__ = ["CellDrawer", "Sweep", "SweepResult", "base_label", "run_sweep"]
 
+Pipeline = MSDDAPipeline | WithObjectives
 #: Draws batches of cells in another place, and yields them in any order.
 Elsewhere = Callable[[Sequence[list[Cell]]], Iterable[tuple[list[Cell], Sequence[Image.Image]]]]
 
@@ -108,7 +111,7 @@ class SweepResult:
 
 
 def run_sweep(
-    pipe: MSDDAPipeline,
+    pipe: Pipeline,
     sweep: Sweep,
     folder: Path,
     *,
@@ -118,7 +121,7 @@ def run_sweep(
     """Draw the missing cells, then the grid, and score all cells.
 
     Args:
-        pipe: A pipeline with two objectives, one of them `sweep.toward`.
+        pipe: A pipeline of images with two objectives, one of them `sweep.toward`.
         sweep: What to draw.
         folder: Folder of finished cells; a later call continues, or adds prompts, weights, seeds.
             After a kill the same call draws the same batches, and ends with the same bits.
@@ -152,7 +155,7 @@ def run_sweep(
             for prompt in sweep.prompts
         ],
         sweep.prompts,
-        [_label(weight, sweep.toward, other) for weight in sweep.columns],
+        [_label(weight, sweep.toward, other, base_label(pipe)) for weight in sweep.columns],
     )
     write_atomically(folder / "grid.png", lambda file: grid.save(file, format="PNG"))
 
@@ -193,31 +196,44 @@ class CellDrawer:
         sweep: The sweep.
     """
 
-    def __init__(self, pipe: MSDDAPipeline, sweep: Sweep) -> None:
-        # the base at the objectives' own guidance, or the columns would differ in more than w
-        guidance = next(iter(pipe.objectives.values())).guidance_scale
-        reference = Objective(guidance_scale=guidance)
-        self._base = MSDDAPipeline.from_pipe(pipe, objectives={"SD": reference})
+    def __init__(self, pipe: Pipeline, sweep: Sweep) -> None:
+        self._base = _base(pipe)
         self._base.set_progress_bar_config(disable=True)
         self._pipe, self._sweep = pipe, sweep
+        self._given = StockCall.of(type(pipe)).arguments(guidance_scale=sweep.guidance_scale)
+        self._strength = StockCall.of(type(pipe)).arguments(strength=sweep.strength)
         self._other = next(name for name in pipe.objectives if name != sweep.toward)
 
     def __call__(self, batch: Sequence[Cell]) -> list[Image.Image]:
         """Draw cells of one column together."""
         sweep, weight = self._sweep, batch[0].weight
         chosen = None if weight is None else {sweep.toward: weight, self._other: 1.0 - weight}
-        images: list[Image.Image] = (self._base if weight is None else self._pipe)(
-            [cell.prompt for cell in batch],
+        pipe: Any = self._base if weight is None else self._pipe
+        images: list[Image.Image] = pipe(
+            prompt=[cell.prompt for cell in batch],
             weights=chosen,
-            strength=None if weight is None else sweep.strength,
             seed=[cell.seed for cell in batch],
             num_inference_steps=sweep.num_inference_steps,
-            guidance_scale=sweep.guidance_scale,
+            **self._given,
+            **({} if weight is None else self._strength),
         ).images
         return images
 
 
-def _here(pipe: MSDDAPipeline, sweep: Sweep) -> Elsewhere:
+def _base(pipe: Pipeline) -> Any:  # noqa: ANN401 - as `pipe`
+    """The base model at the first objective's guidance and noise.
+
+    With others, the columns would differ in more than w.
+    """
+    first = next(iter(pipe.objectives.values()))
+    if isinstance(pipe, MSDDAPipeline):
+        reference = Objective(guidance_scale=first.guidance_scale)
+        return MSDDAPipeline.from_pipe(pipe, objectives={"SD": reference})
+    stock: Any = pipe
+    return attach(stock, {"base": Objective(eta=first.eta, noise=first.noise)}, {"base": ()})
+
+
+def _here(pipe: Pipeline, sweep: Sweep) -> Elsewhere:
     draw = CellDrawer(pipe, sweep)
     return lambda batches: ((batch, draw(batch)) for batch in batches)
 
@@ -250,7 +266,7 @@ def _batches(sweep: Sweep, store: SweepFolder) -> Iterator[list[Cell]]:
                 yield batch
 
 
-def _settings(pipe: MSDDAPipeline, sweep: Sweep) -> dict[str, Any]:
+def _settings(pipe: Pipeline, sweep: Sweep) -> dict[str, Any]:
     """Return everything that an image depends on besides prompt, weight and seed."""
     names = list(pipe.objectives)
     every = torch.ones(1, 1, len(names), dtype=torch.float64)
@@ -264,9 +280,14 @@ def _settings(pipe: MSDDAPipeline, sweep: Sweep) -> dict[str, Any]:
     }
 
 
-def _label(weight: float | None, toward: str, other: str) -> str:
+def base_label(pipe: Pipeline) -> str:
+    """Return what the base model is called: SD, as in the paper, where it is Stable Diffusion."""
+    return "SD" if isinstance(pipe, MSDDAPipeline) else "base"
+
+
+def _label(weight: float | None, toward: str, other: str, base: str) -> str:
     if weight is None:
-        return "SD\nbase model"
+        return "SD\nbase model" if base == "SD" else base
     only = {0.0: other, 1.0: toward}.get(weight)
     return f"w = {weight:g}" + (f"\n{only} only" if only else "")
 

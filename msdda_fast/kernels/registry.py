@@ -46,6 +46,11 @@ def _triton_missing(device_type: str) -> str:
         return f"triton is not installed ({error}); pip install 'msdda-fast[triton]'"
     if device_type != "cuda" and not _interpreted():
         return "triton needs a GPU; to run its interpreter on the CPU, set TRITON_INTERPRET=1"
+    if device_type == "cuda" and not _interpreted():
+        try:
+            import_module("msdda_fast.kernels._triton_probe").launch()
+        except Exception as error:  # a missing C compiler, a driver too old: of many kinds
+            return f"triton cannot launch a kernel here ({type(error).__name__}: {error})"
     return ""
 
 

@@ -12,20 +12,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from msdda_fast.adapters.switching import adapter_names
 from msdda_fast.adapters.variant import AdapterSet
 from msdda_fast.errors import UnsupportedNetwork
 from msdda_fast.levels import NoiseLevels
 from msdda_fast.objective import Objective
+from msdda_fast.pipelines.accelerator import Accelerator
 from msdda_fast.pipelines.adapter_sets import adapter_set, check_loaded, check_objective
-from msdda_fast.pipelines.attach_files import DENOISERS, networks_of, save_objectives
+from msdda_fast.pipelines.attach_files import DENOISERS, loaded_adapters, networks_of
 from msdda_fast.pipelines.batch import Batch
 from msdda_fast.pipelines.call_arguments import check_arguments
 from msdda_fast.pipelines.call_levels import call_levels
@@ -33,65 +32,23 @@ from msdda_fast.pipelines.call_preferences import CallPreferences
 from msdda_fast.pipelines.exclusive import one_at_a_time
 from msdda_fast.pipelines.fused_scheduler import with_fusing
 from msdda_fast.pipelines.fusing import FusingOptions
+from msdda_fast.pipelines.held_objectives import HeldObjectives
 from msdda_fast.pipelines.latent_grid import requested_size
 from msdda_fast.pipelines.loop_noise import LoopNoise
-from msdda_fast.pipelines.manifest import check_names
+from msdda_fast.pipelines.manifest import NAMELESS, check_names
 from msdda_fast.pipelines.pipeline_step import PipelineFusing, WithBase
 from msdda_fast.pipelines.preferences import StrengthsLike
 from msdda_fast.pipelines.regions import MasksLike, check_masks, check_softness
 from msdda_fast.pipelines.row_hook import RowHook
 from msdda_fast.pipelines.stock_methods import attached_class
-from msdda_fast.pipelines.stock_schedulers import check_scheduler
+from msdda_fast.pipelines.stock_schedulers import check_scheduler, set_to
 from msdda_fast.types import Fusion, WeightSchedule, ZeroVariancePolicy
 
 __all__ = ["WithObjectives", "attach", "attach_as_it_is"]
 
 
-class WithObjectives:
+class WithObjectives(HeldObjectives):
     """Mixin before the class of a stock pipeline; `attach` makes the class."""
-
-    stock_class: type[DiffusionPipeline]
-    _objectives: dict[str, Objective]
-    _sets: dict[str, AdapterSet]
-    _hooks: dict[str, RowHook]
-
-    @property
-    def objectives(self) -> dict[str, Objective]:
-        """The objectives by name, in the order of the columns of `weights`."""
-        return dict(self._objectives)
-
-    @property
-    def adapter_sets(self) -> dict[str, AdapterSet]:
-        """The adapters of each objective, by their names in peft, with factors on their updates."""
-        return dict(self._sets)
-
-    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:  # noqa: ANN401
-        """Write a folder of the stock class, with the objectives beside it.
-
-        The base is written without its adapters, so stock diffusers loads the folder too; adapters
-        go to `objectives/<name>/`, several of one objective as one, and `objectives.json` lists
-        them. A failed save does not change the folder.
-
-        Args:
-            save_directory: Made if missing; files of an earlier save are replaced.
-            options: As in diffusers.
-
-        Raises:
-            AdapterMismatch: An adapter is no plain LoRA.
-        """
-        save_objectives(self, Path(save_directory), **options)
-
-    def detach(self) -> DiffusionPipeline:
-        """Return the stock pipeline, on the same networks and scheduler."""
-        stock = copy.copy(self)
-        stock.__class__ = self.stock_class
-        for name in ("_objectives", "_sets", "_hooks"):
-            del stock.__dict__[name]
-        return stock
-
-    def shared_networks(self) -> list[nn.Module]:
-        """The networks that a call hooks; threads that use one of them wait for each other."""
-        return list(networks_of(self).values())
 
     @torch.no_grad()
     @one_at_a_time
@@ -141,6 +98,7 @@ class WithObjectives:
 
         Raises:
             AdapterMismatch: An objective's adapter has been deleted, or fused into the weights.
+            CaptureError: Graphs are required (`set_forward`) and impossible.
             PipelineBusy: A callback called the pipeline that calls it. Other threads wait instead.
             UnsupportedNetwork: The pipeline reads predictions on the host, a cache is enabled, or
                 it never called its scheduler's step.
@@ -182,7 +140,7 @@ class WithObjectives:
             backend="auto",
         )
         fusing = PipelineFusing(
-            _set_to(scheduler, batch.num_steps),
+            set_to(scheduler, batch.num_steps),
             options,
             count=len(active),
             levels=own_levels,
@@ -192,13 +150,13 @@ class WithObjectives:
         )
         own = prefers.strength(objective_strength, kl_weights, batch.copies)
         ranges = [objective.timesteps for objective in active.values()]
-        loaded = _loaded(self)
+        loaded = loaded_adapters(self)
         for name in active:
             check_loaded(name, self._sets[name], loaded)
         sets = [self._sets[name] for name in active]
         if own is not None or any(ranges):
             fusing.with_base = WithBase.of(own, columns, ranges)
-            sets.append(())  # the base
+            sets.append(self._base_set)
         with ExitStack() as stack:
             for name, network in networks_of(self).items():
                 stack.enter_context(self._hook(name, network).hooked(sets))
@@ -215,7 +173,8 @@ class WithObjectives:
     def _hook(self, name: str, network: nn.Module) -> RowHook:
         hook = self._hooks.get(name)
         if hook is None or hook.network is not network:  # users assign others to a pipeline
-            hook = self._hooks[name] = RowHook(name, network)
+            capture = self._capture if name in DENOISERS else "off"  # others run once a call
+            hook = self._hooks[name] = RowHook(name, network, capture)
         return hook
 
 
@@ -223,6 +182,7 @@ def attach(
     pipeline: DiffusionPipeline,
     objectives: Mapping[str, Objective] | None = None,
     sets: Mapping[str, AdapterSet] | None = None,
+    accelerator: Accelerator | None = None,
 ) -> WithObjectives:
     """Return a pipeline of the same class with objectives, on the same networks and scheduler.
 
@@ -230,7 +190,9 @@ def attach(
         pipeline: Any loaded pipeline of diffusers; it is not changed, and stays usable.
         objectives: By name, in order; a source is the name of a loaded adapter. None: those that
             the pipeline has, else every loaded adapter, else the base model.
-        sets: The adapters of each objective, whose sources then are files.
+        sets: The adapters of each objective, whose sources then are files, and by `NAMELESS` those
+            of the base.
+        accelerator: What all of `sets` include; None: nothing.
 
     Raises:
         UnknownObjective: A source is not a loaded adapter.
@@ -245,9 +207,10 @@ def attach(
         )
     if not hasattr(parts.get("scheduler"), "step"):
         raise UnsupportedNetwork(f"{type(pipeline).__name__} has no scheduler with a step to fuse")
-    loaded = _loaded(pipeline)
+    loaded = loaded_adapters(pipeline)
     if objectives is None and isinstance(pipeline, WithObjectives):
-        objectives, sets = pipeline.objectives, pipeline.adapter_sets
+        objectives, accelerator = pipeline.objectives, pipeline.accelerator
+        sets = {**pipeline.adapter_sets, NAMELESS: pipeline.base_set}
     if objectives is None:
         objectives = {name: Objective(name) for name in loaded} or {"base": Objective.base()}
     check_names(objectives)
@@ -260,7 +223,10 @@ def attach(
     stock: Any = getattr(pipeline, "stock_class", type(pipeline))
     attached: Any = copy.copy(pipeline)
     attached.__class__ = attached_class(WithObjectives, stock)
-    attached._objectives, attached._sets, attached._hooks = dict(objectives), dict(sets), {}
+    attached._objectives, attached._hooks = dict(objectives), {}
+    attached._accelerator, attached._base_set = accelerator, sets.get(NAMELESS, ())
+    attached._sets = {name: sets[name] for name in objectives}
+    attached._capture = getattr(pipeline, "_capture", "auto")
     made: WithObjectives = attached
     return made
 
@@ -279,20 +245,3 @@ def attach_as_it_is(
             "another dtype before"
         )
     return attach(pipeline, objectives)
-
-
-def _loaded(pipeline: Any) -> list[str]:  # noqa: ANN401 - a pipeline
-    return adapter_names(*networks_of(pipeline).values())
-
-
-def _set_to(scheduler: Any, num_steps: int) -> Any:  # noqa: ANN401 - any scheduler of diffusers
-    """A copy with the timesteps of this call, or with none where the pipeline must set them.
-
-    Those of an earlier call must not be judged by the levels of this one.
-    """
-    probe = copy.copy(scheduler)
-    try:
-        probe.set_timesteps(num_steps)
-    except (TypeError, ValueError):  # shifts that depend on the size, for one
-        probe.num_inference_steps, probe.custom_timesteps = None, False
-    return probe

@@ -12,13 +12,16 @@ from torch import nn
 
 from msdda_fast.adapters.formats import StockFormat
 from msdda_fast.adapters.injection import peft_names
+from msdda_fast.adapters.switching import adapter_names
+from msdda_fast.adapters.variant import AdapterSet
 from msdda_fast.adapters.writing import write_adapters
+from msdda_fast.pipelines.accelerator import ACCELERATOR_FOLDER
 from msdda_fast.pipelines.adapter_sets import adapter_scale
 from msdda_fast.pipelines.loading import LoadPlan, read_adapters
-from msdda_fast.pipelines.manifest import OBJECTIVES_FILE, dump_objectives
+from msdda_fast.pipelines.manifest import NAMELESS, OBJECTIVES_FILE, dump_objectives
 from msdda_fast.pipelines.saving import folders_of, load_in_float32, staged, without_adapters
 
-__all__ = ["DENOISERS", "load_objectives", "networks_of", "save_objectives"]
+__all__ = ["DENOISERS", "load_objectives", "loaded_adapters", "networks_of", "save_objectives"]
 
 #: Components that predict what a scheduler's step takes.
 DENOISERS = ("unet", "transformer", "transformer_2", "prior", "decoder")
@@ -32,8 +35,15 @@ def networks_of(pipeline: Any) -> dict[str, nn.Module]:  # noqa: ANN401 - any pi
     return dict(sorted(networks.items(), key=lambda item: item[0] not in DENOISERS))
 
 
-def load_objectives(pipeline: DiffusionPipeline, plan: LoadPlan) -> dict[str, Any]:
+def loaded_adapters(pipeline: Any) -> list[str]:  # noqa: ANN401 - any pipeline
+    """Return the names of the adapters in its networks."""
+    return adapter_names(*networks_of(pipeline).values())
+
+
+def load_objectives(pipeline: DiffusionPipeline, plan: LoadPlan) -> dict[str, AdapterSet]:
     """Put the planned adapters into a loaded pipeline; return the adapter set of each objective.
+
+    The base's is there, too, by `NAMELESS`.
 
     Raises:
         AdapterMismatch: An adapter was made for another base; names the first such module.
@@ -45,10 +55,14 @@ def load_objectives(pipeline: DiffusionPipeline, plan: LoadPlan) -> dict[str, An
     names = peft_names(plan.adapters, *networks.values())
     for adapter in adapters:
         adapter.put_into(networks, names[adapter.name])
-    return {
-        name: ((names[name], adapter_scale(objective)),) if name in names else ()
-        for name, objective in plan.objectives.items()
-    }
+    base: AdapterSet = ((names[NAMELESS], 1.0),) if plan.accelerator is not None else ()
+    sets = {NAMELESS: base}
+    for name, objective in plan.objectives.items():
+        includes_base = bool(base) and not plan.joins  # as it was saved, scale and all
+        scale = 1.0 if includes_base else adapter_scale(objective)
+        own: AdapterSet = ((names[name], scale),) if name in names else ()
+        sets[name] = own if includes_base and own else (*base, *own)
+    return sets
 
 
 def save_objectives(pipeline: Any, folder: Path, **options: Any) -> None:  # noqa: ANN401
@@ -65,8 +79,12 @@ def save_objectives(pipeline: Any, folder: Path, **options: Any) -> None:  # noq
         places = {}
         folders = folders_of(pipeline.objectives)
         for name, adapters in pipeline.adapter_sets.items():
-            if adapters:
+            if adapters and adapters != pipeline.base_set:
                 places[name] = f"objectives/{folders[name]}"
                 write_adapters(networks, adapters, stage / places[name])
-        text = dump_objectives(pipeline.objectives, places)
+        entry = None
+        if pipeline.accelerator is not None:
+            write_adapters(networks, pipeline.base_set, stage / ACCELERATOR_FOLDER)
+            entry = pipeline.accelerator.to_json(ACCELERATOR_FOLDER)
+        text = dump_objectives(pipeline.objectives, places, entry)
         (stage / OBJECTIVES_FILE).write_text(text, "utf-8")

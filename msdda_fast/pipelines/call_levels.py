@@ -13,6 +13,9 @@ from msdda_fast.steps.schedulers import RULES, entry_of
 
 __all__ = ["call_levels"]
 
+#: Renoising is their own: TCD's gamma is no level that objectives have, and the others have none.
+_FEW_STEPS = [RULES[name] for name in ("FlowMatchLCMScheduler", "LCMScheduler", "TCDScheduler")]
+
 
 def call_levels(
     scheduler: Any,  # noqa: ANN401 - any scheduler of diffusers
@@ -34,6 +37,8 @@ def call_levels(
         InvalidShape: Not one level per objective.
         InvalidSchedule: Some objectives have noise and others have not.
     """
+    if levels is None and entry_of(scheduler) in _FEW_STEPS:
+        return None
     given: dict[str, Any] = {}
     if isinstance(levels, Mapping):
         if unknown := [name for name in levels if name not in objectives]:

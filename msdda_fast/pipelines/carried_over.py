@@ -1,16 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The objectives of a pipeline made from another when none are given."""
+"""What a pipeline made from another takes over: modules, accelerator, and its objectives."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
 from msdda_fast.adapters.variant import Variant
 from msdda_fast.errors import AdapterMismatch
 from msdda_fast.objective import Objective
+from msdda_fast.pipelines.accelerator import Accelerator
 
-__all__ = ["carried_over"]
+__all__ = ["accelerated", "carried_over", "shared_components"]
 
 _BASE = {"base": Objective.base()}
 
@@ -51,3 +56,53 @@ def carried_over(
         )
     kept = {name: own[name] for name in variants}
     return {**kept, **{name: Objective(name) for name in new}} or dict(_BASE), variants
+
+
+def accelerated(
+    source: Any,  # noqa: ANN401 - a pipeline of any class
+    unet: Any,  # noqa: ANN401 - a network
+    adapters: Mapping[str, str],
+) -> tuple[Accelerator | None, Variant | None]:
+    """Return the accelerator of the source and the base with it; None: it has none.
+
+    Args:
+        source: The pipeline whose modules are shared.
+        unet: The new pipeline's UNet.
+        adapters: Adapters in it by objective, which must include the accelerator.
+
+    Raises:
+        AdapterMismatch: An adapter was loaded since, without the accelerator.
+    """
+    accelerator = getattr(source, "accelerator", None) if unet is source.unet else None
+    if accelerator is None:
+        return None, None
+    base = source.base_variant
+    joined = {base.adapter, *(variant.adapter for variant in source.variants.values())}
+    for name, adapter in adapters.items():
+        if adapter not in joined:
+            raise AdapterMismatch(
+                f"objective {name!r}: {adapter!r} was loaded without the accelerator "
+                f"{str(accelerator.source)!r} that the others include; give it to from_pretrained "
+                "with accelerator="
+            )
+    return accelerator, base
+
+
+def shared_components(pipeline: DiffusionPipeline, replaced: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the Stable Diffusion modules of `pipeline`, with `replaced` in place of its own."""
+    modules = {**pipeline.components, **replaced}
+    names = [
+        name
+        for name in inspect.signature(StableDiffusionPipeline.__init__).parameters
+        if name not in ("self", "requires_safety_checker")
+    ]
+    modules["scheduler"] = copy.deepcopy(modules["scheduler"])  # construction may edit its config
+    optional = StableDiffusionPipeline._optional_components
+    missing = [name for name in names if name not in (*modules, *optional)]
+    unknown = [name for name in modules if name not in names]
+    if missing or unknown:
+        raise ValueError(
+            f"{type(pipeline).__name__} does not have the modules of a StableDiffusionPipeline "
+            f"(missing: {missing}, unknown: {unknown})"
+        )
+    return {name: modules.get(name) for name in names}

@@ -3,32 +3,40 @@
 
 from __future__ import annotations
 
-import copy
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from diffusers.utils import is_accelerate_available
 from torch import nn
 
 from msdda_fast.adapters.files import AdapterFile
 from msdda_fast.adapters.formats import Format, StableDiffusionFormat
 from msdda_fast.adapters.injection import peft_names
-from msdda_fast.adapters.layers import check_can_switch
-from msdda_fast.adapters.sources import adapter_files, fetch, hub_options, locate
-from msdda_fast.adapters.switching import adapter_names
+from msdda_fast.adapters.sources import adapter_files, hub_options, locate, model_file
 from msdda_fast.adapters.variant import Variant
-from msdda_fast.errors import UnknownObjective
 from msdda_fast.files import read_json
 from msdda_fast.objective import Objective
+from msdda_fast.pipelines.accelerator import (
+    OWN,
+    Accelerator,
+    few_step_scheduler,
+    find_accelerator,
+    guided,
+    joined_accelerator,
+)
 from msdda_fast.pipelines.adapter_sets import adapter_scale
-from msdda_fast.pipelines.carried_over import carried_over
 from msdda_fast.pipelines.dtypes import Dtypes, cast, check_dtypes
-from msdda_fast.pipelines.manifest import OBJECTIVES_FILE, check_names, parse_objectives
+from msdda_fast.pipelines.manifest import (
+    NAMELESS,
+    OBJECTIVES_FILE,
+    check_names,
+    parse_objectives,
+)
 from msdda_fast.pipelines.runnable import check_own_network
 from msdda_fast.pipelines.scheduler_config import check_scheduler_file
 from msdda_fast.pipelines.schedulers import check_scheduler_name
@@ -37,10 +45,9 @@ __all__ = [
     "STABLE_DIFFUSION",
     "LoadPlan",
     "attach",
-    "attach_loaded",
     "plan",
     "read_adapters",
-    "shared_components",
+    "variants_of",
 ]
 
 #: Classes of pipelines that Stable Diffusion 1 and 2 are saved as.
@@ -58,6 +65,7 @@ class HoldsObjectives(Protocol):
 
     unet: UNet2DConditionModel | None
     text_encoder: nn.Module | None
+    scheduler: Any
 
     @property
     def components(self) -> Mapping[str, Any]:
@@ -67,8 +75,15 @@ class HoldsObjectives(Protocol):
     def variants(self) -> Mapping[str, Variant]:
         """The network and the active adapter of each objective."""
 
+    def register_modules(self, **modules: Any) -> None:  # noqa: ANN401 - of diffusers
+        """Replace components."""
+
     def set_objectives(
-        self, objectives: Mapping[str, Objective], variants: Mapping[str, Variant]
+        self,
+        objectives: Mapping[str, Objective],
+        variants: Mapping[str, Variant],
+        accelerator: Accelerator | None = None,
+        base: Variant | None = None,
     ) -> None:
         """Replace the objectives with others whose networks and adapters are already loaded."""
 
@@ -86,7 +101,9 @@ class LoadPlan:
         options: Arguments of `DiffusionPipeline.from_pretrained`.
         dtype: Dtype of all components, or by component.
         objectives: Objectives by name, in order.
-        adapters: Adapter files by objective.
+        adapters: Adapter files by objective; of the accelerator, by `NAMELESS`.
+        accelerator: What all objectives and the base have in common, if anything.
+        joins: Whether the accelerator is yet to join the objectives; saved ones include it.
     """
 
     model: str
@@ -95,6 +112,13 @@ class LoadPlan:
     dtype: Dtypes
     objectives: dict[str, Objective]
     adapters: dict[str, list[Path]]
+    accelerator: Accelerator | None
+    joins: bool
+
+    @property
+    def switches_scheduler(self) -> bool:
+        """Whether the scheduler becomes the one that the accelerator was made for."""
+        return self.joins and "scheduler" not in self.options
 
 
 def plan(
@@ -102,6 +126,7 @@ def plan(
     objectives: Mapping[str, Objective] | None,
     dtype: Dtypes | None,
     torch_dtype: Dtypes | None,
+    accelerator: str | Path | None,
     options: Mapping[str, Any],
 ) -> LoadPlan:
     """Check whatever can be checked before loading starts; arguments as in `from_pretrained`."""
@@ -109,7 +134,7 @@ def plan(
         if options.get(name) is not None:
             raise ValueError(f"{name}= is not supported: {reason}")
     place = locate(model)
-    index = _model_file(place, "model_index.json", options)
+    index = model_file(place, "model_index.json", options)
     if index is None:
         raise FileNotFoundError(f"{place} is not a diffusers pipeline: it has no model_index.json")
     listed = read_json(index, "a diffusers pipeline's index")
@@ -118,19 +143,29 @@ def plan(
     if "scheduler" not in options and listed.get("scheduler") != [None, None]:
         if ours:
             check_scheduler_name(_class_name(index, listed.get("scheduler")))
-        if file := _model_file(place, "scheduler/scheduler_config.json", options, required=False):
+        if file := model_file(place, "scheduler/scheduler_config.json", options, required=False):
             check_scheduler_file(file)
     has_unet = not ours or options.get("unet", listed.get("unet", [None])[-1]) is not None
     if not has_unet and objectives is not None:
         raise ValueError("without a unet (None), a pipeline encodes prompts and has no objectives")
     parts = [name for name, entry in listed.items() if isinstance(entry, list)]
     dtype = check_dtypes(dtype, torch_dtype, parts) or torch.float32
+    has_all, own = None, objectives is not None  # an accelerator; the caller's own objectives
     if not has_unet:
         objectives = _BASE
     elif objectives is None:
-        manifest = _model_file(place, OBJECTIVES_FILE, options, required=False)
+        manifest = model_file(place, OBJECTIVES_FILE, options, required=False)
         objectives = parse_objectives(manifest.read_bytes(), place) if manifest else _BASE
+        has_all = joined_accelerator(manifest, place) if manifest else None
     check_names(objectives)
+    if accelerator is None or (accelerator == OWN and has_all is not None):
+        chosen = has_all
+    elif has_all is not None:
+        raise ValueError(f"accelerator={accelerator!r}: the objectives of {place} include one")
+    else:
+        chosen = find_accelerator(accelerator, place, options)
+    if chosen is not None and ours:
+        objectives = guided(objectives, chosen, keep=own)
     return LoadPlan(
         model=str(place),
         kind=kind,
@@ -139,27 +174,48 @@ def plan(
         objectives=dict(objectives),
         adapters={
             name: adapter_files(objective, hub_options(options))
-            for name, objective in objectives.items()
+            for name, objective in _sources(objectives, chosen).items()
             if objective.source is not None
         },
+        accelerator=chosen,
+        joins=chosen is not None and has_all is None,
     )
 
 
+def _sources(
+    objectives: Mapping[str, Objective], accelerator: Accelerator | None
+) -> dict[str, Objective]:
+    if accelerator is None:
+        return dict(objectives)
+    return {**objectives, NAMELESS: accelerator.as_objective()}
+
+
 def read_adapters(
-    plan: LoadPlan, kind: Format, networks: Mapping[str, nn.Module | None]
+    plan: LoadPlan, kind: Format, networks: Mapping[str, nn.Module | None], *, join: bool = False
 ) -> list[AdapterFile]:
     """Read and check the adapter of each objective; several that act together become one.
+
+    Args:
+        plan: What to read.
+        kind, networks: Of the pipeline.
+        join: Make the accelerator a part of the other adapters.
 
     Raises:
         AdapterMismatch, InvalidAdapter: See `AdapterFile`.
     """
     found = []
-    for name, files in plan.adapters.items():
-        parts = [AdapterFile.read(name, file, kind) for file in files]
-        for part in parts:
-            part.check(networks)
-        scales = plan.objectives[name].scales
-        found.append(parts[0] if len(parts) == 1 else AdapterFile.together(name, parts, scales))
+    read = {
+        name: [AdapterFile.read(name or "accelerator", file, kind) for file in files]
+        for name, files in plan.adapters.items()
+    }
+    for part in chain(*read.values()):
+        part.check(networks)
+    for name, parts in read.items():
+        scales = (1.0,) if name == NAMELESS else plan.objectives[name].scales
+        if join and name != NAMELESS:
+            parts, scales = [*read[NAMELESS], *parts], (1.0, *scales)
+        one = replace(parts[0], name=name)
+        found.append(one if len(parts) == 1 else AdapterFile.together(name, parts, scales))
     return found
 
 
@@ -169,31 +225,28 @@ def _class_name(index: Path, component: Any) -> str:  # noqa: ANN401 - of a stra
     raise ValueError(f"{index} must name the scheduler's library and class, got {component!r:.80}")
 
 
-def _model_file(
-    place: Path | str, name: str, options: Mapping[str, Any], *, required: bool = True
-) -> Path | None:
-    if isinstance(place, Path):
-        return place / name if (place / name).is_file() else None
-    revision = {"revision": options["revision"]} if "revision" in options else {}
-    return fetch(place, name, {**hub_options(options), **revision}, required=required)
-
-
 def attach(pipe: P, plan: LoadPlan) -> P:
     """Put the planned adapters and networks into a loaded pipeline, after checking all of them."""
     if pipe.unet is None:
         cast(pipe, plan.dtype)
         return pipe
     networks = {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
-    adapters = read_adapters(plan, StableDiffusionFormat(pipe.unet), networks)
+    adapters = read_adapters(plan, StableDiffusionFormat(pipe.unet), networks, join=plan.joins)
     objectives = {
         name: replace(objective, unet=_network(name, objective, plan))
         for name, objective in plan.objectives.items()
     }
     names = peft_names(plan.adapters, pipe.unet, pipe.text_encoder)
-    variants = _variants(pipe.unet, objectives, names)
+    base = None
+    if plan.accelerator is not None:
+        base = Variant(pipe.unet, names[NAMELESS])
+        if plan.switches_scheduler:
+            scheduler = few_step_scheduler(pipe.scheduler, plan.accelerator)
+            pipe.register_modules(scheduler=scheduler)
+    variants = variants_of(pipe.unet, objectives, names, base)
     for adapter in adapters:
         adapter.put_into(networks, names[adapter.name])
-    pipe.set_objectives(objectives, variants)
+    pipe.set_objectives(objectives, variants, plan.accelerator, base)
     cast(pipe, plan.dtype)
     return pipe
 
@@ -210,79 +263,26 @@ def _network(name: str, objective: Objective, plan: LoadPlan) -> Any:  # noqa: A
     )
 
 
-def _variants(
-    unet: UNet2DConditionModel, objectives: Mapping[str, Objective], adapters: Mapping[str, str]
+def variants_of(
+    unet: UNet2DConditionModel,
+    objectives: Mapping[str, Objective],
+    adapters: Mapping[str, str],
+    base: Variant | None,
 ) -> dict[str, Variant]:
+    """Variants by objective; `base` is the base with an accelerator, which the adapters include."""
     variants = {}
     for name, objective in objectives.items():
         if (own := objective.unet) is not None:
+            if base is not None:
+                raise ValueError(
+                    f"objective {name!r} is a network of its own, which an accelerator for the "
+                    "model's cannot join"
+                )
             check_own_network(name, own, unet)
         variants[name] = Variant(
             unet if own is None else own,
-            adapters.get(name),
-            adapter_scale(objective),
+            adapters.get(name, None if base is None else base.adapter),
+            adapter_scale(objective) if base is None else 1.0,
             as_it_is=own is not None and own is not unet,
         )
     return variants
-
-
-def shared_components(pipeline: DiffusionPipeline, replaced: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the Stable Diffusion modules of `pipeline`, with `replaced` in place of its own."""
-    modules = {**pipeline.components, **replaced}
-    names = [
-        name
-        for name in inspect.signature(StableDiffusionPipeline.__init__).parameters
-        if name not in ("self", "requires_safety_checker")
-    ]
-    modules["scheduler"] = copy.deepcopy(modules["scheduler"])  # construction may edit its config
-    optional = StableDiffusionPipeline._optional_components
-    missing = [name for name in names if name not in (*modules, *optional)]
-    unknown = [name for name in modules if name not in names]
-    if missing or unknown:
-        raise ValueError(
-            f"{type(pipeline).__name__} does not have the modules of a StableDiffusionPipeline "
-            f"(missing: {missing}, unknown: {unknown})"
-        )
-    return {name: modules.get(name) for name in names}
-
-
-def attach_loaded(
-    pipe: P, source: DiffusionPipeline, objectives: Mapping[str, Objective] | None
-) -> P:
-    """Make objectives from the adapters already loaded; see `MSDDAPipeline.from_pipe`."""
-    if pipe.unet is None:
-        if objectives is not None:
-            raise ValueError(
-                "without a unet (None), a pipeline encodes prompts and has no objectives"
-            )
-        return pipe
-    loaded = adapter_names(pipe.unet, pipe.text_encoder)
-    kept: dict[str, Variant] = {}
-    if objectives is None:
-        objectives, kept = carried_over(source, pipe.unet, loaded)
-    check_names(objectives)
-    adapters = {}
-    for name, objective in objectives.items():
-        if objective.unet is not None or name in kept:
-            continue
-        if len(objective.sources) > 1:
-            raise ValueError(
-                f"objective {name!r} is of several adapters, which become one when they are read: "
-                f"give their files to from_pretrained"
-            )
-        if objective.source is not None and str(objective.source) not in loaded:
-            raise UnknownObjective(
-                f"objective {name!r}: {str(objective.source)!r} is not an adapter of this "
-                f"pipeline; loaded: {', '.join(loaded) or 'none'}. Load one with "
-                f"load_lora_weights(..., adapter_name={name!r}), or use from_pretrained"
-            )
-        if objective.source is not None:
-            adapters[name] = str(objective.source)
-        elif name in loaded:
-            adapters[name] = name
-    chosen = {name: objective for name, objective in objectives.items() if name not in kept}
-    variants = {**kept, **_variants(pipe.unet, chosen, adapters)}
-    for variant in variants.values():
-        check_can_switch(variant)
-    pipe.set_objectives(objectives, variants)
-    return pipe

@@ -4,7 +4,8 @@
     {"aesthetic": {"source": "aesthetic", "eta": 1.0}, "consistency": {"source": ..., "eta": 0.8}}
 
 A `source` (an adapter) or `unet` (a full network) lies inside the folder; with neither, the
-objective is the base model.
+objective is the base model. An entry without a name is the accelerator that all of them include,
+see `accelerator`; it stands in for the base.
 """
 
 from __future__ import annotations
@@ -21,9 +22,17 @@ from msdda_fast.levels import noise_from_json, noise_to_json
 from msdda_fast.objective import Objective
 from msdda_fast.pipelines.adapter_sets import adapter_scale
 
-__all__ = ["OBJECTIVES_FILE", "check_names", "dump_objectives", "parse_objectives"]
+__all__ = [
+    "NAMELESS",
+    "OBJECTIVES_FILE",
+    "check_names",
+    "dump_objectives",
+    "inside",
+    "parse_objectives",
+]
 
 OBJECTIVES_FILE = "objectives.json"
+NAMELESS = ""  #: The accelerator among the entries; no objective has this name.
 _FIELDS = tuple(field.name for field in fields(Objective))
 _KINDS: dict[str, tuple[Any, str]] = {
     **dict.fromkeys(("eta", "scale", "guidance_scale"), (Real, "a number")),
@@ -53,7 +62,7 @@ def check_names(objectives: Mapping[str, Objective]) -> None:
 
 
 def parse_objectives(text: str | bytes, origin: str | Path) -> dict[str, Objective]:
-    """Read `objectives.json`; `origin` is the folder or hub repository it came from.
+    """Read the objectives in `objectives.json`, of the folder or hub repository `origin`.
 
     Raises:
         ValueError: The text is not a JSON object of objects, has a field unknown to `Objective` or
@@ -68,6 +77,8 @@ def parse_objectives(text: str | bytes, origin: str | Path) -> dict[str, Objecti
         raise ValueError(f"{where} must map names to objects, got {text[:80]!r}")
     objectives = {}
     for name, entry in entries.items():
+        if name == NAMELESS:
+            continue
         if unknown := set(entry) - set(_FIELDS):
             raise ValueError(
                 f"{where}: objective {name!r} has unknown field {sorted(unknown)[0]!r}; "
@@ -78,11 +89,9 @@ def parse_objectives(text: str | bytes, origin: str | Path) -> dict[str, Objecti
                 _check_type(field, value)
             if (noise := entry.get("noise")) is not None:
                 entry = {**entry, "noise": noise_from_json(noise)}
-            objective = Objective(**entry)
-            _check_inside(objective, origin)
+            objectives[name] = inside(Objective(**entry), origin)
         except ValueError as error:
             raise type(error)(f"{where}: objective {name!r}: {error}") from error
-        objectives[name] = _inside(objective, origin)
     check_names(objectives)
     return objectives
 
@@ -95,10 +104,13 @@ def _check_type(field: str, value: object) -> None:
         raise ValueError(f"{field} must be {meaning}, got {value!r:.80}")
 
 
-def _check_inside(objective: Objective, origin: str | Path) -> None:
-    """Check that what an objective names lies in the folder or repository `origin`.
+def inside(objective: Objective, origin: str | Path) -> Objective:
+    """Resolve what an objective names within the folder or repository `origin`.
 
     Symbolic links count where they lead; the hub's cache has links from `snapshots` to its `blobs`.
+
+    Raises:
+        ValueError: It lies outside.
     """
     parts = (objective.source or objective.unet, objective.subfolder, objective.weight_name)
     place = PurePosixPath(*(str(part) for part in parts if part is not None))
@@ -113,14 +125,14 @@ def _check_inside(objective: Objective, origin: str | Path) -> None:
             f"{str(place)!r} lies outside this folder; put the adapter inside, or name it with "
             "objectives= instead"
         )
+    return _resolved(objective, origin)
 
 
 def _parts(place: PurePosixPath) -> tuple[str, ...]:
     return PureWindowsPath(place).parts  # with backslashes, too
 
 
-def _inside(objective: Objective, origin: str | Path) -> Objective:
-    """Resolve a relative source or unet within the folder or repository `origin`."""
+def _resolved(objective: Objective, origin: str | Path) -> Objective:
     if isinstance(origin, Path):
         if objective.source is not None:
             return replace(objective, source=str(origin / str(objective.source)))
@@ -136,8 +148,18 @@ def _inside(objective: Objective, origin: str | Path) -> Objective:
     return replace(objective, unet=origin, subfolder=subfolder)
 
 
-def dump_objectives(objectives: Mapping[str, Objective], places: Mapping[str, str]) -> str:
-    """Return the text of `objectives.json`; `places` are paths of adapters and networks."""
+def dump_objectives(
+    objectives: Mapping[str, Objective],
+    places: Mapping[str, str],
+    accelerator: Mapping[str, Any] | None = None,
+) -> str:
+    """Return the text of `objectives.json`.
+
+    Args:
+        objectives: By name, in order.
+        places: Paths of adapters and networks, by name.
+        accelerator: Entry of the one that all adapters include, with their scales; None: none.
+    """
     entries: dict[str, dict[str, Any]] = {}
     for name, objective in objectives.items():
         entry: dict[str, Any] = {"eta": objective.eta}
@@ -147,9 +169,11 @@ def dump_objectives(objectives: Mapping[str, Objective], places: Mapping[str, st
             entry["noise"] = noise_to_json(objective.noise)
         if objective.timesteps is not None:
             entry["timesteps"] = list(objective.timesteps)
-        if (scale := adapter_scale(objective)) != 1.0:
+        if accelerator is None and (scale := adapter_scale(objective)) != 1.0:
             entry["scale"] = scale
         if objective.guidance_scale is not None:
             entry["guidance_scale"] = objective.guidance_scale
         entries[name] = entry
+    if accelerator is not None:
+        entries[NAMELESS] = dict(accelerator)
     return json.dumps(entries, indent=2) + "\n"

@@ -18,8 +18,10 @@ from msdda_fast.objective import Objective
 from msdda_fast.weights import as_host_float64
 
 __all__ = [
+    "by_name",
     "check_call",
     "check_latents",
+    "check_no_flow",
     "check_parts",
     "check_steps",
     "latent_shape",
@@ -115,17 +117,15 @@ def check_latents(latents: Tensor | None, shape: tuple[int, ...]) -> None:
         raise InvalidShape(f"latents must be a float tensor (B, C, H, W) = {shape}, got {got}")
 
 
-def check_call(pipe: object, refused: Mapping[str, Any], output_type: str, num_steps: int) -> int:
-    """Check what a call needs before anything else, and return `num_steps` as an `int`.
+def check_call(pipe: object, refused: Mapping[str, Any], output_type: str) -> None:
+    """Check what a call needs before anything else.
 
     Raises:
         ValueError, TypeError: As `refuse`; an unknown output type; a component that is missing.
-        InvalidSchedule: The number of steps is no positive integer.
     """
     refuse(refused)
     check_output_type(output_type)
     check_parts(pipe, "unet", "scheduler", *([] if output_type == "latent" else ["vae"]))
-    return check_steps(num_steps)
 
 
 def check_output_type(output_type: str) -> None:
@@ -142,6 +142,16 @@ def check_steps(num_steps: int) -> int:
     return steps
 
 
+def check_no_flow(objectives: Mapping[str, Objective]) -> None:
+    """Raise `InvalidSchedule` if an objective has noise of flow models."""
+    for name, objective in objectives.items():
+        if objective.noise is not None:
+            raise InvalidSchedule(
+                f"objective {name!r}: {type(objective.noise).__name__} is noise of flow models, "
+                f"and this pipeline samples with DDIM: give eta instead"
+            )
+
+
 def objective_etas(
     objectives: Mapping[str, Objective], etas: Mapping[str, float] | Sequence[float] | None
 ) -> list[float]:
@@ -152,20 +162,9 @@ def objective_etas(
         InvalidSchedule: An eta is outside [0, 1], or an objective has noise of flow models.
         InvalidShape: The numbers are not of shape (M,).
     """
-    for name, objective in objectives.items():
-        if objective.noise is not None:
-            raise InvalidSchedule(
-                f"objective {name!r}: {type(objective.noise).__name__} is noise of flow models, "
-                f"and this pipeline samples with DDIM: give eta instead"
-            )
-    for name, objective in objectives.items():
-        if objective.noise is not None:
-            raise InvalidSchedule(
-                f"objective {name!r} was aligned with {objective.noise!r}, noise of flow models; "
-                "Stable Diffusion is sampled with DDIM, whose level is eta"
-            )
+    check_no_flow(objectives)
     own = [objective.eta for objective in objectives.values()]
-    values = _by_name("etas", objectives, etas, own)
+    values = by_name("etas", objectives, etas, own)
     for name, eta in zip(objectives, values, strict=True):
         ETA.check_one(eta, f"objective {name!r}")
     return values
@@ -192,7 +191,7 @@ def objective_guidance(
     if guidance_scale is not None and not isinstance(guidance_scale, Mapping):
         scales = as_host_float64(guidance_scale, "guidance_scale")
         scales = scales.expand(len(own)) if scales.ndim == 0 else scales
-    values = _by_name("guidance_scale", objectives, scales, own)
+    values = by_name("guidance_scale", objectives, scales, own)
     for name, value in zip(objectives, values, strict=True):
         if not 1.0 <= value < float("inf"):
             raise InvalidSchedule(
@@ -202,12 +201,18 @@ def objective_guidance(
     return values
 
 
-def _by_name(
+def by_name(
     argument: str,
     names: Mapping[str, Objective],
     values: Mapping[str, float] | Sequence[float] | None,
     own: list[float],
 ) -> list[float]:
+    """Return a number for each name, (M,): those given, in order or by name, else its own.
+
+    Raises:
+        UnknownObjective: A mapping names an unknown objective.
+        InvalidShape: The numbers are not of shape (M,).
+    """
     if values is None:
         return own
     if isinstance(values, Mapping):

@@ -24,6 +24,7 @@ from msdda_fast.adapters.switching import adapter_names
 from msdda_fast.adapters.variant import Variant
 from msdda_fast.errors import AdapterMismatch
 from msdda_fast.objective import Objective
+from msdda_fast.pipelines.accelerator import ACCELERATOR_FOLDER, Accelerator
 from msdda_fast.pipelines.manifest import OBJECTIVES_FILE, dump_objectives
 
 __all__ = ["load_in_float32", "save"]
@@ -51,6 +52,14 @@ class Savable(Protocol):
     @property
     def variants(self) -> Mapping[str, Variant]:
         """The network and the active adapter of each objective."""
+
+    @property
+    def accelerator(self) -> Accelerator | None:
+        """What all of them include; None: nothing."""
+
+    @property
+    def base_variant(self) -> Variant:
+        """The base with it."""
 
 
 def save(pipe: Savable, folder: Path, **options: Any) -> None:  # noqa: ANN401 - diffusers' own
@@ -122,10 +131,15 @@ def _write(pipe: Savable, stage: Path, options: dict[str, Any]) -> None:
             network: Any = without_adapters(variant.network)
             network.save_pretrained(stage / place)
             places[name] = place
-        elif variant.adapter is not None:
-            _write_adapter(pipe, variant.adapter, stage / place)
+        elif variant.adapter not in (None, pipe.base_variant.adapter):
+            _write_adapter(pipe, str(variant.adapter), stage / place)
             places[name] = place
-    (stage / OBJECTIVES_FILE).write_text(dump_objectives(pipe.objectives, places), "utf-8")
+    entry = None
+    if pipe.accelerator is not None:
+        _write_adapter(pipe, str(pipe.base_variant.adapter), stage / ACCELERATOR_FOLDER)
+        entry = pipe.accelerator.to_json(ACCELERATOR_FOLDER)
+    text = dump_objectives(pipe.objectives, places, entry)
+    (stage / OBJECTIVES_FILE).write_text(text, "utf-8")
 
 
 def load_in_float32(folder: Path) -> None:

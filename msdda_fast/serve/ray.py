@@ -8,12 +8,14 @@
 
 import os
 from functools import partial
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.serve import Application
 
+from msdda_fast.levels import noise_from_json
 from msdda_fast.objective import Objective
 from msdda_fast.pipelines.notices import quieten
 from msdda_fast.pipelines.stable_diffusion.pipeline import MSDDAPipeline
@@ -42,6 +44,19 @@ class ObjectiveArgs(BaseModel):
     weight_name: str | None = None
     subfolder: str | None = None
     guidance_scale: float | None = None
+    noise: dict[str, Any] | None = Field(
+        None,
+        description='Of flow models, as in objectives.json: {"kind": "FlowSDE", "level": 0.7}.',
+    )
+
+    def objective(self) -> Objective:
+        """Return the objective.
+
+        Raises:
+            ValueError: A setting is out of range.
+        """
+        noise = None if self.noise is None else noise_from_json(self.noise)
+        return Objective(**{**dict(self), "noise": noise})
 
 
 class RayArgs(BaseModel):
@@ -132,9 +147,9 @@ def build(args: RayArgs) -> Application:
     return application
 
 
-def _load(args: RayArgs) -> MSDDAPipeline:
+def _load(args: RayArgs) -> Any:  # noqa: ANN401 - of any class
     quieten()
-    objectives = {name: Objective(**dict(o)) for name, o in (args.objectives or {}).items()}
+    objectives = {name: one.objective() for name, one in (args.objectives or {}).items()}
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     pipe = MSDDAPipeline.from_pretrained(
         args.model, objectives=objectives or None, dtype=getattr(torch, args.dtype)

@@ -177,6 +177,10 @@ class CoefficientTable:
         pixels = None if self.pixels is None else self.pixels.step(k)
         return StepCoefficients(self.rows[k], self.num_objectives, self.clip_range, pixels)
 
+    def adds_noise(self, k: int) -> bool:
+        """Whether step k adds noise to some sample."""
+        return bool(self.std[k].any())
+
     def mixture(self, k: int) -> StepCoefficients:
         """The coefficients of `sum_m share_m c_m` at step k: the outputs mixed, and no step taken.
 

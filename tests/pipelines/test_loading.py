@@ -19,7 +19,6 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
-    LCMScheduler,
     PNDMScheduler,
     StableDiffusionPipeline,
     UNet2DConditionModel,
@@ -42,7 +41,6 @@ PROMPTS = ["a red dog", "a blue cat"]
 REFUSED = [
     EulerDiscreteScheduler,
     DPMSolverMultistepScheduler,
-    LCMScheduler,
     FlowMatchEulerDiscreteScheduler,
     DDIMInverseScheduler,
 ]

@@ -13,12 +13,13 @@ from diffusers import DiffusionPipeline
 
 from msdda_fast.adapters.switching import adapter_names
 from msdda_fast.errors import AdapterMismatch, UnsupportedNetwork
+from msdda_fast.pipelines.stable_diffusion.accelerated import Accelerated
 from msdda_fast.pipelines.stable_diffusion.held_adapters import HeldAdapters
 
 __all__ = ["AdapterMethods"]
 
 
-class AdapterMethods(DiffusionPipeline):  # type: ignore[misc]  # diffusers ships no types
+class AdapterMethods(Accelerated, DiffusionPipeline):  # type: ignore[misc]  # diffusers ships no types
     """Mixin before a diffusers pipeline with a UNet."""
 
     _held: HeldAdapters
@@ -68,7 +69,7 @@ class AdapterMethods(DiffusionPipeline):  # type: ignore[misc]  # diffusers ship
 
     def unused_adapters(self) -> list[str]:
         """Return the adapters loaded since the objectives were set that are none of them."""
-        return list(dict.fromkeys(self._held.unused(self.variants, self.text_encoder)))
+        return list(dict.fromkeys(self._held.unused(self.all_variants, self.text_encoder)))
 
     def watch_adapters(self) -> None:
         """From now on, calls refuse what others activate, scale or disable in the networks."""

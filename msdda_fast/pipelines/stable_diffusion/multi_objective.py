@@ -17,36 +17,34 @@ from msdda_fast.adapters.switching import adapter_names
 from msdda_fast.adapters.variant import Variant
 from msdda_fast.batched.options import DEFAULTS, BatchedOptions
 from msdda_fast.engine.graph import Capture
-from msdda_fast.engine.parallel import ObjectiveParallel
 from msdda_fast.errors import InvalidMode
 from msdda_fast.objective import Objective
 from msdda_fast.pipelines import loading, saving
-from msdda_fast.pipelines.attach import attach
-from msdda_fast.pipelines.attach_files import load_objectives
+from msdda_fast.pipelines.accelerator import Accelerator
+from msdda_fast.pipelines.attach_plan import attach_plan
 from msdda_fast.pipelines.dtypes import Dtypes
 from msdda_fast.pipelines.exclusive import exclusively
 from msdda_fast.pipelines.runnable import check_runnable
+from msdda_fast.pipelines.stable_diffusion.accelerated import BASE
 from msdda_fast.pipelines.stable_diffusion.adapter_methods import AdapterMethods
 from msdda_fast.pipelines.stable_diffusion.decoding import decode
 from msdda_fast.pipelines.stable_diffusion.forward import Forward, ForwardSettings, Runner
 from msdda_fast.pipelines.stable_diffusion.held_adapters import HeldAdapters
 from msdda_fast.pipelines.stable_diffusion.modes import Mode
+from msdda_fast.pipelines.stable_diffusion.parallel import ParallelMethods
 from msdda_fast.pipelines.stable_diffusion.sampling import Networks
 from msdda_fast.pipelines.stable_diffusion.warm_up import warm_up
 
 __all__ = ["MultiObjectivePipeline"]
 
-BASE = ""  #: The base among the variants of a request; no objective has this name.
 
-
-class MultiObjectivePipeline(AdapterMethods, DiffusionPipeline):  # type: ignore[misc]  # no types
+class MultiObjectivePipeline(AdapterMethods, ParallelMethods, DiffusionPipeline):  # type: ignore[misc]  # no types
     """Mixin before a diffusers pipeline, for a UNet and adapters or networks by objective."""
 
     _objectives: dict[str, Objective]
     _variants: dict[str, Variant]
     _follows: frozenset[str]  # objectives whose network is whatever `unet` is
     _shares_networks: bool = False  # with a pipeline that `from_pipe` was given
-    _parallel: ObjectiveParallel | None = None
     _runner: Runner = Runner(ForwardSettings())
 
     @classmethod
@@ -57,6 +55,7 @@ class MultiObjectivePipeline(AdapterMethods, DiffusionPipeline):  # type: ignore
         objectives: Mapping[str, Objective] | None = None,
         dtype: Dtypes | None = None,
         torch_dtype: Dtypes | None = None,
+        accelerator: str | Path | None = None,
         **options: Any,  # noqa: ANN401 - diffusers' own: components, revision, cache_dir, ...
     ) -> Self:
         """Load a model and its objectives.
@@ -71,6 +70,9 @@ class MultiObjectivePipeline(AdapterMethods, DiffusionPipeline):  # type: ignore
                 or only the base model if there is no such file.
             dtype: Dtype of all components, float32 by default, or a mapping from their names, in
                 which "default" stands for the others. `torch_dtype` is its older name.
+            accelerator: LoRA file, folder or hub id of an adapter for few steps, or "own" for the
+                one that the model ships with. It joins every objective, and the base, and the
+                scheduler becomes the one that it was made for: see `docs/guide/few-steps.md`.
             options: Everything else that `DiffusionPipeline.from_pretrained` takes. A component
                 given as None is left out: without the unet, such a pipeline encodes prompts only.
 
@@ -80,10 +82,12 @@ class MultiObjectivePipeline(AdapterMethods, DiffusionPipeline):  # type: ignore
             ValueError: Invalid objectives, a file that is not safetensors, an unsupported dtype, or
                 another kind of pipeline.
         """
-        plan = loading.plan(pretrained_model_name_or_path, objectives, dtype, torch_dtype, options)
+        plan = loading.plan(
+            pretrained_model_name_or_path, objectives, dtype, torch_dtype, accelerator, options
+        )
         if plan.kind not in loading.STABLE_DIFFUSION:
             stock = DiffusionPipeline.from_pretrained(plan.model, **plan.options)
-            attached: Any = attach(stock, plan.objectives, load_objectives(stock, plan))
+            attached: Any = attach_plan(stock, plan)
             return attached  # type: ignore[no-any-return]
         pipe: Self = super().from_pretrained(plan.model, **plan.options)
         return loading.attach(pipe, plan)
@@ -107,7 +111,7 @@ class MultiObjectivePipeline(AdapterMethods, DiffusionPipeline):  # type: ignore
             save_directory: Created if missing; files of an earlier save are replaced.
             safe_serialization, variant, max_shard_size: As in diffusers.
         """
-        self._held.check(self.variants, self.text_encoder)
+        self._held.check(self.all_variants, self.text_encoder)
         saving.save(
             self,
             Path(save_directory),
@@ -130,11 +134,16 @@ class MultiObjectivePipeline(AdapterMethods, DiffusionPipeline):  # type: ignore
         return dict(self._variants)
 
     def set_objectives(
-        self, objectives: Mapping[str, Objective], variants: Mapping[str, Variant]
+        self,
+        objectives: Mapping[str, Objective],
+        variants: Mapping[str, Variant],
+        accelerator: Accelerator | None = None,
+        base: Variant | None = None,
     ) -> None:
         """Replace the objectives with others whose networks and adapters are already loaded.
 
-        A variant of the pipeline's UNet is one of whatever UNet is assigned to it later.
+        A variant of the pipeline's UNet is one of whatever UNet is assigned to it later. With an
+        accelerator, `base` is the base with it, and every variant includes it.
 
         Raises:
             UnsupportedNetwork: A network needs more than latents, a timestep and a text.
@@ -148,30 +157,14 @@ class MultiObjectivePipeline(AdapterMethods, DiffusionPipeline):  # type: ignore
             for name, variant in variants.items()
             if variant.network is self.unet and objectives[name].unet is None
         )
+        self._accelerator, self._base = accelerator, base or Variant(self.unet, None)
         spare = None if self._shares_networks else frozenset[str]()
-        self._held = HeldAdapters.of(variants, self.text_encoder, spare)
+        self._held = HeldAdapters.of(self.all_variants, self.text_encoder, spare)
         self.watch_adapters()
 
     def shared_networks(self) -> list[nn.Module | None]:
         """The networks that a call switches; threads that use one of them wait for each other."""
         return [self.unet, self.text_encoder, *(v.network for v in self.variants.values())]
-
-    @property
-    def parallel(self) -> ObjectiveParallel | None:
-        """The processes that this one samples with; None: it samples alone."""
-        return self._parallel
-
-    def enable_parallel(self, parallel: ObjectiveParallel) -> None:
-        """Split the objectives of every later call over several processes.
-
-        All processes must hold the same model and make the same calls; each gets the images.
-        Several pipelines may use `parallel`, which belongs to the caller.
-        """
-        self._parallel = parallel
-
-    def disable_parallel(self) -> None:
-        """Sample alone again. Every process of the group must do so."""
-        self._parallel = None
 
     def set_forward(
         self,
@@ -222,7 +215,7 @@ class MultiObjectivePipeline(AdapterMethods, DiffusionPipeline):  # type: ignore
             InvalidMode: The mode is approximate, and the networks are in float64.
             CaptureError: Graphs are required on a device without them.
         """
-        sampler, variants, base = None, self.variants, Variant(self.unet, None)
+        sampler, variants, base = None, self.variants, self.base_variant
         loaded = list(variants.values())
         if with_base:
             variants[BASE] = base
@@ -230,7 +223,7 @@ class MultiObjectivePipeline(AdapterMethods, DiffusionPipeline):  # type: ignore
             loaded.append(base)  # always: a request that needs it shall not build anew
         for network in dict.fromkeys(variant.network for variant in variants.values()):
             check_runnable(network)
-        self._held.check(self.variants, self.text_encoder)
+        self._held.check(self.all_variants, self.text_encoder)
         if mode != "exact" and self.unet.dtype == torch.float64:
             raise InvalidMode(f'a float64 network samples with mode="exact" only, got {mode!r}')
         with exclusively(self.shared_networks()):
@@ -283,13 +276,13 @@ class MultiObjectivePipeline(AdapterMethods, DiffusionPipeline):  # type: ignore
         batch_size: int = 1,
         height: int | None = None,
         width: int | None = None,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = None,
         mode: Mode = "exact",
     ) -> None:
         """Check a shape of requests, and run one step of it with every objective to warm up.
 
-        On devices with graphs, all kinds of step of the mode are captured. With "auto" the pilot
-        is drawn that serves all later calls of these settings.
+        So are batched forwards of fewer objectives (`warm_up`). On devices with graphs, all kinds
+        of step are captured. With "auto" the pilot is drawn that later calls use.
 
         Args:
             batch_size: B, the number of images.

@@ -57,6 +57,29 @@ class ParallelNetwork:
         )
 
 
+class ParallelMethods:
+    """Mixin of a pipeline whose objectives may run in several processes."""
+
+    _parallel: ObjectiveParallel | None = None
+
+    @property
+    def parallel(self) -> ObjectiveParallel | None:
+        """The processes that this one samples with; None: it samples alone."""
+        return self._parallel
+
+    def enable_parallel(self, parallel: ObjectiveParallel) -> None:
+        """Split the objectives of every later call over several processes.
+
+        All processes must hold the same model and make the same calls; each gets the images.
+        Several pipelines may use `parallel`, which belongs to the caller.
+        """
+        self._parallel = parallel
+
+    def disable_parallel(self) -> None:
+        """Sample alone again. Every process of the group must do so."""
+        self._parallel = None
+
+
 @contextmanager
 def together(
     parallel: ObjectiveParallel,

@@ -27,14 +27,16 @@ from transformers import (
 from msdda_fast.adapters.variant import Variant
 from msdda_fast.engine.noise import image_seeds, noise_source
 from msdda_fast.objective import Objective
-from msdda_fast.pipelines import loading, request
+from msdda_fast.pipelines import request
+from msdda_fast.pipelines.already_loaded import attach_loaded
 from msdda_fast.pipelines.attach import attach_as_it_is
+from msdda_fast.pipelines.carried_over import shared_components
 from msdda_fast.pipelines.dtypes import Dtypes, cast, check_dtypes
 from msdda_fast.pipelines.exclusive import one_at_a_time
 from msdda_fast.pipelines.preferences import StrengthsLike
 from msdda_fast.pipelines.prompts import Prompts
 from msdda_fast.pipelines.regions import MasksLike
-from msdda_fast.pipelines.schedulers import ddim_scheduler
+from msdda_fast.pipelines.schedulers import sampling_levels, sampling_scheduler
 from msdda_fast.pipelines.stable_diffusion.callback import Callback, StepCallback
 from msdda_fast.pipelines.stable_diffusion.modes import Mode, check_mode
 from msdda_fast.pipelines.stable_diffusion.multi_objective import MultiObjectivePipeline
@@ -64,7 +66,7 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
     Args:
         vae, text_encoder, tokenizer, unet: As in `StableDiffusionPipeline`; None leaves one out,
             and what needs it is refused: without unet or scheduler, prompts can be encoded.
-        scheduler: DDIM; PNDM and DDPM are rebuilt as DDIM from their config, others are refused.
+        scheduler: DDIM, LCM or TCD; PNDM and DDPM are rebuilt as DDIM, others are refused.
         safety_checker, feature_extractor, image_encoder, requires_safety_checker: Optional, as in
             `StableDiffusionPipeline`.
     """
@@ -86,7 +88,7 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
             text_encoder=text_encoder,
             tokenizer=tokenizer,
             unet=unet,
-            scheduler=None if scheduler is None else ddim_scheduler(scheduler),
+            scheduler=None if scheduler is None else sampling_scheduler(scheduler),
             safety_checker=safety_checker,
             feature_extractor=feature_extractor,
             image_encoder=image_encoder,
@@ -128,7 +130,7 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
         if type(pipeline) is not StableDiffusionPipeline and not isinstance(pipeline, cls):
             other: Self = attach_as_it_is(pipeline, objectives, components, dtype, torch_dtype)
             return other
-        modules = loading.shared_components(pipeline, components)
+        modules = shared_components(pipeline, components)
         dtype = check_dtypes(dtype, torch_dtype, list(modules))
         pipe = cls(**modules, requires_safety_checker=False)
         pipe.register_to_config(
@@ -138,7 +140,7 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
         pipe._shares_networks = True
         if (settings := getattr(pipeline, "forward_settings", None)) is not None:
             pipe.set_forward(**vars(settings))
-        loading.attach_loaded(pipe, pipeline, objectives)
+        attach_loaded(pipe, pipeline, objectives)
         if dtype is not None:
             cast(pipe, dtype)
         return pipe
@@ -150,7 +152,7 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
         prompt: str | list[str] | None = None,
         height: int | None = None,
         width: int | None = None,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = None,
         *,
         weights: WeightSchedule = None,
         masks: MasksLike | None = None,
@@ -188,7 +190,7 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
         Args:
             prompt: P texts, or one.
             height, width: Size of the images in pixels, multiples of 8; by default the model's own.
-            num_inference_steps: T, in [1, training steps of the scheduler].
+            num_inference_steps: T in [1, training steps]; None: 50, or what an accelerator takes.
             weights: Preferences w, no unit, on the simplex: a mapping from every objective's name
                 to a number, a list of P mappings, one per prompt, (M,) or (B, M) numbers, or a
                 callable from the step index 0..T-1 to any of these, or a mapping from ranges of
@@ -207,7 +209,7 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
             kl_budget: Most nats that an image's path may be from exact ones, with "auto"; None:
                 what bfloat16 networks cost.
             seed: Counter-based noise: of `seed + i` for image i, or a list, each in [-2^63, 2^64).
-            etas: eta in [0, 1] by objective, in place of its own.
+            etas: eta in [0, 1] by objective, in place of its own; with TCD gamma, by default .3.
             guidance_scale: >= 1 (none), for all, by name or (M,). None: the objective's own or 7.5.
             negative_prompt: What guidance steers away from; one text, or one per prompt.
             num_images_per_prompt: Images of each prompt, consecutive in the output.
@@ -235,10 +237,11 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
             PipelineBusy: A callback called the pipeline that calls it.
             ZeroVariance: A prompt mixes eta = 0 with eta > 0 under `zero_variance="error"`.
             NotFinite: Sampling ended in NaN or infinity.
-            ValueError: Prompts that contradict each other; seed and generator; a component that is
-                None and needed; an argument of stock pipelines without a meaning here (`eta`).
+            ValueError: Prompts that contradict each other; seed and generator; a missing component;
+                an argument of stock pipelines that means nothing here (`eta`).
         """
-        steps = request.check_call(self, refused, output_type, num_inference_steps)
+        request.check_call(self, refused, output_type)
+        steps = self.checked_steps(num_inference_steps)
         check_mode(mode, kl_budget, in_parallel=self.parallel is not None, masks=masks)
         callback = Callback.check(callback_on_step_end, callback_on_step_end_tensor_inputs)
         prompts = Prompts.check(
@@ -249,17 +252,16 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
             images_per_prompt=num_images_per_prompt,
             embed_width=self.unet.config.cross_attention_dim,
         )
-        if (scheduler := ddim_scheduler(self.scheduler)) is not self.scheduler:
+        if (scheduler := sampling_scheduler(self.scheduler)) is not self.scheduler:
             self.register_modules(scheduler=scheduler)  # users assign others to a pipeline
         guidance = request.objective_guidance(self._objectives, guidance_scale)
-        shape = request.latent_shape(
-            prompts.batch_size, self.unet.config, self.vae_scale_factor, height, width
-        )
+        scale = self.vae_scale_factor
+        shape = request.latent_shape(prompts.batch_size, self.unet.config, scale, height, width)
         tables = Tables(
             scheduler=scheduler,
             num_steps=steps,
             objectives=self._objectives,
-            etas=request.objective_etas(self._objectives, etas),
+            etas=sampling_levels(scheduler, self._objectives, etas),
             guidance_scale=guidance,
             strength=strength,
             kl_weights=kl_weights,
@@ -270,7 +272,7 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
             masks=masks,
             mask_softness=mask_softness,
             latent_size=shape[2:],
-            scale=self.vae_scale_factor,
+            scale=scale,
         )
         table = tables.of(weights, prompts.batch_size, num_images_per_prompt)
         if prompts.needs_encoder(negative=table.needs_uncond) or mode == "auto":
@@ -278,11 +280,9 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
         request.check_latents(latents, shape)
         seeds = None if seed is None else image_seeds(seed, prompts.batch_size)
         networks = self.networks(mode, with_base=table.has_base)
-        device = networks.device
-        noise = noise_source(shape, len(table), device, seeds=seeds, generator=generator)
+        noise = noise_source(shape, len(table), networks.device, seeds=seeds, generator=generator)
         plan, forecast = planned(mode, networks, tables, table, shape[1:], kl_budget)
-        table = table.to(device, torch.promote_types(networks.dtype, torch.float32))
-
+        table = table.to(networks.device, torch.promote_types(networks.dtype, torch.float32))
         self._interrupt, self._num_timesteps = False, len(table)
         self._guidance_scale = max(guidance)  # callbacks read it, and may set another
         with self.progress_bar(total=len(table)) as bar:

@@ -13,7 +13,7 @@ from msdda_fast.pipelines.call_preferences import check_kl_weights
 from msdda_fast.pipelines.preferences import StrengthsLike, preferences
 from msdda_fast.pipelines.regions import MasksLike, check_masks
 from msdda_fast.steps.coefficients import CoefficientTable
-from msdda_fast.steps.ddim import ddim_grid
+from msdda_fast.steps.schedulers import scheduler_rule
 from msdda_fast.steps.table import coefficient_table
 from msdda_fast.types import Fusion, Scheduler, WeightSchedule, ZeroVariancePolicy
 from msdda_fast.weight_ranges import has_ranges
@@ -33,7 +33,7 @@ class Tables:
     scheduler: Scheduler
     num_steps: int
     objectives: Mapping[str, Objective]
-    etas: Sequence[float]
+    etas: Sequence[float] | None
     guidance_scale: Sequence[float]
     strength: StrengthsLike | None
     kl_weights: Mapping[str, float] | Sequence[float] | None
@@ -69,7 +69,7 @@ class Tables:
         check_kl_weights(self.kl_weights, regions)
         timesteps = None
         if has_ranges(weights, list(self.objectives)):
-            timesteps = ddim_grid(self.scheduler, self.num_steps).timesteps
+            timesteps = scheduler_rule(self.scheduler, self.num_steps).timesteps
         prefers = preferences(
             self.objectives,
             weights,
