@@ -8,8 +8,8 @@ it is known to work with (this package supports 2.9 and newer), and what to look
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -51,6 +51,8 @@ __all__ = [
     "FakeTensorMode",
     "TorchDispatchMode",
     "abandon_pool",
+    "calls_forward",
+    "compiled_call",
     "conv_forward",
     "has_tangent",
     "held_by",
@@ -185,6 +187,27 @@ def is_compiled(module: nn.Module) -> bool:
     """Whether `module.compile()` replaced what calling it runs."""
     # Module._compiled_call_impl: since 2.1; `torch.compile(module)` makes another module instead.
     return module._compiled_call_impl is not None
+
+
+def compiled_call(module: nn.Module) -> Callable[..., Any] | None:
+    """What `module.compile()` made of calling it, hooks included; None: it was not compiled."""
+    compiled: Callable[..., Any] | None = module._compiled_call_impl  # as above
+    return compiled
+
+
+@contextmanager
+def calls_forward(module: nn.Module) -> Iterator[None]:
+    """A context in which calling a module calls its forward, whether or not it was compiled."""
+    # Module._compiled_call_impl: as above.
+    compiled = module._compiled_call_impl
+    if compiled is None:
+        yield
+        return
+    module._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        module._compiled_call_impl = compiled
 
 
 def replace_parameters(module: nn.Module, **parameters: nn.Parameter) -> None:

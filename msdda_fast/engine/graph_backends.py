@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
 from msdda_fast.engine.buffers import StepBuffers
 from msdda_fast.torch_private import abandon_pool
@@ -18,6 +19,17 @@ Advance = Callable[[StepBuffers], None]
 
 #: cuBLAS, cuDNN and Triton choose kernels and allocate workspaces in their first calls on a stream.
 WARM_UP_STEPS = 3
+
+
+class Counted(Protocol):
+    """Buffers with a counter of steps, 0-d int64."""
+
+    @property
+    def counter(self) -> Tensor:
+        """Reset before each step that only warms up."""
+
+
+B = TypeVar("B", bound=Counted)
 
 
 class Graph(Protocol):
@@ -33,7 +45,7 @@ class Graph(Protocol):
 class GraphBackend(Protocol):
     """Records steps one at a time; recorded steps never run at the same time."""
 
-    def capture(self, advance: Advance, buffers: StepBuffers) -> Graph:
+    def capture(self, advance: Callable[[B], None], buffers: B) -> Graph:
         """Warm up `advance` on `buffers` and record it; may change `x`, the input and the counter.
 
         Raises:
@@ -57,7 +69,7 @@ class CudaGraphs:
         self._pool = torch.cuda.graph_pool_handle()
         self._failed: list[torch.cuda.CUDAGraph] = []
 
-    def capture(self, advance: Advance, buffers: StepBuffers) -> Graph:
+    def capture(self, advance: Callable[[B], None], buffers: B) -> Graph:
         """Warm `advance` up on the side stream, then record it; see `GraphBackend.capture`."""
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         graph = torch.cuda.CUDAGraph()
@@ -78,7 +90,7 @@ class CudaGraphs:
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
         return _CudaGraph(graph, self._device)
 
-    def _recover(self, graph: torch.cuda.CUDAGraph, buffers: StepBuffers) -> None:
+    def _recover(self, graph: torch.cuda.CUDAGraph, buffers: Counted) -> None:
         """Restore PyTorch's state after a capture that failed.
 
         Its allocator still has the pool of the capture, and until a capture succeeds its default

@@ -18,14 +18,13 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from msdda_fast.adapters.switching import adapter_names
 from msdda_fast.adapters.variant import AdapterSet
 from msdda_fast.errors import UnsupportedNetwork
 from msdda_fast.levels import NoiseLevels
 from msdda_fast.objective import Objective
 from msdda_fast.pipelines.accelerator import Accelerator
 from msdda_fast.pipelines.adapter_sets import adapter_set, check_loaded, check_objective
-from msdda_fast.pipelines.attach_files import DENOISERS, networks_of
+from msdda_fast.pipelines.attach_files import DENOISERS, loaded_adapters, networks_of
 from msdda_fast.pipelines.batch import Batch
 from msdda_fast.pipelines.call_arguments import check_arguments
 from msdda_fast.pipelines.call_levels import call_levels
@@ -42,7 +41,7 @@ from msdda_fast.pipelines.preferences import StrengthsLike
 from msdda_fast.pipelines.regions import MasksLike, check_masks, check_softness
 from msdda_fast.pipelines.row_hook import RowHook
 from msdda_fast.pipelines.stock_methods import attached_class
-from msdda_fast.pipelines.stock_schedulers import check_scheduler
+from msdda_fast.pipelines.stock_schedulers import check_scheduler, set_to
 from msdda_fast.types import Fusion, WeightSchedule, ZeroVariancePolicy
 
 __all__ = ["WithObjectives", "attach", "attach_as_it_is"]
@@ -99,6 +98,7 @@ class WithObjectives(HeldObjectives):
 
         Raises:
             AdapterMismatch: An objective's adapter has been deleted, or fused into the weights.
+            CaptureError: Graphs are required (`set_forward`) and impossible.
             PipelineBusy: A callback called the pipeline that calls it. Other threads wait instead.
             UnsupportedNetwork: The pipeline reads predictions on the host, a cache is enabled, or
                 it never called its scheduler's step.
@@ -140,7 +140,7 @@ class WithObjectives(HeldObjectives):
             backend="auto",
         )
         fusing = PipelineFusing(
-            _set_to(scheduler, batch.num_steps),
+            set_to(scheduler, batch.num_steps),
             options,
             count=len(active),
             levels=own_levels,
@@ -150,7 +150,7 @@ class WithObjectives(HeldObjectives):
         )
         own = prefers.strength(objective_strength, kl_weights, batch.copies)
         ranges = [objective.timesteps for objective in active.values()]
-        loaded = _loaded(self)
+        loaded = loaded_adapters(self)
         for name in active:
             check_loaded(name, self._sets[name], loaded)
         sets = [self._sets[name] for name in active]
@@ -173,7 +173,8 @@ class WithObjectives(HeldObjectives):
     def _hook(self, name: str, network: nn.Module) -> RowHook:
         hook = self._hooks.get(name)
         if hook is None or hook.network is not network:  # users assign others to a pipeline
-            hook = self._hooks[name] = RowHook(name, network)
+            capture = self._capture if name in DENOISERS else "off"  # others run once a call
+            hook = self._hooks[name] = RowHook(name, network, capture)
         return hook
 
 
@@ -206,7 +207,7 @@ def attach(
         )
     if not hasattr(parts.get("scheduler"), "step"):
         raise UnsupportedNetwork(f"{type(pipeline).__name__} has no scheduler with a step to fuse")
-    loaded = _loaded(pipeline)
+    loaded = loaded_adapters(pipeline)
     if objectives is None and isinstance(pipeline, WithObjectives):
         objectives, accelerator = pipeline.objectives, pipeline.accelerator
         sets = {**pipeline.adapter_sets, NAMELESS: pipeline.base_set}
@@ -225,6 +226,7 @@ def attach(
     attached._objectives, attached._hooks = dict(objectives), {}
     attached._accelerator, attached._base_set = accelerator, sets.get(NAMELESS, ())
     attached._sets = {name: sets[name] for name in objectives}
+    attached._capture = getattr(pipeline, "_capture", "auto")
     made: WithObjectives = attached
     return made
 
@@ -243,20 +245,3 @@ def attach_as_it_is(
             "another dtype before"
         )
     return attach(pipeline, objectives)
-
-
-def _loaded(pipeline: Any) -> list[str]:  # noqa: ANN401 - a pipeline
-    return adapter_names(*networks_of(pipeline).values())
-
-
-def _set_to(scheduler: Any, num_steps: int) -> Any:  # noqa: ANN401 - any scheduler of diffusers
-    """A copy with the timesteps of this call, or with none where the pipeline must set them.
-
-    Those of an earlier call must not be judged by the levels of this one.
-    """
-    probe = copy.copy(scheduler)
-    try:
-        probe.set_timesteps(num_steps)
-    except (TypeError, ValueError):  # shifts that depend on the size, for one
-        probe.num_inference_steps, probe.custom_timesteps = None, False
-    return probe

@@ -232,14 +232,17 @@ class CFGGuider:
         self.model_options, self.original_conds, self.cfg = model_patcher.model_options, {}, 1.0
 
     def set_conds(self, positive, negative):
-        self.original_conds = {"positive": positive, "negative": negative}
+        self.inner_set_conds({"positive": positive, "negative": negative})
+
+    def inner_set_conds(self, conds):
+        self.original_conds = conds
 
     def set_cfg(self, cfg):
         self.cfg = cfg
 
     def __call__(self, x, timestep, model_options={}, seed=None):  # noqa: B006 - as in comfy
         assert model_options["transformer_options"]["of"] is self, "another model's options"
-        conds = self.conds["negative"], self.conds["positive"]
+        conds = self.conds.get("negative"), self.conds["positive"]
         return sampling_function(
             self.inner_model, x, timestep, *conds, self.cfg, model_options, seed
         )

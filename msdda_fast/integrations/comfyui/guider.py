@@ -132,15 +132,14 @@ class FusedGuider:
 
 def _guider(name: str, objective: ComfyObjective) -> Any:  # noqa: ANN401 - comfy's CFGGuider
     guider = inside("comfy.samplers").CFGGuider(objective.model)
-    negative = objective.negative
-    if negative is None:
-        if objective.cfg != 1:
-            raise InvalidSchedule(
-                f"{name} has cfg {objective.cfg:g} and no negative prompt; connect one, or set cfg "
-                "to 1"
-            )
-        negative = objective.positive  # at cfg 1 it is not evaluated
-    guider.set_conds(objective.positive, negative)
+    if objective.negative is not None:
+        guider.set_conds(objective.positive, objective.negative)
+    elif objective.cfg == 1:
+        guider.inner_set_conds({"positive": objective.positive})  # as BasicGuider
+    else:
+        raise InvalidSchedule(
+            f"{name} has cfg {objective.cfg:g} and no negative prompt; connect one, or set cfg to 1"
+        )
     guider.set_cfg(objective.cfg)
     return guider
 

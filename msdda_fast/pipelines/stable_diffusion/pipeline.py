@@ -237,8 +237,8 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
             PipelineBusy: A callback called the pipeline that calls it.
             ZeroVariance: A prompt mixes eta = 0 with eta > 0 under `zero_variance="error"`.
             NotFinite: Sampling ended in NaN or infinity.
-            ValueError: Prompts that contradict each other; seed and generator; a component that is
-                None and needed; an argument of stock pipelines that means nothing here (`eta`).
+            ValueError: Prompts that contradict each other; seed and generator; a missing component;
+                an argument of stock pipelines that means nothing here (`eta`).
         """
         request.check_call(self, refused, output_type)
         steps = self.checked_steps(num_inference_steps)
@@ -283,7 +283,6 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
         noise = noise_source(shape, len(table), networks.device, seeds=seeds, generator=generator)
         plan, forecast = planned(mode, networks, tables, table, shape[1:], kl_budget)
         table = table.to(networks.device, torch.promote_types(networks.dtype, torch.float32))
-
         self._interrupt, self._num_timesteps = False, len(table)
         self._guidance_scale = max(guidance)  # callbacks read it, and may set another
         with self.progress_bar(total=len(table)) as bar:
