@@ -110,6 +110,7 @@ async function generate() {
 function finish(result, body, shares, status, facts) {
   idle();
   show(result);
+  from.over($("image"));
   const strength = body.strength === undefined ? "" : percent(body.strength);
   $("image").alt = `${body.prompt} (${words(balance.names, shares)}${strength && `; strength ${strength}`})`;
   say(status, facts.filter(Boolean).join(" · "));
