@@ -28,6 +28,16 @@ from msdda_fast.weights import preference_weights
 
 __all__ = ["StockChecks"]
 
+#: Arguments of stock calls that messages name, and the fields that they are.
+_FIELDS = {
+    "height": "height",
+    "width": "width",
+    "mask_image": "mask_image",
+    "image": "image",
+    "strength": "image_strength",
+    "prompt": "prompt",
+}
+
 
 class StockChecks:
     """Checks requests for one pipeline and one task; see `Checks`.
@@ -86,12 +96,12 @@ class StockChecks:
         with field("weights"):
             levels = check_fusing(self._pipe, prefers, steps, zero_variance)
             weights = _sent(request, prefers)
-        with field("prompt"):
-            size = {"height": height, "width": width} if takes.takes_size else {}
-            images = {"image": image, "mask_image": mask}
-            given = {name: value for name, value in images.items() if value is not None}
-            text = {"prompt": request.prompt, "num_inference_steps": steps}
-            check_stock_inputs(self._pipe, {**text, **size, **shared, **given})
+        size = {"height": height, "width": width} if takes.takes_size else {}
+        images = {"image": image, "mask_image": mask}
+        given = {name: value for name, value in images.items() if value is not None}
+        self._let_stock_check(
+            prompt=request.prompt, num_inference_steps=steps, **size, **shared, **given
+        )
         shape = Shape(
             height,
             width,
@@ -127,6 +137,16 @@ class StockChecks:
                 image_strength=1.0 if self.takes.call.argument("image_strength") else None,
             )
         ]
+
+    def _let_stock_check(self, **given: Any) -> None:  # noqa: ANN401 - arguments of the call
+        """Refuse what the stock call will refuse, by the field that its message names first."""
+        try:
+            check_stock_inputs(self._pipe, given)
+        except ValueError as error:
+            text = str(error)
+            named = [name for name in _FIELDS if name in text]
+            with field(_FIELDS[min(named, key=text.index)] if named else "prompt"):
+                raise InvalidRequest(f"{self.takes.call.kind}: {text}") from error
 
     def _check_watching(self, request: ImageRequest) -> None:
         with field("preview_steps"):

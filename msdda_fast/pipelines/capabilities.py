@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,8 @@ __all__ = ["Capabilities", "check_stock_inputs"]
 _NEEDED = ("prompt", "num_inference_steps", "generator", "output_type")
 #: In names of arguments and components of pipelines that make sound.
 _SOUND = ("audio", "waveform", "vocoder")
+#: Sizes that stock pipelines ask for are powers of two.
+_MULTIPLES = (1, 2, 4, 8, 16, 32)
 #: Where neither the call nor a config says a size, diffusers has this one.
 _USUAL_SIDE = 1024
 
@@ -120,10 +123,21 @@ def _factor(pipe: Any) -> int:  # noqa: ANN401
 
 
 def _unit(pipe: Any) -> int:  # noqa: ANN401
+    """The least multiple of a token's side, in pixels, that the stock call takes for a size."""
+    token = _token(pipe)
+    for multiple in _MULTIPLES:
+        side = token * multiple
+        with suppress(ValueError):
+            check_stock_inputs(pipe, {"prompt": "", "height": side, "width": side})
+            return side
+    return token  # it checks something else, such as an image
+
+
+def _token(pipe: Any) -> int:  # noqa: ANN401
     """Pixels, by side, of what the denoiser takes as one token."""
     factor, config = _factor(pipe), _denoiser(pipe).config
     if "transformer" not in pipe.components:
-        return max(8, factor)
+        return factor
     pack = getattr(pipe, "_pack_latents", None)
     packs = pack is not None and "patch_size" not in inspect.signature(pack).parameters
     if packs or hasattr(pipe, "_patchify_latents"):

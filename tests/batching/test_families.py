@@ -199,7 +199,8 @@ class TestImages:
         for result, one in zip(results, asked, strict=True):
             assert_close(result.image, alone(other, one, **sized(name)))
 
-    @pytest.mark.parametrize("name", some("SDXL", full=["FLUX"]))
+    @pytest.mark.full  # of Stable Diffusion below
+    @pytest.mark.parametrize("name", ["SDXL", "FLUX"])
     def test_each_has_its_own_mask(self, start, name):
         pipe = pipe_of(name)
         fields = {"image_strength": 0.9, "height": None, "width": None}
@@ -254,6 +255,7 @@ class TestImages:
             engine.submit(request())
         assert raised.value.field == "image"
 
+    @pytest.mark.full  # shared_guidance is tested in tests/families
     def test_guidance_is_that_of_the_objectives(self, start, tiny):
         engine = start(tiny.load(objectives=tiny.objectives(guidance_scale=3.0)))
         own = request(image=PICTURES[0], image_strength=0.7)
@@ -297,6 +299,7 @@ class TestWhereAndWhen:
         for result, one in zip(results, asked, strict=True):
             assert_close(result.image, alone(pipe, one, masks=one.masks))
 
+    @pytest.mark.full  # one more of what shapes have
     def test_softness_is_one_for_all_with_masks(self, start):
         engine = start(pipe_of("SD3"))
         mask = {"a": MASK.crop((0, 0, 16, 16))}
@@ -409,6 +412,18 @@ class TestRefused:
             engine.submit(request(**{**KINDS[name].fields, **size, **fields}))
         assert raised.value.field == field
         assert engine.stats().waiting == engine.stats().batches == 0
+
+    def test_what_the_stock_call_would_refuse(self, start, monkeypatch):
+        def check_inputs(self, prompt, width):
+            if width != 16:
+                raise ValueError("`width` and `height` must be those of a stamp")
+
+        engine = start(pipe_of("SD3"))
+        monkeypatch.setattr(diffusers.StableDiffusion3Pipeline, "check_inputs", check_inputs)
+        with pytest.raises(mf.InvalidRequest, match="those of a stamp") as raised:
+            engine.submit(request(width=18))
+        assert raised.value.field == "width"
+        engine.check(request(width=16))
 
     def test_levels_of_zero_beside_others(self, start):
         levels = {
