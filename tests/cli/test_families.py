@@ -104,14 +104,15 @@ class TestFlowModel:
             assert np.array_equal(pixels(tmp_path / f"x-{index}.png"), np.asarray(image))
 
     def test_sweep_continues(self, tmp_path):
-        sweep = ["sweep", "-m", SHIPPED_FLOW, "-p", "A red car.", "--weights", "0,1", "--guidance",
-                 1, "--device", "cpu", "-o", tmp_path, "--steps"]  # fmt: skip
+        model = ["-m", SHIPPED_FLOW, "--device", "cpu", "-o", tmp_path]
+        sweep = ["sweep", *model, "-p", "A red car.", "--weights", "0,1", "--steps"]
         done = run(*sweep, 1)
         assert done.exit_code == 0 and "base" in done.stdout, done.output
         cells = {file: file.stat().st_mtime_ns for file in tmp_path.glob("cells/*.png")}
         assert len(cells) == 3
         settings = json.loads((tmp_path / "settings.json").read_text())
         assert settings["pipeline"] == "StableDiffusion3Pipeline"
+        assert settings["guidance_scale"] == 1.0  # that of its adapters' training
         next(iter(cells)).unlink()
         assert run(*sweep, 1).exit_code == 0
         now = {file: file.stat().st_mtime_ns for file in tmp_path.glob("cells/*.png")}
