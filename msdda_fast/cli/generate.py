@@ -146,7 +146,7 @@ def generate(
         check_prompts(pipe, filter(None, (prompt, negative_prompt)))
         if seed is None:
             seed = torchrun.shared_seed(getattr(pipe, "parallel", None))
-        made = drawing.draw(pipe, prompt, seed, options.steps_of(steps, accelerator))
+        made = drawing.draw(pipe, prompt, seed, options.steps_of(steps, pipe))
         if torchrun.rank() > 0:
             return
         for index, (path, drawn) in enumerate(zip(files, drawing.results(made), strict=True)):

@@ -20,6 +20,7 @@ from msdda_fast.adapters.variant import AdapterSet
 from msdda_fast.errors import UnsupportedNetwork
 from msdda_fast.pipelines.attach import WithObjectives, attach
 from msdda_fast.pipelines.loading import STABLE_DIFFUSION
+from msdda_fast.pipelines.manifest import NAMELESS
 
 __all__ = ["Task", "check_from_text", "for_task", "shared_guidance", "task_class"]
 
@@ -128,7 +129,7 @@ def for_task(pipe: Any, task: Task) -> Any:  # noqa: ANN401 - a pipeline with ob
     objectives = pipe.objectives
     if shared_guidance(pipe) is not None:
         objectives = {name: replace(one, guidance_scale=None) for name, one in objectives.items()}
-    return attach(made, objectives, _sets(pipe))
+    return attach(made, objectives, _sets(pipe), pipe.accelerator)
 
 
 def shared_guidance(pipe: Any) -> float | None:  # noqa: ANN401 - as `for_task`
@@ -146,11 +147,12 @@ def _stock(pipe: Any) -> StableDiffusionPipeline:  # noqa: ANN401 - an MSDDAPipe
 
 
 def _sets(pipe: Any) -> dict[str, AdapterSet]:  # noqa: ANN401 - as above
+    """The adapters of each objective, and of the base, by `NAMELESS`."""
     if isinstance(pipe, WithObjectives):
-        return pipe.adapter_sets
+        return {**pipe.adapter_sets, NAMELESS: pipe.base_set}
     return {
         name: () if variant.adapter is None else ((variant.adapter, float(variant.scale)),)
-        for name, variant in pipe.variants.items()
+        for name, variant in {**pipe.variants, NAMELESS: pipe.base_variant}.items()
     }
 
 

@@ -2,6 +2,7 @@
 """The command line with other pipelines than Stable Diffusion: the shipped one, and tiny ones."""
 
 import json
+from types import SimpleNamespace
 
 import diffusers
 import numpy as np
@@ -259,6 +260,8 @@ def test_masks_ranges_and_an_accelerator_are_handed_on(tiny, monkeypatch, tmp_pa
         asked.append(given)
         raise mf.InvalidWeights("noted")
 
+    accelerator = property(lambda _: SimpleNamespace(steps=6))
+    monkeypatch.setattr(mf.MSDDAPipeline, "accelerator", accelerator)
     monkeypatch.setattr(mf.MSDDAPipeline, "__call__", noted)
     monkeypatch.setattr(
         mf.MSDDAPipeline, "from_pretrained", lambda *_, **given: loaded.append(given) or pipe
@@ -271,7 +274,7 @@ def test_masks_ranges_and_an_accelerator_are_handed_on(tiny, monkeypatch, tmp_pa
     )  # fmt: skip
     assert loaded[0]["accelerator"] == "own"
     assert asked[0]["masks"]["warm"].getextrema() == (128, 128) and asked[0]["mask_softness"] == 2
-    assert asked[0]["num_inference_steps"] == 4
+    assert asked[0]["num_inference_steps"] == 6
     assert asked[0]["weights"] == {
         (500, 999): {"warm": 1.0, "cool": 0.0},
         (0, 499): {"warm": 0.5, "cool": 0.5},
