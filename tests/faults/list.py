@@ -519,6 +519,22 @@ FAULTS = (
         "values.repeat(images_per_prompt, 1)",
         ("tests/pipelines/test_call.py",),
     ),
+    Fault(
+        "pipelines-bare-base",
+        "Outside of its timesteps an objective is the base without the accelerator.",
+        "msdda_fast/pipelines/stable_diffusion/accelerated.py",
+        "        return replace(self._base, network=self.unet)\n",
+        "        return replace(self._base, network=self.unet, adapter=None)\n",
+        ("tests/pipelines/test_accelerator.py",),
+    ),
+    Fault(
+        "pipelines-attached-bare-base",
+        "The same in any other pipeline of diffusers.",
+        "msdda_fast/pipelines/attach.py",
+        "            sets.append(self._base_set)\n",
+        "            sets.append(())\n",
+        ("tests/families/test_accelerator.py",),
+    ),
     # batching
     Fault(
         "batching-unlocked",
