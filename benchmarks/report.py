@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # when run as a script
 
-from benchmarks.tables import comparisons, families, kernels, latency, modes, serving
+from benchmarks.tables import comparisons, denoisers, families, kernels, latency, modes, serving
 
 ROOT = Path(__file__).parent.parent
 PAGES = (
@@ -37,6 +37,7 @@ TABLES = {
     "fused_step": kernels.fused_step_table,
     "grouped_lora": kernels.grouped_lora_table,
     "latency": latency.latency_table,
+    "latency_families": denoisers.latency_families_table,
     "request_path": latency.request_path_table,
     "modes": modes.modes_table,
     "auto_mode": modes.auto_mode_table,
@@ -44,6 +45,7 @@ TABLES = {
     "gauge": comparisons.gauge_table,
     "floors": comparisons.floors_table,
     "compare_flow": comparisons.compare_flow_table,
+    "compare_emoji_flow": comparisons.compare_emoji_flow_table,
     "two_networks": comparisons.two_networks_table,
     "serving": serving.serving_table,
     "family_takes": families.takes_table,

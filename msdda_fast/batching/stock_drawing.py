@@ -126,7 +126,7 @@ class StockDrawer:
         }
         if takes.takes_size:
             arguments |= {"height": shape.height, "width": shape.width}
-        if takes.takes("max_area"):
+        if "max_area" in takes.call.defaults:
             arguments["max_area"] = shape.height * shape.width
         if shape.has_negative:
             arguments["negative_prompt"] = [ticket.negative_prompt for ticket in rows]

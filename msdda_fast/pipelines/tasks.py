@@ -40,6 +40,8 @@ _TEXTS = (
     auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING,
     auto_pipeline.AUTO_TEXT2VIDEO_PIPELINES_MAPPING,
 )
+#: Channels of the transformers that a class inpaints with, where only its loop says so.
+_CHANNELS = {"StableDiffusion3InpaintPipeline": (16, 33)}
 #: Images that no task gives, and parts that need them.
 _MORE = {"control_image", "control_video"}
 _CONTROLS = {"controlnet", "adapter"}
@@ -114,6 +116,12 @@ def for_task(pipe: Any, task: Task) -> Any:  # noqa: ANN401 - a pipeline with ob
     wanted = task_class(stock, task)
     if wanted is stock:
         return pipe
+    channels, runs = _channels(pipe), _CHANNELS.get(wanted.__name__)
+    if runs is not None and channels not in runs:
+        raise UnsupportedNetwork(
+            f"{stock.__name__} cannot do {task}: {wanted.__name__} runs transformers of "
+            f"{' or '.join(map(str, runs))} channels, and this one has {channels}"
+        )
     scheduler = copy.deepcopy(pipe.scheduler)  # construction may edit its config
     source = pipe if isinstance(pipe, WithObjectives) else _stock(pipe)
     made = _MAKERS[task].from_pipe(source, scheduler=scheduler)
@@ -146,6 +154,11 @@ def _sets(pipe: Any) -> dict[str, AdapterSet]:  # noqa: ANN401 - as above
         name: () if variant.adapter is None else ((variant.adapter, float(variant.scale)),)
         for name, variant in {**pipe.variants, NAMELESS: pipe.base_variant}.items()
     }
+
+
+def _channels(pipe: Any) -> int | None:  # noqa: ANN401 - as above
+    transformer = pipe.components.get("transformer")
+    return None if transformer is None else transformer.config.get("in_channels")
 
 
 def _takes(kind: Any, task: Task) -> bool:  # noqa: ANN401 - a class

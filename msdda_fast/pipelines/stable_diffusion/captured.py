@@ -197,7 +197,9 @@ class CapturedSampler:
             UnsupportedNetwork: These networks cannot be merged.
         """
         every = not self._options.sharing.inactive
-        active = tuple(every or on for on in table.active)
+        # one that no step reads, whatever the weights are, has no output: strength 0, for one
+        reads = table.reads.any(0).tolist()
+        active = tuple(on or (every and read) for on, read in zip(table.active, reads, strict=True))
         runs = [tuple(row) for row in (table.reads & torch.tensor(active)).tolist()]
         words = ["exact"] * len(table) if plan is None else plan.kinds
         kinds = [
