@@ -42,6 +42,7 @@ GPU_TESTS = (
     "tests/kernels/test_on_gpu.py",
     "tests/kernels/test_grouped_lora_triton.py",
     "tests/engine/test_cuda_graphs.py",
+    "tests/families/test_graphs.py",
     "tests/parallel/test_engine.py",
 )
 #: It provokes an error of the CUDA API, which the sanitizer would count.
@@ -115,7 +116,8 @@ def stages(state: Path) -> list[Stage]:
         latency("latency-sdxl", 100, f"{anchors},E3-M2,M2", *two, *sdxl),
         latency("latency-stock", 100, f"{anchors},E*,M?,G1,G4*", *sd15),
         latency("latency-ablations", 90, f"{anchors},M2,M2-no-*,M2/qkv,S/qkv", *two, *sd15),
-        latency("latency-rank16", 60, f"{anchors},M2,M2/*ed", "--rank", "16", *two, *sd15),
+        latency("latency-families", 60, "rows,turns,mixed,ours,*/captured", "--objectives", "2",
+                "--rounds", "10", "--model", "sd3", "--size", "real"),
         sanitizer("memcheck"),
         kernels("grouped_lora", 60),
         # minutes of compilation each: what is left of the time

@@ -45,6 +45,7 @@ TABLES = {
     "gauge": comparisons.gauge_table,
     "floors": comparisons.floors_table,
     "compare_flow": comparisons.compare_flow_table,
+    "compare_emoji_flow": comparisons.compare_emoji_flow_table,
     "two_networks": comparisons.two_networks_table,
     "serving": serving.serving_table,
     "family_takes": families.takes_table,

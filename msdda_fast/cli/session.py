@@ -174,6 +174,15 @@ def _pipeline(
     return pipe
 
 
+def guidance_for(model: str, guidance: float | None) -> float | None:
+    """Return --guidance, or what the shipped flow model's adapters were trained with.
+
+    Objectives of a stock pipeline have no guidance of their own to say so, and its default is for
+    large models.
+    """
+    return 1.0 if guidance is None and model == SHIPPED_FLOW else guidance
+
+
 def _device(name: str) -> torch.device:
     import torch
 

@@ -24,6 +24,7 @@ from msdda_fast.cli.session import (
     StrengthOption,
     check_request,
     drawing_progress,
+    guidance_for,
     load,
     out,
     reported,
@@ -93,6 +94,7 @@ def sweep(
         from msdda_fast.evaluation.sweep import Sweep, run_sweep
         from msdda_fast.files import check_folder
 
+        guidance = guidance_for(model, guidance)
         plan = Sweep(
             prompts=prompt or DEMO_PROMPTS,
             weights=parse.numbers(weights, "--weights", float),

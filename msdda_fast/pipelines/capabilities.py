@@ -137,7 +137,7 @@ def _token(pipe: Any) -> int:  # noqa: ANN401
     """Pixels, by side, of what the denoiser takes as one token."""
     factor, config = _factor(pipe), _denoiser(pipe).config
     if "transformer" not in pipe.components:
-        return factor
+        return max(8, factor)  # as calls that have a size do
     pack = getattr(pipe, "_pack_latents", None)
     packs = pack is not None and "patch_size" not in inspect.signature(pack).parameters
     if packs or hasattr(pipe, "_patchify_latents"):

@@ -21,7 +21,6 @@ from msdda_fast.pipelines.notices import quieten
 from msdda_fast.pipelines.stable_diffusion.pipeline import MSDDAPipeline
 from msdda_fast.serve.ray_drawer import Drawer
 from msdda_fast.serve.ray_ingress import Ingress
-from msdda_fast.serve.service import lay_out
 from msdda_fast.serve.settings import ServeSettings, client_limit, public_name
 
 __all__ = ["ObjectiveArgs", "RayArgs", "app", "build"]
@@ -160,7 +159,7 @@ def _load(args: RayArgs) -> Any:  # noqa: ANN401 - of any class
         dtype=getattr(torch, args.dtype),
         accelerator=args.accelerator,
     )
-    return lay_out(pipe.to(torch.device(device)))
+    return pipe.to(torch.device(device))
 
 
 #: The shipped model, or with `serve run msdda_fast.serve.ray:build model=...` any other.
