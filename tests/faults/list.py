@@ -642,6 +642,22 @@ FAULTS = (
         'read = len(message.get("body", b""))',
         ("tests/serve/test_guard.py", "tests/serve/test_api.py"),
     ),
+    Fault(
+        "serve-mask-inverted",
+        "What is opaque in a mask is repainted, in place of what is transparent.",
+        "msdda_fast/serve/uploads.py",
+        'return ImageOps.invert(mask.convert("RGBA").getchannel("A"))',
+        'return mask.convert("RGBA").getchannel("A")',
+        ("tests/serve/test_edits.py",),
+    ),
+    Fault(
+        "serve-bomb-decoded",
+        "An image is decoded whatever size it claims.",
+        "msdda_fast/serve/uploads.py",
+        "if width * height > most_pixels:",
+        "if False:",
+        ("tests/serve/test_uploads.py",),
+    ),
     # evaluation
     Fault(
         "evaluation-lost-shard",
