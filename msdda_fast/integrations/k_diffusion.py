@@ -219,7 +219,7 @@ def fused_tables(
                 f"(B, *S) = {tuple(shape)}, each axis of S as there or 1"
             )
     if not of_pixels:
-        schedule = each.__getitem__ if callable(weights) else weights
+        schedule: Any = each.__getitem__ if callable(weights) else weights
         return [rule_table(rule, weights=schedule, **options)] * len(steps)
     made = {id(one): rule_table(rule, weights=one, **options) for one in each}
     return [made[id(one)] for one in each]

@@ -164,6 +164,16 @@ def test_strength_and_guidance_go_with_weights_of_pixels() -> None:
     assert (steps[0] - steps[1])[..., 1, 3].abs().max() <= 1e-13
 
 
+def test_guidance_may_change_on_the_way() -> None:
+    """As a callback of a pipeline may ask for."""
+
+    def table(guidance: float):
+        given = {"etas": ETAS, "guidance_scale": guidance, "dtype": torch.float64}
+        return mf.coefficient_table(CASES["DDIM"][0](), 4, **given, weights=pixel_weights())
+
+    assert torch.allclose(table(2.0).guided(5.0).pixels.means, table(5.0).pixels.means, rtol=1e-14)
+
+
 def test_images_with_and_without_weights_of_pixels_share_a_batch() -> None:
     scheduler = CASES["DDIM"][0]()
 
