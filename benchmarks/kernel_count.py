@@ -30,8 +30,8 @@ from benchmarks.contenders.engine import Batched
 from benchmarks.contenders.models import add_random_adapter
 from benchmarks.tables.results import RESULTS
 from msdda_fast.adapters.variant import Variant
+from msdda_fast.batched import ops, unet
 from msdda_fast.batched.options import BatchedOptions
-from msdda_fast.batched.unet import BatchedUNet
 from msdda_fast.engine.buffers import ShapeKey, StepBuffers
 from msdda_fast.engine.step import Step
 from msdda_fast.kernels import registry
@@ -91,6 +91,10 @@ KERNELS: dict[str, int | Callable[[tuple[Any, ...]], int]] = {
     # our own
     "fused_step_": 1,
     "grouped_lora": 1,
+    "group_norm": 2,
+    "sum_of": 1,
+    "sum_and_norm": 1,
+    "geglu": 1,
 }
 #: The rows of the table, by operator.
 KINDS = {
@@ -98,18 +102,19 @@ KINDS = {
     "convolutions and their biases": ("convolution",),
     "group norms, with SiLU and layouts": (
         "native_group_norm",
+        "group_norm",
         "silu",
         "silu_",
         "to NCHW",
         "clone",
     ),
-    "layer norms": ("native_layer_norm",),
+    "layer norms, with sums before them": ("native_layer_norm", "sum_and_norm"),
     "attention": (
         "_scaled_dot_product_flash_attention",
         "_scaled_dot_product_flash_attention_for_cpu",
     ),
-    "sums of residuals and times": ("add", "add_"),
-    "GEGLU": ("gelu", "mul"),
+    "sums of residuals and times": ("add", "add_", "sum_of"),
+    "GEGLU": ("gelu", "mul", "geglu"),
 }
 
 
@@ -169,23 +174,23 @@ def network(count: int, config: Mapping[str, Any] | None = None) -> list[Variant
     """Return M variants of the network in half precision, in channels_last, with random weights."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        unet = UNet2DConditionModel(**(config or SD15)).eval().requires_grad_(False)
+        stock = UNet2DConditionModel(**(config or SD15)).eval().requires_grad_(False)
         for m in range(count):
-            add_random_adapter(unet, f"objective {m}", RANK)
-    unet.to(torch.float16).to(memory_format=torch.channels_last)
-    return [Variant(unet, f"objective {m}") for m in range(count)]
+            add_random_adapter(stock, f"objective {m}", RANK)
+    stock.to(torch.float16).to(memory_format=torch.channels_last)
+    return [Variant(stock, f"objective {m}") for m in range(count)]
 
 
 def advance(variants: list[Variant], options: BatchedOptions) -> Callable[[], None]:
     """Return one step of one image with guidance, as the engine captures it."""
-    unet = variants[0].network
+    stock = variants[0].network
     with on_cuda():
-        batched = BatchedUNet.of(variants, options)
-    prompts = torch.zeros(1, 2, 1, 77, unet.config.cross_attention_dim, dtype=torch.float16)
+        batched = unet.BatchedUNet.of(variants, options)
+    prompts = torch.zeros(1, 2, 1, 77, stock.config.cross_attention_dim, dtype=torch.float16)
     batched.begin(prompts, torch.tensor([801, 401, 1]))
-    size = unet.config.sample_size
+    size = stock.config.sample_size
     key = ShapeKey(
-        shape=(1, unet.config.in_channels, size, size),
+        shape=(1, stock.config.in_channels, size, size),
         active=(True,) * len(variants),
         branches=2,
         dtype=torch.float16,
@@ -198,23 +203,44 @@ def advance(variants: list[Variant], options: BatchedOptions) -> Callable[[], No
 
 @contextmanager
 def on_cuda() -> Iterator[None]:
-    """Choose kernels as on a GPU: Triton's where there are any."""
-    with mock.patch.object(registry, "_missing", lambda backend, device_type: ""):
+    """Choose as on a GPU: Triton's kernels where there are any, and what launches the fewest."""
+
+    def backend(op: str, wanted: str, device_type: str) -> str:
+        return "triton" if wanted == "auto" and registry.has(op, "triton") else wanted
+
+    with (
+        mock.patch.object(registry, "_resolve", backend),
+        mock.patch.object(unet, "saves_launches", lambda dtype, device: True),
+        mock.patch.object(ops, "saves_launches", lambda dtype, device: True),
+    ):
         yield
 
 
-#: What is counted: title -> M and options.
+GPU = {"channels_last": True, "attention": "flash"}
+PLAIN = GPU | {"fused_ops": False, "fuse_qkv": False}
+#: What is counted: title -> M and options; "M = 2" and "S" are what a GPU runs by default.
 STEPS: dict[str, tuple[int, BatchedOptions]] = {
-    "S": (1, BatchedOptions(design="merged", channels_last=True, attention="flash")),
-    "M = 2, merged": (2, BatchedOptions(design="merged", channels_last=True, attention="flash")),
-    "M = 2": (2, BatchedOptions(channels_last=True, attention="flash")),
+    "M = 2, separate": (2, BatchedOptions(**PLAIN, design="separate")),
+    "M = 2, merged": (2, BatchedOptions(**PLAIN, design="merged")),
+    "M = 2, separate, fused ops": (
+        2,
+        BatchedOptions(**PLAIN | {"fused_ops": True}, design="separate"),
+    ),
+    "M = 2, merged, fused ops": (
+        2,
+        BatchedOptions(**PLAIN | {"fused_ops": True}, design="merged"),
+    ),
+    "M = 2": (2, BatchedOptions(**GPU)),
+    "S, merged": (1, BatchedOptions(**PLAIN, design="merged")),
+    "S": (1, BatchedOptions(**GPU)),
 }
 
 
 def main() -> None:
     found = {}
+    variants = network(2)
     for title, (number, options) in STEPS.items():
-        seen = count(advance(network(number), options))
+        seen = count(advance(variants[:number], options))
         found[title] = {"kernels": sum(seen.values()), "kinds": by_kind(seen)}
         print(title, sum(seen.values()), dict(seen))
     (RESULTS / "kernel_count.json").write_text(json.dumps(found, indent=1) + "\n")
