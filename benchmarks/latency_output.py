@@ -10,7 +10,7 @@ from matplotlib import pyplot
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.report import is_noisy, ratios
+from benchmarks.tables.latency import is_noisy, ratios
 
 #: ms per step of the H100 at its ceilings, per layer max(compute, weights): SD1.5, 512 x 512, one
 #: image with guidance, 16 bit, for M = 1 to 4.

@@ -32,13 +32,17 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 STEPS = 5
 #: The first pattern that a kernel's name matches says what it does.
 KINDS = {
+    # our own kernels, by the names that Triton and nvcc give them
+    "fused step": (
+        r"fused_step|msdda|philox|linear_(step|kernel)|moments_(step|kernel)|noise_(fill|kernel)"
+    ),
+    "grouped LoRA": r"grouped_lora",
     "attention": r"attention|flash|fmha|softmax",
-    "fused step": r"fused_step|msdda|philox",
     "convolution": r"conv|wgrad|dgrad|fprop|implicit|winograd|nchw|nhwc",
-    "matrix product": r"gemm|addmm|aten::mm|bmm|matmul|linear|cutlass|splitk|xmma",
+    "matrix product": r"gemm|nvjet|addmm|aten::mm|bmm|matmul|linear|cutlass|splitk|xmma",
     "norm": r"norm|moments|welford",
     "copy and concatenation": r"copy|cat|memcpy|memset|transpose|fill",
-    "pointwise": r"elementwise|silu|gelu|add|mul|div|index",
+    "pointwise": r"elementwise|silu|gelu|add|mul|div|index|summed|gated",
 }
 
 

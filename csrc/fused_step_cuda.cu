@@ -44,6 +44,7 @@ __global__ void __launch_bounds__(kBlock)
 
 void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
+  cudaGetLastError();  // the next launch asks for the last error, and it is not that one's
   throw std::runtime_error(std::string(what) + ": " + cudaGetErrorName(error) + ": " +
                            cudaGetErrorString(error));
 }

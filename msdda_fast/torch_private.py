@@ -8,8 +8,8 @@ it is known to work with (this package supports 2.9 and newer), and what to look
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -50,6 +50,9 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "TorchDispatchMode",
+    "abandon_pool",
+    "calls_forward",
+    "compiled_call",
     "conv_forward",
     "has_tangent",
     "held_by",
@@ -72,6 +75,24 @@ __all__ = [
 ]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def abandon_pool(device: int, pool: Any) -> None:  # noqa: ANN401 - torch's handle of a memory pool
+    """Take back what a capture that failed has left in the allocator.
+
+    A capture whose end fails never tells the allocator that it is over: the pool stays registered,
+    so that `empty_cache` raises and no block is used again. _cuda_endAllocateToPool and
+    _cuda_releasePool are what `torch.cuda.use_mem_pool` calls, since 2.7; 2.11 and 2.13 were read.
+
+    Args:
+        device: Index of the GPU.
+        pool: Handle of the pool that the capture allocated from.
+    """
+    try:
+        torch._C._cuda_endAllocateToPool(device, pool)
+    except RuntimeError:
+        return  # the capture did end, and its graph releases the pool
+    torch._C._cuda_releasePool(device, pool)
 
 
 def in_dispatch_mode() -> bool:
@@ -168,7 +189,28 @@ def is_compiled(module: nn.Module) -> bool:
     return module._compiled_call_impl is not None
 
 
-def replace_parameters(module: nn.Module, **parameters: nn.Parameter) -> None:
+def compiled_call(module: nn.Module) -> Callable[..., Any] | None:
+    """What `module.compile()` made of calling it, hooks included; None: it was not compiled."""
+    compiled: Callable[..., Any] | None = module._compiled_call_impl  # as above
+    return compiled
+
+
+@contextmanager
+def calls_forward(module: nn.Module) -> Iterator[None]:
+    """A context in which calling a module calls its forward, whether or not it was compiled."""
+    # Module._compiled_call_impl: as above.
+    compiled = module._compiled_call_impl
+    if compiled is None:
+        yield
+        return
+    module._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        module._compiled_call_impl = compiled
+
+
+def replace_parameters(module: nn.Module, **parameters: nn.Parameter | None) -> None:
     """Give `module` other parameters, and leave alone the module it is a shallow copy of."""
     # Module._parameters: the dict of a module's own parameters, since 0.1. A shallow copy shares
     # the dict with its original, and assigning an attribute would write into both.

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 from msdda_fast.errors import InvalidShape, InvalidWeights, UnknownObjective
 from msdda_fast.tracing import values_are_readable
+from msdda_fast.weight_ranges import by_timestep, has_ranges
 
 if TYPE_CHECKING:
     from msdda_fast.types import WeightSchedule, WeightsLike
@@ -135,17 +136,21 @@ def preference_schedule(
     *,
     images_per_prompt: int = 1,
     extrapolate: bool = False,
+    timesteps: Tensor | None = None,
 ) -> Tensor:
     """Return the preference weights of every step, `w_t`, in sampling order.
 
     Args:
         weights: As in `preference_weights`, or numbers of shape (T, B, M), or a callable from the
-            step index k = 0..T-1 (in sampling order) to any form of `preference_weights`.
+            step index k = 0..T-1 (in sampling order) to any form of `preference_weights`; or, for
+            all samples or for each, a mapping from ranges of timesteps to such forms, see
+            `weight_ranges`.
         objectives: Their names in order, or their number M.
         batch_size: B, the number of samples.
         num_steps: T, the number of sampling steps.
         images_per_prompt: As in `preference_weights`.
         extrapolate: Accept negative entries.
+        timesteps: (T,), on the training grid, which ranges need.
 
     Returns:
         (T, B, M) float64 on the CPU; an expanded view when the weights do not depend on k.
@@ -160,6 +165,11 @@ def preference_schedule(
         images_per_prompt=images_per_prompt,
         extrapolate=extrapolate,
     )
+    names = None if isinstance(objectives, int) else list(objectives)
+    if has_ranges(weights, names):
+        if timesteps is None:
+            raise InvalidWeights("weights by ranges of timesteps have no timesteps here")
+        weights = by_timestep(weights, timesteps, names)
     if callable(weights):
         return torch.stack([row(weights(k)) for k in range(num_steps)])
     count = objectives if isinstance(objectives, int) else len(objectives)
@@ -172,7 +182,7 @@ def preference_schedule(
                 f"weights have shape {tuple(weights.shape)}, expected (T, B, M) = {expected}"
             )
         return normalise_weights(weights.expand(expected), axis=-1, extrapolate=extrapolate)
-    constant = row(weights)
+    constant = row(cast("WeightsLike", weights))
     return constant.expand(num_steps, *constant.shape)
 
 

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from msdda_fast.integrations.comfyui import NODE_CLASS_MAPPINGS
+from tests.integrations import comfy_stub
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 #: What each one leaves behind.
@@ -24,14 +25,16 @@ WRITES = {
     "drop_in_step.py": set(),
     "flow_model.py": {"flow.png"},
     "k_diffusion_sampler.py": set(),
+    "regions.py": {"regions.png"},
     "train_adapter.py": {"dark", "dark.png"},
 }
+WORKFLOWS = ("comfyui_workflow.json", "comfyui_flow_workflow.json")
 RUN = [sys.executable, "-W", "error::DeprecationWarning:__main__"]
 
 
 def test_every_example_is_tested_and_named_in_the_index():
     files = {path.name for path in EXAMPLES.iterdir() if path.is_file()} - {"README.md"}
-    assert files == {*WRITES, "engine_server.py", "comfyui_workflow.json"}
+    assert files == {*WRITES, "engine_server.py", *WORKFLOWS}
     assert set(re.findall(r"\]\(([^)]+)\)", (EXAMPLES / "README.md").read_text())) == files
 
 
@@ -70,8 +73,12 @@ def test_the_server_draws_and_refuses():
         server.stdout.close()
 
 
-def test_the_workflow_fits_the_nodes():
-    nodes = json.loads((EXAMPLES / "comfyui_workflow.json").read_text())
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_a_workflow_fits_the_nodes(name, monkeypatch):
+    comfy_stub.install(monkeypatch)
+    nodes = json.loads((EXAMPLES / name).read_text())
+    files = [node["inputs"].get("lora_name") for node in nodes.values()]
+    monkeypatch.setattr(comfy_stub, "LORAS", dict.fromkeys(file for file in files if file))
     ours = {key for key, node in nodes.items() if node["class_type"] in NODE_CLASS_MAPPINGS}
     assert {nodes[key]["class_type"] for key in ours} == set(NODE_CLASS_MAPPINGS)
     for key, node in nodes.items():

@@ -12,8 +12,8 @@ PACKAGE = Path(__file__).parents[1] / "msdda_fast"
 
 #: Level 0 in order: each module may import those before it.
 LEVEL_0 = (
-    "errors", "types", "files", "resume", "integers", "torch_private", "tracing", "weights",
-    "levels", "objective",
+    "errors", "types", "files", "resume", "integers", "torch_private", "tracing",
+    "weight_ranges", "weights", "levels", "objective",
 )  # fmt: skip
 
 MODELS = {"batched", "adapters", "engine", "kernels", "steps", "lora", "assets", *LEVEL_0}
@@ -41,7 +41,10 @@ ALLOWED: dict[str, set[str]] = {
     "serve": {"evaluation", "methods", "batching", *USES},
 }
 #: Modules that a room may import of one that it may not.
-ALSO = {"kernels": {"msdda_fast.steps.coefficients", "msdda_fast.steps.shares"}}
+ALSO = {
+    "kernels": {"msdda_fast.steps.coefficients", "msdda_fast.steps.shares"},
+    "integrations": {"msdda_fast.pipelines.regions"},  # masks; it knows no pipeline
+}
 #: The front doors may import every room but the judge.
 FRONT = ("__init__", "__main__", "cli")
 ALLOWED |= {room: {*ALLOWED, *FRONT} - {"reference"} for room in FRONT}

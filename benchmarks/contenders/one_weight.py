@@ -24,9 +24,10 @@ class OneWeightQueue(TicketQueue):
     """Hands out batches of equal shape and equal fusion weights."""
 
     def _may_share(self, first: Ticket, other: Ticket) -> bool:
-        return super()._may_share(first, other) and torch.equal(
-            other.table.share, first.table.share
-        )
+        if not super()._may_share(first, other):
+            return False
+        assert first.table is not None and other.table is not None  # of the captured pipeline
+        return torch.equal(other.table.share, first.table.share)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ __all__ = [
     "check_can_switch",
     "holds",
     "own_modules",
+    "patched",
     "running",
     "uncompiled",
 ]
@@ -52,14 +53,21 @@ def can_scale(layer: BaseTunerLayer) -> bool:
 
 def changed(module: nn.Module) -> str | None:
     """Say what runs in place of, before or after the forward of the module's class, if anything."""
+    if (what := patched(module)) is not None:
+        return what
+    if is_compiled(module):
+        return "torch.compile of one network (set_forward(compile=True) compiles all of them)"
+    return None
+
+
+def patched(module: nn.Module) -> str | None:
+    """As `changed`, for who does not mind that a module was compiled."""
     if getattr(module, "_hf_hook", None) is not None:
         return "offloading, which leaves weights without a fixed address,"
     if "forward" in vars(module):
         return "a patched forward (by another library, or by layerwise casting)"
     if any(hooks_of(module)):
         return "a forward hook"
-    if is_compiled(module):
-        return "torch.compile of one network (set_forward(compile=True) compiles all of them)"
     return None
 
 

@@ -18,8 +18,11 @@ from msdda_fast.torch_private import held_by, hooks_of, versions_of
 __all__ = ["AdapterState", "NetworkState", "scaling"]
 
 #: Attributes that the batched forward does not depend on: it drops nothing, and has adapters of its
-#: own.
-_IRRELEVANT = {"training", "_active_adapter", "_disable_adapters", "merged_adapters"}
+#: own. Hooks of diffusers, which are noted in the last one, replace forwards.
+_IRRELEVANT = {
+    *("training", "_active_adapter", "_disable_adapters", "merged_adapters"),
+    "_diffusers_hook",
+}
 _ABSENT = object()
 
 

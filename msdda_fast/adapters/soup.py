@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -16,12 +17,13 @@ from msdda_fast.adapters.files import AdapterFile, AdapterPart
 from msdda_fast.adapters.layers import running
 from msdda_fast.adapters.loaded import LoadedAdapters
 from msdda_fast.adapters.switching import AdapterSwitch, adapter_names
-from msdda_fast.adapters.variant import Variant
+from msdda_fast.adapters.variant import AdapterSet, Variant
 from msdda_fast.errors import AdapterMismatch
 from msdda_fast.lora.adapter import LoraAdapter
 from msdda_fast.lora.soup import Merge, merge_adapters
+from msdda_fast.lora.stack import StackedFactors
 
-__all__ = ["average_networks", "make_soup", "temporarily"]
+__all__ = ["average_networks", "make_soup", "merged_sets", "temporarily"]
 
 
 def make_soup(
@@ -54,17 +56,53 @@ def make_soup(
             )
         return average_networks(networks, weights)
     unet = next(iter(networks.values()))
+    sets: dict[str, AdapterSet] = {
+        objective: () if v.adapter is None else ((v.adapter, v.scale),)
+        for objective, v in variants.items()
+    }
+    return merged_sets(
+        name, {"unet": unet, "text_encoder": text_encoder}, sets, weights, merge, rotation
+    )
+
+
+def merged_sets(
+    name: str,
+    networks: Mapping[str, nn.Module | None],
+    sets: Mapping[str, AdapterSet],
+    weights: Sequence[float],
+    merge: Merge,
+    rotation: int | None = None,
+) -> AdapterFile:
+    """Merge the adapters of objectives into one adapter for all networks.
+
+    Args:
+        name: Name of the merged adapter.
+        networks: Networks by name, with adapters or without.
+        sets: The adapters of each objective; several that act together count as their sum.
+        weights: One per objective, sum 1.
+        merge: How to merge, with scales and alphas folded in; see `merge_adapters`.
+        rotation: Of the factors; see `merge_adapters`.
+
+    Raises:
+        AdapterMismatch: See `merge_adapters` and `LoadedAdapters`.
+    """
     parts = {}
-    for part, network in (("unet", unet), ("text_encoder", text_encoder)):
+    for part, network in networks.items():
         if network is None or not adapter_names(network):
             continue
-        stacks = {
-            objective: LoadedAdapters([Variant(network, v.adapter, v.scale)]).stacks
-            for objective, v in variants.items()
-        }
+        stacks = {objective: _stacks(network, adapters) for objective, adapters in sets.items()}
         if merged := merge_adapters(stacks, weights, merge, rotation):
             parts[part] = AdapterPart(LoraAdapter(name, merged), alphas={})
     return AdapterFile(name, parts)
+
+
+def _stacks(network: Any, adapters: AdapterSet) -> dict[str, StackedFactors]:  # noqa: ANN401
+    """The factors of a set in one network by module path; those of several are put together."""
+    read = {name: LoadedAdapters([Variant(network, name, s)]).stacks for name, s in adapters}
+    if len(read) == 1:
+        return next(iter(read.values()))
+    together = merge_adapters(read, [1.0] * len(read), "product")
+    return {path: StackedFactors(f.down[None], f.up[None]) for path, f in together.items()}
 
 
 @torch.no_grad()
@@ -108,22 +146,20 @@ def average_networks(
 
 
 @contextmanager
-def temporarily(
-    adapter: AdapterFile, unet: nn.Module, text_encoder: nn.Module | None
-) -> Iterator[None]:
+def temporarily(adapter: AdapterFile, by_name: Mapping[str, nn.Module | None]) -> Iterator[None]:
     """Add an adapter to the networks within the context; on exit they are restored.
 
     Raises:
         AdapterMismatch: The adapter does not fit.
     """
-    adapter.check({"unet": unet, "text_encoder": text_encoder})
-    networks = [network for network in (unet, text_encoder) if network is not None]
+    adapter.check(by_name)
+    networks = [network for network in by_name.values() if network is not None]
     flags = [(p, p.requires_grad) for network in networks for p in network.parameters()]
     wrapped = {id(m) for n in networks for m in n.modules() if isinstance(m, BaseTunerLayer)}
     try:
         # putting it in makes it the active one and freezes the base
         with AdapterSwitch(networks):
-            adapter.put_into({"unet": unet, "text_encoder": text_encoder})
+            adapter.put_into(by_name)
             yield
     finally:
         for network in networks:

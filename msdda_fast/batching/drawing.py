@@ -1,30 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches of several callers' images: put together, padded, sampled and decoded."""
+"""Batches drawn by the captured Stable Diffusion: put together, padded, sampled and decoded."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from msdda_fast.batching.drawer import Drawn, Watcher
 from msdda_fast.batching.ticket import Ticket
 from msdda_fast.engine.noise import noise_source
-from msdda_fast.errors import UnsupportedNetwork
 from msdda_fast.pipelines.prompts import Prompts
 from msdda_fast.pipelines.request import latent_shape
 from msdda_fast.pipelines.stable_diffusion.forward import Runner
 from msdda_fast.pipelines.stable_diffusion.pipeline import MSDDAPipeline
 from msdda_fast.pipelines.stable_diffusion.sampling import PromptedGeneration, Request, sample
 from msdda_fast.steps.coefficients import CoefficientTable
+from msdda_fast.steps.side_by_side import side_by_side
 
-__all__ = ["BatchDrawer", "Watcher"]
-
-#: `f(step, x_t)` after each step 1..T, with the state (B, C, h, w) if somebody in the batch wants
-#: previews; whether the batch goes on.
-Watcher: TypeAlias = Callable[[int, Tensor | None], bool]
+__all__ = ["BatchDrawer"]
 
 #: Most shapes of batches kept: four sizes, with and without guidance, of eight sizes of image.
 CAPACITY = 64
@@ -40,7 +37,6 @@ class BatchDrawer:
         pipe: Not changed.
 
     Raises:
-        UnsupportedNetwork: The pipeline is of another kind.
         ValueError: Several processes share it.
 
     Attributes:
@@ -48,11 +44,6 @@ class BatchDrawer:
     """
 
     def __init__(self, pipe: MSDDAPipeline) -> None:
-        if not isinstance(pipe, MSDDAPipeline):
-            raise UnsupportedNetwork(
-                f"an engine draws with an MSDDAPipeline of Stable Diffusion 1 or 2, got "
-                f"{type(pipe).__name__}"
-            )
         if pipe.parallel is not None:
             raise ValueError("an engine runs in one process: call disable_parallel() first")
         self.pipe = MSDDAPipeline.from_pipe(pipe)
@@ -71,6 +62,36 @@ class BatchDrawer:
         device: torch.device = self.pipe._execution_device
         return device
 
+    def shared_networks(self) -> Iterable[nn.Module | None]:
+        """The networks that a batch uses."""
+        return self.pipe.shared_networks()
+
+    def draw(
+        self, batch: Sequence[Ticket], *, size: int, watch: Watcher, output_type: str
+    ) -> Sequence[Drawn | None] | None:
+        """Draw a batch; see `Drawer`. What is not finite is not decoded."""
+        goes_on = True
+
+        def watched(step: int, steps: int, x_t: Tensor | None) -> bool:
+            nonlocal goes_on
+            goes_on = watch(step, steps, x_t)
+            return goes_on
+
+        x_0 = self.sample(batch, size=size, watch=watched)
+        if not goes_on:
+            return None
+        finite = x_0.isfinite().flatten(1).all(1)
+        if not finite.any():
+            return [None] * len(batch)
+        images, flags = self.decode(x_0 if finite.all() else x_0[finite], output_type)
+        drawn = iter([Drawn(*pair) for pair in zip(images, flags, strict=True)])
+        return [next(drawn) if is_finite else None for is_finite in finite.tolist()]
+
+    def warm(self, ticket: Ticket, size: int, output_type: str) -> None:
+        """Do one step of a batch of `size` copies of a ticket, and decode the result."""
+        x = self.sample([ticket] * size, size=size, watch=lambda *_: False)
+        self.decode(x, output_type)
+
     @torch.no_grad()
     def sample(self, batch: Sequence[Ticket], *, size: int, watch: Watcher) -> Tensor:
         """Draw latents for a batch of tickets of one shape.
@@ -86,7 +107,7 @@ class BatchDrawer:
         pipe = self.pipe
         networks = pipe.networks(with_base=batch[0].shape.with_base, runner=self._runner)
         device = networks.device
-        table = _side_by_side([ticket.table for ticket in rows]).to(device)
+        table = side_by_side([_table(ticket) for ticket in rows]).to(device)
         prompts = Prompts.check(
             [ticket.prompt for ticket in rows],
             [ticket.negative_prompt for ticket in rows],
@@ -102,7 +123,7 @@ class BatchDrawer:
         looks = any(ticket.preview_steps for ticket in batch)
 
         def watched(k: int, generation: PromptedGeneration, embeds: Tensor) -> bool:
-            return watch(k + 1, generation.x.clone() if looks else None)
+            return watch(k + 1, len(table), generation.x.clone() if looks else None)
 
         done = sample(networks, Request(prompts, table, noise), watched)
         return done.x[: len(batch)]
@@ -121,14 +142,6 @@ class BatchDrawer:
         return list(images)
 
 
-def _side_by_side(tables: Sequence[CoefficientTable]) -> CoefficientTable:
-    """Join B tables (T, 1, C) of the same steps into one (T, B, C)."""
-    return replace(
-        tables[0],
-        rows=torch.cat([table.rows for table in tables], dim=1),
-        share=torch.cat([table.share for table in tables], dim=1),
-        std=torch.cat([table.std for table in tables], dim=1),
-        needs_uncond=any(table.needs_uncond for table in tables),
-        influence=torch.stack([table.influence for table in tables]).any(0),
-        reads=torch.stack([table.reads for table in tables]).any(0),
-    )
+def _table(ticket: Ticket) -> CoefficientTable:
+    assert ticket.table is not None
+    return ticket.table

@@ -8,21 +8,22 @@ import threading
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import replace
 from functools import partial
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from msdda_fast.batching.admission import Admission
-from msdda_fast.batching.drawing import BatchDrawer
+from msdda_fast.batching.leaving import end, left
 from msdda_fast.batching.limits import Limits, duration, integer
 from msdda_fast.batching.queue import TicketQueue
 from msdda_fast.batching.request import GeneratedImage, ImageRequest
+from msdda_fast.batching.routes import Routes
 from msdda_fast.batching.stats import EngineStats, Tally
-from msdda_fast.batching.ticket import Chore, Ticket
+from msdda_fast.batching.ticket import Chore
 from msdda_fast.batching.worker import Worker
 from msdda_fast.errors import EngineClosed, InvalidRequest, QueueFull
-from msdda_fast.pipelines.request import check_output_type, latent_shape
+from msdda_fast.pipelines.attach import WithObjectives
+from msdda_fast.pipelines.request import check_output_type
 from msdda_fast.pipelines.stable_diffusion.pipeline import MSDDAPipeline
 
 __all__ = ["Engine"]
@@ -38,12 +39,17 @@ class Engine:
             image = (await asyncio.wrap_future(engine.submit(request))).image   # in a coroutine
 
     Requests with the same height, width and number of steps share a batch, whatever their prompts,
-    weights, seeds and guidance. Clients named in `submit` take turns; within one, first come, first
-    served. An image gets the same noise bits as when drawn alone. It differs from that image by
-    rounding only (1 level of 255), since other batch sizes sum in another order. On the CPU, in
-    batches of one size, it is the same to the bit whichever requests share the batch.
+    weights and seeds, images and masks. With Stable Diffusion 1 and 2 guidance may differ, too;
+    other pipelines have one guidance scale in a call. Clients named in `submit` take turns; within
+    one, first come, first served. An image gets the same noise bits as when drawn alone. It differs
+    from that image by rounding only (1 level of 255), since other batch sizes sum in another order.
+    On the CPU, in batches of one size, it is the same to the bit whichever requests share it.
 
-    Batches are padded to a few sizes, so that a GPU captures each once, in `prepare`.
+    Batches are padded to a few sizes, so that a GPU captures each once, in `prepare`. Only Stable
+    Diffusion 1 and 2 from a text is captured; the rest is one call of a stock pipeline per batch.
+
+    Requests with an image, and a mask, are drawn by the pipeline that diffusers has for that with
+    the networks of the given one. What a family cannot do is refused with the field's name.
 
     The images of a batch that fails are drawn again, each alone, once, with `on_step` called from
     step 1 again; only what fails twice fails. An engine that can draw nothing any more, whatever
@@ -55,29 +61,32 @@ class Engine:
     forked child it refuses every request; make one there.
 
     Args:
-        pipe: A pipeline with its objectives, on its device. Until the engine is closed it owns the
-            modules: do not call, move or change the pipeline.
+        pipe: A pipeline with its objectives, on its device, of any class that
+            `MSDDAPipeline.from_pretrained` and `from_pipe` return. Until the engine is closed it
+            owns the modules: do not call, move or change the pipeline.
         max_batch: Most images drawn together.
         max_wait_ms: Longest time that a request waits for others to share its batch, milliseconds;
             it waits longer only for earlier batches.
         queue_limit: Most images in the queue.
         client_limit: Most images of one client in the queue, up to `queue_limit`. None: half of it.
         max_pixels: Largest height x width of one image.
-        max_cost: Largest images x height x width x steps of one request. The default lets through
-            80 images of 512 x 512 pixels in 50 steps.
+        max_cost: Largest images x height x width x steps of one request, times its frames if it is
+            a video. The default lets through 80 images of 512 x 512 pixels in 50 steps.
         batch_sizes: Sizes that batches are padded to, increasing up to `max_batch`. None: powers of
             two, and `max_batch`.
         output_type: Type of the images, as in the pipeline's call.
 
     Raises:
         ValueError: A number is out of range, or several processes share the pipeline.
-        UnsupportedNetwork: The pipeline is of another kind than Stable Diffusion 1 and 2.
+        UnsupportedNetwork: It has no objectives, or its call does not suit requests: it takes a
+            control image, makes sound, or has no seed.
+        InvalidSchedule: Its objectives cannot be mixed.
         InvalidRequest: `max_pixels` or `max_cost` rule out any image of the model's own size.
     """
 
     def __init__(
         self,
-        pipe: MSDDAPipeline,
+        pipe: MSDDAPipeline | WithObjectives,
         *,
         max_batch: int = 8,
         max_wait_ms: float = 20.0,
@@ -99,16 +108,14 @@ class Engine:
         )
         check_output_type(output_type)
         self._sizes = limits.batch_sizes
-        drawer = BatchDrawer(pipe)
-        self._pipe = drawer.pipe
-        self._admission = Admission(self._pipe, limits)
+        self._routes = Routes(pipe, limits)
+        self._admission = Admission(self._routes.checks)
+        self._plain = self._routes.own_checks.plain
         self._queue = TicketQueue(limits)
         self._tally = Tally()
-        (probe,) = self._admission.tickets(
-            ImageRequest("", seed=0, num_inference_steps=2), zero_variance="dominate"
-        )
+        probe = self._admission.tickets(self._plain(2)[0], zero_variance="dominate")[0]
         self._worker = Worker(
-            drawer,
+            self._routes,
             self._queue,
             self._tally,
             probe=probe,
@@ -117,13 +124,13 @@ class Engine:
         )
         self._process = os.getpid()
         self._worker.start()
-        self._dropped = weakref.finalize(self, _end, self._worker, self._process)
+        self._dropped = weakref.finalize(self, end, self._worker, self._process)
         self._dropped.atexit = False  # the thread is a daemon, which ends with its process
 
     @property
-    def pipe(self) -> MSDDAPipeline:
-        """The pipeline that draws; for reading its objectives, sizes and settings only."""
-        return self._pipe
+    def pipe(self) -> Any:  # noqa: ANN401 - of the class that the engine was given
+        """The pipeline that draws; for reading its objectives and settings only."""
+        return self._routes.pipe
 
     @property
     def has_failed(self) -> bool:
@@ -143,9 +150,15 @@ class Engine:
     @property
     def native_size(self) -> tuple[int, int]:
         """Default width and height of the model's images, in pixels."""
-        config, factor = self._pipe.unet.config, self._pipe.vae_scale_factor
-        *_, rows, columns = latent_shape(1, config, factor, None, None)
-        return columns * factor, rows * factor
+        return self._routes.own_checks.native_size()
+
+    def check(self, request: ImageRequest, count: int = 1) -> None:
+        """Check a request for `count` images as `submit_images` does, and draw nothing.
+
+        Raises:
+            MSDDAError: As in `submit_images`, but for what depends on the queue.
+        """
+        self._admission.tickets(request, count)
 
     def submit(self, request: ImageRequest, *, client: str | None = None) -> Future[GeneratedImage]:
         """Submit a request for one image; arguments and errors as in `submit_images`."""
@@ -197,7 +210,7 @@ class Engine:
             self._tally.count("refused", count)
             raise
         for ticket in tickets:
-            ticket.future.add_done_callback(partial(_left, self._queue, self._tally, ticket))
+            ticket.future.add_done_callback(partial(left, self._queue, self._tally, ticket))
         return [ticket.future for ticket in tickets]
 
     def prepare(
@@ -208,7 +221,8 @@ class Engine:
     ) -> None:
         """Build, and capture where the device can, everything that requests of a shape need.
 
-        That is a batch of every size, with and without guidance. Requests are admitted meanwhile.
+        That is a batch of every size, with and without guidance where graphs differ. Requests are
+        admitted meanwhile.
 
         Args:
             height, width: In pixels; None: the model's own.
@@ -223,14 +237,9 @@ class Engine:
         self._check_process()
         if self._worker.waits_for_caller():
             raise InvalidRequest("prepare() cannot be called from on_step or another callback")
-        asked = ImageRequest(
-            "", seed=0, num_inference_steps=num_inference_steps, height=height, width=width
-        )
         chores = []
-        for guidance in (1.0, 2.0):
-            (ticket,) = self._admission.tickets(
-                replace(asked, guidance_scale=guidance), zero_variance="dominate"
-            )
+        for asked in self._plain(num_inference_steps, height, width):
+            (ticket,) = self._admission.tickets(asked, zero_variance="dominate")
             for size in reversed(self._sizes):
                 chores.append(Chore(partial(self._worker.warm, ticket, size)))
                 self._queue.add(chores[-1])
@@ -285,15 +294,3 @@ class Engine:
         trace: TracebackType | None,
     ) -> None:
         self.close(drain=kind is None)
-
-
-def _end(worker: Worker, process: int) -> None:
-    if process == os.getpid():
-        worker.stop(drain=True)
-
-
-def _left(queue: TicketQueue, tally: Tally, ticket: Ticket, future: Future[GeneratedImage]) -> None:
-    if future.cancelled():
-        ticket.claim()  # tells those who wait for it
-        tally.count("cancelled")
-        queue.remove(ticket)

@@ -5,18 +5,34 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+from torch import Tensor
 
 from msdda_fast.batching.request import GeneratedImage, Progress
 from msdda_fast.errors import InvalidRequest
+from msdda_fast.pipelines.call_check import LevelKind
+from msdda_fast.pipelines.tasks import Task
 from msdda_fast.steps.coefficients import CoefficientTable
 
-__all__ = ["Chore", "DrawnLater", "Shape", "Ticket", "described", "set_outcome"]
+__all__ = [
+    "Chore",
+    "DrawnLater",
+    "RequestTask",
+    "Shape",
+    "StockImage",
+    "Ticket",
+    "described",
+    "set_outcome",
+]
 
 logger = logging.getLogger(__name__)
+
+#: What a request asks for: an image from a text alone, or a task that starts from an image.
+RequestTask: TypeAlias = Literal["text"] | Task
 
 
 class Shape(NamedTuple):
@@ -24,12 +40,43 @@ class Shape(NamedTuple):
 
     Attributes:
         with_base: Whether the base takes part in it, which strength asks for.
+        task: Which pipeline draws it.
+        call: Arguments of a stock pipeline's call that are one for all.
+        has_negative: Whether negative prompts are given to it.
+        levels: The kind of its noise levels, with a stock pipeline.
+        by_range: Whether its weights are by ranges of timesteps, with a stock pipeline.
+        alone: A number of its own for an image that cannot share a call.
     """
 
     height: int
     width: int
     steps: int
     with_base: bool = False
+    task: RequestTask = "text"
+    call: tuple[tuple[str, Any], ...] = ()
+    has_negative: bool = False
+    levels: LevelKind | None = None
+    by_range: bool = False
+    alone: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StockImage:
+    """What one image brings to the call of a stock pipeline with objectives.
+
+    Attributes:
+        weights: (T, 1, M) float64, rows on the simplex; or a mapping from ranges of timesteps to
+            (M,) numbers.
+        strength: Of the objectives, (1, M) float64; None: all are 1.
+        image, mask_image: PIL images of the request's size, or None.
+        masks: As in the request.
+    """
+
+    weights: Tensor | Mapping[Any, list[float]]
+    strength: Tensor | None
+    image: Any
+    mask_image: Any
+    masks: Mapping[str, Any] | None
 
 
 class DrawnLater(Future[GeneratedImage]):
@@ -71,7 +118,8 @@ class Ticket:
 
     Attributes:
         prompt, negative_prompt, seed: Those of this image.
-        table: Coefficients of its T steps, B = 1, on the host.
+        table: Coefficients of its T steps, B = 1, on the host; of Stable Diffusion's own pipeline.
+        stock: What it brings to the call of a stock pipeline instead.
         shape: What must be the same within a batch.
         index: Position of this image in its request, from 0.
         arrived: When it was submitted, in seconds of `time.monotonic`.
@@ -83,7 +131,6 @@ class Ticket:
     prompt: str
     negative_prompt: str
     seed: int
-    table: CoefficientTable
     shape: Shape
     index: int
     arrived: float
@@ -91,6 +138,8 @@ class Ticket:
     on_step: Callable[[Progress], object] | None
     preview_steps: Collection[int]
     client: str | None
+    table: CoefficientTable | None = None
+    stock: StockImage | None = None
     future: DrawnLater = field(default_factory=DrawnLater)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _is_claimed: bool = False

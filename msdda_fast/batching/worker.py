@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msdda_fast.batching.drawing import BatchDrawer
+from msdda_fast.batching.drawer import Drawer
 from msdda_fast.batching.queue import TicketQueue
 from msdda_fast.batching.request import GeneratedImage, Progress
 from msdda_fast.batching.stats import Tally
@@ -28,7 +28,7 @@ __all__ = ["Worker"]
 logger = logging.getLogger(__name__)
 
 NOT_FINITE = (
-    "the latent of this image is NaN or infinite after the last step: an adapter, a weight outside "
+    "this image is NaN or infinite after the last step: an adapter, a weight outside "
     "its range or float16 overflow may be the cause"
 )
 
@@ -60,7 +60,7 @@ class Worker(threading.Thread):
 
     def __init__(
         self,
-        drawer: BatchDrawer,
+        drawer: Drawer,
         queue: TicketQueue,
         tally: Tally,
         *,
@@ -103,7 +103,7 @@ class Worker(threading.Thread):
 
     def waits_for_caller(self) -> bool:
         """Return whether the caller is on this thread, or in a call that uses its networks."""
-        return self is threading.current_thread() or is_mine(self._drawer.pipe.shared_networks())
+        return self is threading.current_thread() or is_mine(self._drawer.shared_networks())
 
     def stop(self, *, drain: bool) -> None:
         """Close the queue; without `drain`, fail all tickets that wait or are being drawn."""
@@ -115,9 +115,8 @@ class Worker(threading.Thread):
             self._fail(item, _closed())
 
     def warm(self, ticket: Ticket, size: int) -> None:
-        """Do one step of a batch of `size` copies of a ticket, and decode the result."""
-        x = self._drawer.sample([ticket] * size, size=size, watch=lambda step, x: False)
-        self._drawer.decode(x, self._output_type)
+        """Build all that a batch of `size` copies of a ticket needs."""
+        self._drawer.warm(ticket, size, self._output_type)
 
     def _serve(self, batch: list[Ticket]) -> None:
         if self._attempt(batch) is None:
@@ -183,37 +182,30 @@ class Worker(threading.Thread):
     def _draw(self, batch: list[Ticket]) -> None:
         start = time.monotonic()
         size = min(size for size in self._sizes if size >= len(batch))
-        x_0 = self._drawer.sample(batch, size=size, watch=partial(self._watch, batch))
-        if not any(ticket.is_open for ticket in batch):
+        images = self._drawer.draw(
+            batch, size=size, watch=partial(self._watch, batch), output_type=self._output_type
+        )
+        if images is None:
             return
-        finite = x_0.isfinite().flatten(1).all(1)
-        rows = list(range(len(batch)))
-        if not finite.all():
-            for row in rows:
-                if not finite[row]:
-                    self._fail(batch[row], EngineFailed(NOT_FINITE))
-            rows = [row for row in rows if finite[row]]
-            if not rows:
-                return
-            x_0 = x_0[rows]
-        images, flags = self._drawer.decode(x_0, self._output_type)
         drawn_s = time.monotonic() - start
-        self._tally.count_batch(len(batch), size, drawn_s)
-        for row, image, flag in zip(rows, images, flags, strict=True):
-            ticket = batch[row]
-            if ticket.claim():
+        if any(images):
+            self._tally.count_batch(len(batch), size, drawn_s)
+        for ticket, drawn in zip(batch, images, strict=True):
+            if drawn is None:
+                self._fail(ticket, EngineFailed(NOT_FINITE))
+            elif ticket.claim():
                 self._tally.count("completed")
                 outcome = GeneratedImage(
-                    image=image,
+                    image=drawn.image,
                     seed=ticket.seed,
-                    is_flagged=flag,
+                    is_flagged=drawn.is_flagged,
                     batch_size=len(batch),
                     waited_s=start - ticket.arrived,
                     drawn_s=drawn_s,
                 )
                 set_outcome(ticket.future, outcome)
 
-    def _watch(self, batch: list[Ticket], step: int, x: Tensor | None) -> bool:
+    def _watch(self, batch: list[Ticket], step: int, steps: int, x: Tensor | None) -> bool:
         """Expire tickets and call `on_step`; return whether any ticket of the batch is open."""
         previews = {} if x is None else self._previews(batch, step, x)
         self._expire_all()
@@ -222,7 +214,6 @@ class Worker(threading.Thread):
                 self._fail(ticket, _closed())
             if ticket.on_step is not None and ticket.is_open:
                 try:
-                    steps = ticket.shape.steps
                     ticket.on_step(Progress(ticket.index, step, steps, previews.get(row)))
                 except BaseException as error:
                     self._fail(ticket, _raised(error))

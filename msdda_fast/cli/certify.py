@@ -22,6 +22,7 @@ from msdda_fast.cli.session import (
     check_request,
     drawing_progress,
     load,
+    only_stable_diffusion,
     out,
     reported,
 )
@@ -74,6 +75,7 @@ def certify(
         starts, scored_by = parse.seeds(seeds, "--seeds"), reward_names(reward)
         check_folder(file.parent)
         check_folder(work)
+        only_stable_diffusion(model, "certify")
         pipe = load(model, objective, dtype, device)
         check_request(pipe, texts, steps, guidance)
         plan = Certification(

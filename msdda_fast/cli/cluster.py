@@ -14,10 +14,11 @@ import typer
 from msdda_fast.cli.session import DType, load
 
 if TYPE_CHECKING:
+    from msdda_fast.evaluation.cell_drawer import CellDrawer
     from msdda_fast.evaluation.ray_tasks import RayTasks
     from msdda_fast.evaluation.runs import Comparison, Entry
     from msdda_fast.evaluation.shards import Shard
-    from msdda_fast.evaluation.sweep import CellDrawer, Sweep
+    from msdda_fast.evaluation.sweep import Sweep
     from msdda_fast.pipelines import MSDDAPipeline
 
 RayOption = Annotated[
@@ -43,13 +44,14 @@ class Model:
     objectives: list[str] | None
     dtype: DType
     device: str | None
+    accelerator: str | None = None
 
-    def __call__(self) -> MSDDAPipeline:
+    def __call__(self) -> Any:  # noqa: ANN401 - as `load`
         """Load the model, without a progress bar."""
         from msdda_fast.pipelines.notices import quieten
 
         quieten()
-        pipe = load(self.model, self.objectives, self.dtype, self.device)
+        pipe = load(self.model, self.objectives, self.dtype, self.device, self.accelerator)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
@@ -74,7 +76,7 @@ def cluster(
 
 def cells(model: Model, sweep: Sweep) -> CellDrawer:
     """Return what draws the cells of a sweep; called on the cluster."""
-    from msdda_fast.evaluation.sweep import CellDrawer
+    from msdda_fast.evaluation.cell_drawer import CellDrawer
 
     return CellDrawer(model(), sweep)
 

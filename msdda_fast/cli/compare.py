@@ -35,16 +35,18 @@ from msdda_fast.cli.session import (
     StepsOption,
     check_request,
     drawing_progress,
+    guidance_for,
     load,
     out,
     reported,
 )
+from msdda_fast.cli.sweep import check_family
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from msdda_fast.evaluation.runs import Comparison
-    from msdda_fast.pipelines import MSDDAPipeline
+    from msdda_fast.methods.method import Pipeline
 
 #: Of --quick.
 QUICK_PROMPTS, QUICK_STEPS = 4, 25
@@ -133,7 +135,7 @@ def compare(
         require_packages()
         from msdda_fast.emoji.prompts import TEST_PROMPTS
         from msdda_fast.evaluation.compare import compare, report_scores
-        from msdda_fast.evaluation.plan import Plan
+        from msdda_fast.evaluation.plan import plan_for
         from msdda_fast.evaluation.tuning import load_tuned
         from msdda_fast.files import check_folder
 
@@ -159,10 +161,13 @@ def compare(
         }
         check_folder(work)
         there = cluster.Model(model, objective, dtype, "cuda" if ray_gpus else device)
+        guidance = guidance_for(model, guidance)
+        check_family(model, guidance)
         pipe = load(model, objective, dtype, device)
         check_request(pipe, texts, steps, guidance)
         names = objectives(pipe, toward)
-        plan = Plan(
+        plan = plan_for(
+            pipe,
             objectives=names,
             preferences=preferences,
             **drawn,
@@ -206,7 +211,7 @@ def _oracle(text: str) -> tuple[float, Path]:
 
 
 def _comparison(
-    pipe: MSDDAPipeline,
+    pipe: Pipeline,
     *,
     names: list[str],
     reward: Mapping[str, str],

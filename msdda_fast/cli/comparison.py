@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,7 +14,7 @@ from msdda_fast.cli import values as parse
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from msdda_fast.pipelines import MSDDAPipeline
+    from msdda_fast.methods.method import Pipeline
     from msdda_fast.rewards import Reward
 
 PartOption = Annotated[
@@ -59,7 +59,7 @@ def require_packages() -> None:
         )
 
 
-def objectives(pipe: MSDDAPipeline, toward: str | None) -> list[str]:
+def objectives(pipe: Pipeline, toward: str | None) -> list[str]:
     """Return the names of the two or three objectives, beginning with the one that w weighs."""
     names = list(pipe.objectives)
     if len(names) not in (2, 3):
@@ -76,12 +76,11 @@ def reward_names(given: list[str] | None) -> dict[str, str]:
     return parse.pairs((parse.pair(t, "--reward", str, form) for t in given or []), "--reward")
 
 
-def rewards(
-    names: list[str], chosen: Mapping[str, str], pipe: MSDDAPipeline
-) -> Mapping[str, Reward]:
+def rewards(names: list[str], chosen: Mapping[str, str], pipe: Pipeline) -> Mapping[str, Reward]:
     """Return each objective's reward: the one that --reward names, or the one of the same name."""
     from msdda_fast.rewards import load_reward
 
     if unknown := [name for name in chosen if name not in names]:
         raise ValueError(f"--reward {unknown[0]!r} is not an objective; known: {', '.join(names)}")
-    return {name: load_reward(chosen.get(name, name), device=pipe.device) for name in names}
+    place: Any = pipe  # of any class
+    return {name: load_reward(chosen.get(name, name), device=place.device) for name in names}

@@ -13,6 +13,9 @@ import torch
 from msdda_fast import assets
 from msdda_fast.cli.session import out
 from msdda_fast.kernels import native, verify
+from msdda_fast.pipelines import families
+from msdda_fast.pipelines.stock_schedulers import LINEAR
+from msdda_fast.steps.schedulers import RULES
 
 __all__ = ["doctor", "findings"]
 
@@ -31,6 +34,8 @@ def findings() -> dict[str, dict[str, str]]:
         },
         "Devices": _devices(),
         **_kernels(),
+        "Pipelines": _pipelines(),
+        "Samplers": _samplers(),
         "Build tools": _build_tools(),
         "Models": {name: _model(name) for name in assets.SHIPPED},
     }
@@ -43,6 +48,19 @@ def _kernels() -> dict[str, dict[str, str]]:
         f"{op} on {kind}": backends
         for kind in kinds
         for op, backends in verify.report(kind).items()
+    }
+
+
+def _pipelines() -> dict[str, str]:
+    """Those tested with objectives; others of diffusers are checked at their first call."""
+    stock = {family: ", ".join(names) for family, names in families.TESTED.items()}
+    return {"Stable Diffusion 1 and 2": "MSDDAPipeline", **stock}
+
+
+def _samplers() -> dict[str, str]:
+    return {
+        "at any noise levels": ", ".join(RULES),
+        "at equal ones": ", ".join(sorted(LINEAR - set(RULES))),
     }
 
 

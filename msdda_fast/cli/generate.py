@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`msdda-fast generate`: images of one prompt."""
+"""`msdda-fast generate`: images or videos of one prompt."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
+from msdda_fast.cli import draw_options as options
+from msdda_fast.cli import pictures
 from msdda_fast.cli import values as parse
 from msdda_fast.cli.session import (
     SHIPPED,
@@ -19,12 +21,13 @@ from msdda_fast.cli.session import (
     GuidanceOption,
     ModelOption,
     ObjectiveOption,
-    StepsOption,
     StrengthOption,
     check_prompts,
+    guidance_for,
     load,
     out,
     reported,
+    saved_class,
 )
 
 if TYPE_CHECKING:
@@ -46,22 +49,16 @@ class ModeName(StrEnum):
 
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to draw.")],
-    weight: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--weight",
-            "-w",
-            metavar="NAME=VALUE",
-            help="Preference weight of one objective. Repeat for each; the sum must be 1.",
-            show_default="uniform",
-        ),
-    ] = None,
+    weight: options.WeightOption = None,
     strength: StrengthOption = None,
+    mask: options.MaskOption = None,
+    mask_softness: options.MaskSoftnessOption = None,
     mode: Annotated[
         ModeName,
         typer.Option(
             help="auto: steps run one merged network while the images stay within --kl-budget of "
-            "exact ones, which a pilot of 12 images measures first. merged: every step.",
+            "exact ones, which a pilot of 12 images measures first. merged: every step. Stable "
+            "Diffusion 1 and 2 only.",
         ),
     ] = ModeName.exact,
     kl_budget: Annotated[
@@ -79,7 +76,7 @@ def generate(
             "-o",
             metavar="FILE",
             help="Image file, in the format of its suffix; several images get -0, -1, ... "
-            "before it.",
+            "before it. Videos are .webp, .gif, .png or .mp4.",
         ),
     ] = "out.png",
     seed: Annotated[
@@ -92,12 +89,18 @@ def generate(
     num_images: Annotated[
         int, typer.Option("--num-images", "-n", min=1, max=MOST_IMAGES, help="Number of images.")
     ] = 1,
-    negative_prompt: Annotated[
-        str | None, typer.Option(help="What guidance should steer away from.")
-    ] = None,
+    negative_prompt: options.NegativePromptOption = None,
+    height: options.HeightOption = None,
+    width: options.WidthOption = None,
+    image: options.ImageOption = None,
+    image_strength: options.ImageStrengthOption = None,
+    mask_image: options.MaskImageOption = None,
+    num_frames: options.FramesOption = None,
+    fps: options.FPSOption = None,
     model: ModelOption = SHIPPED,
     objective: ObjectiveOption = None,
-    steps: StepsOption = 25,
+    accelerator: options.AcceleratorOption = None,
+    steps: options.DrawnStepsOption = None,
     guidance: GuidanceOption = None,
     dtype: DTypeOption = DType.float32,
     device: DeviceOption = None,
@@ -109,14 +112,30 @@ def generate(
     One GPU per objective: [dim]torchrun --nproc-per-node 2 -m msdda_fast generate ...[/dim]
     """
     with reported("no further image was written"):
+        from msdda_fast.cli.drawing import Drawing
         from msdda_fast.engine import torchrun
         from msdda_fast.files import check_files, write_atomically
 
-        weights = parse.pairs(
-            (parse.pair(text, "--weight", float) for text in weight or []), "--weight"
+        drawing = Drawing.of(
+            saved_class(model),
+            weights=parse.weights(weight or []),
+            strength=parse.strength(strength or []),
+            guidance_scale=guidance_for(model, guidance),
+            negative_prompt=negative_prompt,
+            num_images=num_images,
+            height=height,
+            width=width,
+            image=image,
+            image_strength=image_strength,
+            mask_image=mask_image,
+            masks=pictures.masks(mask or []),
+            mask_softness=mask_softness,
+            num_frames=num_frames,
+            fps=fps,
+            mode=mode.value,
+            kl_budget=kl_budget,
         )
-        strengths = parse.strength(strength or [])
-        file, kind = parse.image_file(output, "--output")
+        file, kind = drawing.file(output)
         if seed is not None:
             parse.seed(seed, count=num_images)
         files = [file]
@@ -124,26 +143,15 @@ def generate(
             files = [file.with_stem(f"{file.stem}-{index}") for index in range(num_images)]
         if torchrun.rank() == 0:
             check_files(*files)
-        pipe = load(model, objective, dtype, device)
+        pipe = load(model, objective, dtype, device, accelerator)
         check_prompts(pipe, filter(None, (prompt, negative_prompt)))
         if seed is None:
-            seed = torchrun.shared_seed(pipe.parallel)
-        made = pipe(
-            prompt,
-            weights=weights or None,
-            strength=strengths,
-            mode=mode.value,
-            kl_budget=kl_budget,
-            seed=seed,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            negative_prompt=negative_prompt,
-            num_images_per_prompt=num_images,
-        )
+            seed = torchrun.shared_seed(getattr(pipe, "parallel", None))
+        made = drawing.draw(pipe, prompt, seed, options.steps_of(steps, pipe))
         if torchrun.rank() > 0:
             return
-        for index, (path, image) in enumerate(zip(files, made.images, strict=True)):
-            write_atomically(path, partial(image.save, format=kind))
+        for index, (path, drawn) in enumerate(zip(files, drawing.results(made), strict=True)):
+            write_atomically(path, partial(drawing.write, drawn, kind))
             said = f"seed {seed + index}"
             if mode is ModeName.auto:
                 said += f", {receipt(made.path_kl, index)}, {made.forwards} forwards"

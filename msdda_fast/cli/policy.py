@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from msdda_fast.cli import values as parse
-from msdda_fast.cli.session import SHIPPED, DType, check_prompts, check_request, load
+from msdda_fast.cli.session import (
+    SHIPPED,
+    DType,
+    check_prompts,
+    check_request,
+    load,
+    only_stable_diffusion,
+)
 
 if TYPE_CHECKING:
     from msdda_fast.pipelines import MSDDAPipeline
@@ -20,7 +27,8 @@ def base(
     from msdda_fast.files import check_folder
 
     check_folder(folder)
-    pipe = load(model, [f"policy=base:{eta}"], DType.float32, device)
+    only_stable_diffusion(model, "train")
+    pipe: MSDDAPipeline = load(model, [f"policy=base:{eta}"], DType.float32, device)
     check_prompts(pipe, prompts)
     return pipe
 

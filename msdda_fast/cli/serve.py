@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import os
 from functools import partial
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
+from msdda_fast.cli.draw_options import ACCELERATED_STEPS, STEPS, AcceleratorOption
 from msdda_fast.cli.session import (
     SHIPPED,
     DeviceOption,
@@ -18,10 +19,8 @@ from msdda_fast.cli.session import (
     ObjectiveOption,
     load,
     reported,
+    saved_class,
 )
-
-if TYPE_CHECKING:
-    from msdda_fast.pipelines import MSDDAPipeline
 
 #: Holds the API key: what is on a command line can be read by everybody on the machine.
 API_KEY = "MSDDA_API_KEY"
@@ -36,6 +35,7 @@ def serve(
     ] = 8000,
     model: ModelOption = SHIPPED,
     objective: ObjectiveOption = None,
+    accelerator: AcceleratorOption = None,
     max_batch: Annotated[int, typer.Option(min=1, help="Maximum images per batch.")] = 8,
     max_wait_ms: Annotated[
         float, typer.Option(min=0, help="Milliseconds to wait for more requests to fill a batch.")
@@ -55,8 +55,13 @@ def serve(
         ),
     ] = None,
     steps: Annotated[
-        int, typer.Option(min=1, help="Denoising steps T of requests that do not set them.")
-    ] = 25,
+        int | None,
+        typer.Option(
+            min=1,
+            help="Denoising steps T of requests that do not set them.",
+            show_default=f"{STEPS}; {ACCELERATED_STEPS} with an accelerator",
+        ),
+    ] = None,
     max_steps: Annotated[int, typer.Option(min=1, help="Largest T a request may set.")] = 64,
     max_images: Annotated[int, typer.Option(min=1, help="Maximum images per request.")] = 8,
     max_cost: Annotated[
@@ -90,14 +95,16 @@ def serve(
             raise ValueError(
                 f"{error.name} is missing; install it with: pip install 'msdda-fast[serve]'"
             ) from None
+        from msdda_fast.serve.facts import check_draws_images
         from msdda_fast.serve.settings import ServeSettings, client_limit, public_name
 
+        check_draws_images(saved_class(model))
         process = Process(
-            load=partial(_load, model, objective, dtype, device),
+            load=partial(_load, model, objective, dtype, device, accelerator),
             settings=ServeSettings(
                 model=public_name(model),
                 sizes=tuple(size or ()),
-                steps=steps,
+                steps=steps or (STEPS if accelerator is None else ACCELERATED_STEPS),
                 max_steps=max_steps,
                 max_images=max_images,
                 max_cost=max_cost,
@@ -122,10 +129,13 @@ def serve(
 
 
 def _load(
-    model: str, objectives: list[str] | None, dtype: DType, device: str | None
-) -> MSDDAPipeline:
+    model: str,
+    objectives: list[str] | None,
+    dtype: DType,
+    device: str | None,
+    accelerator: str | None,
+) -> Any:  # noqa: ANN401 - a pipeline of any class
     from msdda_fast.pipelines.notices import quieten
-    from msdda_fast.serve.service import lay_out
 
     quieten()
-    return lay_out(load(model, objectives, dtype, device))
+    return load(model, objectives, dtype, device, accelerator)

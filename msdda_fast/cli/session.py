@@ -4,26 +4,26 @@
 from __future__ import annotations
 
 import errno
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
 from json import JSONDecodeError
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
-from msdda_fast.cli import values as parse
+from msdda_fast.cli.objectives import objectives as parse_objectives
 
 if TYPE_CHECKING:
     import torch
 
     from msdda_fast.objective import Objective
-    from msdda_fast.pipelines import MSDDAPipeline
 
-SHIPPED = "msdda-fast/emoji"
+SHIPPED, SHIPPED_FLOW = "msdda-fast/emoji", "msdda-fast/emoji-flow"
 # what users type is printed as it is: no markup in it, no names of emoji
 out = Console(markup=False, emoji=False, highlight=False)
 err = Console(markup=False, emoji=False, highlight=False, stderr=True)
@@ -47,10 +47,12 @@ ObjectiveOption = Annotated[
     list[str] | None,
     typer.Option(
         "--objective",
-        metavar="NAME=PATH[:ETA]",
+        metavar="NAME=PATH[:LEVEL][@FIRST-LAST]",
         help="Adapter to use as an objective, in place of the model's own. Repeatable. "
-        "PATH is a file, folder or hub id, or [bold]base[/bold] for the base model; "
-        "ETA is its DDIM stochasticity in [0, 1], by default 1.",
+        "PATH is a file, folder or hub id, several that act together ('PATH + PATH'), or "
+        "[bold]base[/bold] for the base model; LEVEL is the noise it was trained with: eta of "
+        "DDIM in \\[0, 1], by default 1, or flow-sde=0.7, dance=0.3, cps=0.8, flow-ddim=0.5; it "
+        "acts in the timesteps FIRST to LAST, by default in all.",
     ),
 ]
 StepsOption = Annotated[int, typer.Option("--steps", max=1_000_000, help="Denoising steps T.")]
@@ -80,9 +82,52 @@ DeviceOption = Annotated[
 ]
 
 
+def saved_class(model: str) -> Any:  # noqa: ANN401 - a class
+    """Return the class of pipelines that --model is of; nothing is loaded yet.
+
+    Raises:
+        FileNotFoundError, ValueError: See `pipelines.saved_class`.
+        UnsupportedNetwork: Another than Stable Diffusion 1 or 2, in several processes.
+    """
+    from msdda_fast.engine import torchrun
+    from msdda_fast.errors import UnsupportedNetwork
+    from msdda_fast.pipelines import MSDDAPipeline
+    from msdda_fast.pipelines.saved_class import saved_class
+
+    kind = saved_class(model)
+    if kind is not MSDDAPipeline and torchrun.size() > 1:
+        raise UnsupportedNetwork(
+            f"--model {model} is a {kind.__name__}, and only Stable Diffusion 1 and 2 run in "
+            "several processes: start one, without torchrun"
+        )
+    return kind
+
+
+def only_stable_diffusion(model: str, command: str) -> None:
+    """Refuse other models, before anything is loaded.
+
+    Raises:
+        FileNotFoundError, ValueError: See `pipelines.saved_class`.
+        UnsupportedNetwork: It is no Stable Diffusion 1 or 2.
+    """
+    from msdda_fast.errors import UnsupportedNetwork
+    from msdda_fast.pipelines import MSDDAPipeline
+
+    kind = saved_class(model)
+    if kind is not MSDDAPipeline:
+        raise UnsupportedNetwork(
+            f"--model {model} is a {kind.__name__}, and `{command}` runs Stable Diffusion 1 and 2 "
+            "only"
+        )
+
+
 def load(
-    model: str, objectives: list[str] | None, dtype: DType, device: str | None
-) -> MSDDAPipeline:
+    model: str,
+    objectives: list[str] | None,
+    dtype: DType,
+    device: str | None,
+    accelerator: str | None = None,
+) -> Any:  # noqa: ANN401 - an MSDDAPipeline, or a stock pipeline with objectives
     """Load the model with the objectives of --objective, or with its own.
 
     Raises:
@@ -93,10 +138,10 @@ def load(
 
     from msdda_fast.engine import torchrun
 
-    chosen = parse.pairs(map(parse.objective, objectives or []), "--objective") or None
+    chosen = parse_objectives(objectives or [])
     place = torch.device(torchrun.default_device()) if device is None else _device(device)
     with err.status(Text(f"Loading {model}")):
-        pipe = _pipeline(model, chosen, getattr(torch, dtype.value)).to(place)
+        pipe = _pipeline(model, chosen, getattr(torch, dtype.value), accelerator).to(place)
         parallel = torchrun.join(place)
     if parallel is not None:
         pipe.enable_parallel(parallel)
@@ -105,13 +150,18 @@ def load(
 
 
 def _pipeline(
-    model: str, objectives: Mapping[str, Objective] | None, dtype: torch.dtype
-) -> MSDDAPipeline:
+    model: str,
+    objectives: Mapping[str, Objective] | None,
+    dtype: torch.dtype,
+    accelerator: str | None,
+) -> Any:  # noqa: ANN401 - as `load`
+    from msdda_fast.emoji.flow_model import shorten_calls
     from msdda_fast.errors import MSDDAError
     from msdda_fast.pipelines import MSDDAPipeline
 
+    more: dict[str, Any] = {} if accelerator is None else {"accelerator": accelerator}
     try:
-        pipe = MSDDAPipeline.from_pretrained(model, objectives=objectives, dtype=dtype)
+        pipe: Any = MSDDAPipeline.from_pretrained(model, objectives=objectives, dtype=dtype, **more)
     except MSDDAError:
         raise
     except (AttributeError, JSONDecodeError, LookupError, TypeError) as error:
@@ -119,12 +169,18 @@ def _pipeline(
         raise ValueError(
             f"--model {model} is damaged or incomplete ({type(error).__name__}: {error})"
         ) from error
-    if not isinstance(pipe, MSDDAPipeline):
-        raise ValueError(
-            f"--model {model} is a {type(pipe).__name__}, and the command line runs Stable "
-            "Diffusion 1 and 2 only: use MSDDAPipeline.from_pretrained in Python"
-        )
+    if model == SHIPPED_FLOW:
+        shorten_calls(pipe)
     return pipe
+
+
+def guidance_for(model: str, guidance: float | None) -> float | None:
+    """Return --guidance, or what the shipped flow model's adapters were trained with.
+
+    Objectives of a stock pipeline have no guidance of their own to say so, and its default is for
+    large models.
+    """
+    return 1.0 if guidance is None and model == SHIPPED_FLOW else guidance
 
 
 def _device(name: str) -> torch.device:
@@ -148,30 +204,42 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def check_prompts(pipe: MSDDAPipeline, prompts: Iterable[str]) -> None:
-    """Raise `InvalidRequest` if the text encoder would not read all of a prompt."""
-    from msdda_fast.pipelines.prompt_length import check_text
+def check_prompts(pipe: Any, prompts: Iterable[str]) -> None:  # noqa: ANN401 - as `load`
+    """Raise `InvalidRequest` if no text encoder would read all of a prompt."""
+    from msdda_fast.pipelines.prompt_length import Readers
 
+    readers = Readers.of(pipe)
     for prompt in prompts:
         shown = f"{prompt[:60]!r}..." if len(prompt) > 60 else f"{prompt!r}"
-        check_text(pipe.tokenizer, prompt, f"the prompt {shown}")
+        readers.check(prompt, f"the prompt {shown}")
 
 
 def check_request(
-    pipe: MSDDAPipeline, prompts: Iterable[str], steps: int, guidance: float | None
+    pipe: Any,  # noqa: ANN401 - as `load`
+    prompts: Iterable[str],
+    steps: int,
+    guidance: float | None,
 ) -> None:
     """Check what every image of a run is drawn with, before a folder is bound to it.
 
     Raises:
         InvalidRequest: As `check_prompts`.
-        InvalidSchedule: The scheduler has no such number of steps, or --guidance is not >= 1.
+        InvalidSchedule: The scheduler has no such number of steps, or --guidance is not >= 1, or
+            not finite where it is the stock pipeline's.
     """
-    from msdda_fast.pipelines.request import objective_guidance
+    from msdda_fast.errors import InvalidSchedule
+    from msdda_fast.pipelines import MSDDAPipeline
+    from msdda_fast.pipelines.request import check_steps, objective_guidance
     from msdda_fast.steps.schedulers import scheduler_rule
 
     check_prompts(pipe, prompts)
-    scheduler_rule(pipe.scheduler, steps)
-    objective_guidance(pipe.objectives, guidance)
+    if isinstance(pipe, MSDDAPipeline):
+        scheduler_rule(pipe.scheduler, steps)
+        objective_guidance(pipe.objectives, guidance)
+    else:
+        check_steps(steps)
+        if guidance is not None and not math.isfinite(guidance):
+            raise InvalidSchedule(f"--guidance must be finite, got {guidance}")
 
 
 @contextmanager

@@ -31,6 +31,7 @@ from msdda_fast.cli.session import (
     check_request,
     drawing_progress,
     load,
+    only_stable_diffusion,
     out,
     reported,
 )
@@ -79,6 +80,7 @@ def tune(
         scored_by = reward_names(reward)
         chosen_seeds = parse.seeds(seeds, "--seeds")
         check_folder(folder)
+        only_stable_diffusion(model, "tune")
         pipe = load(model, objective, dtype, device)
         check_request(pipe, texts, steps, guidance)
         first, second = objectives(pipe, toward)[:2]

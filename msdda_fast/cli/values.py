@@ -7,16 +7,12 @@ import io
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from msdda_fast.objective import Objective
+from typing import Any
 
 __all__ = [
     "distinct",
     "image_file",
     "numbers",
-    "objective",
     "pair",
     "pairs",
     "part",
@@ -25,40 +21,12 @@ __all__ = [
     "seed",
     "seeds",
     "strength",
+    "weights",
 ]
 
 #: Most seeds that one option may name: more are a slip, such as 0-31 without its hyphen.
 MOST_SEEDS = 100_000
-
-
-def objective(text: str) -> tuple[str, Objective]:
-    """Read NAME=PATH[:ETA]; a colon without a number after it belongs to the path.
-
-    A path of more than two parts that does not exist here is a folder inside a hub repository or
-    the shipped model: owner/name/folder.
-
-    Raises:
-        ValueError: The text does not have this form.
-        InvalidSchedule: eta lies outside [0, 1].
-    """
-    from msdda_fast.objective import Objective
-
-    form = "NAME=PATH or NAME=PATH:ETA, such as aesthetic=my/lora:0.8"
-    name, source = pair(text, "--objective", str, form)
-    match = re.fullmatch(r"(.+?)(?::(-?[0-9.]+))?", source, re.DOTALL)
-    assert match is not None  # `pair` returns no empty value
-    path, number = match.groups("1")
-    try:
-        eta = float(number)
-    except ValueError:
-        raise ValueError(f"--objective {text!r} must be {form}") from None
-    if path == "base":
-        return name, Objective.base(eta=eta)
-    parts = path.split("/")
-    if len(parts) > 2 and all(parts) and parts[0][0] not in ".~" and not Path(path).exists():
-        repository, folder = "/".join(parts[:2]), "/".join(parts[2:])
-        return name, Objective(repository, subfolder=folder, eta=eta)
-    return name, Objective(path, eta=eta)
+_NUMBER = r"\d+(?:\.\d+)?"
 
 
 def pair(
@@ -100,6 +68,30 @@ def strength(texts: list[str]) -> float | dict[str, float] | None:
             raise ValueError(f"--strength {texts[0]!r} must be a number or NAME=NUMBER") from None
     form = "a number, or NAME=NUMBER once for each of some objectives"
     return pairs((pair(text, "--strength", float, form) for text in texts), "--strength") or None
+
+
+def weights(texts: list[str]) -> dict[Any, Any] | None:
+    """Read --weight: NAME=VALUE for each objective, or FIRST-LAST:NAME=VALUE in each range.
+
+    Returns: By name, or by range of timesteps and name; None: none are given.
+
+    Raises:
+        ValueError: A text has neither form, some have a range and others none, or a name is given
+            twice.
+    """
+    found: dict[Any, list[tuple[str, float]]] = {}
+    for text in texts:
+        ranged = re.fullmatch(rf"({_NUMBER})-({_NUMBER}):(.+)", text, re.DOTALL)
+        steps = None if ranged is None else (float(ranged[1]), float(ranged[2]))
+        chosen = pair(text if ranged is None else ranged[3], "--weight", float)
+        found.setdefault(steps, []).append(chosen)
+    if None in found and len(found) > 1:
+        raise ValueError(
+            "--weight: give a range of timesteps, such as 500-999:NAME=VALUE, with every weight or "
+            "with none"
+        )
+    by_range = {steps: pairs(chosen, "--weight") for steps, chosen in found.items()}
+    return by_range.get(None, by_range) or None
 
 
 def pairs(found: Iterable[tuple[Any, Any]], option: str) -> dict[Any, Any]:

@@ -104,6 +104,20 @@ def shorten(pipe: StableDiffusion3Pipeline) -> dict[str, Any]:
     return {"max_sequence_length": 1}
 
 
+def shorten_calls(pipe: StableDiffusion3Pipeline) -> None:
+    """As `shorten`, for calls without other arguments, which have `T5_TOKENS` tokens."""
+    shorten(pipe)
+    pipe.transformer.register_forward_pre_hook(_one_of_many, with_kwargs=True)
+
+
+def _one_of_many(
+    network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Leave out all but the first of T5's tokens, which are the last of a text."""
+    text = kwargs["encoder_hidden_states"]
+    return args, {**kwargs, "encoder_hidden_states": text[:, : text.shape[1] - T5_TOKENS + 1]}
+
+
 def assemble_flow(transformer: SD3Transformer2DModel) -> StableDiffusion3Pipeline:
     """Return the pipeline of a network, with autoencoder and text encoder of `msdda-fast/emoji`.
 

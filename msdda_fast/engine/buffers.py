@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from msdda_fast.engine.pixel_buffers import PixelBuffers
 from msdda_fast.errors import InvalidSchedule, InvalidShape
 from msdda_fast.kernels.counter_noise import as_seeds
 from msdda_fast.steps.coefficients import CoefficientTable, Layout
@@ -49,6 +50,7 @@ class ShapeKey:
         noise_table: Whether z comes from a table (T, B, *S) rather than from one seed per sample.
         context: Shape of the data that the network itself keeps for a request, such as embeddings.
         shared_context: Whether that data is the same for all objectives.
+        pixelwise: How many objectives have weights of every pixel; 0: steps have the same for all.
         mode: Name of the network to build, for the builder to interpret.
     """
 
@@ -65,6 +67,7 @@ class ShapeKey:
     noise_table: bool = False
     context: tuple[int, ...] = ()
     shared_context: bool = False
+    pixelwise: int = 0
     mode: str = "exact"
 
     @property
@@ -92,6 +95,7 @@ class StepBuffers:
         seeds: (B,) int64.
         noise: (max_steps, B, *S) float32; None: noise comes from the seeds.
         counter: 0-d int64, the index k of the next step; the step adds 1.
+        pixels: What weights of every pixel need; None: the key has none.
         conditioning: Static tensors that the network reads and each request overwrites, added by
             the network's builder.
     """
@@ -104,6 +108,7 @@ class StepBuffers:
     seeds: Tensor
     noise: Tensor | None
     counter: Tensor
+    pixels: PixelBuffers | None = None
     conditioning: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
@@ -123,6 +128,9 @@ class StepBuffers:
             seeds=torch.zeros(batch, dtype=torch.int64, device=device),
             noise=torch.zeros(steps, *key.shape, device=device) if key.noise_table else None,
             counter=torch.zeros((), dtype=torch.int64, device=device),
+            pixels=PixelBuffers.allocate(key.pixelwise, key.shape, key.columns, steps, device)
+            if key.pixelwise
+            else None,
         )
 
     @classmethod
@@ -130,7 +138,8 @@ class StepBuffers:
         """Return the bytes that `allocate` would take, without allocating them."""
         made = cls.allocate(key, "meta")
         tensors = (getattr(made, entry.name) for entry in fields(made))
-        return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
+        own = sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
+        return own + (0 if made.pixels is None else made.pixels.nbytes())
 
     def load(
         self,
@@ -171,6 +180,7 @@ class StepBuffers:
             _Write("x_T", self.x, x_T),
             _Write("rows", self.rows[:count], table.rows.expand(-1, len(self.x), -1)),
             _Write("timesteps", self.timesteps[:count], table.timesteps),
+            *self._pixel_writes(table),
             *self._conditioning_writes(given),
         ]
         if seeds is not None:
@@ -199,7 +209,7 @@ class StepBuffers:
         """
         self._check_table(table)
         rows = table.rows.expand(-1, len(self.x), -1)
-        _write([_Write("rows", self.rows[: len(table)], rows)])
+        _write([_Write("rows", self.rows[: len(table)], rows), *self._pixel_writes(table)])
 
     def replace_conditioning(self, values: Mapping[str, Tensor]) -> None:
         """Overwrite some of the conditioning, between two steps.
@@ -228,6 +238,11 @@ class StepBuffers:
     def _conditioning_writes(self, values: Mapping[str, Tensor]) -> list[_Write]:
         return [_Write(name, self.conditioning[name], value) for name, value in values.items()]
 
+    def _pixel_writes(self, table: CoefficientTable) -> list[_Write]:
+        if self.pixels is None or table.pixels is None:
+            return []
+        return [_Write(*part) for part in self.pixels.parts(table.pixels)]
+
     def _check_table(self, table: CoefficientTable) -> None:
         key = self.key
         if len(table) > key.max_steps or table.clip_range != key.clip_range:
@@ -240,6 +255,12 @@ class StepBuffers:
             raise InvalidShape(
                 f"a table for B = {batch} and M = {count}, expected 1 or {len(self.x)} and "
                 f"{len(key.active)}"
+            )
+        own = 0 if table.pixels is None else len(table.pixels.own)
+        if own != key.pixelwise:
+            raise InvalidShape(
+                f"a table with weights of every pixel for {own} objectives, expected "
+                f"{key.pixelwise}"
             )
         if table.input_scale is not None:
             raise InvalidSchedule("these buffers hand x_t to the networks, which take it scaled")

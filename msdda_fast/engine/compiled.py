@@ -8,12 +8,15 @@ variable TORCHINDUCTOR_CACHE_DIR names, else in the temporary directory, which a
 
 from __future__ import annotations
 
+import sys
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 
 from msdda_fast.engine.graph_backends import Advance
 from msdda_fast.torch_private import inductor_options, recompile_limit
 
-__all__ = ["compiled"]
+__all__ = ["compiled", "without_compiling"]
 
 #: Steps of all shapes share the code of one method, and dynamo counts compilations per code.
 RECOMPILE_LIMIT = 4096
@@ -28,3 +31,11 @@ def compiled(advance: Advance, device_type: str) -> Advance:
     options = {**inductor_options(mode), "fx_graph_cache": True}
     function: Advance = torch.compile(advance, fullgraph=True, dynamic=False, options=options)
     return recompile_limit(function, RECOMPILE_LIMIT)
+
+
+def without_compiling() -> AbstractContextManager[object]:
+    """A context in which everything that is compiled runs as it is written."""
+    if "torch._dynamo" not in sys.modules:  # nothing is, and importing it takes seconds
+        return nullcontext()
+    stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+    return stance

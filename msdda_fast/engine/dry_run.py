@@ -9,12 +9,11 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from msdda_fast.engine.buffers import StepBuffers
 from msdda_fast.errors import CaptureError, MSDDAError
 from msdda_fast.torch_private import (
     FakeTensor,
@@ -25,6 +24,8 @@ from msdda_fast.torch_private import (
 )
 
 __all__ = ["DryRun", "dry_run"]
+
+B = TypeVar("B")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ class DryRun:
     peak_bytes: int
 
 
-def dry_run(advance: Callable[[StepBuffers], None], buffers: StepBuffers) -> DryRun:
+def dry_run(advance: Callable[[B], None], buffers: B) -> DryRun:
     """Run `advance` once without data; the buffers do not change.
 
     Raises:

@@ -31,7 +31,7 @@ from msdda_fast.steps.coefficients import CoefficientTable
 if TYPE_CHECKING:
     from msdda_fast.types import SeedsLike
 
-__all__ = ["Capture", "CapturedStep", "StepCache"]
+__all__ = ["Capture", "CapturedStep", "StepCache", "cause"]
 
 logger = logging.getLogger(__name__)
 
@@ -270,7 +270,7 @@ class StepCache(Generic[N]):
                     graph = self._graphs.capture(advance, buffers)
         except RuntimeError as error:
             failed = "compiled or captured" if self._compile else "captured"
-            raise CaptureError(f"the step cannot be {failed}: {_cause(error)}") from error
+            raise CaptureError(f"the step cannot be {failed}: {cause(error)}") from error
         return _Move(advance, graph)
 
     def _check_fits(self, what: str, needed: int, key: ShapeKey, graphs: GraphBackend) -> None:
@@ -290,7 +290,7 @@ def _places(network: Network, buffers: StepBuffers) -> dict[str, _Place]:
     }
 
 
-def _cause(error: BaseException) -> str:
+def cause(error: BaseException) -> str:
     """Return the first error of a chain and its line; ending a capture raises further errors."""
     while error.__context__ is not None:
         error = error.__context__

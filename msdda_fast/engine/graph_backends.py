@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
 from msdda_fast.engine.buffers import StepBuffers
+from msdda_fast.torch_private import abandon_pool
 
 __all__ = ["Advance", "CudaGraphs", "Graph", "GraphBackend", "graphs_for"]
 
@@ -17,6 +19,17 @@ Advance = Callable[[StepBuffers], None]
 
 #: cuBLAS, cuDNN and Triton choose kernels and allocate workspaces in their first calls on a stream.
 WARM_UP_STEPS = 3
+
+
+class Counted(Protocol):
+    """Buffers with a counter of steps, 0-d int64."""
+
+    @property
+    def counter(self) -> Tensor:
+        """Reset before each step that only warms up."""
+
+
+B = TypeVar("B", bound=Counted)
 
 
 class Graph(Protocol):
@@ -32,7 +45,7 @@ class Graph(Protocol):
 class GraphBackend(Protocol):
     """Records steps one at a time; recorded steps never run at the same time."""
 
-    def capture(self, advance: Advance, buffers: StepBuffers) -> Graph:
+    def capture(self, advance: Callable[[B], None], buffers: B) -> Graph:
         """Warm up `advance` on `buffers` and record it; may change `x`, the input and the counter.
 
         Raises:
@@ -54,8 +67,9 @@ class CudaGraphs:
         self._device = torch.device(device)
         self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
+        self._failed: list[torch.cuda.CUDAGraph] = []
 
-    def capture(self, advance: Advance, buffers: StepBuffers) -> Graph:
+    def capture(self, advance: Callable[[B], None], buffers: B) -> Graph:
         """Warm `advance` up on the side stream, then record it; see `GraphBackend.capture`."""
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         graph = torch.cuda.CUDAGraph()
@@ -71,17 +85,20 @@ class CudaGraphs:
                 ):
                     advance(buffers)
             except RuntimeError:
-                self._recover(buffers)
+                self._recover(graph, buffers)
                 raise
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
         return _CudaGraph(graph, self._device)
 
-    def _recover(self, buffers: StepBuffers) -> None:
+    def _recover(self, graph: torch.cuda.CUDAGraph, buffers: Counted) -> None:
         """Restore PyTorch's state after a capture that failed.
 
-        Until a capture succeeds, its default generator behaves as if captured ("Offset increment
-        outside graph capture"), and its allocator may still use the old pool.
+        Its allocator still has the pool of the capture, and until a capture succeeds its default
+        generator behaves as if captured ("Offset increment outside graph capture").
         """
+        self._failed.append(graph)  # its end would touch the pool once more
+        index = self._device.index
+        abandon_pool(torch.cuda.current_device() if index is None else index, self._pool)
         self._pool = torch.cuda.graph_pool_handle()
         with torch.cuda.graph(torch.cuda.CUDAGraph(), pool=self._pool, stream=self._stream):
             buffers.counter.add_(1)

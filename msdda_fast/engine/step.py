@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 
 from msdda_fast.engine.buffers import ShapeKey, StepBuffers
+from msdda_fast.engine.pixel_buffers import PixelBuffers
 from msdda_fast.errors import InvalidShape
 from msdda_fast.kernels import registry
 from msdda_fast.kernels.fused_step._ops import Operators
+from msdda_fast.kernels.fused_step._pixelwise import run_pixelwise
+from msdda_fast.kernels.raw import FusedStepBackend
 from msdda_fast.tracing import is_watched
 
 __all__ = ["Network", "Outputs", "Predict", "Step", "by_objective"]
@@ -79,7 +82,7 @@ class Step:
         device_type = torch.device(device).type
         self._predict = predict
         self._key = key
-        self._raw = registry.resolve("fused_step", backend, device_type).run
+        self._raw: FusedStepBackend = registry.resolve("fused_step", backend, device_type)
         self._operators = Operators(backend)
 
     def advance(self, buffers: StepBuffers) -> None:
@@ -90,19 +93,49 @@ class Step:
         """
         outputs = by_objective(self._predict(buffers.next_input, buffers.counter))
         self._check(outputs)
-        run = self._operators.run if is_watched(buffers.x) else self._raw
-        run(
+        raw = self._operators if is_watched(buffers.x) else self._raw
+        seeds = buffers.seeds if buffers.noise is None else None
+        if buffers.pixels is not None:
+            self._fuse_pixels(raw, buffers, buffers.pixels, outputs, seeds)
+        else:
+            raw.run(
+                buffers.x,
+                buffers.x,
+                outputs,
+                buffers.rows,
+                step=buffers.counter,
+                clip_range=self._key.clip_range,
+                noise=buffers.noise,
+                seeds=seeds,
+                next_input=buffers.next_input,
+            )
+        buffers.counter.add_(1)
+
+    def _fuse_pixels(
+        self,
+        raw: FusedStepBackend,
+        buffers: StepBuffers,
+        pixels: PixelBuffers,
+        outputs: Sequence[Tensor | None],
+        seeds: Tensor | None,
+    ) -> None:
+        variances, weights = pixels.at(buffers.counter)
+        noise = buffers.noise
+        run_pixelwise(
+            raw,
             buffers.x,
             buffers.x,
             outputs,
-            buffers.rows,
+            pixels.means.unbind(),
+            pixels.rows,
+            variances,
+            weights,
             step=buffers.counter,
             clip_range=self._key.clip_range,
-            noise=buffers.noise,
-            seeds=buffers.seeds if buffers.noise is None else None,
-            next_input=buffers.next_input,
+            noise=None if noise is None else noise.index_select(0, buffers.counter.view(1))[0],
+            seeds=seeds,
         )
-        buffers.counter.add_(1)
+        buffers.next_input.copy_(buffers.x)
 
     def _check(self, outputs: Sequence[Tensor | None]) -> None:
         active = self._key.active

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from msdda_fast.engine.parallel import ObjectiveParallel
 
-__all__ = ["default_device", "join", "leave", "own_folder", "rank", "shared_seed"]
+__all__ = ["default_device", "join", "leave", "own_folder", "rank", "shared_seed", "size"]
 
 #: Seconds to wait for a rank that is there and silent; it may still be loading the model. One that
 #: is gone is noticed at once.
@@ -26,7 +26,7 @@ TIMEOUT = 600.0
 
 def rank() -> int:
     """Return the rank of this process, 0 when alone; rank 0 writes files and reports for all."""
-    return int(os.environ["RANK"]) if _size() > 1 else 0
+    return int(os.environ["RANK"]) if size() > 1 else 0
 
 
 def default_device() -> str:
@@ -42,7 +42,7 @@ def join(device: torch.device) -> ObjectiveParallel | None:
     Raises:
         RankLost: Another process did not join in time.
     """
-    if _size() == 1:
+    if size() == 1:
         return None
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -83,5 +83,6 @@ def own_folder(folder: Path, parallel: ObjectiveParallel | None) -> Iterator[Pat
         yield copy
 
 
-def _size() -> int:
+def size() -> int:
+    """Return the number of processes, 1 when alone."""
     return int(os.environ.get("WORLD_SIZE", "1"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -25,7 +26,9 @@ from msdda_fast.evaluation.scores import merge_scores, read_scores, scores_file
 from msdda_fast.evaluation.settings import write_json
 from msdda_fast.evaluation.tables import OURS
 from msdda_fast.files import read_json, write_atomically
-from msdda_fast.pipelines import MSDDAPipeline
+from msdda_fast.levels import FlowNoise
+from msdda_fast.methods.method import Pipeline, is_stock
+from msdda_fast.pipelines.attach_files import networks_of
 
 __all__ = ["compare", "report_scores"]
 
@@ -36,7 +39,7 @@ PROTOCOL = {"title", "setting", "objectives", "preferences", "reference"}
 
 
 def compare(
-    pipe: MSDDAPipeline,
+    pipe: Pipeline,
     comparison: Comparison,
     plan: Plan,
     work: Path,
@@ -109,13 +112,31 @@ def report_scores(out: Path) -> Path:
     return write_report(read_scores(scores_file(out)), out, **protocol)
 
 
-def _setting(pipe: MSDDAPipeline, comparison: Comparison) -> str:
-    dtype = str(pipe.unet.dtype).removeprefix("torch.")
-    etas = ", ".join(f"{name} {o.eta:g}" for name, o in pipe.objectives.items())
+def _setting(pipe: Any, comparison: Comparison) -> str:  # noqa: ANN401 - of any class
+    denoiser: Any = next(iter(networks_of(pipe).values()))
+    dtype = str(denoiser.dtype).removeprefix("torch.")
     return (
-        f"{len(comparison.prompts)} prompts, T = {comparison.num_inference_steps}, "
-        f"eta of the aligned models: {etas}; networks in {dtype} on {pipe._execution_device}."
+        f"{len(comparison.prompts)} prompts, T = {comparison.num_inference_steps}, {_noise(pipe)}; "
+        f"networks in {dtype} on {pipe._execution_device}."
     )
+
+
+def _noise(pipe: Any) -> str:  # noqa: ANN401 - of any class
+    if not is_stock(pipe):
+        etas = ", ".join(f"{name} {o.eta:g}" for name, o in pipe.objectives.items())
+        return f"eta of the aligned models: {etas}"
+    from msdda_fast.methods.stock_model import own_levels
+
+    sampler = type(pipe.scheduler).__name__
+    levels = {name: level for name, level in own_levels(pipe).items() if level is not None}
+    shown = ", ".join(f"{name} {_level(level)}" for name, level in levels.items())
+    return f"{sampler}, levels of the aligned models: {shown}" if shown else sampler
+
+
+def _level(level: float | FlowNoise) -> str:
+    if isinstance(level, FlowNoise):
+        return f"{type(level).__name__}({level.level:g})"
+    return f"{level:g}"
 
 
 def _write_grids(

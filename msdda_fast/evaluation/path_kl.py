@@ -12,8 +12,8 @@ from msdda_fast.evaluation.runs import Comparison, Entry
 from msdda_fast.evaluation.settings import comparison_identity, shard_identity, write_json
 from msdda_fast.evaluation.shards import read_record
 from msdda_fast.files import read_json
+from msdda_fast.methods.method import Pipeline
 from msdda_fast.methods.path_kl import has_path_kl, path_kl
-from msdda_fast.pipelines import MSDDAPipeline
 
 __all__ = ["measure_path_kl", "path_kl_file", "read_path_kl"]
 
@@ -24,7 +24,7 @@ def path_kl_file(out: Path) -> Path:
 
 
 def measure_path_kl(
-    pipe: MSDDAPipeline,
+    pipe: Pipeline,
     comparison: Comparison,
     entries: Sequence[Entry],
     seeds: Sequence[int],
@@ -43,6 +43,7 @@ def measure_path_kl(
         progress: Called with the numbers of finished and of all paths.
 
     Raises:
+        UnsupportedNetwork: The pipeline is not Stable Diffusion's.
         ResumeMismatch: `work` holds shards of another model or other settings.
         InvalidSchedule: As `methods.path_kl`.
     """

@@ -3,15 +3,17 @@
 
 Systems that use aligned models draw every seed. Those that search or follow gradients while
 sampling cost up to a hundred times as much and draw the subset `search_seeds`; the special cases
-of TFG only at w = 0.5.
+of TFG only at w = 0.5. They need Stable Diffusion's captured pipeline; the others run on any.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
+from msdda_fast.errors import UnsupportedNetwork
 from msdda_fast.evaluation.rotations import ROTATED
 from msdda_fast.evaluation.runs import Entry
 from msdda_fast.levels import TimestepRange
@@ -22,7 +24,7 @@ from msdda_fast.methods.db_kla import DBKLA
 from msdda_fast.methods.db_mpa import DBMPA
 from msdda_fast.methods.db_mpa_ls import DBMPALS
 from msdda_fast.methods.deradiff import DeRaDiff
-from msdda_fast.methods.method import Method
+from msdda_fast.methods.method import Method, Pipeline, is_stock, needs_captured
 from msdda_fast.methods.morl_oracle import MORLOracle
 from msdda_fast.methods.msdda import MSDDA
 from msdda_fast.methods.mudm import MUDM
@@ -31,7 +33,7 @@ from msdda_fast.methods.rgg import RGG
 from msdda_fast.methods.sd import SD
 from msdda_fast.methods.tfg import PRESETS, TFG
 
-__all__ = ["Plan", "published_searches"]
+__all__ = ["Plan", "plan_for", "published_searches"]
 
 #: KL strengths of the systems of one objective: beyond the aligned model, half as far again.
 STRENGTHS = (1.5,)
@@ -81,6 +83,9 @@ class Plan:
         oracle_timesteps: First and last timestep in which those act; None: all.
         path_kl_seeds: Seeds for the path KL to the base, of systems that have one.
         factor_soup: Include RS with merged factors, which needs adapters of equal rank.
+        reweighted: Include systems with re-mapped weights.
+        searches: Include systems that evaluate rewards while sampling.
+        common_level: What the variant of DB-MPA is called whose networks share a noise level.
         systems: Names of methods; None: all.
 
     Raises:
@@ -100,6 +105,9 @@ class Plan:
     oracle_timesteps: TimestepRange | None = None
     path_kl_seeds: Sequence[int] = ()
     factor_soup: bool = True
+    reweighted: bool = True
+    searches: bool = True
+    common_level: str = "eta 1"
     systems: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
@@ -126,15 +134,10 @@ class Plan:
         main: list[tuple[Method, str]] = [
             (MSDDA(), ""),
             (RewardedSoup(), "product"),
-            (DBMPA(), "eta 1"),
+            (DBMPA(), self.common_level),
         ]
-        soup = (RewardedSoup(remapped=True), "re-weighted")
-        for method, variant in (
-            *main,
-            (DBMPA(remapped=True), "re-weighted"),
-            (DBMPALS(), ""),
-            soup,
-        ):
+        remapped = [DBMPA(remapped=True), RewardedSoup(remapped=True)] if self.reweighted else []
+        for method, variant in (*main, (DBMPALS(), ""), *((m, "re-weighted") for m in remapped)):
             for w in self.preferences:
                 yield Entry(method, variant, self.at(w), self.seeds)
         for w, folder in self.oracles.items():
@@ -166,6 +169,10 @@ class Plan:
         for row in self.simplex:
             weights = dict(zip(self.objectives, row, strict=True))
             yield Entry(MSDDA(), "", weights, self.front_seeds)
+        if self.searches:
+            yield from self._searches(middle)
+
+    def _searches(self, middle: Mapping[str, float]) -> Iterator[Entry]:
         for method, variant in _best_of_equal_forwards():
             for w in self.search_preferences or self.preferences:
                 yield Entry(method, variant, self.at(w), self.front_seeds)
@@ -175,3 +182,39 @@ class Plan:
                 yield Entry(method, variant, self.at(w), self.search_seeds)
         for variant, preset in PRESETS.items():
             yield Entry(preset, variant, middle, self.front_seeds)
+
+
+def plan_for(pipe: Pipeline, **settings: Any) -> Plan:  # noqa: ANN401 - of `Plan`
+    """Return the plan with those systems that a pipeline can draw.
+
+    A pipeline with a loop of its own has no systems that evaluate rewards, and re-mapped weights
+    only where its levels have them; DB-MPA has the noise of MSDDA, unless levels are DDIM's.
+
+    Args:
+        pipe: Its objectives are the aligned models.
+        settings: Of `Plan`.
+
+    Raises:
+        UnsupportedNetwork: The pipeline cannot draw what was asked for by name; or it draws no
+            images from prompts.
+        InvalidSchedule: Some objectives have a noise level and others have none.
+        ValueError: As `Plan`.
+    """
+    if not is_stock(pipe):
+        return Plan(**settings)
+    from msdda_fast.methods.stock_levels import has_common_weights, is_ddim
+    from msdda_fast.methods.stock_model import check_draws_images, own_levels, scheduler_of
+
+    check_draws_images(pipe)
+    plan = Plan(**settings)
+    asked = [entry.method for entry in plan.entries()] if plan.systems is not None else []
+    refused = [f"systems: {method.name}" for method in asked if method.needs_rewards]
+    refused += [name for name in ("tuned", "path_kl_seeds") if getattr(plan, name)]
+    if refused:
+        raise UnsupportedNetwork(f"{refused[0]} {needs_captured(pipe)}")
+    return replace(
+        plan,
+        searches=False,
+        reweighted=has_common_weights(own_levels(pipe)),
+        common_level="eta 1" if is_ddim(scheduler_of(pipe)) else "equal noise",
+    )

@@ -32,8 +32,7 @@ from msdda_fast.evaluation.shards import (
     read_record,
     strip,
 )
-from msdda_fast.methods.method import Drawn, Method
-from msdda_fast.pipelines import MSDDAPipeline
+from msdda_fast.methods.method import Drawn, Method, Pipeline
 from msdda_fast.rewards import Reward
 from msdda_fast.rewards.checks import check_scores
 
@@ -118,7 +117,7 @@ Elsewhere = Callable[[Sequence[tuple[Entry, int]]], Iterable[tuple[tuple[Entry, 
 
 
 def run_comparison(
-    pipe: MSDDAPipeline,
+    pipe: Pipeline,
     comparison: Comparison,
     entries: Sequence[Entry],
     folder: Path,
@@ -233,7 +232,7 @@ def _file(folder: Path, entry: Entry, seed: int) -> Path:
     return folder / "shards" / entry.folder_name / f"seed-{seed:04d}.json"
 
 
-def draw_shard(pipe: MSDDAPipeline, comparison: Comparison, entry: Entry, seed: int) -> Shard:
+def draw_shard(pipe: Pipeline, comparison: Comparison, entry: Entry, seed: int) -> Shard:
     """Draw and score one image of every prompt."""
     prompts = list(comparison.prompts)
     size = comparison.batch_size or len(prompts)

@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from msdda_fast.evaluation.runs import Comparison, Entry
-    from msdda_fast.pipelines import MSDDAPipeline
+    from msdda_fast.methods.method import Pipeline
 
 __all__ = ["comparison_identity", "shard_identity", "write_json"]
 
 
-def comparison_identity(pipe: MSDDAPipeline, comparison: Comparison) -> dict[str, Any]:
+def comparison_identity(pipe: Pipeline, comparison: Comparison) -> dict[str, Any]:
     """Return what all shards of a comparison depend on, objectives' own rewards included."""
     return {
         "num_inference_steps": comparison.num_inference_steps,

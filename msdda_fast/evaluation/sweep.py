@@ -16,18 +16,17 @@ import torch
 from PIL import Image
 
 from msdda_fast.errors import InvalidWeights, UnknownObjective
+from msdda_fast.evaluation.cell_drawer import CellDrawer, Pipeline, base_label
 from msdda_fast.evaluation.cells import Cell, SweepFolder
 from msdda_fast.evaluation.grid import labelled_grid
 from msdda_fast.evaluation.settings import write_json
 from msdda_fast.files import write_atomically
-from msdda_fast.objective import Objective
-from msdda_fast.pipelines import MSDDAPipeline
 from msdda_fast.pipelines.identity import model_identity
 from msdda_fast.pipelines.preferences import call_strength
 from msdda_fast.rewards import load_reward
 from msdda_fast.rewards.checks import check_scores
 
-__all__ = ["CellDrawer", "Sweep", "SweepResult", "run_sweep"]
+__all__ = ["Sweep", "SweepResult", "run_sweep"]
 
 #: Draws batches of cells in another place, and yields them in any order.
 Elsewhere = Callable[[Sequence[list[Cell]]], Iterable[tuple[list[Cell], Sequence[Image.Image]]]]
@@ -108,7 +107,7 @@ class SweepResult:
 
 
 def run_sweep(
-    pipe: MSDDAPipeline,
+    pipe: Pipeline,
     sweep: Sweep,
     folder: Path,
     *,
@@ -118,7 +117,7 @@ def run_sweep(
     """Draw the missing cells, then the grid, and score all cells.
 
     Args:
-        pipe: A pipeline with two objectives, one of them `sweep.toward`.
+        pipe: A pipeline of images with two objectives, one of them `sweep.toward`.
         sweep: What to draw.
         folder: Folder of finished cells; a later call continues, or adds prompts, weights, seeds.
             After a kill the same call draws the same batches, and ends with the same bits.
@@ -152,7 +151,7 @@ def run_sweep(
             for prompt in sweep.prompts
         ],
         sweep.prompts,
-        [_label(weight, sweep.toward, other) for weight in sweep.columns],
+        [_label(weight, sweep.toward, other, base_label(pipe)) for weight in sweep.columns],
     )
     write_atomically(folder / "grid.png", lambda file: grid.save(file, format="PNG"))
 
@@ -185,39 +184,7 @@ def run_sweep(
     return SweepResult(folder / "grid.png", folder / "rewards.json", means)
 
 
-class CellDrawer:
-    """Draws cells of one sweep.
-
-    Args:
-        pipe: A pipeline with two objectives, one of them `sweep.toward`.
-        sweep: The sweep.
-    """
-
-    def __init__(self, pipe: MSDDAPipeline, sweep: Sweep) -> None:
-        # the base at the objectives' own guidance, or the columns would differ in more than w
-        guidance = next(iter(pipe.objectives.values())).guidance_scale
-        reference = Objective(guidance_scale=guidance)
-        self._base = MSDDAPipeline.from_pipe(pipe, objectives={"SD": reference})
-        self._base.set_progress_bar_config(disable=True)
-        self._pipe, self._sweep = pipe, sweep
-        self._other = next(name for name in pipe.objectives if name != sweep.toward)
-
-    def __call__(self, batch: Sequence[Cell]) -> list[Image.Image]:
-        """Draw cells of one column together."""
-        sweep, weight = self._sweep, batch[0].weight
-        chosen = None if weight is None else {sweep.toward: weight, self._other: 1.0 - weight}
-        images: list[Image.Image] = (self._base if weight is None else self._pipe)(
-            [cell.prompt for cell in batch],
-            weights=chosen,
-            strength=None if weight is None else sweep.strength,
-            seed=[cell.seed for cell in batch],
-            num_inference_steps=sweep.num_inference_steps,
-            guidance_scale=sweep.guidance_scale,
-        ).images
-        return images
-
-
-def _here(pipe: MSDDAPipeline, sweep: Sweep) -> Elsewhere:
+def _here(pipe: Pipeline, sweep: Sweep) -> Elsewhere:
     draw = CellDrawer(pipe, sweep)
     return lambda batches: ((batch, draw(batch)) for batch in batches)
 
@@ -250,7 +217,7 @@ def _batches(sweep: Sweep, store: SweepFolder) -> Iterator[list[Cell]]:
                 yield batch
 
 
-def _settings(pipe: MSDDAPipeline, sweep: Sweep) -> dict[str, Any]:
+def _settings(pipe: Pipeline, sweep: Sweep) -> dict[str, Any]:
     """Return everything that an image depends on besides prompt, weight and seed."""
     names = list(pipe.objectives)
     every = torch.ones(1, 1, len(names), dtype=torch.float64)
@@ -264,9 +231,9 @@ def _settings(pipe: MSDDAPipeline, sweep: Sweep) -> dict[str, Any]:
     }
 
 
-def _label(weight: float | None, toward: str, other: str) -> str:
+def _label(weight: float | None, toward: str, other: str, base: str) -> str:
     if weight is None:
-        return "SD\nbase model"
+        return "SD\nbase model" if base == "SD" else base
     only = {0.0: other, 1.0: toward}.get(weight)
     return f"w = {weight:g}" + (f"\n{only} only" if only else "")
 

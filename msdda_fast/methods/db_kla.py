@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from msdda_fast.methods.kl_strength import KLStrength
-from msdda_fast.methods.model import LatentModel
+from msdda_fast.methods.model import FusedModel
 
 __all__ = ["DBKLA"]
 
@@ -27,8 +27,8 @@ class DBKLA(KLStrength):
     name: ClassVar[str] = "DB-KLA"
     eta: float = 1.0
 
-    def sample(self, model: LatentModel) -> Tensor:
+    def sample(self, model: FusedModel) -> Tensor:
         """Draw images by DDIM steps of the mixed noise predictions."""
         weights = self.weights(model)
-        etas = dict.fromkeys(weights, self.eta)
+        etas = dict.fromkeys(weights, model.level(self.eta))
         return model.decode(model.generate(weights, etas, fusion="eps", extrapolate=True))

@@ -10,8 +10,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from msdda_fast.methods.method import Method
-from msdda_fast.methods.model import LatentModel
-from msdda_fast.steps.shares import effective_weights
+from msdda_fast.methods.model import FusedModel, Level
 
 __all__ = ["DBMPA"]
 
@@ -39,15 +38,13 @@ class DBMPA(Method):
         if self.remapped and self.eta is not None:
             raise ValueError(f"the remapped DB-MPA steps at eta_w, got eta={self.eta!r} as well")
 
-    def sample(self, model: LatentModel) -> Tensor:
+    def sample(self, model: FusedModel) -> Tensor:
         """Draw images by DDIM steps of the averaged noise predictions."""
         weights, eta = self._setting(model)
         x_0 = model.generate(weights, dict.fromkeys(weights, eta), fusion="eps")
         return model.decode(x_0)
 
-    def _setting(self, model: LatentModel) -> tuple[Mapping[str, float], float]:
-        w = model.preference
-        if not self.remapped:
-            return w, 1.0 if self.eta is None else self.eta
-        what, eta_w = effective_weights(list(w.values()), [model.etas[name] for name in w])
-        return dict(zip(w, what.tolist(), strict=True)), float(eta_w)
+    def _setting(self, model: FusedModel) -> tuple[Mapping[str, float], Level]:
+        if self.remapped:
+            return model.remapped()
+        return model.preference, model.level(1.0 if self.eta is None else self.eta)

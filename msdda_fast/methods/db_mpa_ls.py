@@ -9,9 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from msdda_fast.methods.ddim import DDIMStep
 from msdda_fast.methods.method import Method
-from msdda_fast.methods.model import LatentModel
+from msdda_fast.methods.model import FusedModel
 
 __all__ = ["DBMPALS"]
 
@@ -33,22 +32,13 @@ class DBMPALS(Method):
     name: ClassVar[str] = "DB-MPA-LS"
     eta: float = 1.0
 
-    def sample(self, model: LatentModel) -> Tensor:
+    def sample(self, model: FusedModel) -> Tensor:
         """Draw images by DDIM steps, each with one randomly drawn model per sample."""
         names = [name for name, weight in model.preference.items() if weight > 0]
-        x = model.initial()
-        for k in range(len(model.grid.timesteps)):
-            chosen = self._choose([model.preference[name] for name in names], model, k)
-            eps = torch.empty_like(x)
-            for i, name in enumerate(names):
-                rows = (chosen == i).nonzero().flatten()
-                if len(rows):
-                    eps[rows] = model.eps(x[rows], k, name, rows)
-            x = DDIMStep.of(model.grid, k, self.eta).prev(x, eps, model.noise(k))
-        return model.decode(x)
+        below = torch.tensor([model.preference[name] for name in names[:-1]]).double().cumsum(0)
 
-    def _choose(self, weights: list[float], model: LatentModel, k: int) -> Tensor:
-        """Draw the index of a model for each sample, (B,)."""
-        u = model.uniform(k, purpose=_CHOICE)
-        below = torch.tensor(weights[:-1], dtype=u.dtype, device=u.device).cumsum(0)
-        return torch.searchsorted(below, u, right=True)
+        def choose(k: int) -> Tensor:
+            u = model.uniform(k, purpose=_CHOICE)
+            return torch.searchsorted(below.to(u), u, right=True)
+
+        return model.decode(model.switched(names, choose, model.level(self.eta)))

@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from msdda_fast.methods.kl_strength import KLStrength
-from msdda_fast.methods.model import BASE, LatentModel
+from msdda_fast.methods.model import BASE, FusedModel
 
 __all__ = ["DeRaDiff"]
 
@@ -31,7 +31,7 @@ class DeRaDiff(KLStrength):
     name: ClassVar[str] = "DeRaDiff"
     base_eta: float = 1.0
 
-    def sample(self, model: LatentModel) -> Tensor:
+    def sample(self, model: FusedModel) -> Tensor:
         """Draw images from the product of the kernels of the base and the aligned models."""
-        etas = {**model.etas, BASE: self.base_eta}
+        etas = {**model.etas, BASE: model.level(self.base_eta)}
         return model.decode(model.generate(self.weights(model), etas, extrapolate=True))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from msdda_fast.errors import InvalidWeights, UnknownObjective
 from msdda_fast.methods.method import Method
-from msdda_fast.methods.model import BASE, LatentModel
+from msdda_fast.methods.model import BASE, FusedModel
 
 __all__ = ["KLStrength"]
 
@@ -33,7 +33,7 @@ class KLStrength(Method):
         if not 0 <= self.strength < math.inf:
             raise InvalidWeights(f"strength must be at least 0 and finite, got {self.strength!r}")
 
-    def weights(self, model: LatentModel) -> dict[str, float]:
+    def weights(self, model: FusedModel) -> dict[str, float]:
         """Return the weights by model name, summing to 1, without those that are 0.
 
         Raises:

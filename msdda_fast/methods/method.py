@@ -6,18 +6,23 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
 
+from msdda_fast.errors import UnsupportedNetwork
 from msdda_fast.methods.model import Cost, LatentModel
 from msdda_fast.rewards import Reward
 
 if TYPE_CHECKING:
     from msdda_fast.pipelines import MSDDAPipeline
+    from msdda_fast.pipelines.attach import WithObjectives
 
-__all__ = ["Drawn", "Method"]
+__all__ = ["Drawn", "Method", "Pipeline", "is_stock", "needs_captured"]
+
+#: Stable Diffusion's, or of any family.
+Pipeline: TypeAlias = "MSDDAPipeline | WithObjectives"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +60,7 @@ class Method(ABC):
 
     def __call__(
         self,
-        pipe: MSDDAPipeline,
+        pipe: Pipeline,
         prompts: Sequence[str],
         weights: Mapping[str, float],
         seeds: Sequence[int],
@@ -67,12 +72,14 @@ class Method(ABC):
         """Draw one image per prompt and seed. A (prompt, seed) has the same noise in all methods.
 
         Args:
-            pipe: The base model, with the aligned models as its objectives; not modified.
+            pipe: The base model, with the aligned models as its objectives; not modified. Of any
+                family for systems that evaluate no rewards.
             prompts: B texts.
             weights: Preference w, on the simplex: by objective, or by reward if rewards guide.
             seeds: B integers of 64 bits.
             num_inference_steps: T.
-            guidance_scale: The scale of every model; None: the objectives' own.
+            guidance_scale: The scale of every model; None: the objectives' own, or the default of a
+                pipeline's call.
             rewards: By the names in `weights`, for methods that evaluate them.
 
         Raises:
@@ -80,11 +87,13 @@ class Method(ABC):
             InvalidWeights: The weights are not on the simplex.
             InvalidShape: There is not one seed per prompt.
             InvalidSchedule: The number of steps or the guidance scale is out of range.
+            UnsupportedNetwork: The method evaluates rewards, and the pipeline is not Stable
+                Diffusion's; or a pipeline of another family draws no images from prompts.
             ValueError: The method needs rewards and some are missing; or it follows their
                 gradients, and a reward with weight has none.
         """
-        from msdda_fast.methods.pipeline_model import PipelineModel
-
+        if self.needs_rewards and is_stock(pipe):
+            raise UnsupportedNetwork(f"{self.name} {needs_captured(pipe)}")
         if self.needs_rewards and (missing := [n for n in weights if n not in (rewards or {})]):
             raise ValueError(f"{self.name} evaluates rewards, and none is given for {missing}")
         if self.needs_gradients:
@@ -96,7 +105,7 @@ class Method(ABC):
                     )
         with (
             torch.no_grad(),
-            PipelineModel(
+            _model(
                 pipe,
                 prompts,
                 weights,
@@ -108,3 +117,28 @@ class Method(ABC):
         ):
             images = self.sample(model)
         return Drawn(images.detach().float(), model.cost)
+
+
+def is_stock(pipe: Pipeline) -> bool:
+    """Whether a pipeline is of a family whose loop is its own."""
+    from msdda_fast.pipelines.attach import WithObjectives
+
+    return isinstance(pipe, WithObjectives)
+
+
+def needs_captured(pipe: Pipeline) -> str:
+    """Return the sentence that refuses a system or an option, but for its first word, the name."""
+    return (
+        "needs single steps of the networks, which Stable Diffusion's captured pipeline gives, and "
+        f"{type(pipe).__name__} does not"
+    )
+
+
+def _model(pipe: Any, *args: Any, rewards: Any, **settings: Any) -> Any:  # noqa: ANN401
+    if is_stock(pipe):
+        from msdda_fast.methods.stock_model import StockModel
+
+        return StockModel(pipe, *args, **settings)
+    from msdda_fast.methods.pipeline_model import PipelineModel
+
+    return PipelineModel(pipe, *args, rewards=rewards, **settings)

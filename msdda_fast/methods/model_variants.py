@@ -110,7 +110,8 @@ class ModelVariants:
             self._ranges[name] = timesteps
 
     def _put(self, adapter: AdapterFile, network: nn.Module) -> None:
-        self._stack.enter_context(temporarily(adapter, network, self._pipe.text_encoder))
+        networks = {"unet": network, "text_encoder": self._pipe.text_encoder}
+        self._stack.enter_context(temporarily(adapter, networks))
         self._add(adapter.name, Variant(network, adapter.name))
 
     def _add(self, name: str, variant: Variant) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from msdda_fast.errors import InvalidWeights
 from msdda_fast.levels import TimestepRange
 from msdda_fast.methods.method import Method
-from msdda_fast.methods.model import LatentModel, fused_eta
+from msdda_fast.methods.model import FusedModel
 
 __all__ = ["MORLOracle"]
 
@@ -39,17 +39,16 @@ class MORLOracle(Method):
     timesteps: TimestepRange | None = None
     eta: float | None = None
 
-    def sample(self, model: LatentModel) -> Tensor:
+    def sample(self, model: FusedModel) -> Tensor:
         """Draw images of the adapter that was trained for the preference.
 
         Raises:
             InvalidWeights: No adapter was trained for this preference.
-            FileNotFoundError, AdapterMismatch, ValueError: See `LatentModel.load`.
+            FileNotFoundError, AdapterMismatch, ValueError: See `FusedModel.load`.
         """
         adapter = self._adapter(model.preference)
-        eta = fused_eta(model) if self.eta is None else self.eta
         name = model.load(adapter, self.timesteps)
-        return model.decode(model.generate({name: 1.0}, {name: eta}))
+        return model.decode(model.generate({name: 1.0}, {name: model.level(self.eta)}))
 
     def _adapter(self, preference: Mapping[str, float]) -> str | Path:
         if self.objective not in preference or len(preference) != 2:

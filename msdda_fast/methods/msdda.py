@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from msdda_fast.methods.method import Method
-from msdda_fast.methods.model import Fusion, LatentModel
+from msdda_fast.methods.model import FusedModel, Fusion
 
 __all__ = ["MSDDA"]
 
@@ -28,7 +28,7 @@ class MSDDA(Method):
     etas: dict[str, float] | None = None
     fusion: Fusion = "posterior"
 
-    def sample(self, model: LatentModel) -> Tensor:
+    def sample(self, model: FusedModel) -> Tensor:
         """Draw images from the fused reverse steps of the aligned models."""
         etas = model.etas if self.etas is None else self.etas
         return model.decode(model.generate(model.preference, etas, fusion=self.fusion))

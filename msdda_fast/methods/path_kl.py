@@ -16,18 +16,18 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from msdda_fast.errors import InvalidSchedule
+from msdda_fast.errors import InvalidSchedule, UnsupportedNetwork
 from msdda_fast.methods.db_kla import DBKLA
 from msdda_fast.methods.db_mpa import DBMPA
 from msdda_fast.methods.deradiff import DeRaDiff
-from msdda_fast.methods.method import Method
-from msdda_fast.methods.model import BASE, Fusion
+from msdda_fast.methods.method import Method, Pipeline, needs_captured
+from msdda_fast.methods.model import BASE, Fusion, Level
 from msdda_fast.methods.morl_oracle import MORLOracle
 from msdda_fast.methods.msdda import MSDDA
 from msdda_fast.methods.pipeline_model import PipelineModel
 from msdda_fast.methods.rewarded_soup import RewardedSoup
 from msdda_fast.methods.sd import SD
-from msdda_fast.pipelines import MSDDAPipeline
+from msdda_fast.pipelines.attach import WithObjectives
 from msdda_fast.steps.table import coefficient_table
 
 __all__ = ["has_path_kl", "path_kl"]
@@ -43,7 +43,7 @@ def has_path_kl(method: Method) -> bool:
 @torch.no_grad()
 def path_kl(
     method: Method,
-    pipe: MSDDAPipeline,
+    pipe: Pipeline,
     prompts: Sequence[str],
     weights: Mapping[str, float],
     seeds: Sequence[int],
@@ -57,10 +57,13 @@ def path_kl(
     the paths are those of its images, up to rounding.
 
     Raises:
+        UnsupportedNetwork: The pipeline is not Stable Diffusion's.
         ValueError: The method is none of those that `has_path_kl` knows.
         InvalidSchedule: x_0 is clipped, which leaves steps no Gaussians; otherwise as
             `Method.__call__`.
     """
+    if isinstance(pipe, WithObjectives):
+        raise UnsupportedNetwork(f"path KL {needs_captured(pipe)}")
     if not has_path_kl(method):
         raise ValueError(f"the steps of {method.name} are not fused Gaussians: it has no path KL")
     with _MeasuredModel(
@@ -83,7 +86,7 @@ class _MeasuredModel(PipelineModel):
     def generate(
         self,
         weights: Mapping[str, float],
-        etas: Mapping[str, float],
+        etas: Mapping[str, Level],
         *,
         fusion: Fusion = "posterior",
         extrapolate: bool = False,

@@ -20,8 +20,9 @@ from msdda_fast.errors import UnknownObjective
 from msdda_fast.kernels.counter_noise import STREAM_INITIAL, STREAM_STEP, as_seeds, counter_noise
 from msdda_fast.levels import TimestepRange
 from msdda_fast.lora.soup import Merge
-from msdda_fast.methods.model import BASE, Cost, Fusion
+from msdda_fast.methods.model import BASE, Cost, DDIMLevels, Fusion, Level
 from msdda_fast.methods.model_variants import ModelVariants
+from msdda_fast.methods.streams import chances, stream_of
 from msdda_fast.pipelines import request
 from msdda_fast.pipelines.stable_diffusion.decoding import decode
 from msdda_fast.pipelines.stable_diffusion.pipeline import MSDDAPipeline
@@ -34,15 +35,12 @@ __all__ = ["PipelineModel"]
 #: Latents per forward of a network, and per decode: what a call with many particles is cut into.
 MAX_ROWS = 64
 
-#: Streams of counter noise from here on belong to methods: one per particle of each purpose.
-_FIRST_STREAM, _MOST_PARTICLES = 16, 1 << 16
-
 #: By pipeline, the views of it with other objectives, so that their networks are built once. Models
 #: made for one `PipelineModel` are not among them.
 _views: MutableMapping[MSDDAPipeline, dict[tuple[str, ...], MSDDAPipeline]] = WeakKeyDictionary()
 
 
-class PipelineModel:
+class PipelineModel(DDIMLevels):
     """`LatentModel` over the networks of a pipeline; a context manager that restores them.
 
     Args:
@@ -111,17 +109,14 @@ class PipelineModel:
 
     def noise(self, k: int, particles: int = 1, *, purpose: int = 0) -> Tensor:
         """Return z of step k for N particles, (N B, *S), by stream of counter noise."""
-        first = _FIRST_STREAM + _MOST_PARTICLES * purpose
-        streams = [first + particle for particle in range(particles)]
+        streams = [stream_of(purpose, particle) for particle in range(particles)]
         if purpose == 0:
             streams[0] = STREAM_STEP
         return torch.cat([self._draw(k, stream) for stream in streams])
 
     def uniform(self, k: int, *, purpose: int) -> Tensor:
         """Return one random number in (0, 1) per sample for a choice at step k, (B,)."""
-        z = self._draw(k, _FIRST_STREAM + _MOST_PARTICLES * purpose).double().flatten(1)[:, 0]
-        chances: Tensor = torch.special.ndtr(z)
-        return chances
+        return chances(self._seeds, k, purpose).to(self._device)
 
     def acting(self, name: str, k: int) -> str:
         """Return whose network runs at step k: the base's outside of the model's timesteps."""
@@ -158,7 +153,7 @@ class PipelineModel:
     def generate(
         self,
         weights: Mapping[str, float],
-        etas: Mapping[str, float],
+        etas: Mapping[str, Level],
         *,
         fusion: Fusion = "posterior",
         extrapolate: bool = False,

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from msdda_fast.lora.soup import Merge
 from msdda_fast.methods.method import Method
-from msdda_fast.methods.model import LatentModel, fused_eta
-from msdda_fast.steps.shares import effective_weights
+from msdda_fast.methods.model import FusedModel
 
 __all__ = ["RewardedSoup"]
 
@@ -37,13 +36,8 @@ class RewardedSoup(Method):
     remapped: bool = False
     eta: float | None = None
 
-    def sample(self, model: LatentModel) -> Tensor:
+    def sample(self, model: FusedModel) -> Tensor:
         """Draw images of the model with averaged weights."""
-        eta = fused_eta(model) if self.eta is None else self.eta
-        weights = model.preference
-        if self.remapped:
-            own = [model.etas[name] for name in weights]
-            what, _ = effective_weights(list(weights.values()), own)
-            weights = dict(zip(weights, what.tolist(), strict=True))
+        weights = model.remapped()[0] if self.remapped else model.preference
         soup = model.soup(weights, self.merge, self.rotation)
-        return model.decode(model.generate({soup: 1.0}, {soup: eta}))
+        return model.decode(model.generate({soup: 1.0}, {soup: model.level(self.eta)}))

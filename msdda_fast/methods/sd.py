@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from msdda_fast.methods.method import Method
-from msdda_fast.methods.model import BASE, LatentModel
+from msdda_fast.methods.model import BASE, FusedModel
 
 __all__ = ["SD"]
 
@@ -25,6 +25,6 @@ class SD(Method):
     name: ClassVar[str] = "SD"
     eta: float = 1.0
 
-    def sample(self, model: LatentModel) -> Tensor:
+    def sample(self, model: FusedModel) -> Tensor:
         """Draw images of the base model."""
-        return model.decode(model.generate({BASE: 1.0}, {BASE: self.eta}))
+        return model.decode(model.generate({BASE: 1.0}, {BASE: model.level(self.eta)}))

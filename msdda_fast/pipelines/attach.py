@@ -16,30 +16,32 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor, nn
+from torch import nn
 
-from msdda_fast.adapters.switching import adapter_names
 from msdda_fast.adapters.variant import AdapterSet
 from msdda_fast.errors import UnsupportedNetwork
 from msdda_fast.levels import NoiseLevels
 from msdda_fast.objective import Objective
 from msdda_fast.pipelines.accelerator import Accelerator
 from msdda_fast.pipelines.adapter_sets import adapter_set, check_loaded, check_objective
-from msdda_fast.pipelines.attach_files import DENOISERS, networks_of
+from msdda_fast.pipelines.attach_files import DENOISERS, loaded_adapters, networks_of
 from msdda_fast.pipelines.batch import Batch
 from msdda_fast.pipelines.call_arguments import check_arguments
 from msdda_fast.pipelines.call_levels import call_levels
+from msdda_fast.pipelines.call_preferences import CallPreferences
 from msdda_fast.pipelines.exclusive import one_at_a_time
 from msdda_fast.pipelines.fused_scheduler import with_fusing
 from msdda_fast.pipelines.fusing import FusingOptions
 from msdda_fast.pipelines.held_objectives import HeldObjectives
+from msdda_fast.pipelines.latent_grid import requested_size
 from msdda_fast.pipelines.loop_noise import LoopNoise
 from msdda_fast.pipelines.manifest import NAMELESS, check_names
 from msdda_fast.pipelines.pipeline_step import PipelineFusing, WithBase
-from msdda_fast.pipelines.preferences import StrengthsLike, call_strength
+from msdda_fast.pipelines.preferences import StrengthsLike
+from msdda_fast.pipelines.regions import MasksLike, check_masks, check_softness
 from msdda_fast.pipelines.row_hook import RowHook
 from msdda_fast.pipelines.stock_methods import attached_class
-from msdda_fast.pipelines.stock_schedulers import check_scheduler
+from msdda_fast.pipelines.stock_schedulers import check_scheduler, set_to
 from msdda_fast.types import Fusion, WeightSchedule, ZeroVariancePolicy
 
 __all__ = ["WithObjectives", "attach", "attach_as_it_is"]
@@ -54,6 +56,8 @@ class WithObjectives(HeldObjectives):
         self,
         *args: Any,  # noqa: ANN401 - the stock pipeline's own
         weights: WeightSchedule = None,
+        masks: MasksLike | None = None,
+        mask_softness: float | None = None,
         objective_strength: StrengthsLike | None = None,
         kl_weights: Mapping[str, float] | Sequence[float] | None = None,
         seed: int | Sequence[int] | None = None,
@@ -74,8 +78,11 @@ class WithObjectives(HeldObjectives):
             args, kwargs: As in the stock pipeline.
             weights: Preferences w, no unit, on the simplex: a mapping from every objective's name
                 to a number, a list of mappings, one per prompt, (M,) or (B, M) numbers, or a
-                callable from the step index 0..T-1 to any of these. None: uniform. An objective
-                whose weight is 0 throughout is not evaluated.
+                callable from the step index 0..T-1 to any of these, or a mapping from ranges of
+                timesteps to them, `{(500, 999): {...}, (0, 499): {...}}`, both ends included. None:
+                uniform. An objective whose weight is 0 throughout is not evaluated.
+            masks, mask_softness: As `MSDDAPipeline`: where an objective acts, in pixels of the
+                image, and how far edges are blurred.
             objective_strength, kl_weights: As `strength` and `kl_weights` of `MSDDAPipeline`, here
                 with another name because `strength` of image to image is something else.
             seed: Counter-based noise in the steps, and x_T from one generator per image: image i
@@ -91,6 +98,7 @@ class WithObjectives(HeldObjectives):
 
         Raises:
             AdapterMismatch: An objective's adapter has been deleted, or fused into the weights.
+            CaptureError: Graphs are required (`set_forward`) and impossible.
             PipelineBusy: A callback called the pipeline that calls it. Other threads wait instead.
             UnsupportedNetwork: The pipeline reads predictions on the host, a cache is enabled, or
                 it never called its scheduler's step.
@@ -104,13 +112,21 @@ class WithObjectives(HeldObjectives):
         stock: Any = super().__call__  # type: ignore[misc]
         scheduler: Any = self.scheduler  # type: ignore[attr-defined]
         batch = Batch.of(stock, args, kwargs)
-        rows = batch.weights(weights, list(self._objectives), extrapolate=extrapolate)
-        active = {
-            name: objective
-            for m, (name, objective) in enumerate(self._objectives.items())
-            if bool((rows[..., m] != 0).any())
-        }
-        columns = [m for m, name in enumerate(self._objectives) if name in active]
+        names = list(self._objectives)
+        regions = None
+        check_softness(mask_softness, masks)
+        if masks is not None:
+            regions = check_masks(
+                masks,
+                names,
+                batch.images,
+                *requested_size(self, batch.given),
+                images_per_prompt=batch.copies,
+                softness=mask_softness,
+            )
+        prefers = CallPreferences.of(batch, weights, names, regions, extrapolate=extrapolate)
+        columns = prefers.columns
+        active = {names[m]: self._objectives[names[m]] for m in columns}
         seeds, kwargs = batch.seeded(seed, kwargs)
         check_scheduler(scheduler, steered=seeds is not None)
         own_levels = call_levels(scheduler, active, self._objectives, levels)
@@ -124,18 +140,17 @@ class WithObjectives(HeldObjectives):
             backend="auto",
         )
         fusing = PipelineFusing(
-            _set_to(scheduler, batch.num_steps),
+            set_to(scheduler, batch.num_steps),
             options,
             count=len(active),
             levels=own_levels,
-            weights=_by_step(rows[..., columns]),
+            weights=prefers.schedule,
             noise=LoopNoise(seeds, None),
+            pixels=prefers.pixels(self),
         )
-        own = call_strength(
-            list(self._objectives), objective_strength, kl_weights, rows, batch.copies
-        )
+        own = prefers.strength(objective_strength, kl_weights, batch.copies)
         ranges = [objective.timesteps for objective in active.values()]
-        loaded = _loaded(self)
+        loaded = loaded_adapters(self)
         for name in active:
             check_loaded(name, self._sets[name], loaded)
         sets = [self._sets[name] for name in active]
@@ -158,7 +173,8 @@ class WithObjectives(HeldObjectives):
     def _hook(self, name: str, network: nn.Module) -> RowHook:
         hook = self._hooks.get(name)
         if hook is None or hook.network is not network:  # users assign others to a pipeline
-            hook = self._hooks[name] = RowHook(name, network)
+            capture = self._capture if name in DENOISERS else "off"  # others run once a call
+            hook = self._hooks[name] = RowHook(name, network, capture)
         return hook
 
 
@@ -191,7 +207,7 @@ def attach(
         )
     if not hasattr(parts.get("scheduler"), "step"):
         raise UnsupportedNetwork(f"{type(pipeline).__name__} has no scheduler with a step to fuse")
-    loaded = _loaded(pipeline)
+    loaded = loaded_adapters(pipeline)
     if objectives is None and isinstance(pipeline, WithObjectives):
         objectives, accelerator = pipeline.objectives, pipeline.accelerator
         sets = {**pipeline.adapter_sets, NAMELESS: pipeline.base_set}
@@ -210,6 +226,7 @@ def attach(
     attached._objectives, attached._hooks = dict(objectives), {}
     attached._accelerator, attached._base_set = accelerator, sets.get(NAMELESS, ())
     attached._sets = {name: sets[name] for name in objectives}
+    attached._capture = getattr(pipeline, "_capture", "auto")
     made: WithObjectives = attached
     return made
 
@@ -228,29 +245,3 @@ def attach_as_it_is(
             "another dtype before"
         )
     return attach(pipeline, objectives)
-
-
-def _loaded(pipeline: Any) -> list[str]:  # noqa: ANN401 - a pipeline
-    return adapter_names(*networks_of(pipeline).values())
-
-
-def _by_step(rows: Tensor) -> WeightSchedule:
-    """(T, B, M) -> (M,) or (B, M) where steps agree, else a callable from the step to either."""
-    if bool((rows == rows[:, :1]).all()):
-        rows = rows[:, 0]
-    if bool((rows == rows[:1]).all()):
-        return rows[0]
-    return lambda k: rows[k]
-
-
-def _set_to(scheduler: Any, num_steps: int) -> Any:  # noqa: ANN401 - any scheduler of diffusers
-    """A copy with the timesteps of this call, or with none where the pipeline must set them.
-
-    Those of an earlier call must not be judged by the levels of this one.
-    """
-    probe = copy.copy(scheduler)
-    try:
-        probe.set_timesteps(num_steps)
-    except (TypeError, ValueError):  # shifts that depend on the size, for one
-        probe.num_inference_steps, probe.custom_timesteps = None, False
-    return probe

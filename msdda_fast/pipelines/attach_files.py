@@ -12,6 +12,7 @@ from torch import nn
 
 from msdda_fast.adapters.formats import StockFormat
 from msdda_fast.adapters.injection import peft_names
+from msdda_fast.adapters.switching import adapter_names
 from msdda_fast.adapters.variant import AdapterSet
 from msdda_fast.adapters.writing import write_adapters
 from msdda_fast.pipelines.accelerator import ACCELERATOR_FOLDER
@@ -20,7 +21,7 @@ from msdda_fast.pipelines.loading import LoadPlan, read_adapters
 from msdda_fast.pipelines.manifest import NAMELESS, OBJECTIVES_FILE, dump_objectives
 from msdda_fast.pipelines.saving import folders_of, load_in_float32, staged, without_adapters
 
-__all__ = ["DENOISERS", "load_objectives", "networks_of", "save_objectives"]
+__all__ = ["DENOISERS", "load_objectives", "loaded_adapters", "networks_of", "save_objectives"]
 
 #: Components that predict what a scheduler's step takes.
 DENOISERS = ("unet", "transformer", "transformer_2", "prior", "decoder")
@@ -32,6 +33,11 @@ def networks_of(pipeline: Any) -> dict[str, nn.Module]:  # noqa: ANN401 - any pi
         name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)
     }
     return dict(sorted(networks.items(), key=lambda item: item[0] not in DENOISERS))
+
+
+def loaded_adapters(pipeline: Any) -> list[str]:  # noqa: ANN401 - any pipeline
+    """Return the names of the adapters in its networks."""
+    return adapter_names(*networks_of(pipeline).values())
 
 
 def load_objectives(pipeline: DiffusionPipeline, plan: LoadPlan) -> dict[str, AdapterSet]:

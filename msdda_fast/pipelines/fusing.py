@@ -15,13 +15,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from msdda_fast.errors import InvalidSchedule, InvalidShape
+from msdda_fast.errors import InvalidSchedule
 from msdda_fast.kernels.fused_step import fused_ddim_step
-from msdda_fast.levels import Levels
 from msdda_fast.pipelines.loop_noise import LoopNoise
 from msdda_fast.pipelines.predictions import by_objective
+from msdda_fast.pipelines.step_weights import StepWeights, count_of
 from msdda_fast.pipelines.stock_schedulers import position, steps_once, stock_arguments
-from msdda_fast.steps.coefficients import CoefficientTable, StepCoefficients, mixture
+from msdda_fast.steps.coefficients import (
+    CoefficientTable,
+    StepCoefficients,
+    mixture,
+    pixel_mixture,
+)
+from msdda_fast.steps.pixel_table import check_pixels
+from msdda_fast.steps.pixels import PixelWeights
 from msdda_fast.steps.rules import Rule
 from msdda_fast.steps.schedulers import (
     check_kind,
@@ -31,7 +38,6 @@ from msdda_fast.steps.schedulers import (
     scheduler_rule,
 )
 from msdda_fast.steps.table import rule_table
-from msdda_fast.weights import as_host_float64, preference_weights
 
 if TYPE_CHECKING:
     from msdda_fast.levels import NoiseLevels
@@ -84,7 +90,7 @@ class Fusing:
     ) -> None:
         self._options = options
         self._levels = None if levels is None else levels_of(scheduler, None, levels, count)
-        self.count = _count(count, self._levels, weights)
+        self.count = count_of(count, self._levels, weights)
         self.weights, self.noise = weights, noise
         self.begin(scheduler)
 
@@ -105,7 +111,12 @@ class Fusing:
             InvalidSchedule, InvalidWeights, InvalidShape, ZeroVariance: As `coefficient_table`.
         """
         self.noise.begin()
-        self._check_weights()
+        self._now = StepWeights(
+            self.weights,
+            self.count,
+            extrapolate=self._options.extrapolate,
+            timesteps=scheduler.timesteps if has_timesteps(scheduler) else None,
+        )
         self._levels_now = self._levels
         self._rule: Rule | None = None
         self._table: CoefficientTable | None = None
@@ -118,9 +129,10 @@ class Fusing:
             if has_timesteps(scheduler):
                 self._rule = scheduler_rule(scheduler, None, self._levels_now.noise)
                 self._rule.levels.check(self._levels_now.values)
-                if self._arguments is None and not callable(self.weights):
-                    self._table = self._build(None)
-        if self._arguments is not None and callable(self.weights) and not steps_once(scheduler):
+                if self._arguments is None and not self._now.change:
+                    table = self._build(None)
+                    self._table = table if table.pixels is None else None  # for one pixel
+        if self._arguments is not None and self._now.change and not steps_once(scheduler):
             raise InvalidSchedule(
                 f"{type(scheduler).__name__} remembers earlier predictions, which were mixed by "
                 f"earlier weights: weights that change from step to step need a scheduler of first "
@@ -205,14 +217,6 @@ class Fusing:
         noise = noise or {"noise": sample}  # a coefficient of 0 masks it, and no generator moves
         return fused_ddim_step(sample, outputs, coefficients, backend=backend, out=out, **noise)
 
-    def _check_weights(self) -> None:
-        if self.weights is None or callable(self.weights):
-            return
-        shape = as_host_float64(self.weights, "weights").shape  # type: ignore[arg-type]
-        batch_size = shape[0] if len(shape) > 1 else 1
-        extrapolate = self._options.extrapolate
-        preference_weights(self.weights, self.count, batch_size, extrapolate=extrapolate)
-
     def _check_eta(self, eta: float | None) -> None:
         own = None if self._levels is None else self._levels.values
         if own is not None and eta not in (None, 0.0) and bool((own != eta).any()):
@@ -221,14 +225,19 @@ class Fusing:
                 f"{own.tolist()}: leave eta out"
             )
 
-    def _build(self, batch_size: int | None) -> CoefficientTable:
+    def _pixels(self, sample: Tensor | None) -> PixelWeights | None:
+        """Weights of every pixel of a sample; without one, any that stand for them in checks."""
+        return self._now.pixels
+
+    def _build(self, sample: Tensor | None) -> CoefficientTable:
         assert self._rule is not None and self._levels_now is not None
         options = self._options
         return rule_table(
             self._rule,
             levels=self._levels_now.values,
-            weights=self.weights,
-            batch_size=batch_size,
+            weights=self._now.table,
+            pixels=self._pixels(sample),
+            batch_size=None if sample is None else len(sample),
             zero_variance=options.zero_variance,
             rates=options.rates,
             extrapolate=options.extrapolate,
@@ -239,7 +248,7 @@ class Fusing:
     def _table_for(self, sample: Tensor) -> CoefficientTable:
         dtype = torch.float64 if sample.dtype == torch.float64 else torch.float32
         if (table := self._table) is None:
-            table = self._build(len(sample))
+            table = self._build(sample)
         if (table.rows.dtype, table.rows.device) != (dtype, sample.device):
             table = table.to(sample.device, dtype)
         self._table = table
@@ -248,16 +257,16 @@ class Fusing:
     def _weight_row(self, scheduler: Any, timestep: Any, sample: Tensor) -> StepCoefficients:  # noqa: ANN401
         """The weights of this step as coefficients."""
         dtype = torch.float64 if sample.dtype == torch.float64 else torch.float32
-        key = (len(sample), sample.device, dtype)
+        key = (sample.shape, sample.device, dtype)
         if self._weights_now is not None and self._weights_now[0] == key:
             return self._weights_now[1]
-        changing = callable(self.weights)
-        weights = (
-            self.weights(position(scheduler, timestep)) if callable(self.weights) else self.weights
-        )
-        extrapolate = self._options.extrapolate
-        values = preference_weights(weights, self.count, len(sample), extrapolate=extrapolate)
-        row = mixture(values.to(sample.device, dtype))
+        changing, pixels = self._now.change, self._pixels(sample)
+        values = self._now.at(position(scheduler, timestep) if changing else 0, len(sample))
+        if pixels is None:
+            row = mixture(values.to(sample.device, dtype))
+        else:
+            check_pixels(pixels, values[None], len(sample))
+            row = pixel_mixture(pixels.at(values).to(sample.device, dtype))
         if not changing:
             self._weights_now = (key, row)
         return row
@@ -286,14 +295,3 @@ def _refuse_other_arguments(given: inspect.BoundArguments) -> None:
                 f"the loop gives step {name}=, which this scheduler's rule for noise levels does "
                 f"not know; without levels, its stock step does"
             )
-
-
-def _count(count: int | None, levels: Levels | None, weights: WeightSchedule) -> int:
-    """M, from whatever says it."""
-    if count is not None:
-        return count
-    if levels is not None:
-        return len(levels.values)
-    if weights is None or callable(weights):
-        raise InvalidShape("how many objectives are there? Give count=, levels= or weights=")
-    return as_host_float64(weights, "weights").shape[-1]  # type: ignore[arg-type]

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from diffusers import DiffusionPipeline
 from torch import nn
 
 from msdda_fast.adapters.variant import AdapterSet
+from msdda_fast.engine.graph import Capture
 from msdda_fast.objective import Objective
 from msdda_fast.pipelines.accelerator import Accelerator
 from msdda_fast.pipelines.attach_files import networks_of, save_objectives
@@ -28,6 +29,7 @@ class HeldObjectives:
     _hooks: dict[str, RowHook]
     _accelerator: Accelerator | None
     _base_set: AdapterSet
+    _capture: Capture
 
     @property
     def objectives(self) -> dict[str, Objective]:
@@ -69,9 +71,24 @@ class HeldObjectives:
         """Return the stock pipeline, on the same networks and scheduler."""
         stock = copy.copy(self)
         stock.__class__ = self.stock_class
-        for name in ("_objectives", "_sets", "_hooks", "_accelerator", "_base_set"):
+        for name in ("_objectives", "_sets", "_hooks", "_accelerator", "_base_set", "_capture"):
             del stock.__dict__[name]
         return stock
+
+    def set_forward(self, *, capture: Capture = "auto") -> None:
+        """Choose how the denoisers run for several objectives in later calls.
+
+        Args:
+            capture: Whether to capture them as graphs, one per shape of arguments: "auto" where the
+                device has graphs, with a warning if that fails; "required" (or raise); "off".
+
+        Raises:
+            ValueError: `capture` is unknown.
+        """
+        if capture not in get_args(Capture):
+            raise ValueError(f"capture must be one of {get_args(Capture)}, got {capture!r}")
+        self._capture = capture
+        self._hooks.clear()
 
     def shared_networks(self) -> list[nn.Module]:
         """The networks that a call hooks; threads that use one of them wait for each other."""

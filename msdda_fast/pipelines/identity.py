@@ -10,8 +10,12 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from msdda_fast.adapters.network_state import scaling
-from msdda_fast.adapters.variant import Variant
+from msdda_fast.adapters.switching import adapter_names
+from msdda_fast.adapters.variant import AdapterSet, Variant
+from msdda_fast.levels import noise_to_json
 from msdda_fast.objective import Objective
+from msdda_fast.pipelines.attach import WithObjectives
+from msdda_fast.pipelines.attach_files import networks_of
 from msdda_fast.resume import digest
 
 if TYPE_CHECKING:
@@ -23,25 +27,47 @@ __all__ = ["base_digest", "model_identity"]
 _UNCOUNTED = ("transformers_version", "architectures", "dtype", "torch_dtype")
 
 
-def model_identity(pipe: MSDDAPipeline) -> dict[str, Any]:
+def model_identity(pipe: MSDDAPipeline | WithObjectives) -> dict[str, Any]:
     """Return digests of the base's parts and of each objective, and the settings of both."""
+    stock: Any = pipe
+    networks = networks_of(stock)
+    denoiser: Any = next(iter(networks.values()))
     return {  # the causes first: another dtype changes every digest
-        "dtype": str(pipe.unet.dtype).removeprefix("torch."),
-        "device": pipe._execution_device.type,
-        "scheduler": _config(pipe.scheduler.config),
+        "dtype": str(denoiser.dtype).removeprefix("torch."),
+        "device": stock._execution_device.type,
+        "scheduler": _config(stock.scheduler.config),
+        **_objectives(pipe, networks),
+        "model": {
+            name: _part(part) for name, part in sorted(stock.components.items()) if part is not None
+        },
+    }
+
+
+def _objectives(
+    pipe: MSDDAPipeline | WithObjectives, networks: Mapping[str, nn.Module]
+) -> dict[str, Any]:
+    if isinstance(pipe, WithObjectives):
+        return {
+            "pipeline": type(pipe).__name__,
+            **_of_base(pipe, networks),
+            "objectives": {
+                name: {
+                    **_levels(pipe.objectives[name]),
+                    "adapters": _set_digests(adapters, networks),
+                }
+                for name, adapters in pipe.adapter_sets.items()
+            },
+        }
+    return {
         **_few_steps(pipe),
         "objectives": {
             name: {
-                "eta": pipe.objectives[name].eta,
-                **_range(pipe.objectives[name]),
+                **_levels(pipe.objectives[name]),
                 "guidance_scale": pipe.objectives[name].guidance_scale,
                 "adapter": _adapter_digest(variant),
                 "network": None if variant.network is pipe.unet else base_digest(variant.network),
             }
             for name, variant in pipe.variants.items()
-        },
-        "model": {
-            name: _part(part) for name, part in sorted(pipe.components.items()) if part is not None
         },
     }
 
@@ -56,6 +82,30 @@ def base_digest(network: nn.Module) -> str:
     return digest(weights, _config(getattr(network, "config", {})))
 
 
+def _levels(objective: Objective) -> dict[str, Any]:
+    """Its noise and timesteps; what older results did not have is named only where it is given."""
+    given: dict[str, Any] = {"eta": objective.eta}
+    if objective.timesteps is not None:
+        given["timesteps"] = list(objective.timesteps)
+    if objective.noise is not None:
+        given["noise"] = noise_to_json(objective.noise)
+    return given
+
+
+def _of_base(pipe: WithObjectives, networks: Mapping[str, nn.Module]) -> dict[str, Any]:
+    """An accelerator, which acts in the base, too."""
+    return {"accelerator": _set_digests(pipe.base_set, networks)} if pipe.base_set else {}
+
+
+def _set_digests(adapters: AdapterSet, networks: Mapping[str, nn.Module]) -> list[str | None]:
+    return [
+        _adapter_digest(Variant(network, adapter, scale))
+        for adapter, scale in adapters
+        for network in networks.values()
+        if adapter in adapter_names(network)
+    ]
+
+
 def _few_steps(pipe: MSDDAPipeline) -> dict[str, Any]:
     """What sampling in few steps adds: older results, which were of DDIM, stay valid."""
     kind, found = type(pipe.scheduler).__name__, dict[str, Any]()
@@ -64,11 +114,6 @@ def _few_steps(pipe: MSDDAPipeline) -> dict[str, Any]:
     if pipe.accelerator is not None:
         found["accelerator"] = _adapter_digest(pipe.base_variant)
     return found
-
-
-def _range(objective: Objective) -> dict[str, Any]:
-    """Its timesteps, if it does not act in all: older results, which had none, stay valid."""
-    return {} if objective.timesteps is None else {"timesteps": list(objective.timesteps)}
 
 
 def _adapter_digest(variant: Variant) -> str | None:

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from msdda_fast.errors import InvalidShape
 from msdda_fast.levels import TimestepRange
-from msdda_fast.pipelines.fusing import Fusing
+from msdda_fast.pipelines.fusing import Fusing, FusingOptions
 from msdda_fast.pipelines.hidden_axis import HiddenAxis
+from msdda_fast.steps.pixels import PixelWeights
 from msdda_fast.steps.strength import folding
 from msdda_fast.torch_private import versions_of
 
@@ -80,6 +81,11 @@ class WithBase(NamedTuple):
 class PipelineFusing(Fusing):
     """`Fusing` for a loop whose predictions have a hidden objective axis.
 
+    Args:
+        scheduler, options, settings: As there.
+        pixels: Weights of every pixel of a state, or without one any that stand for them in checks;
+            None: all pixels have those of the step.
+
     Attributes:
         steps: How many steps were fused since `begin`.
         with_base: How far from the base objectives are in each step, and the base's predictions
@@ -89,6 +95,20 @@ class PipelineFusing(Fusing):
     _handed_out: tuple[Tensor, int, Tensor] | None = None
     steps = 0
     with_base: WithBase | None = None
+
+    def __init__(
+        self,
+        scheduler: Any,  # noqa: ANN401 - any scheduler of diffusers
+        options: FusingOptions,
+        *,
+        pixels: Callable[[Tensor | None], PixelWeights] | None,
+        **settings: Any,  # noqa: ANN401 - of `Fusing`
+    ) -> None:
+        self._of_pixels = pixels
+        super().__init__(scheduler, options, **settings)
+
+    def _pixels(self, sample: Tensor | None) -> PixelWeights | None:
+        return None if self._of_pixels is None else self._of_pixels(sample)
 
     def begin(self, scheduler: Any) -> None:  # noqa: ANN401 - any scheduler of diffusers
         """Take up the timesteps of `scheduler`, if there are any."""

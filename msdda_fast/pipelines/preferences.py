@@ -33,6 +33,7 @@ def preferences(
     num_steps: int,
     images_per_prompt: int = 1,
     extrapolate: bool = False,
+    timesteps: Tensor | None = None,
 ) -> dict[str, Any]:
     """Return `weights`, `strength` and `ranges` for `coefficient_table`.
 
@@ -43,6 +44,7 @@ def preferences(
         batch_size, num_steps: B and T.
         images_per_prompt: How many neighbouring images a prompt has.
         extrapolate: Accept negative weights.
+        timesteps: (T,), for weights by ranges of timesteps.
 
     Raises:
         UnknownObjective: A mapping names an objective that does not exist, or KL weights miss one.
@@ -58,6 +60,7 @@ def preferences(
         num_steps,
         images_per_prompt=images_per_prompt,
         extrapolate=extrapolate,
+        timesteps=timesteps,
     )
     return {
         "weights": rows,

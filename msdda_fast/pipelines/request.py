@@ -19,9 +19,9 @@ from msdda_fast.weights import as_host_float64
 
 __all__ = [
     "by_name",
+    "check_call",
     "check_latents",
     "check_no_flow",
-    "check_output_type",
     "check_parts",
     "check_steps",
     "latent_shape",
@@ -115,6 +115,17 @@ def check_latents(latents: Tensor | None, shape: tuple[int, ...]) -> None:
             else repr(latents)
         )
         raise InvalidShape(f"latents must be a float tensor (B, C, H, W) = {shape}, got {got}")
+
+
+def check_call(pipe: object, refused: Mapping[str, Any], output_type: str) -> None:
+    """Check what a call needs before anything else.
+
+    Raises:
+        ValueError, TypeError: As `refuse`; an unknown output type; a component that is missing.
+    """
+    refuse(refused)
+    check_output_type(output_type)
+    check_parts(pipe, "unet", "scheduler", *([] if output_type == "latent" else ["vae"]))
 
 
 def check_output_type(output_type: str) -> None:

@@ -4,7 +4,8 @@
 Inside the hook the rows of every argument are repeated M times, objective-major; the output is
 handed back with the objective axis hidden. Whether a network treats its rows independently, and
 which of its arguments have rows, cannot be read off its code: the first call of a kind also runs
-the objectives one after another and compares. A network that fails keeps running that way.
+the objectives one after another, uncompiled, and compares. A network that fails keeps running that
+way; one that does not may be captured as a graph from then on.
 """
 
 from __future__ import annotations
@@ -21,9 +22,13 @@ from torch import nn
 from msdda_fast.adapters.grouped import GroupedAdapters
 from msdda_fast.adapters.switching import AdapterSwitch, adapter_names
 from msdda_fast.adapters.variant import AdapterSet
+from msdda_fast.engine.compiled import without_compiling
+from msdda_fast.engine.graph import Capture
 from msdda_fast.errors import InvalidShape, UnsupportedNetwork
+from msdda_fast.pipelines.forward_graphs import ForwardGraphs
 from msdda_fast.pipelines.row_arguments import row_arguments
 from msdda_fast.pipelines.rows import Call, disagreement, only, stacked, tells_apart
+from msdda_fast.pipelines.stock_forward import replaced, stock_forward
 
 __all__ = ["RowHook"]
 
@@ -36,15 +41,18 @@ class RowHook:
     Args:
         name: Name of the component in messages.
         network: The component.
+        capture: As in `ForwardGraphs`.
     """
 
-    def __init__(self, name: str, network: nn.Module) -> None:
+    def __init__(self, name: str, network: nn.Module, capture: Capture = "off") -> None:
         self.network = network
         self._name = name
         self._arguments = row_arguments(network)
         self._names = list(inspect.signature(network.forward).parameters)
-        self._grouped: GroupedAdapters | None = None
-        self._sets: Sequence[AdapterSet] = ()
+        self._graphs = ForwardGraphs(name, network, capture)
+        # by M: compiled code is for these very objects, and graphs for their addresses
+        self._grouped: dict[int, GroupedAdapters] = {}
+        self._sets: dict[int, Sequence[AdapterSet]] = {}
         self._is_current = False
         self._verified: set[object] = set()
         self._for_now: set[object] = set()  # until adapters change
@@ -62,6 +70,7 @@ class RowHook:
 
         Raises:
             AdapterMismatch: Adapters are merged into the weights.
+            CaptureError: Graphs are required and impossible.
             UnsupportedNetwork: The network decides over all rows at once (a cache is enabled).
         """
         held = adapter_names(self.network)
@@ -70,13 +79,12 @@ class RowHook:
             switch = stack.enter_context(AdapterSwitch([self.network]))
             if len(sets) == 1 or not any(sets):
                 switch.select_set(sets[0])
-            # without the hook of the pipeline whose callback is calling this one
-            stock = getattr(self.network.forward, "unhooked", self.network.forward)
+            stock = stock_forward(self.network)
             forward = functools.partial(stock)
             if len(sets) > 1:
                 self._begin(changed=any(sets))
                 forward = functools.partial(self._forward, stock, sets, switch)
-            stack.enter_context(_replaced(self.network, forward, stock))
+            stack.enter_context(replaced(self.network, forward, stock))
             yield
 
     def _begin(self, *, changed: bool) -> None:
@@ -90,6 +98,8 @@ class RowHook:
         weights = self.network.parameters()
         if changed and not self._one_by_one and any(value.is_meta for value in weights):
             self._separate("weights are loaded layer by layer (sequential offloading)")
+        if not self._one_by_one:
+            self._graphs.begin()
 
     def _forward(
         self,
@@ -118,21 +128,29 @@ class RowHook:
         try:
             grouped_args, grouped_kwargs = call.repeated(len(sets))
             with self._current(sets).applied():
-                output = call.hidden(stock(*grouped_args, **grouped_kwargs), len(sets))
+                if self._is_verified(key):
+                    output = self._graphs.run(stock, grouped_args, grouped_kwargs)
+                else:
+                    output = stock(*grouped_args, **grouped_kwargs)
+            output = call.hidden(output, len(sets))
         except (InvalidShape, RuntimeError, ValueError, TypeError, IndexError) as error:
-            if key in self._verified | self._for_now:
+            if self._is_verified(key):
                 raise
             reason = f"{type(error).__name__}: {error}"
         else:
-            if key in self._verified | self._for_now:
+            if self._is_verified(key):
                 return output
-            reference = one_by_one()
+            with without_compiling():
+                reference = one_by_one()
             if (reason := disagreement(output, reference)) is None:
                 # weak adapters hide rows in another order; others may be loaded in their place
                 (self._verified if tells_apart(reference) else self._for_now).add(key)
                 return output
         self._separate(reason)
         return one_by_one()
+
+    def _is_verified(self, key: object) -> bool:
+        return key in self._verified or key in self._for_now
 
     def _separate(self, reason: str) -> None:
         self._one_by_one = True
@@ -144,27 +162,17 @@ class RowHook:
         )
 
     def _current(self, sets: Sequence[AdapterSet]) -> GroupedAdapters:
-        grouped = self._grouped
-        if grouped is None or self._sets != sets or not (self._is_current or grouped.is_current()):
-            grouped = self._grouped = GroupedAdapters(self.network, sets)
-            self._sets = sets
+        grouped = self._grouped.get(len(sets))
+        if (
+            grouped is None
+            or self._sets[len(sets)] != sets
+            or not (self._is_current or grouped.is_current())
+        ):
+            now = GroupedAdapters(self.network, sets)
+            if grouped is None or not grouped.take(now):
+                grouped = self._grouped[len(sets)] = now
+                self._graphs.clear()
+            self._sets[len(sets)] = sets
             self._for_now.clear()
         self._is_current = True  # for the rest of the call: asking costs as much as a small layer
         return grouped
-
-
-@contextmanager
-def _replaced(
-    network: nn.Module, forward: Callable[..., Any], unhooked: Callable[..., Any]
-) -> Iterator[None]:
-    """Give a network another forward, as offloading does, and its own back afterwards."""
-    own = network.__dict__.get("forward")
-    hooked: Any = functools.update_wrapper(forward, unhooked)
-    hooked.unhooked = unhooked
-    network.__dict__["forward"] = hooked
-    try:
-        yield
-    finally:
-        del network.__dict__["forward"]
-        if own is not None:
-            network.__dict__["forward"] = own

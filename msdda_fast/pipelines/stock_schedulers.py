@@ -8,6 +8,7 @@ equal noise levels is its step on the mean of their predictions. `tests/pipeline
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import Any
 
@@ -15,7 +16,7 @@ from msdda_fast.errors import InvalidSchedule
 from msdda_fast.levels import Levels
 from msdda_fast.steps.schedulers import RULES, entry_of
 
-__all__ = ["LINEAR", "check_scheduler", "position", "steps_once", "stock_arguments"]
+__all__ = ["LINEAR", "check_scheduler", "position", "set_to", "steps_once", "stock_arguments"]
 
 #: Schedulers of first order: nothing is left of a step but the state.
 _ONE_STEP = {*RULES, "CogVideoXDDIMScheduler", "EDMEulerScheduler", "EulerDiscreteScheduler"}
@@ -125,3 +126,16 @@ def position(scheduler: Any, timestep: Any) -> int:  # noqa: ANN401 - as stock
 def _names(scheduler: Any) -> set[str]:  # noqa: ANN401 - any scheduler
     """The names of its class and those it derives from."""
     return {base.__name__ for base in type(scheduler).__mro__}
+
+
+def set_to(scheduler: Any, num_steps: int) -> Any:  # noqa: ANN401 - any scheduler of diffusers
+    """A copy with the timesteps of this call, or with none where the pipeline must set them.
+
+    Those of an earlier call must not be judged by the levels of this one.
+    """
+    probe = copy.copy(scheduler)
+    try:
+        probe.set_timesteps(num_steps)
+    except (TypeError, ValueError):  # shifts that depend on the size, for one
+        probe.num_inference_steps, probe.custom_timesteps = None, False
+    return probe

@@ -68,6 +68,7 @@ async def stream(
     request: ImageRequest,
     count: int,
     *,
+    kind: str,
     client: str,
     progress: bool,
     on_end: Callable[[Any], None],
@@ -75,6 +76,7 @@ async def stream(
     """Queue the request and return its events: previews and images, in OpenAI's types.
 
     Args:
+        kind: What its events are called: "image_generation" or "image_edit".
         client: Who asks.
         progress: Whether to send an event after every step of every image, too. It is of no type
             that OpenAI's client knows.
@@ -94,7 +96,7 @@ async def stream(
     futures = await service.submit(watched, count, client)
     for index, future in enumerate(futures):
         future.add_done_callback(lambda done, index=index: tell((index, done)))  # type: ignore[misc]
-    return _events(service, request, futures, news, progress, on_end)
+    return _events(service, request, futures, news, kind, progress, on_end)
 
 
 async def _events(
@@ -102,6 +104,7 @@ async def _events(
     request: ImageRequest,
     futures: Sequence[Future[GeneratedImage]],
     news: asyncio.Queue[Progress | tuple[int, Future[GeneratedImage]]],
+    kind: str,
     progress: bool,
     on_end: Callable[[Any], None],
 ) -> AsyncIterator[str]:
@@ -116,11 +119,11 @@ async def _events(
             if isinstance(item, Progress):
                 where = {"index": item.image, "step": item.step, "steps": item.steps}
                 if progress:
-                    yield _event("image_generation.progress", where)
+                    yield _event(f"{kind}.progress", where)
                 if item.preview is not None:
                     partial = request.preview_steps.index(item.step)
                     data = {**where, "partial_image_index": partial, **await _png(item.preview)}
-                    yield _event("image_generation.partial_image", data)
+                    yield _event(f"{kind}.partial_image", data)
                 continue
             index, future = item
             if (error := future.exception()) is not None:
@@ -129,7 +132,7 @@ async def _events(
                 yield _event("error", refusal.body)
                 return
             results.append(future.result())
-            yield _event("image_generation.completed", await _completed(results[-1], index))
+            yield _event(f"{kind}.completed", await _completed(results[-1], index))
         on_end(results)
         yield "data: [DONE]\n\n"
     finally:

@@ -5,44 +5,28 @@
 """
 
 import asyncio
-import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from msdda_fast.batching.engine import Engine
-from msdda_fast.batching.request import GeneratedImage
-from msdda_fast.serve.answers import ClientGone, complete, stream
-from msdda_fast.serve.body import ErrorBody, GenerationBody, ImagesBody
+from msdda_fast.serve.answers import ClientGone
+from msdda_fast.serve.body import ErrorBody
 from msdda_fast.serve.docs_page import add_docs
 from msdda_fast.serve.guard import Guard
+from msdda_fast.serve.images import add_images
 from msdda_fast.serve.models import add_models
 from msdda_fast.serve.refusals import Refusal, of_http, of_validation
-from msdda_fast.serve.service import EngineService, Service, encoded
+from msdda_fast.serve.service import EngineService, Service
 from msdda_fast.serve.settings import ServeSettings
 from msdda_fast.serve.web_page import add_page
 
 __all__ = ["app_of", "create_app"]
-
-#: What a client may get, for the documentation.
-REFUSALS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody} for status in (400, 401, 403, 404, 413, 429, 500, 503, 504)
-}
-#: Each of the events of a stream; `data` is JSON, or [DONE] at the end.
-EVENT = {
-    "type": "object",
-    "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
-    "required": ["data"],
-}
-ANSWERS: dict[int | str, dict[str, Any]] = {
-    200: {"model": ImagesBody, "content": {"text/event-stream": {"schema": EVENT}}},
-    **REFUSALS,
-}
 
 
 def create_app(engine: Engine, settings: ServeSettings) -> FastAPI:
@@ -85,51 +69,7 @@ def app_of(service: Service) -> FastAPI:
     add_page(app)
     add_docs(app)
     add_models(app, settings.model)
-
-    @app.post("/v1/images/generations", responses=ANSWERS)
-    async def generate(body: GenerationBody, connection: Request) -> Response:
-        """Draw a prompt with the objectives balanced by your weights."""
-        start, log = time.monotonic(), connection.state.log
-        request = body.checked(settings, service.sizes)
-        size = f"{request.width}x{request.height}"
-        log |= {"n": body.count, "size": size, "steps": request.num_inference_steps}
-        if settings.log_prompts:
-            log |= {"prompt": body.prompt, "negative_prompt": body.negative_prompt}
-
-        def ended(outcome: Sequence[GeneratedImage] | Refusal) -> None:
-            if isinstance(outcome, Refusal):
-                log["error"] = outcome.code
-                service.metrics.refusals.labels(outcome.code).inc()
-                return
-            service.metrics.latency.observe(time.monotonic() - start)
-            log["batch_sizes"] = [result.batch_size for result in outcome]
-            log["waited_s"] = round(max(result.waited_s for result in outcome), 4)
-
-        if body.stream:
-            events = await stream(
-                service,
-                request,
-                body.count,
-                client=connection.state.client,
-                progress=bool(body.progress),
-                on_end=ended,
-            )
-            return StreamingResponse(events, media_type="text/event-stream")
-        results = await complete(service, request, body.count, connection)
-        data = [
-            {"b64_json": await asyncio.to_thread(encoded, result.image), "seed": result.seed}
-            for result in results
-        ]
-        ended(results)
-        return JSONResponse(
-            {
-                "created": int(time.time()),
-                "data": data,
-                "output_format": "png",
-                "background": "opaque",
-                "size": size,
-            }
-        )
+    add_images(app, service)
 
     @app.get("/v1/objectives", responses={401: {"model": ErrorBody}})
     async def objectives() -> dict[str, Any]:

@@ -64,7 +64,9 @@ def _field(name: str, field: Mapping[str, Any], schema: Mapping[str, Any]) -> st
 
 def _types(field: Mapping[str, Any]) -> Iterator[str]:
     for kind in field.get("anyOf", [field]):
-        if "const" in kind or "enum" in kind:
+        if "oneOf" in kind:
+            yield from _types({"anyOf": kind["oneOf"]})
+        elif "const" in kind or "enum" in kind:
             yield from (str(value) for value in kind.get("enum", [kind.get("const")]))
         else:
             bounds = [f"{sign} {kind[name]:g}" for name, sign in _BOUNDS.items() if name in kind]
@@ -72,10 +74,18 @@ def _types(field: Mapping[str, Any]) -> Iterator[str]:
 
 
 #: What a schema calls its bounds, and their signs.
-_BOUNDS = {"minimum": "≥", "maximum": "≤", "exclusiveMaximum": "<", "maxLength": "up to"}
+_BOUNDS = {
+    "minimum": "≥",
+    "exclusiveMinimum": ">",
+    "maximum": "≤",
+    "exclusiveMaximum": "<",
+    "maxLength": "up to",
+}
 
 
 def _resolved(described: Mapping[str, Any], schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    if "$ref" not in schema:
+        return schema
     found: Mapping[str, Any] = described
     for part in schema["$ref"].removeprefix("#/").split("/"):
         found = found[part]

@@ -30,6 +30,9 @@ MOST_PATH = 200
 #: What needs the key, where there is one.
 GUARDED = ("/v1/", "/metrics", "/docs", "/openapi.json")
 
+#: The route whose bodies have images.
+WITH_IMAGES = "/v1/images/edits"
+
 #: Bytes of a refused body that are read and dropped: a client that is still sending when the
 #: connection closes never sees why.
 MOST_DROPPED = 64 * 2**20
@@ -78,7 +81,7 @@ class Guard:
         try:
             refusal = self._refusal(scope)
             if refusal is None:
-                await self._app(scope, self._bounded(receive), answer)
+                await self._app(scope, self._bounded(receive, self._longest(scope)), answer)
                 return
             closes = True
             if refusal.code != "invalid_http" and "expect" not in Headers(scope=scope):
@@ -121,14 +124,19 @@ class Guard:
             if len(self._keys) > 1:
                 client = f"key {known[0]}"
         scope["state"]["client"] = client
-        length = headers.get("content-length", "0")
-        most = self._settings.max_body_bytes
+        length, most = headers.get("content-length", "0"), self._longest(scope)
         # int() reads no more than some thousand digits
         if length.isdecimal() and (len(length) > 18 or int(length) > most):
-            return Refusal(413, self._too_long(), code="body_too_large")
+            return Refusal(413, _too_long(most), code="body_too_large")
         return None
 
-    def _bounded(self, receive: Receive) -> Receive:
+    def _longest(self, scope: Scope) -> int:
+        """Return how many bytes a body may have."""
+        settings = self._settings
+        has_images = scope["path"] == WITH_IMAGES
+        return settings.max_image_bytes if has_images else settings.max_body_bytes
+
+    def _bounded(self, receive: Receive, most: int) -> Receive:
         """Enforce the limit on what is actually received, whatever the header claims."""
         read = 0
 
@@ -136,16 +144,13 @@ class Guard:
             nonlocal read
             message = await receive()
             read += len(message.get("body", b""))
-            if read > self._settings.max_body_bytes:
+            if read > most:
                 if message.get("more_body"):
                     await _drop(receive)
-                raise HTTPException(413, self._too_long())
+                raise HTTPException(413, _too_long(most))
             return message
 
         return bounded
-
-    def _too_long(self) -> str:
-        return f"the body is longer than {self._settings.max_body_bytes} bytes"
 
 
 async def _drop(receive: Receive) -> None:
@@ -156,6 +161,10 @@ async def _drop(receive: Receive) -> None:
         read += len(message.get("body", ()))
         if not message.get("more_body"):
             return
+
+
+def _too_long(most: int) -> str:
+    return f"the body is longer than {most} bytes"
 
 
 def _digest(text: str, encoding: str) -> bytes:

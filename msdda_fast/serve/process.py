@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection as Pipe
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import uvicorn
 
@@ -24,9 +24,6 @@ from msdda_fast.serve.logs import log_to_stderr
 from msdda_fast.serve.service import EngineService
 from msdda_fast.serve.settings import ServeSettings
 from msdda_fast.serve.workers import Workers, stop_with_parent
-
-if TYPE_CHECKING:
-    from msdda_fast.pipelines.stable_diffusion.pipeline import MSDDAPipeline
 
 __all__ = ["Process"]
 
@@ -41,14 +38,14 @@ class Process:
     """Loads a model and serves it until SIGTERM or Ctrl-C; can be pickled.
 
     Attributes:
-        load: Returns the pipeline.
+        load: Returns the pipeline, of any class that an `Engine` draws with.
         settings: Limits of the service.
         engine: Arguments of `Engine`.
         host, port: The address to listen on.
         grace_s: Seconds after SIGTERM to finish accepted requests; the rest get a 503.
     """
 
-    load: Callable[[], MSDDAPipeline]
+    load: Callable[[], Any]
     settings: ServeSettings
     engine: Mapping[str, Any] = field(default_factory=dict)
     host: str = "127.0.0.1"

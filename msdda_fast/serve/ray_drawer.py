@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -13,20 +13,12 @@ from msdda_fast.batching.engine import Engine
 from msdda_fast.batching.request import GeneratedImage, ImageRequest, Progress
 from msdda_fast.batching.stats import EngineStats
 from msdda_fast.errors import EngineFailed, MSDDAError
-from msdda_fast.objective import Objective
-from msdda_fast.pipelines.stable_diffusion.pipeline import MSDDAPipeline
+from msdda_fast.serve.facts import Facts
 from msdda_fast.serve.logs import log_to_stderr
 from msdda_fast.serve.service import EngineService
 from msdda_fast.serve.settings import ServeSettings
 
-__all__ = ["Admitted", "Drawer", "Facts", "News", "Outcome"]
-
-
-class Facts(NamedTuple):
-    """What all replicas have in common: the served sizes and the model's objectives."""
-
-    sizes: Sequence[str]
-    objectives: Mapping[str, Objective]
+__all__ = ["Admitted", "Drawer", "News", "Outcome"]
 
 
 class Admitted(NamedTuple):
@@ -57,7 +49,7 @@ class Drawer:
 
     def __init__(
         self,
-        load: Callable[[], MSDDAPipeline],
+        load: Callable[[], Any],
         settings: ServeSettings,
         engine: Mapping[str, Any],
     ) -> None:
@@ -71,7 +63,7 @@ class Drawer:
 
     def facts(self) -> Facts:
         """Return what requests are checked against before a replica sees them."""
-        return Facts(self._service.sizes, self._engine.pipe.objectives)
+        return self._service.facts
 
     def stats(self) -> EngineStats:
         """Return the engine's counts."""

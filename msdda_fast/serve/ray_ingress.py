@@ -15,8 +15,9 @@ from msdda_fast.batching.request import GeneratedImage, ImageRequest
 from msdda_fast.batching.stats import EngineStats
 from msdda_fast.errors import MSDDAError
 from msdda_fast.serve.app import app_of
+from msdda_fast.serve.facts import Facts
 from msdda_fast.serve.logs import log_to_stderr
-from msdda_fast.serve.ray_drawer import Drawer, Facts
+from msdda_fast.serve.ray_drawer import Drawer
 from msdda_fast.serve.ray_order import Order
 from msdda_fast.serve.service import Service
 from msdda_fast.serve.settings import ServeSettings
@@ -57,7 +58,7 @@ class ReplicaService(Service):
     def __init__(
         self, drawer: DeploymentHandle[Drawer], settings: ServeSettings, facts: Facts
     ) -> None:
-        super().__init__(settings, sizes=facts.sizes, objectives=facts.objectives)
+        super().__init__(settings, facts)
         self._drawer = drawer
         self._waited_s = 0.0
 

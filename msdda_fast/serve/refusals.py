@@ -12,13 +12,23 @@ from starlette.exceptions import HTTPException
 
 from msdda_fast.errors import EngineClosed, EngineFailed, MSDDAError, QueueFull, RequestTimeout
 
-__all__ = ["Refusal", "of_engine", "of_http", "of_validation"]
+__all__ = ["CHOICES", "Refusal", "of_engine", "of_http", "of_validation"]
 
 #: Most characters of a message, and of the name of a field: either may repeat what a client sent.
 MOST_MESSAGE, MOST_PARAM = 200, 64
 
+#: Where a field has forms, each has a name for the validation that clients do not see.
+CHOICES = ("<plain>", "<by range>")
+
 #: The names that an `ImageRequest` has for what a body calls otherwise.
-_PARAMS = {"num_inference_steps": "steps", "height": "size", "width": "size"}
+_PARAMS = {
+    "num_inference_steps": "steps",
+    "height": "size",
+    "width": "size",
+    "mask_image": "mask",
+    "on_step": "progress",
+    "preview_steps": "partial_images",
+}
 
 
 class Refusal(Exception):
@@ -109,7 +119,7 @@ def of_validation(error: RequestValidationError) -> Refusal:
     first = error.errors()[0]
     if first["type"] == "json_invalid":
         return Refusal(400, "the body is not valid JSON", code="invalid_json")
-    path = [str(part) for part in first["loc"] if part != "body"]
+    path = [str(part) for part in first["loc"] if part not in ("body", *CHOICES)]
     if not path:
         message = f"the body must be a JSON object with valid names: {first['msg']}"
         return Refusal(400, message, code="invalid_value")

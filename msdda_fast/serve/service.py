@@ -8,11 +8,9 @@ import io
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-import torch
 from PIL import Image
 
 from msdda_fast.batching.engine import Engine
@@ -20,14 +18,12 @@ from msdda_fast.batching.request import GeneratedImage, ImageRequest
 from msdda_fast.batching.stats import EngineStats
 from msdda_fast.engine.buffers import padded_steps
 from msdda_fast.errors import EngineClosed, MSDDAError
-from msdda_fast.objective import Objective
-from msdda_fast.pipelines.request import latent_shape
-from msdda_fast.pipelines.stable_diffusion.pipeline import MSDDAPipeline
+from msdda_fast.serve.facts import Facts
 from msdda_fast.serve.metrics import Metrics
 from msdda_fast.serve.refusals import Refusal, of_engine
 from msdda_fast.serve.settings import ServeSettings, sides
 
-__all__ = ["EngineService", "Service", "encoded", "lay_out"]
+__all__ = ["EngineService", "Service", "encoded"]
 
 logger = logging.getLogger("msdda_fast.serve")
 
@@ -37,8 +33,7 @@ class Service(ABC):
 
     Args:
         settings: Limits of the service.
-        sizes: The served sizes, "WIDTHxHEIGHT", the default first.
-        objectives: The model's objectives, by the names that weights use.
+        facts: What is served.
 
     Raises:
         ValueError: An image of one of the sizes exceeds `max_cost`.
@@ -47,21 +42,14 @@ class Service(ABC):
         metrics: The metrics of this app.
     """
 
-    def __init__(
-        self,
-        settings: ServeSettings,
-        *,
-        sizes: Sequence[str],
-        objectives: Mapping[str, Objective],
-    ) -> None:
-        self.settings, self.sizes = settings, list(sizes)
+    def __init__(self, settings: ServeSettings, facts: Facts) -> None:
+        self.settings, self.facts, self.sizes = settings, facts, list(facts.sizes)
         for size in self.sizes:
             if settings.cost(1, settings.steps, size, self.sizes[0]) > settings.max_cost:
                 raise ValueError(
                     f"max_cost={settings.max_cost:g} admits no image of {size} with "
                     f"{settings.steps} steps"
                 )
-        self._objectives = objectives
         self.metrics = Metrics()
 
     @abstractmethod
@@ -109,16 +97,11 @@ class Service(ABC):
     def objectives(self) -> dict[str, Any]:
         """Return what a client may choose, and the limits."""
         settings = self.settings
-        data = [
-            {"id": name, "eta": o.eta, "guidance_scale": o.guidance_scale}
-            for name, o in self._objectives.items()
-        ]
         limits = ("max_steps", "max_images", "max_cost", "max_prompt_chars")
         return {
             "object": "list",
-            "data": data,
             "model": settings.model,
-            "sizes": self.sizes,
+            **self.facts.described(),
             "steps": settings.steps,
             **{name: getattr(settings, name) for name in limits},
         }
@@ -133,6 +116,7 @@ class EngineService(Service):
 
     Raises:
         InvalidShape: The model cannot draw one of the sizes in the settings.
+        UnsupportedNetwork: It makes videos.
         ValueError: A request may have more images than a client in the queue, or none of one of the
             sizes.
 
@@ -142,17 +126,13 @@ class EngineService(Service):
     """
 
     def __init__(self, engine: Engine, settings: ServeSettings) -> None:
-        sizes = settings.sizes or ("{}x{}".format(*engine.native_size),)
-        super().__init__(settings, sizes=sizes, objectives=engine.pipe.objectives)
+        super().__init__(settings, Facts.of(engine, settings))
         if settings.max_images > engine.client_limit:
             raise ValueError(
                 f"requests may have max_images={settings.max_images}, but one client only "
                 f"client_limit={engine.client_limit} images in the queue"
             )
         self.engine = engine
-        config, factor = engine.pipe.unet.config, engine.pipe.vae_scale_factor
-        for width, height in map(sides, self.sizes):
-            latent_shape(1, config, factor, height, width)
         self.is_warm = False
         self.failure: str | None = None
 
@@ -216,16 +196,6 @@ class EngineService(Service):
         drawn = stats.completed / stats.batches if stats.batches else 1.0
         seconds = stats.drawing_s / stats.batches if stats.batches else 1.0
         return min(60, max(1, math.ceil(stats.waiting / max(1.0, drawn) * seconds)))
-
-
-def lay_out(pipe: MSDDAPipeline) -> MSDDAPipeline:
-    """Put convolutions into the memory layout that captured batches share, in place.
-
-    Otherwise every captured size would hold its own copy of them.
-    """
-    if pipe.device.type == "cuda":
-        pipe.unet.to(memory_format=torch.channels_last)
-    return pipe
 
 
 def encoded(image: Image.Image) -> str:

@@ -24,7 +24,9 @@ class ServeSettings:
         max_cost: Largest n * T * pixels of one request, with pixels in images of the default size:
             8 images of that size with 64 steps cost 512.
         max_prompt_chars: Longest prompt, and longest negative prompt, in characters.
-        max_body_bytes: Longest body of a request.
+        max_body_bytes: Longest body of a request; of one with images, longest field.
+        max_image_bytes: Longest body of a request with images.
+        max_image_pixels: Largest width x height of an image that is sent.
         timeout_s: Seconds after which a request is abandoned, > 0.
         api_key: What clients must send as a bearer token, or several such keys, one a line; spaces
             around a key do not count. None: no key is needed.
@@ -40,7 +42,9 @@ class ServeSettings:
     max_images: int = 8
     max_cost: float = 512.0
     max_prompt_chars: int = 1000
-    max_body_bytes: int = 65_536
+    max_body_bytes: int = 2**20
+    max_image_bytes: int = 2**24
+    max_image_pixels: int = 2**24
     timeout_s: float = 120.0
     api_key: str | None = field(default=None, repr=False)
     is_local: bool = False
@@ -49,7 +53,10 @@ class ServeSettings:
     def __post_init__(self) -> None:
         for size in self.sizes:
             sides(size)
-        for name in ("max_images", "max_prompt_chars", "max_body_bytes", "steps"):
+        for name in (
+            "max_images", "max_prompt_chars", "max_body_bytes", "max_image_bytes",
+            "max_image_pixels", "steps",
+        ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.steps > self.max_steps:

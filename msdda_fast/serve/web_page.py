@@ -16,6 +16,8 @@ TYPES = {
     "page.js": "text/javascript",
     "api.js": "text/javascript",
     "balance.js": "text/javascript",
+    "paint.js": "text/javascript",
+    "start.js": "text/javascript",
     "icon.svg": "image/svg+xml",
 }
 HEADERS = {

@@ -40,7 +40,7 @@ from msdda_fast.weights import as_host_float64
 if TYPE_CHECKING:
     from msdda_fast.types import Scheduler
 
-__all__ = ["AncestralRule", "ancestral_rule", "scheduler_ancestral_rule"]
+__all__ = ["AncestralRule", "ancestral_rule", "read_sigmas", "scheduler_ancestral_rule"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,18 +141,29 @@ def ancestral_rule(sigmas: Tensor | Sequence[float], s_noise: float = 1.0) -> An
         InvalidSchedule: Sigmas or s_noise outside of the ranges above.
         InvalidShape: `sigmas` is not (T + 1,).
     """
-    values = as_host_float64(sigmas, "sigmas")
-    if values.ndim != 1 or len(values) < 2:
-        raise InvalidShape(f"sigmas have shape {tuple(values.shape)}, expected (T + 1,), T >= 1")
+    values = read_sigmas(sigmas, s_noise)
     if not (values.isfinite().all() and (values[:-1] > 0).all() and values[-1] >= 0):
         raise InvalidSchedule(
             f"sigmas must be finite, and positive but for a last 0, got {values.tolist()}"
         )
     if (values.diff() > 0).any():
         raise InvalidSchedule(f"sigmas must not increase, got {values.tolist()}")
+    return AncestralRule(values, s_noise, values[:-1])
+
+
+def read_sigmas(sigmas: Tensor | Sequence[float], s_noise: float) -> Tensor:
+    """Return k-diffusion's noise levels as float64 on the host, (T + 1,), T >= 1.
+
+    Raises:
+        InvalidSchedule: `s_noise`, the factor on the noise, is negative or not finite.
+        InvalidShape: `sigmas` is not (T + 1,).
+    """
+    values = as_host_float64(sigmas, "sigmas")
+    if values.ndim != 1 or len(values) < 2:
+        raise InvalidShape(f"sigmas have shape {tuple(values.shape)}, expected (T + 1,), T >= 1")
     if not 0 <= s_noise < float("inf"):
         raise InvalidSchedule(f"s_noise must be finite and not negative, got {s_noise!r}")
-    return AncestralRule(values, s_noise, values[:-1])
+    return values
 
 
 def scheduler_ancestral_rule(scheduler: Scheduler) -> AncestralRule:

@@ -10,8 +10,16 @@ import torch
 from torch import Tensor
 
 from msdda_fast.errors import InvalidShape
+from msdda_fast.steps.pixels import PixelStep, PixelTable
 
-__all__ = ["CoefficientTable", "Layout", "StepCoefficients", "check_dtype", "mixture"]
+__all__ = [
+    "CoefficientTable",
+    "Layout",
+    "StepCoefficients",
+    "check_dtype",
+    "mixture",
+    "pixel_mixture",
+]
 
 
 def check_dtype(dtype: torch.dtype) -> None:
@@ -108,11 +116,14 @@ class StepCoefficients:
             columns.
         num_objectives: M.
         clip_range: r in latent units, or None for the linear layout.
+        pixels: What decides in place of `row` where weights differ between pixels; `row` then is
+            that of the weights which an image has on average.
     """
 
     row: Tensor
     num_objectives: int
     clip_range: float | None
+    pixels: PixelStep | None = None
 
     @property
     def layout(self) -> Layout:
@@ -140,6 +151,8 @@ class CoefficientTable:
             whatever the weights are.
         has_base: Whether the last objective is the base, which strength and ranges of timesteps
             add.
+        pixels: Weights of every pixel; `rows`, `share` and `std` then are those of the weights that
+            an image has on average. None: all pixels have the same.
     """
 
     rows: Tensor
@@ -153,6 +166,7 @@ class CoefficientTable:
     influence: Tensor
     reads: Tensor
     has_base: bool = False
+    pixels: PixelTable | None = None
 
     def __len__(self) -> int:
         return self.rows.shape[0]
@@ -160,13 +174,20 @@ class CoefficientTable:
     def __getitem__(self, k: int) -> StepCoefficients:
         if not -len(self) <= k < len(self):
             raise IndexError(f"step {k} is outside the table of {len(self)} steps")
-        return StepCoefficients(self.rows[k], self.num_objectives, self.clip_range)
+        pixels = None if self.pixels is None else self.pixels.step(k)
+        return StepCoefficients(self.rows[k], self.num_objectives, self.clip_range, pixels)
+
+    def adds_noise(self, k: int) -> bool:
+        """Whether step k adds noise to some sample."""
+        return bool(self.std[k].any())
 
     def mixture(self, k: int) -> StepCoefficients:
         """The coefficients of `sum_m share_m c_m` at step k: the outputs mixed, and no step taken.
 
         Where networks predict x_0, as k-diffusion's denoisers do, that is where the step heads for.
         """
+        if self.pixels is not None:
+            return pixel_mixture(self.pixels.step(k).share, self.pixels.parts[:, k].to(self.rows))
         return mixture(self.share[k].to(self.rows))
 
     def guided(self, scale: float) -> CoefficientTable:
@@ -175,19 +196,20 @@ class CoefficientTable:
         `u + g (c - u)` has the coefficients (1 - g) a and g a of the same a, whatever g is.
         """
         layout = Layout(self.num_objectives, self.clip_range is not None)
-        pairs = [(layout.uncond, layout.cond)]
-        if layout.clips:
-            pairs.append((layout.x0_uncond, layout.x0_cond))
-        rows = self.rows.clone()
-        for uncond, cond in pairs:
-            both = rows[..., uncond] + rows[..., cond]
-            rows[..., uncond], rows[..., cond] = (1 - scale) * both, scale * both
-        return replace(self, rows=rows, needs_uncond=scale != 1)
+        pixels = self.pixels
+        if pixels is not None:
+            pixels = replace(pixels, means=_guided(pixels.means, layout, scale))
+        rows = _guided(self.rows, layout, scale)
+        return replace(self, rows=rows, needs_uncond=scale != 1, pixels=pixels)
 
     def images(self, part: slice) -> CoefficientTable:
         """The table of some of its images."""
         return replace(
-            self, rows=self.rows[:, part], share=self.share[:, part], std=self.std[:, part]
+            self,
+            rows=self.rows[:, part],
+            share=self.share[:, part],
+            std=self.std[:, part],
+            pixels=None if self.pixels is None else self.pixels.images(part),
         )
 
     @property
@@ -208,7 +230,20 @@ class CoefficientTable:
             rows=self.rows.to(device=device, dtype=dtype),
             timesteps=self.timesteps.to(device=device),
             input_scale=None if scale is None else scale.to(device=device, dtype=dtype),
+            pixels=None if self.pixels is None else self.pixels.to(device, dtype),
         )
+
+
+def _guided(rows: Tensor, layout: Layout, scale: float) -> Tensor:
+    """Rows with another guidance scale; see `CoefficientTable.guided`."""
+    pairs = [(layout.uncond, layout.cond)]
+    if layout.clips:
+        pairs.append((layout.x0_uncond, layout.x0_cond))
+    rows = rows.clone()
+    for uncond, cond in pairs:
+        both = rows[..., uncond] + rows[..., cond]
+        rows[..., uncond], rows[..., cond] = (1 - scale) * both, scale * both
+    return rows
 
 
 def mixture(share: Tensor) -> StepCoefficients:
@@ -217,3 +252,19 @@ def mixture(share: Tensor) -> StepCoefficients:
     row = share.new_zeros(len(share), layout.width)
     row[:, layout.cond] = share
     return StepCoefficients(row, layout.num_objectives, None)
+
+
+def pixel_mixture(share: Tensor, parts: Tensor | None = None) -> StepCoefficients:
+    """The same for shares of every pixel.
+
+    Args:
+        share: (M, B, *S), no unit.
+        parts: (M, B, N), which outputs the prediction of each objective is made of; None: its own.
+    """
+    count, batch = share.shape[:2]
+    if parts is None:
+        parts = torch.eye(count).to(share)[:, None].expand(count, batch, count)
+    rows = torch.stack([mixture(part).row for part in parts])
+    mean = (share.flatten(2).mean(2)[..., None] * parts).sum(0)
+    pixels = PixelStep(rows, share.new_zeros(count, batch), share)
+    return replace(mixture(mean), pixels=pixels)

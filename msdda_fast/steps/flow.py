@@ -29,7 +29,7 @@ from msdda_fast.steps.rules import GridRule, PredictionTerms, StepTerms, canonic
 if TYPE_CHECKING:
     from msdda_fast.types import Scheduler
 
-__all__ = ["FlowDDIMRule", "FlowGrid", "FlowRule", "flow_grid"]
+__all__ = ["FlowDDIMRule", "FlowGrid", "FlowRule", "check_flow_sigmas", "flow_grid"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,9 +147,18 @@ def flow_grid(scheduler: Scheduler) -> FlowGrid:
             f"{name} has {len(sigmas)} sigmas and {len(timesteps)} timesteps, expected T + 1 and "
             f"T: call its set_timesteps first"
         )
+    return FlowGrid(timesteps, check_flow_sigmas(sigmas, name))
+
+
+def check_flow_sigmas(sigmas: Tensor, name: str) -> Tensor:
+    """Return `sigmas`, (T + 1,) with T >= 1; `name` starts the message of an error.
+
+    Raises:
+        InvalidSchedule: They do not decrease within [0, 1].
+    """
     if not (sigmas[0] <= 1 and sigmas[-1] >= 0 and (sigmas.diff() < 0).all()):  # false for NaN
         raise InvalidSchedule(
             f"{name}: sigmas must decrease within [0, 1], where a flow model has alpha = 1 - sigma;"
             f" they are {[round(sigma, 6) for sigma in sigmas.tolist()]}"
         )
-    return FlowGrid(timesteps, sigmas)
+    return sigmas

@@ -30,7 +30,7 @@ from msdda_fast.steps.consistency import lcm_rule, tcd_rule
 from msdda_fast.steps.cps import CPSRule, RenoiseRule
 from msdda_fast.steps.ddim import DDIMRule, ddim_grid, set_to
 from msdda_fast.steps.ddpm import ddpm_rule
-from msdda_fast.steps.flow import FlowDDIMRule, FlowRule, flow_grid
+from msdda_fast.steps.flow import FlowDDIMRule, FlowGrid, FlowRule, flow_grid
 from msdda_fast.steps.flow_sde import DanceSDERule, FlowSDERule
 from msdda_fast.steps.ltx import LTXAncestralRule
 from msdda_fast.steps.rules import Rule
@@ -38,7 +38,15 @@ from msdda_fast.steps.rules import Rule
 if TYPE_CHECKING:
     from msdda_fast.types import Scheduler
 
-__all__ = ["RULES", "check_kind", "entry_of", "has_timesteps", "levels_of", "scheduler_rule"]
+__all__ = [
+    "RULES",
+    "check_kind",
+    "entry_of",
+    "flow_rule",
+    "has_timesteps",
+    "levels_of",
+    "scheduler_rule",
+]
 
 
 class Entry(NamedTuple):
@@ -172,7 +180,12 @@ def scheduler_rule(
     entry = check_kind(scheduler, noise)
     if noise is None:
         return entry.rule(scheduler, num_steps)
-    return _FLOW_RULES[type(noise)](flow_grid(set_to(scheduler, num_steps)[0]), noise)
+    return flow_rule(flow_grid(set_to(scheduler, num_steps)[0]), noise)
+
+
+def flow_rule(grid: FlowGrid, noise: FlowNoise) -> FlowRule:
+    """Return the rule of steps with noise of flow models."""
+    return _FLOW_RULES[type(noise)](grid, noise)
 
 
 def check_kind(scheduler: Scheduler, noise: FlowNoise | None) -> Entry:

@@ -14,18 +14,23 @@ on the host and is cast once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from msdda_fast.errors import InvalidSchedule, InvalidShape, InvalidWeights
-from msdda_fast.steps.coefficients import CoefficientTable, Layout, check_dtype
-from msdda_fast.steps.rules import MixingRule, Rule
+from msdda_fast.errors import InvalidSchedule, InvalidShape
+from msdda_fast.steps.coefficients import CoefficientTable, check_dtype
+from msdda_fast.steps.mixing import check_fused_rate, mixing_rule, no_mixing
+from msdda_fast.steps.pixel_table import check_pixels, pixel_table
+from msdda_fast.steps.pixels import PixelWeights
+from msdda_fast.steps.rules import Rule
 from msdda_fast.steps.schedulers import levels_of, scheduler_rule
 from msdda_fast.steps.shares import eps_mixture, fusion_shares
 from msdda_fast.steps.strength import folding
+from msdda_fast.steps.table_rows import step_rows
+from msdda_fast.weight_ranges import alternatives, has_ranges
 from msdda_fast.weights import as_host_float64, preference_schedule
 
 if TYPE_CHECKING:
@@ -41,7 +46,7 @@ def coefficient_table(
     *,
     etas: Sequence[float] | Tensor | None = None,
     levels: NoiseLevels | None = None,
-    weights: Sequence[Any] | Tensor | None,
+    weights: Mapping[Any, Any] | Sequence[Any] | Tensor | None,
     guidance_scale: float | Sequence[float] | Tensor = 1.0,
     zero_variance: ZeroVariancePolicy = "error",
     rates: Sequence[float] | Tensor | None = None,
@@ -49,6 +54,7 @@ def coefficient_table(
     fusion: Fusion | None = None,
     strength: float | Sequence[Any] | Tensor | None = None,
     ranges: Sequence[TimestepRange | None] | None = None,
+    pixels: PixelWeights | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> CoefficientTable:
@@ -71,7 +77,10 @@ def coefficient_table(
         levels: Instead of etas: the same, or the noise that flow models were trained with, such as
             `[FlowSDE(0.7), FlowSDE(0.4)]`, for FlowMatchEuler. With neither: what the scheduler
             does by itself, which is an ODE for FlowMatchEuler; DDIM and TCD need levels.
-        weights: Preferences (M,), (B, M) or (T, B, M), rows on the simplex; None is uniform.
+        weights: Preferences (M,), (B, M) or (T, B, M), rows on the simplex; None is uniform. Or a
+            mapping from ranges of timesteps to the first two, such as `{(500, 999): [1, 0], (0,
+            499): [.5, .5]}`, both ends included. Or (B, M, *S), a preference of every pixel, each
+            axis of S that of the latents or 1, and two of them or more.
         guidance_scale: g, a number, (M,) or (B, M); 1 is no guidance.
         zero_variance: What to do when a sample mixes levels of 0 with others; see `fusion_shares`.
         rates: (M,) > 0, the relative rates c_i of `zero_variance="ratio"`.
@@ -90,6 +99,7 @@ def coefficient_table(
             the base, 2 twice as far from it. See `steps.strength`.
         ranges: The timesteps (first, last) in which each objective acts, the base elsewhere; None:
             in all. With either of the two the table has one more objective, the base, at the end.
+        pixels: Instead of weights (B, M, *S): the same in parts, beside `weights` of the steps.
         device: Where `rows` and `timesteps` go; the CPU by default.
         dtype: Of `rows`: float32, or float64 for a float64 state.
 
@@ -110,7 +120,8 @@ def coefficient_table(
     """
     count = None
     if etas is None and levels is None and weights is not None:
-        count = as_host_float64(weights, "weights").shape[-1]
+        shape = _shape_of(weights)
+        count = shape[1] if len(shape) > 3 else shape[-1]
     read = levels_of(scheduler, etas, levels, count)
     return rule_table(
         scheduler_rule(scheduler, num_steps, read.noise),
@@ -123,6 +134,7 @@ def coefficient_table(
         fusion=fusion,
         strength=strength,
         ranges=ranges,
+        pixels=pixels,
         device=device,
         dtype=dtype,
     )
@@ -141,6 +153,7 @@ def rule_table(
     fusion: Fusion | None = None,
     strength: float | Sequence[Any] | Tensor | None = None,
     ranges: Sequence[TimestepRange | None] | None = None,
+    pixels: PixelWeights | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> CoefficientTable:
@@ -149,8 +162,8 @@ def rule_table(
     Args:
         rule: The sampler on its T steps.
         levels: (M,), the noise level of each objective, in the range and meaning of the rule.
-        weights: As in `coefficient_table`; with `batch_size` also a callable from the step index
-            k = 0..T-1 to (M,) or (B, M).
+        weights, pixels: As in `coefficient_table`; with `batch_size` weights are also a callable
+            from the step index k = 0..T-1 to (M,) or (B, M).
         batch_size: B; None: that of `weights` and `guidance_scale`.
         guidance_scale, zero_variance, rates, extrapolate: As in `coefficient_table`.
         strength, ranges, device, dtype: As in `coefficient_table`; strength also (T, B, M).
@@ -170,53 +183,58 @@ def rule_table(
             "strength and ranges of timesteps mix outputs with the base's, of which a step with "
             "x_0 clipping (clip_sample=True) is no affine function"
         )
+    if isinstance(weights, Tensor) and weights.ndim > 3:
+        pixels, weights = PixelWeights.of(weights), None
+    if pixels is not None and batch_size is None:
+        batch_size = pixels.shape[0]
     own = None if fold is None else fold.strength[0]
     batch = _batch_size(weights, guidance, own, batch_size)
-    weight = preference_schedule(weights, count, batch, steps, extrapolate=extrapolate)
-    mixing = _mixing(fusion, rule, level)
+    weight = preference_schedule(
+        weights, count, batch, steps, extrapolate=extrapolate, timesteps=rule.timesteps
+    )
+    schedule = weight
+    if pixels is not None:
+        check_pixels(pixels, schedule, batch)
+        weight = pixels.mean(schedule)
+    mixing = mixing_rule(fusion, rule, level)
+    if mixing is not None and pixels is not None:
+        no_mixing(level)
+        mixing = None
     terms = rule.step(level)
     share, rate = fusion_shares(weight, terms.rate, zero_variance=zero_variance, rates=rates)
     if mixing is not None:
-        _check_fused_rate(rate, rule)
+        check_fused_rate(rate, rule)
         share = eps_mixture(share, mixing.eps_scale(level))
         terms = mixing.step_at(rate[..., None])
     std = rate * terms.unit[..., 0]
 
-    output_scale = share * terms.output_scale
-    x_scale = (share * terms.x_scale).sum(-1)
-    uncond, cond = output_scale * (1 - guidance), output_scale * guidance
+    rows = step_rows(share, std, terms, guidance, fold)
+    table_of_pixels = None
+    if pixels is not None:
+        c = None if rates is None else as_host_float64(rates, "rates")
+        table_of_pixels = pixel_table(pixels, schedule, weight, terms, guidance, fold, c)
+        table_of_pixels = table_of_pixels.to(device, dtype)
     needs_uncond = bool(((share != 0) & (guidance != 1)).any())
     influence = (share != 0).any(1)
     reads = torch.ones_like(influence)
     if fold is not None:
         influence, reads = fold.influence(share), fold.reads()
-        share, uncond, cond = (fold.columns(values) for values in (share, uncond, cond))
-    layout = Layout(share.shape[-1], clips=terms.clean is not None)
-    rows = torch.zeros(steps, batch, layout.width, dtype=torch.float64)
-    rows[..., layout.x_scale] = x_scale
-    rows[..., layout.uncond] = uncond
-    rows[..., layout.cond] = cond
-    rows[..., layout.noise_scale] = std
-    if (clean := terms.clean) is not None:
-        output = torch.where(share != 0, clean.output, 0.0)
-        rows[..., layout.x0_x] = clean.x[..., 0]
-        rows[..., layout.x0_uncond] = output * (1 - guidance)
-        rows[..., layout.x0_cond] = output * guidance
-        rows[..., layout.x0_scale] = clean.scale * share
+        share = fold.columns(share)
     narrow = min(dtype, torch.float32, key=lambda kind: torch.finfo(kind).max)  # of most states
-    if not bool((rows.abs() <= torch.finfo(narrow).max).all()):  # NaN fails too
-        raise InvalidSchedule(
-            f"the coefficients of these steps do not fit {narrow}: {rows.abs().max():g} is the "
-            f"largest, with guidance_scale {guidance.abs().max():g} and {rule.levels.name} "
-            f"{level.tolist()}"
-        )
+    for values in [rows] if table_of_pixels is None else [rows, table_of_pixels.means]:
+        if not bool((values.abs() <= torch.finfo(narrow).max).all()):  # NaN fails too
+            raise InvalidSchedule(
+                f"the coefficients of these steps do not fit {narrow}: {values.abs().max():g} is "
+                f"the largest, with guidance_scale {guidance.abs().max():g} and "
+                f"{rule.levels.name} {level.tolist()}"
+            )
     timesteps = rule.timesteps.to(dtype) if rule.timesteps.is_floating_point() else rule.timesteps
     scale = rule.input_scale
     return CoefficientTable(
         rows=rows.to(device=device, dtype=dtype),
         timesteps=timesteps.to(device=device),
         input_scale=None if scale is None else scale.to(device=device, dtype=dtype),
-        num_objectives=layout.num_objectives,
+        num_objectives=share.shape[-1],
         clip_range=rule.clip_range,
         share=share,
         std=std,
@@ -224,45 +242,8 @@ def rule_table(
         influence=influence,
         reads=reads,
         has_base=fold is not None,
+        pixels=table_of_pixels,
     )
-
-
-def _mixing(fusion: Fusion | None, rule: Rule, level: Tensor) -> MixingRule | None:
-    """The rule, if predictions are to be mixed."""
-    if fusion not in (known := (None, "posterior", "eps")):
-        raise InvalidSchedule(f"fusion is {fusion!r}, expected one of {known}")
-    if fusion is None:
-        differ = bool((level != level[0]).any())
-        told = isinstance(rule, MixingRule) and rule.mixes_unless_told and differ
-        return rule if told else None  # type: ignore[return-value]
-    if fusion == "posterior":
-        return None
-    if rule.clip_range is not None:
-        raise InvalidSchedule(
-            "fusion='eps' mixes predictions, of which a step with x_0 clipping (clip_sample=True) "
-            "is no affine function; use fusion='posterior'"
-        )
-    if not isinstance(rule, MixingRule):
-        raise InvalidSchedule(
-            f"fusion='eps' mixes noise predictions, and {type(rule).__name__} does not say what "
-            f"they count in a step; use fusion='posterior'"
-        )
-    return rule
-
-
-def _check_fused_rate(rate: Tensor, rule: Rule) -> None:
-    """Raise unless fused rates (T, B) are at most those of the highest level."""
-    highest = torch.tensor([rule.levels.high], dtype=torch.float64)
-    if highest.isinf():
-        return
-    limit = rule.step(highest).rate[..., 0].expand_as(rate)
-    over = (rate - limit).clamp(min=0)
-    if bool((over > 1e-9).any()):  # false for no samples
-        k, b = divmod(int(over.argmax()), rate.shape[1])
-        raise InvalidWeights(
-            f"fusion='eps' steps at {rule.levels.name}_w, whose rate is {float(rate[k, b]):.6g} "
-            f"here: it must be at most {float(limit[k, b]):g}, which negative weights have changed"
-        )
 
 
 def _guidance(guidance_scale: float | Sequence[float] | Tensor, count: int) -> Tensor:
@@ -286,7 +267,7 @@ def _batch_size(
     if strength is not None:
         sizes["strength"] = tuple(strength.shape)
     if given is None and weights is not None:
-        sizes["weights"] = tuple(as_host_float64(weights, "weights").shape)  # type: ignore[arg-type]
+        sizes["weights"] = _shape_of(weights)
     found = {shape[-2] for shape in sizes.values() if len(shape) > 1} - {1}
     if given is not None and not found <= {given}:
         fits = ((), (1,), (given,))
@@ -297,3 +278,9 @@ def _batch_size(
     if given is not None:
         return given
     return found.pop() if found else 1
+
+
+def _shape_of(weights: Any) -> tuple[int, ...]:  # noqa: ANN401 - `WeightsLike`, or by ranges
+    """The shape of preferences; of those by ranges, the longest."""
+    forms = alternatives(weights) if has_ranges(weights) else [weights]
+    return max((tuple(as_host_float64(form, "weights").shape) for form in forms), key=len)

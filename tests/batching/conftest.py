@@ -46,9 +46,9 @@ def start(own_pipe):
 class Plug:
     """A request that holds an engine's thread in its first step until it is pulled."""
 
-    def __init__(self, engine):
+    def __init__(self, engine, **fields):
         self.reached, self.pulled = threading.Event(), threading.Event()
-        self.future = engine.submit(request(num_inference_steps=2, on_step=self._hold))
+        self.future = engine.submit(request(num_inference_steps=2, on_step=self._hold, **fields))
         assert self.reached.wait(SOON)
 
     def _hold(self, progress):
@@ -59,9 +59,9 @@ class Plug:
         self.pulled.set()
 
 
-def together(engine, requests):
+def together(engine, requests, **plug):
     """Results of requests that are all in the queue when the next batch is made."""
-    plug = Plug(engine)
+    plug = Plug(engine, **plug)
     futures = [engine.submit(one) for one in requests]
     plug.pull()
     return [future.result(SOON) for future in futures]

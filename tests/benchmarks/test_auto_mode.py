@@ -5,7 +5,9 @@ import json
 
 import pytest
 
-from benchmarks import auto_mode, modes, report
+from benchmarks import auto_mode, modes
+from benchmarks.tables import modes as tables
+from benchmarks.tables import results
 
 
 @pytest.mark.full  # of a benchmark, small
@@ -23,6 +25,6 @@ def test_receipts_are_judged_and_their_table_is_made(monkeypatch, tmp_path):
     assert 0 < merged["first_order"][0] < 2 * merged["precision"][0]
     if cell["forwards_per_step"] == 2:
         assert cell["truth"][0] == 0
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
-    rows = [row for row in report.auto_mode_table().splitlines() if row.startswith("| 2 | 0.5 |")]
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    rows = [row for row in tables.auto_mode_table().splitlines() if row.startswith("| 2 | 0.5 |")]
     assert len(rows) == 1

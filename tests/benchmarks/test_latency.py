@@ -3,19 +3,20 @@
 
 import io
 import json
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import gpu_runbook, latency, latency_output, report
+from benchmarks import latency, latency_output
 from benchmarks.contenders import stock
 from benchmarks.contenders.catalogue import catalogue
 from benchmarks.contenders.contender import LIMITS, Unverified, verify
 from benchmarks.contenders.models import load
 from benchmarks.contenders.request import Request
+from benchmarks.tables import latency as tables
+from benchmarks.tables import results
 
 SOME = "E1,E2,E3-M2,E4-M2,E5-M2,S,S again,M2,M2/merged,M2-no-graph,C5-M2"
 TINY = ["--device", "cpu", "--dtype", "fp32", "--model", "tiny", "--steps", "3", "--rounds", "7"]
@@ -104,10 +105,10 @@ def test_copies_hold_each_weight_again_and_one_forward_does_not(measured):
 @MEASURED
 def test_the_tables_have_what_was_timed_and_what_was_not(measured, monkeypatch):
     folder, records = measured
-    monkeypatch.setattr(report, "RESULTS", folder)
+    monkeypatch.setattr(results, "RESULTS", folder)
     console = Console(width=200, record=True, file=io.StringIO())
     latency_output.show(console, records)
-    for text in (report.latency_table(), console.export_text()):
+    for text in (tables.latency_table(), console.export_text()):
         assert "M2" in text and "E3-M2" in text
         assert "C5-M2" in text and "dynamo" in text
         assert "E4-M3" not in text
@@ -123,11 +124,11 @@ def test_ratios_are_of_one_run_and_the_last_run_is_reported(measured, tmp_path, 
             record["median_us"] *= 2
     text = "".join(json.dumps(record) + "\n" for record in [*records, *later])
     (tmp_path / "latency.jsonl").write_text(text)
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
-    (last,) = report.latency_runs().values()
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    (last,) = tables.latency_runs().values()
     ours, single = (next(r for r in last if r["contender"] == name) for name in ("M2", "S"))
-    assert report.ratios(ours, last)["S"] == ours["median_us"] / single["median_us"]
-    assert report.is_noisy(last)
+    assert tables.ratios(ours, last)["S"] == ours["median_us"] / single["median_us"]
+    assert tables.is_noisy(last)
 
 
 def test_a_wrong_contender_is_refused_by_name(request_of_two):
@@ -163,42 +164,15 @@ def test_nothing_is_kept_of_a_refused_run(tmp_path, monkeypatch, capsys):
     assert "ms/step" not in capsys.readouterr().out
 
 
-def python(name, code, **needs):
-    return gpu_runbook.Stage(name, [sys.executable, "-c", code], needs.pop("wheels", ()), **needs)
+def test_kernels_are_counted_after_everything_was_timed(tmp_path, monkeypatch):
+    """The profiler that counts them stays on, and would slow down what follows."""
+    seen = []
 
+    def noted(name):
+        real = getattr(latency, name)
+        return lambda *given: seen.append(name) or real(*given)
 
-def test_the_runbook_goes_on_where_it_stopped(tmp_path, capsys):
-    out = tmp_path / "out"
-    once = python("once", f"open({str(tmp_path / 'ran')!r}, 'a').write('x'); print('figures')")
-    waits = python(
-        "waits", f"import os, sys; sys.exit(not os.path.exists({str(tmp_path / 'go')!r}))"
-    )
-    lacking = python("lacking", "", wheels=["no_such_wheel"], tools=["no-such-tool"])
-    assert not gpu_runbook.run_all([once, waits, lacking], out)
-    assert "lacking: missing: no_such_wheel, no-such-tool" in capsys.readouterr().out
-    (tmp_path / "go").touch()
-    assert gpu_runbook.run_all([once, waits], out)
-    assert (tmp_path / "ran").read_text() == "x"
-    assert (out / "once.txt").read_text() == "figures\n"
-    seen = [(record["stage"], record["status"]) for record in lines(out / "stages.jsonl")]
-    assert seen == [
-        ("once", "passed"), ("waits", "failed"), ("lacking", "missing"), ("waits", "passed"),
-    ]  # fmt: skip
-
-
-def test_a_stage_that_takes_too_long_is_cut_off(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_runbook, "LIMIT_S", 0.2)
-    assert not gpu_runbook.run_all([python("slow", "import time; time.sleep(60)")], tmp_path)
-    assert json.loads((tmp_path / "stages.jsonl").read_text())["status"] == "cut off"
-
-
-def test_stages_name_files_and_contenders_that_exist(tmp_path):
-    names = [entry.name for entry in catalogue([1, 2, 3, 4], "merged", "cuda")]
-    for stage in gpu_runbook.stages(tmp_path):
-        for part in stage.command:
-            if part.endswith(".py"):
-                assert (gpu_runbook.ROOT / part).exists(), part
-        if "--contenders" in stage.command:
-            patterns = stage.command[stage.command.index("--contenders") + 1].split(",")
-            for pattern in patterns:
-                assert any(gpu_runbook.fnmatchcase(name, pattern) for name in names), pattern
+    for name in ("interleaved", "loop_times", "describe"):
+        monkeypatch.setattr(latency, name, noted(name))
+    assert run(tmp_path, "E1", "--objectives", "1") == 0
+    assert seen[-1] == "describe" and seen.index("describe") > seen.index("loop_times")

@@ -6,7 +6,9 @@ import json
 import pytest
 import torch
 
-from benchmarks import modes, report
+from benchmarks import modes
+from benchmarks.tables import modes as tables
+from benchmarks.tables import results
 from msdda_fast.pipelines.stable_diffusion.modes import MODES
 from tests.tiny_model import quiet
 
@@ -32,9 +34,9 @@ def test_quality_and_its_table(monkeypatch, tmp_path):
         timing | {"mode": mode, "median_us": t, "p20_us": t - 0.1, "p80_us": t + 0.1}
         for mode, t in times.items()
     ]
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
     (tmp_path / "modes.jsonl").write_text("".join(map(line, kept)))
-    rows = [row for row in report.modes_table().splitlines() if row.startswith("| ")]
+    rows = [row for row in tables.modes_table().splitlines() if row.startswith("| ")]
     assert [row.split(" | ")[0] for row in rows[1:]] == [f"| {name}" for name in found]
     assert rows[2].endswith("| 0.50 |")  # merged
     assert rows[3].endswith("| 0.95 (=) |")  # auto, and the spreads overlap

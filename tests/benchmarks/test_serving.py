@@ -11,6 +11,7 @@ from benchmarks import load, serving, serving_output
 from benchmarks.contenders.one_weight import OneWeightQueue
 from benchmarks.contenders.servers import occupancy
 from msdda_fast.batching.admission import Admission
+from msdda_fast.batching.captured_checks import CapturedChecks
 from msdda_fast.batching.limits import Limits
 from msdda_fast.batching.queue import TicketQueue
 from msdda_fast.batching.request import ImageRequest
@@ -111,7 +112,7 @@ def test_one_weight_per_batch_takes_the_oldest_and_its_equals(pipe, kind, expect
     )  # fmt: skip
     line = kind(limits)
     weights = [[0.3, 0.7], [0.5, 0.5], [0.3, 0.7], [0.2, 0.8]]
-    admission = Admission(pipe, limits)
+    admission = Admission(lambda request: CapturedChecks(pipe, limits))
     tickets = [
         admission.tickets(ImageRequest("a dog", weights=w, num_inference_steps=2, seed=i))[0]
         for i, w in enumerate(weights)

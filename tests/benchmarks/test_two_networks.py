@@ -7,7 +7,9 @@ import pytest
 import torch
 
 import msdda_fast as mf
-from benchmarks import report, two_networks
+from benchmarks import two_networks
+from benchmarks.tables import comparisons as tables
+from benchmarks.tables import results
 from benchmarks.two_networks import SCORES, summarise, systems, turns
 from msdda_fast.training import Collection
 from tests.tiny_model import small_unet, tiny  # noqa: F401 - fixture
@@ -90,9 +92,9 @@ def test_gains_are_fused_minus_the_other_weighted_by_w(tmp_path, monkeypatch):
         "distillation": {"steps": 10, "seconds": 60.0, "loss": 0.1},
         "intervals": "i", "machine": "m", "cores": 2, "threads": 1, "torch": "t",
     }  # fmt: skip
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
     (tmp_path / "two_networks.json").write_text(json.dumps({"setting": setting, **found}))
-    table = report.two_networks_table()
+    table = tables.two_networks_table()
     assert table.count("+0.200 [+0.200, +0.200] *") == 5 + 1
     assert "\n| fused | 0.5 | 25 + 25 |" in table
 

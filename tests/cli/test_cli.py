@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from msdda_fast.cli import app as cli
 from msdda_fast.cli import generate as cli_generate
 from msdda_fast.cli import sweep as cli_sweep
+from msdda_fast.cli.session import SHIPPED
 from msdda_fast.evaluation import sweep as sweeps
 from msdda_fast.pipelines.stable_diffusion.modes import MODES
 
@@ -124,7 +125,7 @@ class TestGenerate:
 
 class TestSweep:
     def test_grid_rewards_and_table(self, loaded, tmp_path):
-        done = run(*sweep_of("unused", tmp_path))
+        done = run(*sweep_of(SHIPPED, tmp_path))
         assert done.exit_code == 0, done.output
         assert {p.name for p in tmp_path.iterdir()} == {
             "cells", "grid.png", "rewards.json", "settings.json",
@@ -141,7 +142,7 @@ class TestSweep:
 
         monkeypatch.setattr(sweeps, "run_sweep", noted)
         for given in (["-s", 1.5], ["-s", "cool=2"], []):
-            assert run(*sweep_of("unused", tmp_path), *given).exit_code == 0
+            assert run(*sweep_of(SHIPPED, tmp_path), *given).exit_code == 0
         assert [plan.strength for plan in plans] == [1.5, {"cool": 2.0}, None]
 
     @pytest.mark.parametrize(
@@ -157,12 +158,12 @@ class TestSweep:
         ],
     )
     def test_bad_input(self, loaded, calls, tmp_path, arguments, message):
-        done = run(*sweep_of("unused", tmp_path), *arguments)
+        done = run(*sweep_of(SHIPPED, tmp_path), *arguments)
         assert done.exit_code == 2 and message in done.stderr and calls == []
 
     def test_other_settings_in_the_same_folder(self, loaded, tmp_path):
-        assert run(*sweep_of("unused", tmp_path)).exit_code == 0
-        done = run(*sweep_of("unused", tmp_path), "--steps", 3)
+        assert run(*sweep_of(SHIPPED, tmp_path)).exit_code == 0
+        done = run(*sweep_of(SHIPPED, tmp_path), "--steps", 3)
         assert done.exit_code == 2
         assert "ResumeMismatch" in done.stderr and "num_inference_steps was 2, is 3" in done.stderr
 
@@ -211,7 +212,8 @@ def test_doctor_reports_and_never_fails(monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
     done = run("doctor")
     assert done.exit_code == 0
-    for text in ("torch", "diffusers", "eager", "native", "C++ compiler", "msdda-fast/emoji-flow"):
+    for text in ("torch", "diffusers", "eager", "native", "C++ compiler", "msdda-fast/emoji-flow",
+                 "WanPipeline", "TCDScheduler", "UniPCMultistepScheduler"):  # fmt: skip
         assert text in done.output
     assert "none of c++" in done.output
 

@@ -303,7 +303,7 @@ def test_what_fails_while_it_runs_is_one_line_and_exit_code_1(monkeypatch, tmp_p
 
 
 def test_names_in_tables_are_printed_as_they_are(capsys):
-    cli_sweep._print_means([None, 0.5], {"[bold]x[/red]": [1.0, 2.0]})
+    cli_sweep._print_means([None, 0.5], {"[bold]x[/red]": [1.0, 2.0]}, "SD")
     assert "[bold]x[/red]" in capsys.readouterr().out
 
 
@@ -312,11 +312,10 @@ def test_the_version():
     assert (done.exit_code, done.stdout) == (0, f"msdda-fast {mf.__version__}\n")
 
 
-def test_a_family_that_commands_do_not_run_is_named(monkeypatch, tmp_path):
-    class StableDiffusion3Pipeline:
-        """What `from_pretrained` gives for a folder of that class."""
-
-    made = StableDiffusion3Pipeline()
-    monkeypatch.setattr(mf.MSDDAPipeline, "from_pretrained", lambda *_, **__: made)
-    done = run("generate", "a dog", "--model", tmp_path, "-o", tmp_path / "x.png")
-    assert_refused(done, "is a StableDiffusion3Pipeline, and the command line runs Stable")
+@pytest.mark.parametrize("command", ["tune", "dpok", "step-dpo", "reward-gradient"])
+def test_a_family_that_a_command_does_not_run_is_named(loads, files, command):
+    (files / "model").mkdir()
+    (files / "model/model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    done = run(*commands(files, files / "out")[command], "--model", files / "model")
+    assert_refused(done, "is a FluxPipeline, and `")
+    assert loads == []

@@ -17,6 +17,7 @@ from msdda_fast.emoji.flow_model import (
     assemble_flow,
     save_flow,
     shorten,
+    shorten_calls,
     small_transformer,
 )
 from msdda_fast.emoji.train_base import tokenize
@@ -112,6 +113,8 @@ def test_one_token_of_t5_draws_the_same(pipe):
     stock = draw(pipe)
     short = draw(pipe, **shorten(pipe))
     assert (short - stock).abs().max() < 1e-5 * stock.abs().max()
+    shorten_calls(pipe)
+    assert torch.equal(draw(pipe), short)
 
 
 def test_the_tokenizers_are_the_shipped_one(folder):

@@ -156,12 +156,18 @@ class TracedGraphs:
     def capture(self, advance: Advance, buffers: StepBuffers) -> TracedGraph:
         advance(buffers)
         names = [f.name for f in fields(buffers) if isinstance(getattr(buffers, f.name), Tensor)]
+        own = [] if buffers.pixels is None else [f.name for f in fields(buffers.pixels)]
 
         # inputs, not constants: reading the value of a constant would go unnoticed
         def traced(*tensors: Tensor) -> None:
-            advance(replace(buffers, **dict(zip(names, tensors, strict=True))))
+            given = dict(zip(names, tensors, strict=False))
+            if buffers.pixels is not None:
+                of_pixels = dict(zip(own, tensors[len(names) :], strict=True))
+                given["pixels"] = replace(buffers.pixels, **of_pixels)
+            advance(replace(buffers, **given))
 
         tensors = [getattr(buffers, name) for name in names]
+        tensors += [getattr(buffers.pixels, name) for name in own]
         # metadata of every value, which nobody reads: most of the time of a trace
         with mock.patch.object(proxy_tensor, "extract_val", lambda *values, **options: None):
             module = make_fx(traced)(*tensors)

@@ -138,6 +138,7 @@ OTHER = {
     "noise_table": True,
     "context": (1, 2),
     "shared_context": True,
+    "pixelwise": 2,
     "mode": "another",
 }
 

@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -151,3 +152,11 @@ def test_the_disk_cache_is_asked_for_and_no_graphs_of_inductor(monkeypatch) -> N
     assert all(call["fullgraph"] for call in calls)
     assert cpu == {"fx_graph_cache": True}
     assert cuda == {"max_autotune": True, "coordinate_descent_tuning": True, "fx_graph_cache": True}
+
+
+def test_advice_on_tensorfloat32_is_no_error() -> None:
+    """Inductor gives it on GPUs only, where it would end the first test that compiles."""
+    advice = "TensorFloat32 tensor cores for float32 matrix multiplication available"
+    source = Path(torch.__file__).parent / "_inductor" / "compile_fx.py"  # importing it warns
+    assert advice in source.read_text()
+    warnings.warn(f"{advice} but not enabled.", UserWarning, stacklevel=1)

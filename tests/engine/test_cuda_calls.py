@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `CudaGraphs` and `SideBySide` ask of torch.cuda, in order, where there is no GPU to ask."""
 
+import contextlib
+import gc
+import weakref
 from contextlib import contextmanager
 
 import pytest
@@ -60,8 +63,19 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def device(chosen: torch.device):
         yield
 
+    def end_pool(device: int, pool: str) -> None:
+        if "capture ended" in log:
+            raise RuntimeError("not currently recording to this pool")
+        log.append(f"{pool} of {device} is ended")
+
+    def release_pool(device: int, pool: str) -> None:
+        log.append(f"{pool} of {device} is released")
+
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end_pool)
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", release_pool)
     fake = {
         "CUDAGraph": CUDAGraph,
+        "current_device": lambda: 0,
         "Stream": lambda device: FakeStream(log, next(made)),
         "current_stream": lambda device=None: streams[-1],
         "device": device,
@@ -115,10 +129,43 @@ def test_after_a_capture_that_failed_another_ends_well(log: list[str]) -> None:
         graphs.capture(advance, StepBuffers.allocate(KEY, "cpu"))
     assert log[1:] == [
         "capture into pool on side, errors thread_local",
+        "pool of 0 is ended",
+        "pool of 0 is released",
         "capture into new pool on side, errors global",
         "end capture",
     ]
     assert torch.cuda.current_stream().name == "main"
+
+
+def test_a_capture_that_ended_by_itself_keeps_its_pool(log: list[str]) -> None:
+    graphs, calls = CudaGraphs("cuda:1"), iter(range(10))
+
+    def advance(buffers: StepBuffers) -> None:
+        if next(calls) == 3:
+            log.append("capture ended")
+            raise RuntimeError("of the step's own")
+
+    with pytest.raises(RuntimeError, match="own"):
+        graphs.capture(advance, StepBuffers.allocate(KEY, "cpu"))
+    assert not [line for line in log if "is released" in line]
+
+
+def test_the_graph_of_a_failed_capture_outlives_it(log: list[str], monkeypatch) -> None:
+    made = []
+    graph_class = torch.cuda.CUDAGraph
+    monkeypatch.setattr(
+        torch.cuda, "CUDAGraph", lambda: made.append(weakref.ref(own := graph_class())) or own
+    )
+    graphs, calls = CudaGraphs("cuda"), iter(range(10))
+
+    def advance(buffers: StepBuffers) -> None:
+        if next(calls) == 3:
+            raise RuntimeError("not permitted when stream is capturing")
+
+    with contextlib.suppress(RuntimeError):
+        graphs.capture(advance, StepBuffers.allocate(KEY, "cpu"))
+    gc.collect()
+    assert made[0]() is not None
 
 
 def test_networks_fork_from_the_current_stream_and_join_it(log: list[str]) -> None:

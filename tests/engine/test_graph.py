@@ -9,6 +9,7 @@ from torch import Tensor
 
 from msdda_fast import denoise
 from msdda_fast.engine.graph import StepCache
+from msdda_fast.errors import InvalidShape
 from msdda_fast.kernels import registry
 from msdda_fast.kernels.fused_step import fused_ddim_step
 from msdda_fast.steps.table import coefficient_table
@@ -82,6 +83,54 @@ def test_only_shapes_capture_again() -> None:
     assert results["again"].equal(results["first"])
     for name in CHANGES:
         assert not results[name].equal(results["first"]), name
+
+
+def pixels(seed: int, *, hard: bool = False) -> Tensor:
+    """Weights of every pixel, (B, M, 1, h, w) float64."""
+    first = drawn(2, 1, 1, *SHAPE[2:], seed=seed).double().sigmoid()
+    first = first.round() if hard else first
+    return torch.cat([first, 1 - first], 1)
+
+
+REGIONAL = replace(KEY, pixelwise=2)
+
+
+@pytest.mark.sweep(backend=2)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_weights_of_pixels_are_one_more_buffer(backend: str) -> None:
+    """Other masks, etas, numbers of steps and seeds replay the same graph, with its bits."""
+    weights = small_weights()
+    steps, graphs = cache(weights, backend=backend)
+    noise = drawn(5, *SHAPE, seed=4)
+    results = []
+    for change in (
+        {},
+        dict(weights=pixels(2)),
+        dict(weights=pixels(3, hard=True), etas=(1.0, 0.3)),
+        dict(num_steps=9, seeds=(5, 6)),
+        dict(etas=(0.0, 0.0)),
+        {},
+    ):
+        request = Request(**{"weights": pixels(1), **change})
+        step = steps.prepare(REGIONAL)
+        step.load(**request.arguments)
+        results.append(step.run())
+        assert results[-1].equal(request.expected(weights, backend))
+    assert graphs.captures == 1 and results[0].equal(results[-1])
+    given = Request(weights=pixels(1), seeds=None, noise=noise)
+    step = steps.prepare(replace(REGIONAL, noise_table=True))
+    step.load(**given.arguments)
+    assert step.run().equal(given.expected(weights, backend))
+
+
+def test_tables_and_buffers_agree_on_weights_of_pixels() -> None:
+    steps, _ = cache(small_weights())
+    for key, weights in ((KEY, pixels(1)), (REGIONAL, (0.3, 0.7))):
+        with pytest.raises(InvalidShape, match="a table with weights of every pixel for"):
+            steps.prepare(key).load(**Request(weights=weights).arguments)
+    by_channel = pixels(1).expand(2, 2, *SHAPE[1:])
+    with pytest.raises(InvalidShape, match=r"expected \(B, M, 1, \*S\) = \(2, 2, 1, 6, 6\)"):
+        steps.prepare(REGIONAL).load(**Request(weights=by_channel).arguments)
 
 
 def test_adapters_swapped_in_place_keep_the_graph() -> None:

@@ -28,6 +28,12 @@ KEYS = {
     "half-rows": replace(KEY, dtype=torch.float16, input_rows=2, channels_last=True),
 }
 
+PIXELS = {
+    "pixels": replace(KEY, pixelwise=2),
+    "pixels-clipped-noise-table": replace(KEY, pixelwise=2, clip_range=1.0, noise_table=True),
+}
+EVERY = {**KEYS, **PIXELS}
+
 
 class Constant:
     """A network of no operators: what remains is the step's own."""
@@ -57,7 +63,7 @@ def dry_run_of(network: object, key: ShapeKey = KEY, backend: str = "auto") -> D
     return dry_run(Step(network, key, device="cpu", backend=backend).advance, buffers)
 
 
-@pytest.mark.parametrize("key", KEYS.values(), ids=KEYS)
+@pytest.mark.parametrize("key", EVERY.values(), ids=EVERY)
 def test_no_value_is_read(key: ShapeKey) -> None:
     """Reading one raises DataDependentOutputException; on a GPU it would be a device sync."""
     with FakeTensorMode():
@@ -72,6 +78,14 @@ def test_a_step_is_two_operators_and_the_network(key: ShapeKey) -> None:
     backend = "native" if "native" in BACKENDS else BACKENDS[-1]
     operators = dry_run_of(Constant(list(outputs)), key, backend).operators
     assert operators == ("msdda_fast.fused_step_.default", "aten.add_.Tensor")
+
+
+def test_weights_of_pixels_cost_a_mean_for_each_objective() -> None:
+    key = PIXELS["pixels"]
+    outputs = list(torch.zeros(2, key.branches, *SHAPE))
+    operators = dry_run_of(Constant(outputs), key).operators
+    work = [name for name in operators if name.startswith("msdda_fast")]
+    assert work == ["msdda_fast.fused_step_.default"] * 2 + ["msdda_fast.fused_moments_.default"]
 
 
 def test_operators_of_the_small_network_are_counted() -> None:

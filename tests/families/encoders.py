@@ -72,6 +72,8 @@ def with_encoders(make, batch: int = 2):
     first, *others = names
     if others == ["text_encoder_2", "text_encoder_3"]:  # Stable Diffusion 3
         made = (clip(projected=True), clip(projected=True), t5())
+    elif not others:  # Wan
+        made = (t5(),)
     elif "unet" in parts:  # XL
         made = (clip(), clip(projected=True))
     else:  # FLUX

@@ -141,7 +141,7 @@ def equal_levels(weights: Tensor) -> Fuse:
     """Eq. 7 at equal variances: the mean of the stock steps, all with the same noise.
 
     Args:
-        weights: (B, M).
+        weights: (B, M), or (B, M, *S), each axis of S that of the latents or 1.
     """
 
     def fuse(met: list[Met]) -> Tensor:
@@ -152,7 +152,8 @@ def equal_levels(weights: Tensor) -> Fuse:
         for one in met:
             torch.set_rng_state(before)
             results.append(one.stock())
-        shares = weights.T.reshape(*weights.T.shape, *[1] * (results[0].ndim - 1))
+        shares = weights.transpose(0, 1)
+        shares = shares.reshape(*shares.shape, *[1] * (results[0].ndim + 1 - shares.ndim))
         return (shares * torch.stack(results).double()).sum(0).to(results[0].dtype)
 
     return fuse
@@ -182,7 +183,7 @@ def unequal_levels(weights: Tensor, seeds: Sequence[int], moments, levels) -> Fu
     """Eq. 7 of each pipeline's own mean and variance, in float64, with counter noise.
 
     Args:
-        weights: (B, M).
+        weights: (B, M), or (B, M, *S), each axis of S that of the latents or 1.
         seeds: (B,).
         moments: From a meeting, the step and a level to mean and deviation.
         levels: (M,).
@@ -201,9 +202,9 @@ def unequal_levels(weights: Tensor, seeds: Sequence[int], moments, levels) -> Fu
         means, stds = zip(*pairs, strict=True)
         last = max(stds) == 0  # Euler ancestral: the common factor cancels
         variances = torch.tensor(levels if last else stds).double() ** 2
-        mean, variance = fuse_posteriors(torch.stack(means), variances, weights.T)
+        mean, variance = fuse_posteriors(torch.stack(means), variances, weights.transpose(0, 1))
         z = mf.counter_noise(torch.tensor(seeds), sample.shape, step=k, stream=stream)
-        noise = 0 if last else variance.sqrt().reshape(-1, *[1] * (sample.ndim - 1)) * z.double()
+        noise = 0 if last else variance.sqrt() * z.double()
         for one in met:
             one.scheduler._step_index += 1
         return (mean + noise).to(sample.dtype)

@@ -181,3 +181,31 @@ def test_compiled_networks():
     pipe.transformer = torch.compile(pipe.transformer, backend="eager", dynamic=False)
     assert isinstance(pipe.transformer, nn.Module)
     assert_close(draw(pipe, call, weights=W), expected)
+
+
+class TestCosts:
+    def test_what_no_objective_changes_runs_once_for_all(self):
+        """ControlNet and autoencoder; the denoiser runs once a step, on the rows of both."""
+        pipe, call = attached(xl.controlnet)
+        draw(pipe, call, weights=W)  # checks the rows
+        parts = {"unet": pipe.unet.conv_in, "controlnet": pipe.controlnet, "vae": pipe.vae.decoder}
+        ran = {name: [] for name in parts}
+        for name, part in parts.items():
+            note = lambda *given, kept=ran[name]: kept.append(len(given[1][0]))  # noqa: E731
+            part.register_forward_hook(note)
+        draw(pipe, call, weights=W, output_type="pt")
+        images = len(call["prompt_embeds"])
+        rows = 2 * images  # guidance
+        assert ran == {"unet": [2 * rows] * 3, "controlnet": [rows] * 3, "vae": [images]}
+
+    def test_texts_are_encoded_once(self):
+        pipe, call = attached(functools.partial(with_encoders, xl.text))
+        for encoder in (pipe.text_encoder, pipe.text_encoder_2):
+            if hasattr(encoder, "peft_config"):
+                encoder.delete_adapter(["a", "b"])
+        ran = []
+        pipe.text_encoder.register_forward_hook(lambda *given: ran.append(given))
+        draw(pipe, call, weights=W)
+        both, ran[:] = len(ran), []
+        draw(pipe, call, weights=[1, 0])
+        assert both == len(ran) == 1

@@ -12,7 +12,7 @@ place, as in ComfyUI, so that a network asked while another's patch is in it giv
 
 import math
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -27,11 +27,36 @@ class InterruptProcessingException(Exception):
 
 
 class CONST:
-    """The mark of flow models."""
+    """Flow models: x = (1 - sigma) x_0 + sigma eps."""
+
+    sigma_max = 1.0
+
+    def noise_scaling(self, sigma, noise, latent_image, max_denoise=False):
+        return sigma * noise + (1 - sigma) * latent_image
+
+    def inverse_noise_scaling(self, sigma, latent):
+        return latent / (1 - sigma)
+
+    def percent_to_sigma(self, percent):
+        return 1.0 - percent
+
+    def ideal(self, x, sigma, mean):
+        """E[x_0 | x] of N(mean, VAR)."""
+        s = sigma.reshape(-1, *(1,) * (x.ndim - 1))
+        return ((1 - s) * VAR * x + s**2 * mean) / ((1 - s) ** 2 * VAR + s**2)
 
 
 class EPS:
     sigma_max = 14.6
+
+    def percent_to_sigma(self, percent):
+        if percent <= 0.0:
+            return 999999999.9
+        return 0.0 if percent >= 1.0 else 5.0 * (1.0 - percent)
+
+    def ideal(self, x, sigma, mean):
+        """E[x_0 | x] of N(mean, VAR)."""
+        return ideal(x, sigma, mean)
 
     def noise_scaling(self, sigma, noise, latent_image, max_denoise=False):
         return noise * (torch.sqrt(1 + sigma**2) if max_denoise else sigma) + latent_image
@@ -48,10 +73,16 @@ class SDXL(SD15):
     scale_factor = 0.13025
 
 
-class Network:
-    """comfy's BaseModel: takes x and sigma, returns the denoised x_0."""
+class Network(torch.nn.Module):
+    """comfy's BaseModel: takes x and sigma, returns the denoised x_0.
+
+    `diffusion_model` is a layer of weight 0, for LoRAs that act on its output.
+    """
 
     def __init__(self, base=0.0, latent_format=SD15, model_sampling=EPS):
+        super().__init__()
+        self.diffusion_model = torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.zeros_(self.diffusion_model.weight)
         self.weights, self.patched_by, self.base = base, None, base
         self.latent_format, self.model_sampling = latent_format(), model_sampling()
         self.current_patcher, self.calls = None, 0
@@ -68,7 +99,8 @@ class Network:
     def apply_model(self, x, sigma, prompt):
         assert self in Manager.loaded and self.patched_by is self.current_patcher, "not loaded"
         self.calls += 1
-        return ideal(x, sigma, prompt + self.weights)
+        added = float(self.diffusion_model(torch.ones(1, 1)))
+        return self.model_sampling.ideal(x, sigma, prompt + self.weights + added)
 
 
 def ideal(x: Tensor, sigma: Tensor, mean: float) -> Tensor:
@@ -85,9 +117,28 @@ class ModelPatcher:
     def __init__(self, model, lora=0.0, model_sampling=None):
         self.model, self.lora, self.model_options = model, lora, {"transformer_options": {}}
         self.object_patches = {"model_sampling": model_sampling or model.model_sampling}
+        self.injections, self.wrappers, self.callbacks = {}, {}, []
 
-    def clone(self, lora, model_sampling=None):
-        return ModelPatcher(self.model, lora, model_sampling)
+    def clone(self, lora=None, model_sampling=None):
+        return ModelPatcher(self.model, self.lora if lora is None else lora, model_sampling)
+
+    def get_injections(self, key):
+        return self.injections.get(key)
+
+    def set_injections(self, key, injections):
+        self.injections[key] = injections
+
+    def add_callback(self, call_type, callback):
+        assert call_type == "on_cleanup"
+        self.callbacks.append(callback)
+
+    def add_patches(self, patches, strength):
+        """Into the weights; here each is a number."""
+        self.lora += strength * sum(one.value for one in patches.values())
+
+    def inject(self, method):
+        for injection in [one for many in self.injections.values() for one in many]:
+            getattr(injection, method)(self)
 
     def get_model_object(self, name):
         return self.object_patches.get(name) or getattr(self.model, name)
@@ -97,6 +148,8 @@ class ModelPatcher:
 
     def cleanup(self):
         self.model.current_patcher = None
+        for callback in self.callbacks:
+            callback(self)
 
 
 class Manager(ModuleType):
@@ -113,7 +166,11 @@ class Manager(ModuleType):
             network = patcher.model
             if network in cls.loaded:
                 cls.loaded.remove(network)
-            cls.swaps += network.patched_by not in (None, patcher)
+            before = network.patched_by
+            cls.swaps += before not in (None, patcher) and before.lora != patcher.lora
+            if before is not None:
+                before.inject("eject")
+            patcher.inject("inject")
             network.weights, network.patched_by = network.base + patcher.lora, patcher
             network.model_sampling = patcher.get_model_object("model_sampling")
             cls.loaded = [*cls.loaded, network][-cls.memory :]
@@ -125,6 +182,35 @@ class Manager(ModuleType):
             if cls.interrupted_in < 0:
                 cls.interrupted_in = None
                 raise InterruptProcessingException
+
+
+class LoRA:
+    """comfy.weight_adapter's LoRAAdapter, or another adapter, which has a value alone."""
+
+    def __init__(self, value=0.5, name="lora", alpha=None, dora_scale=None, width=1):
+        self.name, self.value = name, value
+        up, down = torch.full((1, 2), value), torch.full((2, width), 0.5)
+        self.weights = (up, down, alpha, None, dora_scale, None)
+
+
+#: Files of LoRAs: what each has for the network's layer.
+LORAS = {
+    "one.safetensors": {"diffusion_model.weight": LoRA(0.5)},
+    "two.safetensors": {("diffusion_model.weight", (0, 0, 1)): LoRA(-0.4, alpha=1.0)},
+    "dora.safetensors": {"diffusion_model.weight": LoRA(0.3, dora_scale=torch.ones(1))},
+    "wide.safetensors": {"diffusion_model.weight": LoRA(width=3)},
+    "other.safetensors": {},
+}
+
+
+class PatcherInjection:
+    def __init__(self, inject, eject):
+        self.inject, self.eject = inject, eject
+
+
+def load_torch_file(path, safe_load=False):
+    assert safe_load
+    return LORAS[path.removeprefix("loras/")]
 
 
 def prepare_sampling(model, noise_shape, conds, model_options=None):
@@ -146,14 +232,17 @@ class CFGGuider:
         self.model_options, self.original_conds, self.cfg = model_patcher.model_options, {}, 1.0
 
     def set_conds(self, positive, negative):
-        self.original_conds = {"positive": positive, "negative": negative}
+        self.inner_set_conds({"positive": positive, "negative": negative})
+
+    def inner_set_conds(self, conds):
+        self.original_conds = conds
 
     def set_cfg(self, cfg):
         self.cfg = cfg
 
     def __call__(self, x, timestep, model_options={}, seed=None):  # noqa: B006 - as in comfy
         assert model_options["transformer_options"]["of"] is self, "another model's options"
-        conds = self.conds["negative"], self.conds["positive"]
+        conds = self.conds.get("negative"), self.conds["positive"]
         return sampling_function(
             self.inner_model, x, timestep, *conds, self.cfg, model_options, seed
         )
@@ -236,6 +325,16 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
         "samplers": {"CFGGuider": CFGGuider, "KSAMPLER": KSAMPLER},
         "sampler_helpers": {"prepare_sampling": prepare_sampling},
         "model_sampling": {"CONST": CONST, "EPS": EPS},
+        "utils": {"load_torch_file": load_torch_file},
+        "lora": {
+            "model_lora_keys_unet": lambda model, keys: {"layer": "diffusion_model.weight"},
+            "load_lora": lambda state, keys: dict(state),
+        },
+        "lora_convert": {"convert_lora": lambda state: state},
+        "patcher_extension": {
+            "PatcherInjection": PatcherInjection,
+            "CallbacksMP": SimpleNamespace(ON_CLEANUP="on_cleanup"),
+        },
         "model_management": {
             "throw_exception_if_processing_interrupted": (
                 Manager.throw_exception_if_processing_interrupted
@@ -249,6 +348,10 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
         module = ModuleType(f"comfy.{name}")
         vars(module).update(content)
         monkeypatch.setitem(sys.modules, module.__name__, module)
+    folders = ModuleType("folder_paths")
+    folders.get_filename_list = lambda folder: list(LORAS) if folder == "loras" else []
+    folders.get_full_path_or_raise = lambda folder, name: f"{folder}/{name}"
+    monkeypatch.setitem(sys.modules, "folder_paths", folders)
     monkeypatch.setattr(Manager, "loaded", [])
     monkeypatch.setattr(Manager, "swaps", 0)
 

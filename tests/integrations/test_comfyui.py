@@ -43,19 +43,27 @@ def comfy(monkeypatch: pytest.MonkeyPatch) -> None:
     stub.install(monkeypatch)
 
 
-def objective(settings, patcher):
+def objective(settings, patcher, **more):
     positive, negative, cfg, weight, eta, _ = settings
     node = MAPPINGS["MSDDAObjective"]()
     (made,) = getattr(node, node.FUNCTION)(
-        patcher, [[positive, {}]], [[negative, {}]], cfg, weight, eta
+        model=patcher,
+        positive=[[positive, {}]],
+        negative=[[negative, {}]],
+        cfg=cfg,
+        weight=weight,
+        eta=eta,
+        **more,
     )
     return made
 
 
-def guider_node(objectives, s_noise=1.0, zero_variance="error"):
+def guider_node(objectives, s_noise=1.0, zero_variance="error", **more):
     node = MAPPINGS["MSDDAGuider"]()
     sockets = {f"objective_{m}": made for m, made in enumerate(objectives, start=1)}
-    return getattr(node, node.FUNCTION)(**sockets, s_noise=s_noise, zero_variance=zero_variance)
+    return getattr(node, node.FUNCTION)(
+        **sockets, s_noise=s_noise, zero_variance=zero_variance, **more
+    )
 
 
 def separate() -> list[ModelPatcher]:
@@ -233,7 +241,7 @@ def test_one_noise_level_gives_the_noised_latent_back_as_stock_samplers_do(comfy
     torch.testing.assert_close(output, start / SD15.scale_factor, rtol=1e-5, atol=1e-5)
 
 
-class Flow(EPS, stub.CONST):
+class Flow(stub.CONST):
     pass
 
 
@@ -244,7 +252,7 @@ class Flow(EPS, stub.CONST):
         ((1.0, -0.5), {}, mf.InvalidWeights, "not negative and not all 0"),
         ((1.0, float("nan")), {}, mf.InvalidWeights, "nan"),
         ((1.0, 1.0), {"latent_format": SDXL}, UnsupportedNetwork, "latents of SDXL, .* of SD15"),
-        ((1.0, 1.0), {"model_sampling": Flow}, UnsupportedNetwork, "flow model"),
+        ((1.0, 1.0), {"model_sampling": Flow}, UnsupportedNetwork, "objective_2, .* a flow model"),
     ],
 )
 def test_bad_input_is_named(comfy, weights, network, error, message) -> None:
@@ -282,17 +290,19 @@ def test_a_link_in_custom_nodes_is_a_node_pack(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", MAPPINGS)
-def test_a_node_declares_what_comfyui_reads(name: str) -> None:
+def test_a_node_declares_what_comfyui_reads(comfy, name: str) -> None:
     node = MAPPINGS[name]
     inputs = node.INPUT_TYPES()
     assert set(inputs) <= {"required", "optional"}
     for kind, *options in [spec for group in inputs.values() for spec in group.values()]:
         assert isinstance(kind, str | list) and all(isinstance(o, dict) for o in options)
         for option in options:
-            assert option["min"] <= option["default"] <= option["max"]
+            assert option["tooltip"]
+            if kind == "FLOAT":
+                assert option["min"] <= option["default"] <= option["max"]
     assert callable(getattr(node, node.FUNCTION)) and isinstance(node.CATEGORY, str)
     assert all(isinstance(kind, str) for kind in node.RETURN_TYPES)
     if name == "MSDDAGuider":
         sockets = [f"objective_{m}" for m in range(1, 7)]
         assert [key for key in inputs["required"] if key in sockets] == sockets[:2]
-        assert list(inputs["optional"]) == sockets[2:]
+        assert [key for key in inputs["optional"] if key in sockets] == sockets[2:]

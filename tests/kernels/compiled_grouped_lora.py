@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from triton.compiler import ASTSource
 
-from msdda_fast.kernels.grouped_lora._triton import blocks, constants, kernel
+from msdda_fast.kernels.grouped_lora._triton import blocks, constants, grouped_lora_layer
 from tests.kernels.ahead_of_time import compiled
 
 TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -44,7 +44,7 @@ def compiled_build(build: Build) -> dict[str, object]:
     size = blocks(2, build.rows, build.n, build.rank, TYPES[build.dtype])
     options = {key: size.pop(key) for key in ("num_warps", "num_stages")}
     known = size | constants(320, build.rank, size["BLOCK_K"], bias=True)
-    names = kernel.arg_names
+    names = grouped_lora_layer.arg_names
     signature = {
         name: f"*{build.dtype}"
         if name.endswith("_ptr")
@@ -59,10 +59,10 @@ def compiled_build(build: Build) -> dict[str, object]:
         for name in names
         if name.endswith("_ptr") or name in ("n", "c")
     }
-    return compiled(ASTSource(kernel, signature, known, by_16), build.arch, options)
+    return compiled(ASTSource(grouped_lora_layer, signature, known, by_16), build.arch, options)
 
 
 if __name__ == "__main__":
     result = {str(build): compiled_build(build) for build in BUILDS}
-    free = [parameter.name for parameter in kernel.params if parameter.do_not_specialize]
+    free = [entry.name for entry in grouped_lora_layer.params if entry.do_not_specialize]
     print(json.dumps({"builds": result, "not specialised": free}))

@@ -95,6 +95,15 @@ def test_there_is_machine_code_and_ptx_for_every_kernel(code):
     assert set(code.portable) == NAMES
 
 
+def test_a_failed_launch_leaves_no_error_for_the_next_one(compiled, tmp_path):
+    program = tmp_path / "old_error"
+    command = ["c++", "-std=c++17", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/include'}"]
+    command += ["-o", program, ROOT / "tests/kernels/old_error.cpp", compiled]
+    subprocess.run(command, check=True)
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
 def test_nothing_spills(code):
     for kernel, usage in code.resources.items():
         assert "STACK:0" in usage and "LOCAL:0" in usage, (kernel, usage)

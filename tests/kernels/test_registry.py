@@ -3,6 +3,7 @@
 
 import inspect
 from collections.abc import Callable
+from importlib import import_module
 
 import pytest
 import torch
@@ -53,6 +54,8 @@ def test_auto_takes_the_first_of_its_device_that_can_run(op, native):
 def test_on_gpus_auto_takes_triton_but_never_its_interpreter(interpret, expected, monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", interpret)
+    probe = import_module("msdda_fast.kernels._triton_probe")
+    monkeypatch.setattr(probe, "launch", lambda: None)  # as on a GPU
     assert registry.chosen("fused_step", "cuda") == expected
 
 

@@ -17,7 +17,7 @@ import msdda_fast as mf
 from msdda_fast.levels import TimestepRange
 from msdda_fast.lora.soup import Merge
 from msdda_fast.methods.method import Method
-from msdda_fast.methods.model import BASE, Cost, Fusion
+from msdda_fast.methods.model import BASE, Cost, DDIMLevels, Fusion
 from msdda_fast.steps.ddim import DDIMGrid, ddim_grid
 from tests.gaussian_world import Gaussian, Moments, measured_moments, sd15_scheduler
 
@@ -39,7 +39,7 @@ ScalarReward = Callable[[Tensor], Tensor]
 
 
 @dataclass
-class GaussianModel:
+class GaussianModel(DDIMLevels):
     """B scalars, (B, 1) float64.
 
     Args:

@@ -10,6 +10,8 @@ import msdda_fast as mf
 from msdda_fast.serve.app import create_app
 from msdda_fast.serve.connection import Connection
 from msdda_fast.serve.settings import ServeSettings
+from tests.serve.browsing import browser, visit  # noqa: F401 - fixtures
+from tests.serve.pictures import PNG
 from tests.tiny_model import one_thread, pipe, quiet, tiny  # noqa: F401 - fixtures
 
 SOON = 30  # seconds; every wait is bounded
@@ -80,3 +82,31 @@ def served(own_pipe):
     until(lambda: one.service.is_ready)
     yield one
     one.stop()
+
+
+@pytest.fixture
+def edit(served):
+    """Post a form whose files are the arguments with bytes."""
+
+    def post(image=PNG, **fields):
+        parts = []
+        for name, value in {"image": image, "prompt": "a red dog", **fields}.items():
+            for one in value if isinstance(value, list) else [value]:
+                if one is not None:
+                    parts.append((name, (name if isinstance(one, bytes) else None, one)))
+        return served.http.post("/v1/images/edits", files=parts)
+
+    return post
+
+
+@pytest.fixture
+def asked(served, monkeypatch):
+    """The requests that reach the engine."""
+    found, submit = [], served.engine.submit_images
+
+    def note(request, count=1, **options):
+        found.append(request)
+        return submit(request, count, **options)
+
+    monkeypatch.setattr(served.engine, "submit_images", note)
+    return found

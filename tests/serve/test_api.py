@@ -135,7 +135,8 @@ BAD_FIELDS = [
     ({"steps": "3"}, "steps", "valid integer"),
     ({"seed": -1}, "seed", "greater than or equal to 0"),
     ({"seed": 2**63}, "seed", "less than"),
-    ({"guidance_scale": 0.5}, "guidance_scale", "greater than or equal to 1"),
+    ({"guidance_scale": -0.5}, "guidance_scale", "greater than or equal to 0"),
+    ({"guidance_scale": 0.5}, "guidance_scale", "1"),
     ({"guidance_scale": "7"}, "guidance_scale", "valid number"),
     ({"weights": [0.5, 0.5]}, "weights", "valid dictionary"),
     ({"weights": {"warm": 1}}, "weights", "miss cool"),
@@ -188,11 +189,11 @@ class TestRefusals:
 
     @pytest.mark.parametrize("chunked", [False, True], ids=["said", "chunked"])
     def test_a_long_body_is_not_read_to_its_end(self, served, chunked):
-        body = b'{"prompt": "' + b"a" * 200_000
-        content = (body[i : i + 9999] for i in range(0, len(body), 9999)) if chunked else body
+        body = b'{"prompt": "' + b"a" * 2_000_000
+        content = (body[i : i + 99_999] for i in range(0, len(body), 99_999)) if chunked else body
         answer = served.http.post("/v1/images/generations", content=content)
         assert answer.status_code == 413
-        assert "longer than 65536 bytes" in answer.json()["error"]["message"]
+        assert "longer than 1048576 bytes" in answer.json()["error"]["message"]
         assert answer.json()["error"]["code"] == "body_too_large"
 
     @pytest.mark.parametrize(

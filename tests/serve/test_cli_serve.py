@@ -67,6 +67,17 @@ class TestOptions:
         done = run(*arguments)
         assert done.exit_code == 2 and message in done.output and not started
 
+    @pytest.mark.parametrize(("more", "steps"), [((), 4), (("--steps", 6), 6)])
+    def test_an_accelerator_needs_few_steps(self, started, more, steps):
+        assert run("--accelerator", "own", *more).exit_code == 0
+        ((process, _),) = started
+        assert process.settings.steps == steps and process.load.args[-1] == "own"
+
+    def test_models_of_videos_are_refused_before_they_are_loaded(self, started, tmp_path):
+        (tmp_path / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
+        done = run("--model", tmp_path)
+        assert done.exit_code == 2 and "WanPipeline makes videos" in done.output and not started
+
     def test_an_empty_key_is_no_open_door(self, started):
         assert run(MSDDA_API_KEY="").exit_code == 2 and not started
 

@@ -19,6 +19,11 @@ from tests.serve.conftest import SOON, until
 BODY = b'{"prompt": "a dog", "steps": 1}'
 POST = b"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 
+FORM = POST.replace(b"generations", b"edits").replace(
+    b"application/json", b"multipart/form-data; boundary=b"
+)
+PART = b'--b\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\nPNG'
+
 
 def raw(running, data, *, finish=False):
     """Everything that the server answers to bytes, until it closes."""
@@ -91,8 +96,14 @@ class TestHTTP:
 class TestSlowness:
     @pytest.mark.parametrize(
         "data",
-        [b"", b"POST /v1", POST + b"Content-Length: 40\r\n\r\n" + b"{", POST + b"X: y\r\n"],
-        ids=["nothing", "line", "body", "headers"],
+        [
+            b"",
+            b"POST /v1",
+            POST + b"Content-Length: 40\r\n\r\n" + b"{",
+            POST + b"X: y\r\n",
+            FORM + b"Content-Length: 4000\r\n\r\n" + PART,
+        ],
+        ids=["nothing", "line", "body", "headers", "form"],
     )
     def test_a_request_that_does_not_arrive_is_given_up(self, serve, impatient, data):
         running, start = serve(), time.monotonic()
@@ -193,6 +204,16 @@ class TestHalfClosed:
     def test_half_a_request_gets_none(self, served):
         head = POST + b"Content-Length: %d\r\n\r\n" % len(BODY)
         assert statuses(raw(served, head + BODY[:-1], finish=True)) == []
+
+    def test_half_a_form_neither_and_that_is_no_failure(self, served, caplog):
+        with caplog.at_level(logging.INFO, logger="msdda_fast.serve"):
+            assert (
+                statuses(raw(served, FORM + b"Content-Length: 4000\r\n\r\n" + PART, finish=True))
+                == []
+            )
+            until(lambda: [r for r in caplog.records if r.getMessage() == "request"])
+        assert caplog.records[-1].fields["error"] == "client_gone"
+        assert "a request failed" not in caplog.text
 
 
 class TestTooMany:

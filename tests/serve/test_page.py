@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The page at `/`: its files over HTTP, and in a Chromium of this machine with a keyboard."""
 
-import importlib.util
 import re
-import shutil
 from decimal import Decimal
 
 import pytest
@@ -12,18 +10,7 @@ import msdda_fast as mf
 from msdda_fast.serve.web_page import TYPES
 from tests.serve.conftest import Running, until
 
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
-)
-MISSING = (
-    "needs Chromium on the PATH"
-    if not CHROMIUM
-    else "needs the package playwright"
-    if importlib.util.find_spec("playwright") is None
-    else ""
-)
 PHONE = {"width": 360, "height": 740}
-LONGEST = 30_000  # ms
 
 
 class TestFiles:
@@ -56,65 +43,6 @@ class TestFiles:
         running = serve(warm=False, settings={"api_key": "sesame"})
         assert running.http.get("/").status_code == 200
         assert running.http.get("/v1/objectives").status_code == 401
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if MISSING:
-        pytest.skip(MISSING)
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-class Visit:
-    """A page that somebody has open, what its console says, and what it asked for."""
-
-    def __init__(self, browser, url, **options):
-        self.page = browser.new_page(**options)
-        self.page.set_default_timeout(LONGEST)
-        self.console, self.bodies = [], []
-        self.page.on(
-            "console", lambda m: m.type in ("error", "warning") and self.console.append(m.text)
-        )
-        self.page.on("pageerror", lambda error: self.console.append(str(error)))
-        self.page.on(
-            "request", lambda r: r.method == "POST" and self.bodies.append(r.post_data_json)
-        )
-        self.page.goto(url)
-        if "key" not in options:
-            self.page.locator("input[type=range], #key-text:focus").first.wait_for()
-
-    def image(self):
-        return self.page.get_attribute("#image", "src")
-
-    def status(self, text):
-        self.page.locator("#status", has_text=text).wait_for()
-
-    def drawn(self):
-        """Wait for the image and those around it."""
-        self.status("Drawn in")
-        self.page.locator(".tile:disabled").first.wait_for(state="detached")
-        return self.image()
-
-    def sideways(self):
-        return self.page.evaluate("document.documentElement.scrollWidth - innerWidth")
-
-
-@pytest.fixture
-def visit(browser):
-    visits = []
-
-    def open_page(url, **options):
-        visits.append(Visit(browser, url, **options))
-        return visits[-1]
-
-    yield open_page
-    for one in visits:
-        one.page.close()
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +90,7 @@ def test_with_the_keyboard_alone(served, visit):
     right.focus()
     page.keyboard.press("Enter")
     page.locator(f'.tile[aria-current][aria-label="{name}"]:focus').wait_for()
-    assert page.locator("#sliders input").get_attribute("aria-valuetext") == name
+    assert page.locator(".sliders input").get_attribute("aria-valuetext") == name
     assert visit.console == []
 
 
@@ -172,7 +100,7 @@ def test_the_image_follows_the_slider(served, visit):
     visit.page.fill("#prompt", "a blue cat")
     visit.page.click("#generate")
     before = visit.drawn()
-    visit.page.locator("#sliders input").press("Home")
+    visit.page.locator(".sliders input").press("Home")
     visit.page.locator(f'#image:not([src="{before}"])').wait_for()
     visit.drawn()
     assert [b["weights"] for b in visit.bodies if b["weights"]["warm"] == 1]
@@ -206,24 +134,25 @@ def test_three_objectives_on_a_phone(three, visit):
     visit = visit(three.url, viewport=PHONE, color_scheme="dark", reduced_motion="reduce")
     page = visit.page
     page.fill("#prompt", "a red dog")
-    page.get_by_label("plain").press("End")
-    assert [s.get_attribute("aria-valuetext") for s in page.locator("#sliders input").all()] == [
+    balance = page.locator("#early")
+    balance.get_by_label("plain").press("End")
+    assert [s.get_attribute("aria-valuetext") for s in page.locator(".sliders input").all()] == [
         "0 %", "0 %", "100 %",
     ]  # fmt: skip
-    box = page.locator("#triangle").bounding_box()
+    box = page.locator(".triangle").bounding_box()
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     page.mouse.down()
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] - 40)  # beyond the first corner
     page.mouse.up()
-    assert page.get_by_label("warm").get_attribute("aria-valuetext") == "100 %"
+    assert balance.get_by_label("warm").get_attribute("aria-valuetext") == "100 %"
     page.mouse.click(box["x"] + 0.45 * box["width"], box["y"] + 0.63 * box["height"])
-    page.get_by_label("cool").press("ArrowRight")
+    balance.get_by_label("cool").press("ArrowRight")
     page.click("#generate")
     visit.drawn()
     assert page.locator(".tile").count() == 4
     for body in visit.bodies:
         assert sum(Decimal(str(w)) for w in body["weights"].values()) == 1
-    page.click("summary")
+    page.click("#more summary")
     assert visit.sideways() <= 0
     assert visit.console == []
 
@@ -242,7 +171,7 @@ def test_what_is_wrong_is_said_at_its_field(served, visit, field, text, error):
     visit = visit(served.url)
     page = visit.page
     page.fill("#prompt", "a red dog")
-    page.click("summary")
+    page.click("#more summary")
     page.fill(f"#{field}", text)
     page.click("#generate")
     if not error:
@@ -296,7 +225,7 @@ def test_a_key_is_asked_for(serve, visit):
 @pytest.mark.full  # a browser
 def test_everything_has_a_name_and_one_id(served, visit):
     page = visit(served.url).page
-    page.click("summary")
+    page.click("#more summary")
     for control in page.locator("input, textarea, select, button, a").all():
         if control.is_visible():
             assert control.evaluate(

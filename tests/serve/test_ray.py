@@ -16,6 +16,7 @@ from ray import serve
 import msdda_fast as mf
 from msdda_fast.serve.ray import RayArgs, build
 from tests.ray_cluster import cluster, free_port, nodes  # noqa: F401 - fixtures
+from tests.serve.pictures import picture, saved
 from tests.serve.test_api import events
 
 pytestmark = pytest.mark.full  # a cluster takes half a minute; test_ray_parts.py needs none
@@ -100,6 +101,12 @@ def test_refusals_of_replicas_are_those_of_one_process(http, stream):
     assert answer.status_code == 400 and answer.json()["error"]["param"] == "weights"
     answer = draw(http, n=99, stream=stream)
     assert answer.status_code == 400 and answer.json()["error"]["param"] == "n"
+
+
+def test_images_are_sent_to_replicas(http):
+    files = {"image": ("a.png", saved(picture()))}
+    answer = http.post("/v1/images/edits", data={"prompt": "a", "steps": "2"}, files=files)
+    assert answer.status_code == 200 and answer.json()["size"] == "32x32"
 
 
 def test_for_operators(http):

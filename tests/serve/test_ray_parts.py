@@ -16,7 +16,7 @@ import msdda_fast as mf
 from msdda_fast.batching.request import GeneratedImage, ImageRequest, Progress
 from msdda_fast.errors import EngineClosed, EngineFailed, InvalidWeights, QueueFull, RequestTimeout
 from msdda_fast.serve import ray_order
-from msdda_fast.serve.ray import RayArgs, app, build
+from msdda_fast.serve.ray import ObjectiveArgs, RayArgs, app, build
 from msdda_fast.serve.ray_drawer import Admitted, Drawer, Outcome
 from msdda_fast.serve.ray_order import Order
 from msdda_fast.serve.settings import ServeSettings
@@ -154,6 +154,13 @@ def test_the_example_is_what_ray_and_the_builder_read():
     args = RayArgs.model_validate(described.args)
     assert args.num_gpus == 0 and args.max_replicas == 4
     assert isinstance(build(args), Application) and isinstance(app, Application)
+
+
+def test_objectives_may_have_the_noise_of_flow_models():
+    args = ObjectiveArgs(source="x", noise={"kind": "FlowSDE", "level": 0.7})
+    assert args.objective() == mf.Objective("x", noise=mf.FlowSDE(0.7))
+    with pytest.raises(mf.errors.InvalidSchedule, match="none of"):
+        ObjectiveArgs(noise={"level": 0.7}).objective()
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ takes two to six of them, and both of its outputs go into SamplerCustomAdvanced:
 
     MSDDA Objective x M -> MSDDA Guider -> guider, sampler -> SamplerCustomAdvanced
 
-Models may be LoRAs over one checkpoint: ComfyUI then re-patches that network between evaluations.
-Separate checkpoints need memory for all of them. Importing this module does not need ComfyUI.
+"MSDDA LoRA" makes stacks of LoRAs, which turn one model into several objectives. Importing this
+module does not need ComfyUI.
 """
 
 from msdda_fast.integrations.comfyui.nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS

@@ -1,210 +1,67 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One sampling run of ComfyUI over several guiders.
-
-A stock guider returns one prediction, but models of different eta can only be fused after each has
-made its step. So `FusedGuider` opens one stock `CFGGuider` per objective, nested; each loads its
-model and encodes its conditioning as usual, and the sampler, called innermost, calls all of them.
-
-Of two models that share a network (LoRAs over one checkpoint) only one can be patched into it at a
-time, and ComfyUI may unload one model to load another. So each model is loaded again before a call
-if another was called in between; that is free when it is still loaded.
-"""
+"""The GUIDER over several objectives: all that is checked before a model is loaded; then `run`."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from importlib import import_module
+from collections.abc import Mapping, Sequence
 from math import isfinite
-from typing import Any, Literal
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from msdda_fast.engine.noise import image_seeds
-from msdda_fast.errors import (
-    BackendUnavailable,
-    InvalidSchedule,
-    InvalidWeights,
-    UnsupportedNetwork,
-)
-from msdda_fast.integrations.k_diffusion import sample_msdda
+from msdda_fast.errors import InvalidSchedule, InvalidWeights, UnsupportedNetwork
+from msdda_fast.integrations.comfyui.inside import inside
+from msdda_fast.integrations.comfyui.levels import NOISES, levels_of
+from msdda_fast.integrations.comfyui.objective import ComfyObjective
+from msdda_fast.integrations.comfyui.preferences import step_preferences
+from msdda_fast.integrations.comfyui.run import Opener, Plan, fused_ancestral
+from msdda_fast.integrations.k_diffusion import fused_tables
+from msdda_fast.levels import FlowNoise, read_levels
 
-__all__ = ["ComfyObjective", "FusedGuider", "comfy", "fused_euler_ancestral"]
-
-
-def comfy(module: str) -> Any:  # noqa: ANN401 - ComfyUI is not there to be typed
-    """Import `comfy.<module>`; raise `BackendUnavailable` outside of ComfyUI."""
-    try:
-        return import_module(f"comfy.{module}")
-    except ModuleNotFoundError as error:
-        raise BackendUnavailable(
-            f"this node runs only inside ComfyUI: its module comfy.{module} cannot be imported "
-            f"({error})"
-        ) from error
-
-
-@dataclass(frozen=True, slots=True)
-class ComfyObjective:
-    """One model of a fused run.
-
-    Attributes:
-        model: comfy's ModelPatcher.
-        positive, negative: CONDITIONING, as CLIPTextEncode makes it.
-        cfg: Guidance scale; 1 leaves the negative out.
-        weight: >= 0, relative to the others'.
-        eta: Stochasticity, >= 0.
-    """
-
-    model: Any
-    positive: list[Any]
-    negative: list[Any]
-    cfg: float
-    weight: float
-    eta: float
-
-
-@dataclass(slots=True)
-class _Branch:
-    """An objective during a run: its stock guider, opened, and its extra arguments."""
-
-    objective: ComfyObjective
-    guider: Any
-    extra_args: dict[str, Any]
-
-
-class _ScaledByOwn:
-    """A network as one of its patchers has it: with that patcher's model sampling.
-
-    Of the patchers of one network the last that was loaded is in it, whoever asks.
-    """
-
-    def __init__(self, network: Any, patcher: Any) -> None:  # noqa: ANN401 - comfy's
-        self._network = network
-        self.model_sampling = patcher.get_model_object("model_sampling")
-
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
-        return getattr(self._network, name)
-
-
-@dataclass(slots=True)
-class _FusedModel:
-    """Takes a guider's place in KSAMPLER; the model of branch 0 scales latents and noise.
-
-    Attributes:
-        branches: All opened objectives.
-        present: The branch whose model is known to be loaded and patched.
-    """
-
-    branches: list[_Branch]
-    present: _Branch
-
-    @property
-    def inner_model(self) -> Any:  # noqa: ANN401 - comfy's BaseModel
-        return _ScaledByOwn(self.branches[0].guider.inner_model, self.model_patcher)
-
-    @property
-    def model_patcher(self) -> Any:  # noqa: ANN401 - comfy's ModelPatcher
-        return self.branches[0].guider.model_patcher
-
-    @property
-    def cfg(self) -> float:
-        return self.branches[0].objective.cfg
-
-    def predict(self, branch: _Branch, model_k: Any, x: Tensor, sigma: Tensor) -> Tensor:  # noqa: ANN401
-        """Return the denoised x_0 of `branch`, (B, *S), guided and masked.
-
-        `model_k` is KSAMPLER's wrapper, which inpaints around the guider it is given.
-        """
-        comfy("model_management").throw_exception_if_processing_interrupted()
-        guider = branch.guider
-        if branch is not self.present:
-            comfy("sampler_helpers").prepare_sampling(
-                guider.model_patcher, x.shape, guider.conds, guider.model_options
-            )
-            guider.inner_model.current_patcher = guider.model_patcher
-            self.present = branch
-        own = copy.copy(model_k)
-        own.inner_model = guider
-        denoised: Tensor = own(x, sigma, **branch.extra_args)
-        return denoised
-
-
-@dataclass(slots=True)
-class _Opener:
-    """The sampler that each stock guider is given: opens the next one, or samples with all."""
-
-    sampler: Any
-    waiting: list[tuple[ComfyObjective, Any]]
-    open_next: Callable[[_Opener, Any], Any]
-    branches: list[_Branch] = field(default_factory=list)
-    samples: Tensor | None = None
-
-    def sample(
-        self,
-        model_wrap: Any,  # noqa: ANN401 - comfy's CFGGuider
-        sigmas: Tensor,
-        extra_args: dict[str, Any],
-        callback: Any,  # noqa: ANN401
-        noise: Tensor,
-        latent_image: Tensor | None = None,
-        denoise_mask: Tensor | None = None,
-        disable_pbar: bool = False,
-    ) -> Tensor | None:
-        """Called by `model_wrap` instead of sampling; arguments as in comfy's samplers."""
-        objective, _ = self.waiting[len(self.branches)]
-        branch = _Branch(objective, model_wrap, extra_args | {"denoise_mask": denoise_mask})
-        self.branches.append(branch)
-        if len(self.branches) < len(self.waiting):
-            self.open_next(self, self.waiting[len(self.branches)][1])
-        else:
-            fused = _FusedModel(self.branches, present=branch)
-            self.samples = self.sampler.sample(
-                fused,
-                sigmas,
-                extra_args,
-                callback,
-                noise,
-                latent_image,
-                denoise_mask,
-                disable_pbar,
-            )
-        return self.samples
+__all__ = ["FusedGuider"]
 
 
 class FusedGuider:
-    """A GUIDER over several objectives, for the sampler `fused_euler_ancestral`.
+    """A GUIDER over several objectives, for the sampler `fused_ancestral`.
 
     Args:
-        objectives: At least one with weight > 0; those of weight 0 take no part.
+        objectives: By name; at least one with weight > 0. Those of weight 0 take no part.
+        noise: What their `eta` is a level of, one of `levels.NOISES`.
+        mask_softness: Standard deviation of the masks' blur, latent pixels; 0: none.
 
     Raises:
         BackendUnavailable: Outside of ComfyUI.
         InvalidWeights: All weights are 0, or a weight is negative or not finite.
-        UnsupportedNetwork: The models have different latent spaces, or are flow models.
+        InvalidSchedule: Guidance without a negative prompt, or noise that these models do not have.
+        UnsupportedNetwork: The models have different latent spaces, or only some are flow models.
     """
 
-    def __init__(self, objectives: Sequence[ComfyObjective]) -> None:
-        weights = [objective.weight for objective in objectives]
+    def __init__(
+        self,
+        objectives: Mapping[str, ComfyObjective],
+        noise: str = "ancestral",
+        mask_softness: float = 1.0,
+    ) -> None:
+        weights = [objective.weight for objective in objectives.values()]
         if not all(isfinite(w) and w >= 0 for w in weights) or not sum(weights):
             raise InvalidWeights(
                 f"weights are {weights}; they must be finite, not negative and not all 0"
             )
-        guider_class = comfy("samplers").CFGGuider
-        self._guiders: list[tuple[ComfyObjective, Any]] = []
-        for objective in objectives:
-            if objective.weight:
-                guider = guider_class(objective.model)
-                guider.set_conds(objective.positive, objective.negative)
-                guider.set_cfg(objective.cfg)
-                self._guiders.append((objective, guider))
-        _check_alike([guider.model_patcher for _, guider in self._guiders])
+        self._objectives = {name: o for name, o in objectives.items() if o.weight}
+        self._noise, self._softness = noise, mask_softness
+        self._guiders = {name: _guider(name, o) for name, o in self._objectives.items()}
+        self._is_flow = _check_alike(self._objectives)
+        if not self._is_flow and NOISES.get(noise) is not None:
+            raise InvalidSchedule(
+                f"noise {noise} is for flow models, and {self._model_name()} is none; use ancestral"
+            )
+        self._levels(list(self._objectives), ends_at_zero=True)
 
     @property
     def model_patcher(self) -> Any:  # noqa: ANN401 - comfy's ModelPatcher
         """The first active model, which gives previews and latent scales."""
-        return self._guiders[0][1].model_patcher
+        return next(iter(self._guiders.values())).model_patcher
 
     def sample(
         self,
@@ -219,78 +76,97 @@ class FusedGuider:
     ) -> Any:  # noqa: ANN401 - a Tensor, or comfy's nested one
         """Sample; arguments and result as in comfy's `CFGGuider.sample`.
 
+        What can be refused is refused before a model is loaded.
+
         Raises:
-            InvalidSchedule: `sampler` is not the one that belongs to this guider.
+            InvalidSchedule: `sampler` is not the one that belongs to this guider; or as
+                `sample_msdda`, as the others.
+            InvalidWeights, InvalidShape: Masks or percents leave a pixel or a step to no objective,
+                or masks do not fit.
+            ZeroVariance: Levels of 0 meet others.
         """
-        if getattr(sampler, "sampler_function", None) is not fused_euler_ancestral:
+        if getattr(sampler, "sampler_function", None) is not fused_ancestral:
             raise InvalidSchedule(
                 "MSDDA Guider has no single prediction for another sampler; connect its own "
                 "SAMPLER output"
             )
+        names, plan = self._plan(sampler.extra_options, sigmas, noise.shape)
+        waiting = [(self._objectives[name], self._guiders[name]) for name in names]
 
-        def open_next(opener: _Opener, guider: Any) -> Any:  # noqa: ANN401
+        def open_next(opener: Opener, guider: Any) -> Any:  # noqa: ANN401
             return guider.sample(
                 noise, latent_image, opener, sigmas, denoise_mask, callback, disable_pbar, seed
             )
 
-        return open_next(_Opener(sampler, self._guiders, open_next), self._guiders[0][1])
+        return open_next(Opener(sampler, plan, waiting, open_next), waiting[0][1])
+
+    def _plan(
+        self, options: dict[str, Any], sigmas: Tensor, shape: torch.Size
+    ) -> tuple[list[str], Plan]:
+        """Return who takes part and what they do; `options` are the sampler's."""
+        names = list(self._objectives)
+        weights: list[Tensor] = []
+        if len(sigmas) > 1:
+            names, weights = step_preferences(self._objectives, sigmas, shape, self._softness)
+        levels = self._levels(names, ends_at_zero=len(sigmas) > 0 and float(sigmas[-1]) == 0)
+        if weights:
+            fused_tables(
+                sigmas.cpu(),
+                read_levels(levels),
+                weights.__getitem__,
+                shape,
+                flow=self._is_flow,
+                **options,
+            )
+        return names, Plan(levels, weights, self._is_flow)
+
+    def _levels(
+        self, names: Sequence[str], *, ends_at_zero: bool
+    ) -> Sequence[float] | Sequence[FlowNoise]:
+        etas = [self._objectives[name].eta for name in names]
+        return levels_of(self._noise, etas, ends_at_zero=ends_at_zero)
+
+    def _model_name(self) -> str:
+        return type(self.model_patcher.model).__name__
 
 
-def fused_euler_ancestral(
-    model: Any,  # noqa: ANN401 - comfy's KSamplerX0Inpaint
-    x: Tensor,
-    sigmas: Tensor,
-    extra_args: dict[str, Any] | None = None,
-    callback: Callable[[dict[str, Any]], object] | None = None,
-    disable: bool | None = None,
-    s_noise: float = 1.0,
-    zero_variance: Literal["error", "dominate"] = "error",
-) -> Tensor:
-    """`sample_msdda` as a sampler function of ComfyUI; image b has the noise of seed + b.
+def _guider(name: str, objective: ComfyObjective) -> Any:  # noqa: ANN401 - comfy's CFGGuider
+    guider = inside("comfy.samplers").CFGGuider(objective.model)
+    if objective.negative is not None:
+        guider.set_conds(objective.positive, objective.negative)
+    elif objective.cfg == 1:
+        guider.inner_set_conds({"positive": objective.positive})  # as BasicGuider
+    else:
+        raise InvalidSchedule(
+            f"{name} has cfg {objective.cfg:g} and no negative prompt; connect one, or set cfg to 1"
+        )
+    guider.set_cfg(objective.cfg)
+    return guider
 
-    Args:
-        model: KSAMPLER's wrapper around the fused model of `FusedGuider`.
-        x, sigmas, callback, disable, s_noise, zero_variance: As in `sample_msdda`.
-        extra_args: Only its `seed`, that of the noise input, is read.
+
+def _check_alike(objectives: Mapping[str, ComfyObjective]) -> bool:
+    """Return whether these are flow models.
 
     Raises:
-        InvalidSchedule: The guider is not a `FusedGuider`.
+        UnsupportedNetwork: Not all have one latent space, or one way of adding noise to it.
     """
-    fused = model.inner_model
-    if not isinstance(fused, _FusedModel):
-        raise InvalidSchedule(
-            f"the MSDDA sampler works only with MSDDA Guider, got a {type(fused).__name__}; "
-            "connect the GUIDER output of the same node"
-        )
-    objectives = [branch.objective for branch in fused.branches]
-    total = sum(objective.weight for objective in objectives)
-    seed = (extra_args or {}).get("seed")
-    return sample_msdda(
-        [partial(fused.predict, branch, model) for branch in fused.branches],
-        x,
-        sigmas,
-        callback=callback,
-        disable=disable,
-        weights=[objective.weight / total for objective in objectives],
-        etas=[objective.eta for objective in objectives],
-        s_noise=s_noise,
-        zero_variance=zero_variance,
-        seeds=None if seed is None else image_seeds(seed, len(x)),
-    )
-
-
-def _check_alike(patchers: Sequence[Any]) -> None:
-    """Raise `UnsupportedNetwork` unless all denoise x = x_0 + sigma eps over one latent space."""
-    spaces = [type(patcher.get_model_object("latent_format")) for patcher in patchers]
-    for patcher, space in zip(patchers, spaces, strict=True):
-        name = type(patcher.model).__name__
-        if isinstance(patcher.get_model_object("model_sampling"), comfy("model_sampling").CONST):
+    const = inside("comfy.model_sampling").CONST
+    spaces = [type(o.model.get_model_object("latent_format")) for o in objectives.values()]
+    flows = [isinstance(o.model_sampling, const) for o in objectives.values()]
+    first = next(iter(objectives))
+    for name, objective, space, flow in zip(
+        objectives, objectives.values(), spaces, flows, strict=True
+    ):
+        model = type(objective.model.model).__name__
+        if flow is not flows[0]:
+            kinds = ("a flow model, x = (1 - sigma) x_0 + sigma eps", "of x = x_0 + sigma eps")
             raise UnsupportedNetwork(
-                f"{name} is a flow model, x = (1 - sigma) x_0 + sigma eps; the MSDDA sampler takes "
-                "only models of x = x_0 + sigma eps"
+                f"{name}, a {model}, is {kinds[not flow]}, and {first} is {kinds[not flows[0]]}; "
+                "fused models must share the way noise is added"
             )
         if space is not spaces[0]:
             raise UnsupportedNetwork(
-                f"{name} has latents of {space.__name__}, the first model of {spaces[0].__name__}; "
-                "fused models must share one latent space"
+                f"{name}, a {model}, has latents of {space.__name__}, and {first} of "
+                f"{spaces[0].__name__}; fused models must share one latent space"
             )
+    return flows[0]

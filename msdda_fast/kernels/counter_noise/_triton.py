@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from msdda_fast.kernels.current_device import on_its_device
+
 __all__ = ["normals", "run"]
 
 _BLOCK = 512
@@ -69,7 +71,7 @@ def normals(seed, pixel, block, step, stream):
 
 
 @triton.jit(do_not_specialize=["step", "stream", "tiles"])
-def _fill(
+def noise_fill(
     out, seeds, step, stream, channels, pixels, tiles,
     STEP_POINTER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -88,6 +90,7 @@ def _fill(
         tl.store(to, z[i].to(out.dtype.element_ty), mask=channel < channels)
 
 
+@on_its_device
 def run(out: Tensor, seeds: Tensor, step: int | Tensor, stream: int) -> None:
     """Fill contiguous `out` (B, C, ...) with the noise of `seeds` (B,)."""
     if out.numel() == 0:
@@ -96,7 +99,7 @@ def run(out: Tensor, seeds: Tensor, step: int | Tensor, stream: int) -> None:
     pixels = out.numel() // (batch * channels)
     tiles = triton.cdiv(-(-channels // 4) * pixels, _BLOCK)
     on_device = isinstance(step, Tensor) and step.device == out.device
-    _fill[(batch * tiles,)](
+    noise_fill[(batch * tiles,)](
         out, seeds, step if on_device else int(step), stream, channels, pixels, tiles,
         STEP_POINTER=on_device, BLOCK=_BLOCK, enable_fp_fusion=False,
     )  # fmt: skip

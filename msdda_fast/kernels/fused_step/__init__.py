@@ -16,12 +16,14 @@ from msdda_fast.kernels.fused_step._inputs import (
     by_objective,
     check_alike,
     check_out,
+    check_pixels,
     check_tensor,
     compute_dtype,
     pick,
     randomness,
 )
 from msdda_fast.kernels.fused_step._memory import finish, has_address, readable
+from msdda_fast.kernels.fused_step._pixelwise import run_pixelwise
 from msdda_fast.kernels.fused_step._posteriors import (
     as_numbers,
     fused_coefficients,
@@ -193,7 +195,8 @@ def fused_ddim_step(
         outputs: What the networks predict at x_t, (M, K, B, *S), or M tensors (K, B, *S), in the
             unit of the scheduler's prediction type. K = 2: (uncond, cond); K = 1: cond only, for
             steps without guidance. None for an objective whose coefficients are all 0.
-        coefficients: `table[k]` of a `coefficient_table`; B = 1 there serves every sample.
+        coefficients: `table[k]` of a `coefficient_table`; B = 1 there serves every sample. Those
+            with weights of every pixel fuse them elementwise.
         noise: z, (B, *S), no unit.
         seeds: Instead of `noise`: one 64-bit seed per sample, for `counter_noise` at `step`.
         step: Step index k in sampling order in [0, 2^32), an int or a 0-d int64 tensor.
@@ -263,6 +266,15 @@ def fused_ddim_step(
     inputs = [x_t, *branches, row, z.noise]
     target = check_out(out, x_t, inputs, addresses=addresses)
     raw = pick(backend, inputs if out is None else [*inputs, out])
+    if (pixels := coefficients.pixels) is not None:
+        rows, variances, weights = (values.to(dtype) for values in pixels)
+        check_pixels(weights, x_t)
+        means = [torch.empty_like(x_t, dtype=dtype, requires_grad=False) for _ in rows]
+        run_pixelwise(
+            raw, target, x_t, branches, means, rows, variances, weights,
+            clip_range=clip_range, **z._asdict(),
+        )  # fmt: skip
+        return finish(target, out)
     raw.run(target, x_t, branches, row, clip_range=clip_range, **z._asdict())
     return finish(target, out)
 

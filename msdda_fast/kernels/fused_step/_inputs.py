@@ -25,6 +25,7 @@ __all__ = [
     "by_objective",
     "check_alike",
     "check_out",
+    "check_pixels",
     "check_tensor",
     "compute_dtype",
     "pick",
@@ -131,6 +132,20 @@ def check_out(
         return out
     check_distinct(out)
     return apart(out, inputs)
+
+
+def check_pixels(weights: Tensor, sample: Tensor) -> None:
+    """Raise `InvalidShape` unless weights (M, B, *S) of every pixel fit the sample (B, *S)."""
+    given, expected = weights.shape[1:], sample.shape
+    if (
+        len(given) != len(expected)
+        or any(n not in (1, axis) for n, axis in zip(given[1:], expected[1:], strict=True))
+        or given[0] != expected[0]
+    ):
+        raise InvalidShape(
+            f"weights of every pixel have shape {(given[0], len(weights), *given[1:])}, expected "
+            f"(B, M, *S) for x_t (B, *S) = {tuple(expected)}, each axis of S as there or 1"
+        )
 
 
 def _kind(value: object) -> str:

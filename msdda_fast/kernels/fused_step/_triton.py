@@ -12,6 +12,7 @@ import triton
 from torch import Tensor
 
 from msdda_fast.errors import InvalidShape
+from msdda_fast.kernels.current_device import on_its_device
 from msdda_fast.kernels.fused_step._triton_linear import linear_step
 from msdda_fast.kernels.fused_step._triton_moments import moments_step
 from msdda_fast.steps.coefficients import Layout
@@ -26,6 +27,7 @@ _THREADS = 128  # of a program
 LAUNCH = {"num_warps": _THREADS // 32, "enable_fp_fusion": False}
 
 
+@on_its_device
 def run(
     out: Tensor,
     x: Tensor | None,
@@ -66,6 +68,7 @@ def run(
     _deliver(copies, next_input)
 
 
+@on_its_device
 def run_moments(
     out: Tensor,
     means: Sequence[Tensor],

@@ -96,7 +96,7 @@ def linear_step(
     """One reverse step from raw network outputs; `_eager.run` is its definition."""
     wide: tl.constexpr = rows.dtype.element_ty
     at = positions(channels, pixels, tiles, BLOCK)
-    sample, size = at[0], channels.to(tl.int64) * pixels
+    sample, size = at[0], tl.cast(channels, tl.int64) * pixels
     start, all_samples = sample * size, batch * size
     k = tl.load(step) if STEP_POINTER else step.to(tl.int64)
     row = rows + k * row_step + sample * row_sample

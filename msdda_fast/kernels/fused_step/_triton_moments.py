@@ -35,9 +35,9 @@ def _table(
     pointer, samples, m, at, channels, pixels, PIXELWISE: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """Numbers of objective m per position (4-tuple); a scalar four times where they repeat."""
-    entry = m * samples.to(tl.int64) + tl.where(samples == 1, 0, at[0])
+    entry = m * tl.cast(samples, tl.int64) + tl.where(samples == 1, 0, at[0])
     if PIXELWISE:
-        start = pointer + entry * (channels.to(tl.int64) * pixels)
+        start = pointer + entry * (tl.cast(channels, tl.int64) * pixels)
         return read(start, at, channels, channels, pixels, 0, BLOCK, pointer.dtype.element_ty)
     else:
         value = tl.load(pointer + entry)
@@ -111,7 +111,7 @@ def moments_step(
     """Eq. 7 elementwise and noise; `_eager.run_moments` is its definition."""
     wide: tl.constexpr = weights.dtype.element_ty
     at = positions(channels, pixels, tiles, BLOCK)
-    sample, size = at[0], channels.to(tl.int64) * pixels
+    sample, size = at[0], tl.cast(channels, tl.int64) * pixels
     start, all_samples = sample * size, batch * size
     zero = tl.zeros((BLOCK,), wide)
     least = (zero + float("inf"), zero + float("inf"), zero + float("inf"), zero + float("inf"))

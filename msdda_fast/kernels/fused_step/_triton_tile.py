@@ -40,7 +40,7 @@ def _offset(at, i: tl.constexpr, channels, pixels, LAYOUT: tl.constexpr):
 def _run(at, limit, pixels, BLOCK: tl.constexpr):
     """Offsets and mask of a run of 4 BLOCK values: layout 2, where `limit` is 4 or 0."""
     run = 4 * at[1].to(tl.int64) + tl.arange(0, 4 * BLOCK)
-    return run, run < limit * pixels.to(tl.int64)
+    return run, run < limit * tl.cast(pixels, tl.int64)
 
 
 @triton.jit

@@ -14,14 +14,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["blocks", "constants", "kernel", "launch", "run"]
+from msdda_fast.kernels.current_device import on_its_device
+
+__all__ = ["blocks", "constants", "grouped_lora_layer", "launch", "run"]
 
 _MIN_RANK = 16  # the smallest inner size of tl.dot
 _SMS = 132  # H100; the block sizes below follow from this count and are not tuned
 
 
 @triton.jit(do_not_specialize=["rows"])
-def kernel(
+def grouped_lora_layer(
     x_ptr,  # [M, rows, C] dense
     weight_ptr,  # [N, C] dense, dtype of x
     bias_ptr,  # [N]; not read without HAS_BIAS
@@ -115,6 +117,7 @@ def constants(c: int, rank: int, block_k: int, *, bias: bool) -> dict[str, int]:
     }
 
 
+@on_its_device
 def launch(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor) -> Tensor:
     """y (M, rows, N) for x (M, rows, C) of float32, float16 or bfloat16."""
     count, rows, c = x.shape
@@ -122,7 +125,7 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Ten
     out = x.new_empty(count, rows, n)
     size = blocks(count, rows, n, rank, x.dtype)
     grid = (triton.cdiv(n, size["BLOCK_N"]), triton.cdiv(rows, size["BLOCK_ROWS"]), count)
-    kernel[grid](
+    grouped_lora_layer[grid](
         x.contiguous(),
         weight,
         weight if bias is None else bias,

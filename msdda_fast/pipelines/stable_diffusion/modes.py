@@ -37,13 +37,22 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 REFRESH = 8
 
 
-def check_mode(mode: Mode, kl_budget: float | None = None, *, in_parallel: bool) -> None:
-    """Raise `InvalidMode` unless `mode` is one of `MODES`, and "exact" in parallel runs.
+def check_mode(
+    mode: Mode, kl_budget: float | None = None, *, in_parallel: bool, masks: object = None
+) -> None:
+    """Raise `InvalidMode` unless `mode` is one of `MODES`, and "exact" in parallel or with masks.
 
-    A budget is of mode "auto", in nats and not negative.
+    A budget is of mode "auto", in nats and not negative. Several processes take no masks.
     """
     if mode not in MODES:
         raise InvalidMode(f"mode must be one of {', '.join(MODES)}; got {mode!r}")
+    if masks is not None and mode != "exact":
+        raise InvalidMode(
+            f'masks need mode="exact", got {mode!r}: one merged network has the same weights in '
+            "all pixels"
+        )
+    if masks is not None and in_parallel:
+        raise InvalidMode("masks are for one process, and this pipeline samples with several")
     if in_parallel and mode != "exact":
         raise InvalidMode(f'several processes sample with mode="exact" only, got {mode!r}')
     if kl_budget is None:

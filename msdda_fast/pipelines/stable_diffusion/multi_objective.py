@@ -281,8 +281,8 @@ class MultiObjectivePipeline(AdapterMethods, ParallelMethods, DiffusionPipeline)
     ) -> None:
         """Check a shape of requests, and run one step of it with every objective to warm up.
 
-        On devices with graphs, all kinds of step of the mode are captured. With "auto" the pilot
-        is drawn that serves all later calls of these settings.
+        So are batched forwards of fewer objectives (`warm_up`). On devices with graphs, all kinds
+        of step are captured. With "auto" the pilot is drawn that later calls use.
 
         Args:
             batch_size: B, the number of images.

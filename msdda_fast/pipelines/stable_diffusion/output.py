@@ -14,7 +14,7 @@ from msdda_fast.pipelines.stable_diffusion.modes import Mode
 from msdda_fast.pipelines.stable_diffusion.path_kl import Forecast, PathKL
 from msdda_fast.pipelines.stable_diffusion.sampling import Sampled
 
-__all__ = ["MSDDAPipelineOutput", "receipt"]
+__all__ = ["MSDDAPipelineOutput", "answer", "receipt"]
 
 
 @dataclass
@@ -57,3 +57,16 @@ def receipt(mode: Mode, done: Sampled, forecast: Forecast | None) -> dict[str, A
         step_kl = forecast.step_kl.to(step_kl)
         step_kl[done.steps :] = 0.0
     return {"forwards": done.forwards, "step_kl_estimate": step_kl, "path_kl": path_kl}
+
+
+def answer(
+    images: Any,  # noqa: ANN401 - of the output type
+    flagged: list[bool] | None,
+    fields: dict[str, Any],
+    *,
+    as_output: bool,
+) -> MSDDAPipelineOutput | tuple[Any, list[bool] | None]:
+    """Return what a call returns: an output with the fields of `receipt`, or (images, flags)."""
+    if not as_output:
+        return images, flagged
+    return MSDDAPipelineOutput(images=images, nsfw_content_detected=flagged, **fields)

@@ -35,11 +35,12 @@ from msdda_fast.pipelines.dtypes import Dtypes, cast, check_dtypes
 from msdda_fast.pipelines.exclusive import one_at_a_time
 from msdda_fast.pipelines.preferences import StrengthsLike
 from msdda_fast.pipelines.prompts import Prompts
+from msdda_fast.pipelines.regions import MasksLike
 from msdda_fast.pipelines.schedulers import sampling_levels, sampling_scheduler
 from msdda_fast.pipelines.stable_diffusion.callback import Callback, StepCallback
 from msdda_fast.pipelines.stable_diffusion.modes import Mode, check_mode
 from msdda_fast.pipelines.stable_diffusion.multi_objective import MultiObjectivePipeline
-from msdda_fast.pipelines.stable_diffusion.output import MSDDAPipelineOutput, receipt
+from msdda_fast.pipelines.stable_diffusion.output import answer, receipt
 from msdda_fast.pipelines.stable_diffusion.pilot import planned
 from msdda_fast.pipelines.stable_diffusion.sampling import PromptedGeneration, Request, sample
 from msdda_fast.pipelines.stable_diffusion.tables import Tables
@@ -154,6 +155,8 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
         num_inference_steps: int | None = None,
         *,
         weights: WeightSchedule = None,
+        masks: MasksLike | None = None,
+        mask_softness: float | None = None,
         strength: StrengthsLike | None = None,
         kl_weights: Mapping[str, float] | Sequence[float] | None = None,
         mode: Mode = "exact",
@@ -190,8 +193,11 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
             num_inference_steps: T in [1, training steps]; None: 50, or what an accelerator takes.
             weights: Preferences w, no unit, on the simplex: a mapping from every objective's name
                 to a number, a list of P mappings, one per prompt, (M,) or (B, M) numbers, or a
-                callable from the step index 0..T-1 to any of these. None: uniform. An objective
+                callable from the step index 0..T-1 to any of these, or a mapping from ranges of
+                timesteps, `(500, 999)`, both ends included, to them. None: uniform. An objective
                 whose weight is 0 throughout is not evaluated.
+            masks, mask_softness: Where objectives act: masks by name, or a list with a mapping, or
+                None, per prompt; and the blur of edges. See `pipelines.regions.check_masks`.
             strength: s >= 0, how strongly objectives act: 1 as trained, 0 the base, 2 twice as far
                 from it; a number, by name, a list of one per prompt, (M,) or (B, M).
             kl_weights: lambda_i, with which each was aligned: s_i is then strength lambda_i / sum_j
@@ -231,15 +237,12 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
             PipelineBusy: A callback called the pipeline that calls it.
             ZeroVariance: A prompt mixes eta = 0 with eta > 0 under `zero_variance="error"`.
             NotFinite: Sampling ended in NaN or infinity.
-            ValueError: Prompts that contradict each other; seed and generator; a component that is
-                None and needed; an argument of stock pipelines without a meaning here (`eta`).
+            ValueError: Prompts that contradict each other; seed and generator; a missing component;
+                an argument of stock pipelines that means nothing here (`eta`).
         """
-        request.refuse(refused)
-        request.check_output_type(output_type)
-        decoder = [] if output_type == "latent" else ["vae"]
-        request.check_parts(self, "unet", "scheduler", *decoder)
-        num_inference_steps = self.checked_steps(num_inference_steps)
-        check_mode(mode, kl_budget, in_parallel=self.parallel is not None)
+        request.check_call(self, refused, output_type)
+        steps = self.checked_steps(num_inference_steps)
+        check_mode(mode, kl_budget, in_parallel=self.parallel is not None, masks=masks)
         callback = Callback.check(callback_on_step_end, callback_on_step_end_tensor_inputs)
         prompts = Prompts.check(
             prompt,
@@ -252,9 +255,11 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
         if (scheduler := sampling_scheduler(self.scheduler)) is not self.scheduler:
             self.register_modules(scheduler=scheduler)  # users assign others to a pipeline
         guidance = request.objective_guidance(self._objectives, guidance_scale)
+        scale = self.vae_scale_factor
+        shape = request.latent_shape(prompts.batch_size, self.unet.config, scale, height, width)
         tables = Tables(
             scheduler=scheduler,
-            num_steps=num_inference_steps,
+            num_steps=steps,
             objectives=self._objectives,
             etas=sampling_levels(scheduler, self._objectives, etas),
             guidance_scale=guidance,
@@ -264,21 +269,20 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
             rates=rates,
             extrapolate=extrapolate,
             fusion=fusion,
+            masks=masks,
+            mask_softness=mask_softness,
+            latent_size=shape[2:],
+            scale=scale,
         )
         table = tables.of(weights, prompts.batch_size, num_images_per_prompt)
         if prompts.needs_encoder(negative=table.needs_uncond) or mode == "auto":
             request.check_parts(self, "text_encoder", "tokenizer")
-        shape = request.latent_shape(
-            prompts.batch_size, self.unet.config, self.vae_scale_factor, height, width
-        )
         request.check_latents(latents, shape)
         seeds = None if seed is None else image_seeds(seed, prompts.batch_size)
         networks = self.networks(mode, with_base=table.has_base)
-        device = networks.device
-        noise = noise_source(shape, len(table), device, seeds=seeds, generator=generator)
+        noise = noise_source(shape, len(table), networks.device, seeds=seeds, generator=generator)
         plan, forecast = planned(mode, networks, tables, table, shape[1:], kl_budget)
-        table = table.to(device, torch.promote_types(networks.dtype, torch.float32))
-
+        table = table.to(networks.device, torch.promote_types(networks.dtype, torch.float32))
         self._interrupt, self._num_timesteps = False, len(table)
         self._guidance_scale = max(guidance)  # callbacks read it, and may set another
         with self.progress_bar(total=len(table)) as bar:
@@ -292,8 +296,4 @@ class MSDDAPipeline(MultiObjectivePipeline, StableDiffusionPipeline):  # type: i
             done = sample(networks, Request(prompts, table, noise, latents, plan), watch)
         images, flagged = self.to_images(done.x, output_type)
         self.maybe_free_model_hooks()
-        if not return_dict:
-            return images, flagged
-        return MSDDAPipelineOutput(
-            images=images, nsfw_content_detected=flagged, **receipt(mode, done, forecast)
-        )
+        return answer(images, flagged, receipt(mode, done, forecast), as_output=return_dict)

@@ -17,7 +17,7 @@ export const key = {
 };
 
 async function ask(path, options = {}) {
-  const headers = { "Content-Type": "application/json" };
+  const headers = options.body instanceof FormData ? {} : { "Content-Type": "application/json" };
   // headers are bytes, and the service reads them as UTF-8
   if (key.get()) headers.Authorization = `Bearer ${String.fromCharCode(...new TextEncoder().encode(key.get()))}`;
   let answer;
@@ -34,10 +34,24 @@ async function ask(path, options = {}) {
 
 export const objectives = async () => (await ask("v1/objectives")).json();
 
-/** Draw one image; `onevent` sees what happens before it is there, and the result is its event. */
-export async function draw(body, signal, onevent = () => {}) {
-  const options = { method: "POST", body: JSON.stringify({ ...body, stream: true }), signal };
-  const answer = await ask("v1/images/generations", options);
+/** What a body says, as a form with the files of `files`. */
+function form(body, files) {
+  const data = new FormData();
+  for (const [name, value] of Object.entries(body)) {
+    if (value !== undefined) data.append(name, typeof value === "string" ? value : JSON.stringify(value));
+  }
+  for (const [name, file] of Object.entries(files)) if (file) data.append(name, file, `${name}.png`);
+  return data;
+}
+
+/**
+ * Draw one image, from `files.image` if there is one. `onevent` sees what happens before it is
+ * there, and the result is its event.
+ */
+export async function draw(body, files, signal, onevent = () => {}) {
+  const whole = { ...body, stream: true };
+  const answer = await ask(files.image ? "v1/images/edits" : "v1/images/generations",
+    { method: "POST", body: files.image ? form(whole, files) : JSON.stringify(whole), signal });
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   for (let text = ""; ;) {
     const { value, done } = await reader.read();
@@ -49,7 +63,7 @@ export async function draw(body, signal, onevent = () => {}) {
       if (!line) continue;
       const event = JSON.parse(line.slice(6));
       if (event.type === "error") throw new Refusal(0, event.error);
-      if (event.type === "image_generation.completed") return event;
+      if (event.type.endsWith(".completed")) return event;
       onevent(event);
     }
   }

@@ -23,6 +23,10 @@ export function moved(shares, i, share) {
 export const words = (names, shares) =>
   percents(shares).map((percent, i) => `${names[i]} ${percent} %`).join(", ");
 
+/** Shares as they are sent: decimals whose sum is 1. */
+export const decimals = (names, shares) =>
+  Object.fromEntries(percents(shares).map((percent, i) => [names[i], percent / 100]));
+
 /** Points around one: along the line of two objectives, or towards each of more. */
 export function around(names, shares) {
   const points = [];
@@ -44,18 +48,21 @@ export function around(names, shares) {
 
 /** One slider for two objectives, one each for more, and a triangle beside three. */
 export class Balance {
-  /** `onmove` is called when somebody has moved it. */
-  constructor(names, onmove) {
-    this.names = names;
+  /** `onmove` is called when somebody has moved it; `when` is said after the names. */
+  constructor(root, names, onmove, when = "") {
+    Object.assign(this, { root, names, onmove, when });
     this.shares = names.map(() => 1 / names.length);
-    this.onmove = onmove;
     this.build();
     this.show();
   }
 
-  /** What to send: decimals whose sum is 1. */
+  /** What to send. */
   get weights() {
-    return Object.fromEntries(percents(this.shares).map((percent, i) => [this.names[i], percent / 100]));
+    return decimals(this.names, this.shares);
+  }
+
+  $(selector) {
+    return this.root.querySelector(selector);
   }
 
   move(shares, told = true) {
@@ -66,11 +73,11 @@ export class Balance {
 
   build() {
     const { names } = this;
-    $("balance").hidden = names.length < 2;
+    this.root.append($("balance-part").content.cloneNode(true));
     const parts = names.length === 2 ? [1] : names.map((_, i) => i);
     this.sliders = parts.map((i) => {
       const slider = Object.assign(document.createElement("input"), { type: "range", min: 0, max: 100, step: 1, name: "weights" });
-      slider.setAttribute("aria-label", names.length === 2 ? `${names[0]} to ${names[1]}` : names[i]);
+      slider.setAttribute("aria-label", (names.length === 2 ? `${names[0]} to ${names[1]}` : names[i]) + this.when);
       slider.setAttribute("aria-describedby", "error-weights");
       slider.addEventListener("input", () => {
         const share = slider.value / 100;
@@ -92,15 +99,15 @@ export class Balance {
         if (names.length === 2) name.append(value);
         line.append(name, ...(names.length === 2 ? [] : [value]));
       }
-      $("sliders").append(line, slider);
+      this.$(".sliders").append(line, slider);
     }
     if (names.length === 3) this.buildTriangle();
   }
 
   buildTriangle() {
-    const triangle = $("triangle");
+    const triangle = this.$(".triangle");
     triangle.removeAttribute("hidden");
-    this.names.forEach((name, i) => { $(`corner-${i}`).textContent = name; });
+    this.names.forEach((name, i) => { this.$(`.corner-${i}`).textContent = name; });
     const take = (event) => {
       const at = new DOMPoint(event.clientX, event.clientY).matrixTransform(triangle.getScreenCTM().inverse());
       const raw = [1 - at.y / 174, 0, 0];
@@ -121,12 +128,12 @@ export class Balance {
       slider.value = whole[i];
       slider.setAttribute("aria-valuetext", this.names.length === 2 ? words(this.names, this.shares) : `${whole[i]} %`);
     }
-    for (const value of document.querySelectorAll("[data-of]")) value.textContent = `${whole[value.dataset.of]} %`;
+    for (const value of this.root.querySelectorAll("[data-of]")) value.textContent = `${whole[value.dataset.of]} %`;
     if (this.names.length !== 3) return;
     const [x, y] = [0, 1].map((axis) => CORNERS.reduce((sum, corner, i) => sum + corner[axis] * this.shares[i], 0));
-    $("point").setAttribute("cx", x);
-    $("point").setAttribute("cy", y);
-    $("spokes").setAttribute("d", CORNERS.map((corner) => `M${x} ${y} ${corner.join(" ")}`).join(""));
+    this.$(".point").setAttribute("cx", x);
+    this.$(".point").setAttribute("cy", y);
+    this.$(".spokes").setAttribute("d", CORNERS.map((corner) => `M${x} ${y} ${corner.join(" ")}`).join(""));
   }
 }
 

@@ -2,7 +2,8 @@
 // The form, the image, and the images around it.
 
 import { Refusal, draw, key, objectives } from "./api.js";
-import { Balance, around, percents, words } from "./balance.js";
+import { Balance, around, decimals, percents, words } from "./balance.js";
+import { Start } from "./start.js";
 
 const $ = (id) => document.getElementById(id);
 const form = $("form");
@@ -11,6 +12,10 @@ const percent = (s) => `${Math.round(100 * s)} %`;
 const seconds = (s) => `${s.toFixed(s < 10 ? 2 : 1)} s`;
 
 let balance;
+let late; // the balance of late steps
+let from; // an image to start from, and what is painted
+let last; // the first timestep: ranges end there
+let events; // what streams have beside the image
 let work = null; // what aborts the request in flight
 let timer;
 
@@ -21,10 +26,19 @@ async function start() {
     if (balance) return;
     $("model").textContent = service.model;
     document.title = `${service.model} · msdda-fast`;
-    balance = new Balance(service.data.map((objective) => objective.id), redraw);
+    const names = service.data.map((objective) => objective.id);
+    const { capabilities } = service;
+    balance = new Balance($("early"), names, redraw);
+    last = service.timesteps;
+    $("balance").hidden = names.length < 2;
     Object.assign($("steps"), { max: service.max_steps, value: service.steps });
     $("size").replaceChildren(...service.sizes.map((size) => new Option(size.replace("x", " × "), size)));
     $("size-field").hidden = service.sizes.length < 2;
+    $("guidance-field").hidden = !capabilities.guidance_scale;
+    $("negative-field").hidden = !capabilities.negative_prompt;
+    events = { partial_images: capabilities.partial_images ? 3 : undefined, progress: capabilities.progress || undefined };
+    from = new Start(names, capabilities, () => $("size").value.split("x").map(Number), changed, refuse);
+    showRanges();
   } catch (error) {
     refuse(error);
   }
@@ -46,7 +60,17 @@ function read() {
     guidance_scale: number("guidance_scale"),
     strength: number("strength") === 1 ? undefined : number("strength"),
     size: $("size").value || undefined,
+    ...from.fields,
   };
+}
+
+/** What objectives have at each place and step, if they have `shares` in all. */
+function mixture(shares) {
+  const masks = from.masks(shares);
+  if (masks) return { masks };
+  const weights = decimals(balance.names, shares);
+  if (!hasRanges()) return { weights };
+  return { weights: { [`${last / 2}-${last}`]: weights, [`0-${last / 2}`]: late.weights } };
 }
 
 async function generate() {
@@ -63,7 +87,10 @@ async function generate() {
   $("progress").removeAttribute("value"); // in line: nobody knows how long
   say("Drawing", "");
   try {
-    const result = await draw({ ...body, weights: balance.weights, partial_images: 3, progress: true }, mine.signal, (event) => {
+    const files = await from.files();
+    const partial_images = files.image ? undefined : events.partial_images; // of texts alone
+    const whole = { ...body, ...mixture(shares), ...events, partial_images };
+    const result = await draw(whole, files, mine.signal, (event) => {
       Object.assign($("progress"), { max: event.steps, value: event.step });
       say("Drawing", `step ${event.step} of ${event.steps}`);
       if (event.b64_json) show(event);
@@ -83,6 +110,7 @@ async function generate() {
 function finish(result, body, shares, status, facts) {
   idle();
   show(result);
+  from.over($("image"));
   const strength = body.strength === undefined ? "" : percent(body.strength);
   $("image").alt = `${body.prompt} (${words(balance.names, shares)}${strength && `; strength ${strength}`})`;
   say(status, facts.filter(Boolean).join(" · "));
@@ -111,12 +139,12 @@ async function strip(body, shares, middle, mine) {
     return tile;
   });
   $("strip").replaceChildren(...tiles);
-  const weights = (point) => Object.fromEntries(percents(point.shares).map((p, i) => [names[i], p / 100]));
+  const files = from.files(); // a promise: the one in the middle needs none
   await Promise.all(points.map(async (point, i) => {
     const tile = tiles[i];
     try {
       const result = point.key === here ? middle
-        : await draw({ ...body, seed: middle.seed, weights: weights(point) }, mine.signal);
+        : await draw({ ...body, seed: middle.seed, ...mixture(point.shares) }, await files, mine.signal);
       const image = new Image();
       fit(image, png(result));
       tile.firstChild.replaceWith(image);
@@ -141,6 +169,20 @@ function choose(shares, body, result) {
   finish(result, body, shares, words(balance.names, shares), [`seed ${result.seed}`]);
   strip(body, shares, result, mine);
   if (focused) $("strip").querySelector("[aria-current]")?.focus();
+}
+
+const hasRanges = () => $("ranges").checked && !$("ranges").disabled;
+
+function showRanges() {
+  if (hasRanges()) late ??= new Balance($("late"), balance.names, redraw, ", late steps");
+  $("early-name").hidden = $("late-part").hidden = !$("ranges").checked;
+  $("late-part").disabled = $("ranges").disabled;
+}
+
+/** After another start or other regions. */
+function changed() {
+  showRanges();
+  redraw();
 }
 
 function showStrength() {
@@ -201,7 +243,8 @@ function refuse(error) {
   const field = form.elements[name];
   const one = field instanceof RadioNodeList ? field[0] : field;
   if (place.id === "error" || !one) return;
-  if (one.closest("details")) $("more").open = true;
+  const part = one.closest("details");
+  if (part) part.open = true;
   one.setAttribute("aria-invalid", "true");
   one.setAttribute("aria-describedby", place.id);
   one.focus();
@@ -225,6 +268,11 @@ $("strength").addEventListener("input", () => {
   showStrength();
   redraw();
 });
+$("ranges").addEventListener("input", () => {
+  showRanges();
+  late?.move(balance.shares, false);
+});
+$("size").addEventListener("input", () => from.resize());
 $("key").addEventListener("submit", (event) => {
   event.preventDefault();
   key.set($("key-text").value.trim());
