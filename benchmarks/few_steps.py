@@ -26,10 +26,12 @@ from diffusers import LCMScheduler
 from PIL import Image
 
 import msdda_fast as mf
+from benchmarks.few_steps_output import title
 from benchmarks.harness import RESULTS, append, surroundings
 from benchmarks.modes import interval
 from msdda_fast.emoji.prompts import TEST_PROMPTS
 from msdda_fast.emoji.teacher_paths import GUIDANCE_SCALE
+from msdda_fast.evaluation.grid import labelled_grid
 from msdda_fast.rewards import REWARDS, load_reward
 from msdda_fast.rewards.judge import Judge
 
@@ -119,7 +121,7 @@ def measure(seeds_per_prompt):
                 for name, values in found.items():
                     scores.setdefault((sampler, weight), {}).setdefault(name, []).append(values)
                 if s == 0 and weight == 0.5:
-                    shown[sampler] = images[:: len(TEST_PROMPTS) // SHOWN][:SHOWN]
+                    shown[sampler] = chosen(images)
         print(f"seed {s + 1} of {seeds_per_prompt}", flush=True)
     shared = surroundings() | {
         "model": MODEL, "dtype": "float32", "prompts": len(TEST_PROMPTS),
@@ -138,10 +140,22 @@ def measure(seeds_per_prompt):
 
 
 def picture(shown):
-    """Return one row of images per sampler, in the order of `SAMPLERS`."""
-    rows = [torch.cat(list(shown[sampler]), dim=2) for sampler in SAMPLERS]
-    pixels = (torch.cat(rows, dim=1).permute(1, 2, 0) * 255).round().byte().numpy()
-    return Image.fromarray(pixels)
+    """Return one row of images per sampler, in the order of `SAMPLERS`, with its name."""
+    rows = [[to_pil_image(image) for image in shown[sampler]] for sampler in SAMPLERS]
+    names = [title(sampler._asdict()) for sampler in SAMPLERS]
+    heads = [prompt.removesuffix(".") for prompt in TEST_PROMPTS]
+    heads = [head.replace(" and ", "\nand ").replace(" colored ", "\n") for head in heads]
+    return labelled_grid(rows, names, chosen(heads), cell=96)
+
+
+def chosen(entries):
+    """Return the entries of the prompts in the picture."""
+    return entries[:: len(TEST_PROMPTS) // SHOWN][:SHOWN]
+
+
+def to_pil_image(image):
+    """(3, H, W) in [0, 1] -> a PIL image."""
+    return Image.fromarray((image.permute(1, 2, 0) * 255).round().byte().numpy())
 
 
 def main():
