@@ -48,6 +48,7 @@ TABLES = {
     "compare_emoji_flow": comparisons.compare_emoji_flow_table,
     "two_networks": comparisons.two_networks_table,
     "serving": serving.serving_table,
+    "serving_before": serving.before_table,
     "family_takes": families.takes_table,
     "family_memory": families.memory_table,
 }
