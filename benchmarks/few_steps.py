@@ -145,7 +145,7 @@ def picture(shown):
     names = [title(sampler._asdict()) for sampler in SAMPLERS]
     heads = [prompt.removesuffix(".") for prompt in TEST_PROMPTS]
     heads = [head.replace(" and ", "\nand ").replace(" colored ", "\n") for head in heads]
-    return labelled_grid(rows, names, chosen(heads), cell=96)
+    return labelled_grid(rows, names, chosen(heads), cell=88)
 
 
 def chosen(entries):

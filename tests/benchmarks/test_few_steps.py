@@ -27,7 +27,7 @@ def test_measure_and_its_table(monkeypatch, tmp_path):
         (steps, weight) for steps in (5, 4, 2) for weight in (*few_steps.WEIGHTS, None)
     ]
     picture = few_steps.picture(shown)
-    assert picture.width > 96 * few_steps.SHOWN and picture.height > 96 * 3
+    assert picture.width > 88 * few_steps.SHOWN and picture.height > 88 * 3
 
 
 def test_the_committed_run():
