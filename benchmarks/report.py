@@ -60,11 +60,8 @@ TABLES = {
     "compare_emoji_flow": comparisons.compare_emoji_flow_table,
     "two_networks": comparisons.two_networks_table,
     "serving": serving.serving_table,
-<<<<<<< HEAD
     "few_steps": few_steps.few_steps_table,
-=======
     "serving_before": serving.before_table,
->>>>>>> serve
     "family_takes": families.takes_table,
     "family_memory": families.memory_table,
 }
