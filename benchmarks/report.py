@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # when run as a script
 
-from benchmarks.tables import comparisons, families, kernels, latency, modes, serving
+from benchmarks.tables import comparisons, families, kernels, latency, launches, modes, serving
 
 ROOT = Path(__file__).parent.parent
 PAGES = (
@@ -36,6 +36,7 @@ TABLES = {
     "headline": latency.headline_table,
     "fused_step": kernels.fused_step_table,
     "grouped_lora": kernels.grouped_lora_table,
+    "kernel_count": launches.kernel_count_table,
     "latency": latency.latency_table,
     "request_path": latency.request_path_table,
     "modes": modes.modes_table,
