@@ -21,6 +21,7 @@ from benchmarks.tables import (
     few_steps,
     kernels,
     latency,
+    launches,
     modes,
     serving,
 )
@@ -48,6 +49,7 @@ TABLES = {
     "headline": latency.headline_table,
     "fused_step": kernels.fused_step_table,
     "grouped_lora": kernels.grouped_lora_table,
+    "kernel_count": launches.kernel_count_table,
     "latency": latency.latency_table,
     "latency_families": denoisers.latency_families_table,
     "request_path": latency.request_path_table,
