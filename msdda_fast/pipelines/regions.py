@@ -294,6 +294,7 @@ def _averages(size: int, out: int, std: float) -> Tensor:
     lower = torch.maximum(edges[:-1, None], pixels)
     area = (upper - lower).clamp(min=0)
     if std > 0:
-        blur = (-((pixels[:, None] - pixels) ** 2) / (2 * std**2)).exp()
+        # in this order: the square of a number may be 0 or infinite where the number is not
+        blur = (-(((pixels[:, None] - pixels) / std) ** 2) / 2).exp()
         area = area @ (blur / blur.sum(1, keepdim=True))
     return area / area.sum(1, keepdim=True)

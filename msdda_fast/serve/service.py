@@ -138,7 +138,9 @@ class EngineService(Service):
 
     def warm(self) -> None:
         """Build and capture whatever a request may ask for; takes seconds to minutes."""
-        kinds = {padded_steps(steps): steps for steps in range(1, self.settings.max_steps + 1)}
+        # of each kind the fewest steps, and the default: a scheduler may not have the most
+        counts = (*range(self.settings.max_steps, 0, -1), self.settings.steps)
+        kinds = {padded_steps(steps): steps for steps in counts}
         try:
             for width, height in map(sides, self.sizes):
                 for steps in kinds.values():
