@@ -103,6 +103,7 @@ class Service(ABC):
             "model": settings.model,
             **self.facts.described(),
             "steps": settings.steps,
+            "guidance_scale": settings.guidance_scale,
             **{name: getattr(settings, name) for name in limits},
         }
 
