@@ -226,5 +226,9 @@ def test_an_accelerator_is_told_without_its_path_and_draws(tiny):
         assert str(tiny.folder) not in answer.text
         assert one.draw().status_code == 200
         check(one.draw(steps=51), "steps")  # more than it was made of
+        files = {"image": ("a.png", saved(picture()))}
+        answer = one.http.post("/v1/images/edits", data={"prompt": "a", "steps": "51"}, files=files)
+        check(answer, "steps")
+        assert "refuses 51 steps" in answer.text
     finally:
         one.stop()
