@@ -46,6 +46,7 @@ async def complete(
     """
     futures = await service.submit(request, count, connection.state.client)
     images = asyncio.gather(*map(asyncio.wrap_future, futures))
+    images.add_done_callback(_looked_at)
     gone = asyncio.create_task(_disconnected(connection))
     try:
         first: set[asyncio.Future[Any]] = {images, gone}
@@ -166,6 +167,12 @@ async def _png(image: Image.Image) -> dict[str, Any]:
 
 def _event(kind: str, data: dict[str, Any]) -> str:
     return f"event: {kind}\ndata: {json.dumps({'type': kind, **data})}\n\n"
+
+
+def _looked_at(done: asyncio.Future[Any]) -> None:
+    """Look at what a future ended with: asyncio logs the errors that nobody has looked at."""
+    if not done.cancelled():
+        done.exception()
 
 
 async def _disconnected(connection: Request) -> None:
