@@ -14,12 +14,24 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # when run as a script
 
-from benchmarks.tables import comparisons, denoisers, families, kernels, latency, modes, serving
+from benchmarks.tables import (
+    comparisons,
+    denoisers,
+    families,
+    few_steps,
+    kernels,
+    latency,
+    modes,
+    serving,
+)
 
 ROOT = Path(__file__).parent.parent
 PAGES = (
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{page}.md" for page in ("results", "merge-or-fuse", "families/index")),
+    *(
+        ROOT / "docs" / f"{page}.md"
+        for page in ("results", "merge-or-fuse", "families/index", "guide/few-steps")
+    ),
 )
 
 
@@ -49,6 +61,7 @@ TABLES = {
     "two_networks": comparisons.two_networks_table,
     "serving": serving.serving_table,
     "serving_before": serving.before_table,
+    "few_steps": few_steps.few_steps_table,
     "family_takes": families.takes_table,
     "family_memory": families.memory_table,
 }

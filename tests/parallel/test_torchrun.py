@@ -56,11 +56,11 @@ def test_two_ranks_write_the_images_of_one_process(tiny, tmp_path):
     assert "not been destroyed" not in done.stderr and "Traceback" not in done.stderr
 
 
-def test_other_ranks_neither_write_nor_speak(pipe, tmp_path, monkeypatch):
+def test_other_ranks_neither_write_nor_speak(tiny, pipe, tmp_path, monkeypatch):
     monkeypatch.setattr(cli_generate, "load", lambda *_: pipe)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    done = alone(*generate("unused", tmp_path / "x.png"))
+    done = alone(*generate(tiny.folder, tmp_path / "x.png"))
     assert done.output == "" and not list(tmp_path.iterdir())
     bad = CliRunner().invoke(cli.app, ["generate", "a red dog", "-w", "hot=1"])
     assert bad.exit_code == 2 and bad.stderr.startswith("rank 1: UnknownObjective: ")

@@ -3,7 +3,7 @@
 
 A pipeline keeps one `CapturedSampler`. It builds a network per shape of request, and captures its
 step where the device has graphs; on the CPU the same step runs eagerly. Approximate modes have a
-graph per kind of step; see `modes`.
+graph per kind of step; see `modes`. Of several processes each has one, with its share of the rows.
 """
 
 from __future__ import annotations
@@ -22,17 +22,19 @@ from msdda_fast.batched.unet import BatchedUNet
 from msdda_fast.engine.buffers import ShapeKey, StepBuffers, padded_steps
 from msdda_fast.engine.graph import Capture, CapturedStep, StepCache
 from msdda_fast.engine.noise import NoiseSource
+from msdda_fast.engine.parallel import ObjectiveParallel
 from msdda_fast.errors import InvalidShape, UnsupportedNetwork
 from msdda_fast.pipelines.stable_diffusion.exact import ExactNetwork, step_kind
 from msdda_fast.pipelines.stable_diffusion.merged_network import MergedNetwork
 from msdda_fast.pipelines.stable_diffusion.modes import StepPlan
 from msdda_fast.pipelines.stable_diffusion.path_kl import Pilot
+from msdda_fast.pipelines.stable_diffusion.rank_network import RankNetwork
 from msdda_fast.steps.coefficients import CoefficientTable
 
 __all__ = ["CapturedGeneration", "CapturedSampler"]
 
 #: A network that a `CapturedSampler` builds.
-_Network: TypeAlias = ExactNetwork | MergedNetwork
+_Network: TypeAlias = ExactNetwork | MergedNetwork | RankNetwork
 
 
 class CapturedGeneration:
@@ -125,9 +127,11 @@ class CapturedSampler:
         capture: "auto", "required" or "off"; see `engine.graph.StepCache`.
         compile: Pass steps through `torch.compile` before capture.
         capacity: Most shapes of requests kept.
+        parallel: The processes that share the objectives; None: only this one.
 
     Attributes:
         device, dtype: Of the networks.
+        parallel: As given.
         pilots: What pilots have measured of them; see `pilot`.
 
     Raises:
@@ -143,8 +147,9 @@ class CapturedSampler:
         capture: Capture = "auto",
         compile: bool = False,
         capacity: int = 8,
+        parallel: ObjectiveParallel | None = None,
     ) -> None:
-        self._variants, self._options = list(variants), options
+        self._variants, self._options, self.parallel = list(variants), options, parallel
         self.pilots: dict[Hashable, Pilot] = {}
         self._groups: list[tuple[LoadedAdapters, list[int]]] = []
         unet, nhwc = variants[0].network, options.channels_last
@@ -197,6 +202,7 @@ class CapturedSampler:
             InvalidShape: The step needs more memory than is free.
             CaptureError: It cannot be captured, and capture is required.
             UnsupportedNetwork: These networks cannot be merged.
+            RankLost, RanksDiffer: See `ObjectiveParallel.generation`, here and in steps.
         """
         every = not self._options.sharing.inactive
         # one that no step reads, whatever the weights are, has no output: strength 0, for one
@@ -230,6 +236,8 @@ class CapturedSampler:
         if plan is not None and isinstance(step.network, MergedNetwork):
             conditioning = step.network.conditioning(table, plan)
         step.load(table, x_T, seeds=noise.seeds, noise=z, conditioning=conditioning, kinds=kinds)
+        if self.parallel is not None and isinstance(step.network, RankNetwork):
+            self.parallel.begin([step.network.exchanges[kind] for kind in kinds])
         shares = table.share if plan is None else plan.shares
         generation = CapturedGeneration(step, kinds, shares, shares_text=shares_text)
         generation.replace_prompt(prompt_embeds)
@@ -237,7 +245,19 @@ class CapturedSampler:
 
     def _build(self, key: ShapeKey, buffers: StepBuffers) -> _Network:
         network: _Network
-        if key.mode == "exact":
+        if self.parallel is not None:
+            network = RankNetwork(
+                self.parallel,
+                {
+                    step_kind("exact", runs): self.parallel.exchange(
+                        runs, key.branches, key.shape, key.dtype, buffers.x.device
+                    )
+                    for runs in key.runs
+                },
+                self._members,
+                key.dtype,
+            )
+        elif key.mode == "exact":
             by_kind = {step_kind("exact", runs): self._members(runs) for runs in key.runs}
             network = ExactNetwork(by_kind, len(key.active), key.dtype)
         else:

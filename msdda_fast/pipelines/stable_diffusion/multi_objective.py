@@ -215,7 +215,7 @@ class MultiObjectivePipeline(AdapterMethods, ParallelMethods, DiffusionPipeline)
             InvalidMode: The mode is approximate, and the networks are in float64.
             CaptureError: Graphs are required on a device without them.
         """
-        sampler, variants, base = None, self.variants, self.base_variant
+        variants, base = self.variants, self.base_variant
         loaded = list(variants.values())
         if with_base:
             variants[BASE] = base
@@ -227,8 +227,9 @@ class MultiObjectivePipeline(AdapterMethods, ParallelMethods, DiffusionPipeline)
         if mode != "exact" and self.unet.dtype == torch.float64:
             raise InvalidMode(f'a float64 network samples with mode="exact" only, got {mode!r}')
         with exclusively(self.shared_networks()):
-            if self._parallel is None:
-                sampler = (runner or self._runner).sampler(loaded, required=mode != "exact")
+            sampler = (runner or self._runner).sampler(
+                loaded, required=mode != "exact", parallel=self._parallel
+            )
             for variant in variants.values():
                 if sampler is None:
                     check_can_switch(variant)

@@ -21,40 +21,45 @@ __all__ = ["ParallelNetwork", "together"]
 
 
 class ParallelNetwork:
-    """Returns the outputs of all ranks, each of which evaluates its share of the objectives.
+    """Returns the outputs of all ranks, each of which evaluates its share, one after another.
 
     Args:
         parallel: The ranks, inside a `generation`.
         local: Evaluates this rank's share.
+        x: The state, (B, C, h, w).
+        branches: K.
         dtype: Dtype of the outputs.
     """
 
     def __init__(
-        self, parallel: ObjectiveParallel, local: SequentialNetwork, dtype: torch.dtype
+        self,
+        parallel: ObjectiveParallel,
+        local: SequentialNetwork,
+        x: Tensor,
+        branches: int,
+        dtype: torch.dtype,
     ) -> None:
-        self._parallel, self._local, self._dtype = parallel, local, dtype
+        self._parallel, self._local = parallel, local
+        sets = [tuple(active) for active in local.active]
+        exchanges = {
+            active: parallel.exchange(active, branches, x.shape, dtype, x.device)
+            for active in dict.fromkeys(sets)
+        }
+        parallel.begin([exchanges[active] for active in sets])
 
     def __call__(self, x: Tensor, k: int) -> list[Tensor | None]:
         """Return the raw outputs (K, B, C, h, w) of M objectives; None if not active at step k.
 
         Raises:
-            RankLost, RanksDiffer: See `ObjectiveParallel.evaluate`.
+            RankLost, RanksDiffer: See `ObjectiveParallel.gather`.
         """
-        local = self._local
 
         def run(work: Work) -> list[Tensor]:
             branches = slice(work.start, work.stop)
-            outputs = local.evaluate(x, k, work.objectives, branches)
+            outputs = self._local.evaluate(x, k, work.objectives, branches)
             return [output for m in work.objectives if (output := outputs[m]) is not None]
 
-        return self._parallel.evaluate(
-            run,
-            x,
-            k,
-            active=local.active[k],
-            branches=local.prompt_embeds.shape[1],
-            dtype=self._dtype,
-        )
+        return self._parallel.evaluate(run, x)
 
 
 class ParallelMethods:
