@@ -41,6 +41,7 @@ TESTS = (*LIBRARIES, "pytest", "hypothesis", "triton", "filelock")
 GPU_TESTS = (
     "tests/kernels/test_on_gpu.py",
     "tests/kernels/test_grouped_lora_triton.py",
+    "tests/kernels/test_norms_and_rows.py",
     "tests/engine/test_cuda_graphs.py",
     "tests/families/test_graphs.py",
     "tests/parallel/test_engine.py",

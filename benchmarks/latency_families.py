@@ -12,6 +12,7 @@ import argparse
 import logging
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from fnmatch import fnmatchcase
@@ -60,12 +61,37 @@ def main(args: argparse.Namespace, dtype: torch.dtype) -> int:
     return 0
 
 
-def against(own: list[float], rows: list[float] | None) -> dict[str, float]:
-    """The ratio to the base network on the same rows: the median of those of each round."""
-    if rows is None:
-        return {}
-    ratios = [a / b for a, b in zip(own, rows, strict=True)]
-    return {"ratio": round(statistics.median(ratios), 4)}
+def timed(
+    runs: dict[str, Callable[[], Tensor]], rounds: int, device: str
+) -> dict[str, dict[str, float]]:
+    """Time interleaved rounds; ratios to the base network on the same rows are medians of theirs.
+
+    On the CPU those of processor time, of all threads, too. With one thread, other processes do not
+    add to it; several wait for each other by spinning.
+    """
+    spent: dict[str, list[float]] = {name: [] for name in runs}
+
+    def noted(name: str, run: Callable[[], Tensor]) -> Callable[[], None]:
+        def call() -> None:
+            start = time.process_time()
+            run()
+            spent[name].append(time.process_time() - start)
+
+        return call
+
+    times = in_turn({name: noted(name, run) for name, run in runs.items()}, rounds, device)
+    found = {}
+    for name, own in times.items():
+        found[name] = summary(own)
+        if "rows" in times:
+            found[name]["ratio"] = between(own, times["rows"])
+            if device == "cpu":
+                found[name]["cpu_ratio"] = between(spent[name][-rounds:], spent["rows"][-rounds:])
+    return found
+
+
+def between(own: list[float], rows: list[float]) -> float:
+    return round(statistics.median(a / b for a, b in zip(own, rows, strict=True)), 4)
 
 
 @torch.no_grad()
@@ -88,9 +114,8 @@ def measure(
             facts[name]["error"] = float(f"{verify(way, runs[name], outputs, dtype):.3g}")
             if args.device == "cpu" and "compiled" not in name:
                 facts[name] |= operators(runs[name])
-        times = in_turn(runs, args.rounds, args.device)
+        timings = timed(runs, args.rounds, args.device)
         loop = interleaved(hidden_axis(stack), 1.0)
-    timings = {name: summary(own) | against(own, times.get("rows")) for name, own in times.items()}
     shared = surroundings(args.device) | {
         "device": args.device,
         "model": args.model,
@@ -118,7 +143,7 @@ def show(console: Console, records: list[dict]) -> None:
         title_justify="left",
     )
     table.add_column("way", no_wrap=True)
-    for column in ("ms", "p20 - p80", "/ rows", "operators", "error"):
+    for column in ("ms", "p20 - p80", "/ rows", "processor", "operators", "error"):
         table.add_column(column, justify="right", no_wrap=True)
     for record in records:
         if "skipped" in record:
@@ -128,7 +153,7 @@ def show(console: Console, records: list[dict]) -> None:
             f"{record['contender']}: {record['title']}",
             f"{record['median_us'] / 1e3:.2f}",
             f"{record['p20_us'] / 1e3:.2f} - {record['p80_us'] / 1e3:.2f}",
-            f"{record['ratio']:.3f}" if "ratio" in record else "",
+            *(f"{record[key]:.3f}" if key in record else "" for key in ("ratio", "cpu_ratio")),
             str(record.get("operators", "")),
             f"{record['error']:.1e}",
         )

@@ -42,7 +42,7 @@ KINDS = {
     "matrix product": r"gemm|nvjet|addmm|aten::mm|bmm|matmul|linear|cutlass|splitk|xmma",
     "norm": r"norm|moments|welford",
     "copy and concatenation": r"copy|cat|memcpy|memset|transpose|fill",
-    "pointwise": r"elementwise|silu|gelu|add|mul|div|index",
+    "pointwise": r"elementwise|silu|gelu|add|mul|div|index|summed|gated",
 }
 
 

@@ -210,7 +210,7 @@ def calls_forward(module: nn.Module) -> Iterator[None]:
         module._compiled_call_impl = compiled
 
 
-def replace_parameters(module: nn.Module, **parameters: nn.Parameter) -> None:
+def replace_parameters(module: nn.Module, **parameters: nn.Parameter | None) -> None:
     """Give `module` other parameters, and leave alone the module it is a shallow copy of."""
     # Module._parameters: the dict of a module's own parameters, since 0.1. A shallow copy shares
     # the dict with its original, and assigning an attribute would write into both.

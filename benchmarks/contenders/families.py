@@ -120,7 +120,7 @@ def _flux(config: Mapping[str, Any], size: str) -> dict[str, Any]:
 
 
 def _sdxl(config: Mapping[str, Any], size: str) -> dict[str, Any]:
-    side, text = {"tiny": (8, 7), "cpu": (32, 77), "real": (128, 77)}[size]
+    side, text = {"tiny": (8, 7), "cpu": (16, 77), "real": (128, 77)}[size]
     times = 6 * config["addition_time_embed_dim"]
     pooled = config["projection_class_embeddings_input_dim"] - times
     return {

@@ -20,7 +20,7 @@ from msdda_fast.adapters.variant import Variant
 from msdda_fast.emoji.architectures import sd15_scheduler
 from msdda_fast.pipelines import MSDDAPipeline
 
-__all__ = ["Model", "held_bytes", "load", "shared_copy"]
+__all__ = ["Model", "add_random_adapter", "held_bytes", "load", "shared_copy"]
 
 #: Size of a random adapter's update, relative to the weight: of 0.1 as little remains in x after
 #: one step as float16 loses, and a contender that mixed adapters up would pass.
@@ -148,7 +148,7 @@ def load(
                 etas.append(objective.eta)
                 guidance = objective.guidance_scale if guidance is None else guidance
     for m in range(len(variants), num_objectives):
-        _add_random_adapter(unet, f"objective{m}", rank)
+        add_random_adapter(unet, f"objective{m}", rank)
         variants.append(Variant(unet, f"objective{m}"))
         etas.append(ETAS[m % len(ETAS)])
     for network in (unet, vae, *texts):
@@ -159,7 +159,7 @@ def load(
     )  # fmt: skip
 
 
-def _add_random_adapter(unet: UNet2DConditionModel, name: str, rank: int) -> None:
+def add_random_adapter(unet: UNet2DConditionModel, name: str, rank: int) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS), name)

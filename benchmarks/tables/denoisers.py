@@ -34,14 +34,15 @@ def _run(run: list[dict]) -> str:
         spread = f"{duration(record['p20_us'])} - {duration(record['p80_us'])}"
         cells = [
             record["title"], f"{duration(record['median_us'])} ({spread})",
-            f"{record['ratio']:.3f}" if "ratio" in record else "",
+            *(f"{record[key]:.3f}" if key in record else "" for key in ("ratio", "cpu_ratio")),
             str(record.get("operators", "")), f"{record['error']:.0e}",
         ]  # fmt: skip
         rows.append("| " + " | ".join(cells) + " |")
     columns = [
         f"{first['model']}, {first['parameters'] / 1e6:.0f} million parameters, "
         f"M = {first['num_objectives']}, rank {first['rank']}",
-        "a forward (p20 - p80)", "/ base network on the rows of M", "operators", "error",
+        "a forward (p20 - p80)", "/ the rows of M", "processor time / the rows of M", "operators",
+        "error",
     ]  # fmt: skip
     head = "| " + " | ".join(columns) + " |\n|" + "---|" * len(columns)
     notes = (

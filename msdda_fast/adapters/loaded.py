@@ -7,7 +7,8 @@ these are the factors that a forward of the network would use.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from weakref import WeakValueDictionary
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -44,6 +45,7 @@ class LoadedAdapters:
         variants: As given.
         stacks: Factors by module path; a module without an entry is not adapted by any objective.
         divergent: Paths where two objectives differ.
+        sites: Layers that forwards made of these, by what they were made for, while one uses them.
 
     Raises:
         AdapterMismatch: Adapters are merged into the weights, or are not plain LoRA.
@@ -53,6 +55,7 @@ class LoadedAdapters:
 
     stacks: dict[str, StackedFactors]
     divergent: set[str]
+    sites: WeakValueDictionary[Hashable, nn.Module]
 
     def __init__(self, variants: Sequence[Variant]) -> None:
         if not variants:
@@ -69,6 +72,7 @@ class LoadedAdapters:
             dtype=dtype,
         )
         self.divergent = divergent_modules(self.stacks)
+        self.sites = WeakValueDictionary()
         self._state = NetworkState(self.unet, variants)
 
     def is_current(self) -> bool:

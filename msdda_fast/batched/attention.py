@@ -70,13 +70,16 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
 class SelfAttention(nn.Module):
     """Self-attention: q, k and v of the same tokens, in three launches or, with `fuse`, one."""
 
+    bias: Tensor | None  # (C,), of `to_out`, if it is not in its result
+
     def __init__(self, build: SiteBuilder, path: str, stock: Attention, *, fuse: bool) -> None:
         super().__init__()
         self.heads = stock.heads
         paths = [f"{path}.to_{name}" for name in "qkv"]
         layers = [build.fused(paths)] if fuse else [build.linear(path) for path in paths]
         self.to_qkv = nn.ModuleList(layers)
-        self.to_out = build.linear(f"{path}.to_out.0")
+        self.to_out, bias = build.linear_and_bias(f"{path}.to_out.0")
+        self.register_buffer("bias", bias, persistent=False)
 
     def forward(self, rows: Rows) -> Rows:
         """(rows, L, C) -> (rows, L, C)."""
@@ -89,6 +92,8 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """Attention to the prompt, whose keys and values come from `keep` or from each call."""
 
+    bias: Tensor | None  # (C,), of `to_out`, if it is not in its result
+
     def __init__(self, build: SiteBuilder, path: str, stock: Attention) -> None:
         super().__init__()
         self.heads = stock.heads
@@ -97,7 +102,8 @@ class CrossAttention(nn.Module):
         self.to_v = build.linear(f"{path}.to_v", once=True)
         #: Whether the rows that come here differ between objectives.
         self.diverged = build.diverged
-        self.to_out = build.linear(f"{path}.to_out.0")
+        self.to_out, bias = build.linear_and_bias(f"{path}.to_out.0")
+        self.register_buffer("bias", bias, persistent=False)
         self._kept: Sequence[Rows] | None = None
 
     def keep(self, prompts: Rows, objectives: int) -> None:
@@ -129,6 +135,7 @@ class TransformerBlock(nn.Module):
         self, build: SiteBuilder, path: str, stock: BasicTransformerBlock, *, fuse: bool
     ) -> None:
         super().__init__()
+        self.ops = build.ops
         self.norm1 = build.norm(f"{path}.norm1")
         self.attn1 = SelfAttention(build, f"{path}.attn1", stock.attn1, fuse=fuse)
         self.norm2 = build.norm(f"{path}.norm2")
@@ -139,11 +146,13 @@ class TransformerBlock(nn.Module):
 
     def forward(self, rows: Rows, prompts: Rows) -> Rows:
         """(rows, L, C) -> (rows, L, C)."""
-        rows = add(rows, self.attn1(apply(self.norm1, rows)))
-        rows = add(rows, self.attn2(apply(self.norm2, rows), prompts))
-        gated = apply(self.ff_in, apply(self.norm3, rows))
-        value, gate = gated.x.chunk(2, dim=-1)
-        return add(rows, apply(self.ff_out, gated.holding(value * functional.gelu(gate))))
+        add_and_norm = self.ops.add_and_norm
+        found = self.attn1(apply(self.norm1, rows))
+        rows, normed = add_and_norm(rows, found, self.norm2, self.attn1.bias)
+        found = self.attn2(normed, prompts)
+        rows, normed = add_and_norm(rows, found, self.norm3, self.attn2.bias)
+        gated = self.ops.geglu(apply(self.ff_in, normed))
+        return add(rows, apply(self.ff_out, gated))
 
 
 class Transformer(nn.Module):
@@ -157,6 +166,7 @@ class Transformer(nn.Module):
         self, build: SiteBuilder, path: str, stock: Transformer2DModel, *, fuse: bool
     ) -> None:
         super().__init__()
+        self.ops = build.ops
         self.norm = build.norm(f"{path}.norm")
         self.proj_in = build.linear(f"{path}.proj_in")
         self.blocks = nn.ModuleList(
@@ -168,7 +178,8 @@ class Transformer(nn.Module):
     def forward(self, rows: Rows, prompts: Rows) -> Rows:
         """(rows, C, h, w) -> (rows, C, h, w)."""
         height, width = rows.x.shape[2:]
-        tokens = rows.holding(self.norm(rows.x).permute(0, 2, 3, 1).flatten(1, 2))
+        normed = self.ops.group_norm(self.norm, rows, silu=False)
+        tokens = rows.holding(normed.x.permute(0, 2, 3, 1).flatten(1, 2))
         tokens = apply(self.proj_in, tokens)
         for block in self.blocks:
             tokens = block(tokens, prompts)

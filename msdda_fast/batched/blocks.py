@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
-import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d_blocks import (
@@ -18,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from msdda_fast.batched.attention import Transformer
-from msdda_fast.batched.rows import Rows, add, apply, concatenate
+from msdda_fast.batched.rows import Rows, apply, concatenate
 from msdda_fast.batched.sites import SiteBuilder
 
-__all__ = ["Body", "DownBlock", "Step", "UpBlock", "norm_silu"]
+__all__ = ["Body", "DownBlock", "Step", "UpBlock"]
 
 
 class Step(NamedTuple):
@@ -35,35 +34,34 @@ class Step(NamedTuple):
     prompts: Rows
 
 
-def norm_silu(norm: nn.Module, rows: Rows) -> Rows:
-    """Group norm, then SiLU, in the input's memory layout, which CUDA's norm may change."""
-    y: Tensor = norm(rows.x)
-    if rows.x.is_contiguous(memory_format=torch.channels_last):
-        y = y.contiguous(memory_format=torch.channels_last)
-    return rows.holding(functional.silu(y, inplace=True))
-
-
 class Resnet(nn.Module):
     """norm, SiLU, convolution, + time, norm, SiLU, convolution, + input."""
+
+    bias: Tensor | None  # (N,), of `conv2` and `shortcut`, if they leave theirs to the sum
 
     def __init__(self, build: SiteBuilder, path: str, stock: ResnetBlock2D, index: int) -> None:
         super().__init__()
         self.index = index  # among all resnets of the network
+        self.ops = build.ops
         self.time_emb_proj = build.linear(f"{path}.time_emb_proj")
         self.norm1 = build.norm(f"{path}.norm1")
-        self.conv1 = build.conv(f"{path}.conv1")
+        #: The bias of `conv1`, if it is among what the times add to its channels.
+        self.conv1, self.shift = build.conv_and_bias(f"{path}.conv1")
         self.norm2 = build.norm(f"{path}.norm2")
-        self.conv2 = build.conv(f"{path}.conv2")
+        self.conv2, bias = build.conv_and_bias(f"{path}.conv2")
         self.shortcut = None
         if stock.conv_shortcut is not None:
-            self.shortcut = build.conv(f"{path}.conv_shortcut")
+            self.shortcut, other = build.conv_and_bias(f"{path}.conv_shortcut")
+            bias = other if bias is None else bias if other is None else bias + other
+        self.register_buffer("bias", bias, persistent=False)
 
     def forward(self, rows: Rows, step: Step) -> Rows:
         """(rows, C, h, w) -> (rows, C', h, w)."""
-        hidden = apply(self.conv1, norm_silu(self.norm1, rows))
-        hidden = add(hidden, step.times[self.index])
-        hidden = apply(self.conv2, norm_silu(self.norm2, hidden))
-        return add(rows if self.shortcut is None else apply(self.shortcut, rows), hidden)
+        norm, times = self.ops.group_norm, step.times[self.index]
+        hidden = apply(self.conv1, norm(self.norm1, rows, silu=True))
+        hidden = apply(self.conv2, norm(self.norm2, hidden, silu=True, shift=times))
+        start = rows if self.shortcut is None else apply(self.shortcut, rows)
+        return self.ops.add(start, hidden, self.bias)
 
 
 class _Block(nn.Module):
@@ -179,6 +177,7 @@ class Body(nn.Module):
         self.up_blocks = nn.ModuleList(
             block(UpBlock, f"up_blocks.{i}", stock) for i, stock in enumerate(unet.up_blocks)
         )
+        self.ops = build.ops
         self.conv_norm_out = build.norm("conv_norm_out")
         self.conv_out = build.conv("conv_out")
 
@@ -197,4 +196,4 @@ class Body(nn.Module):
             rows = self.mid_block(rows, step)
         for block in self.up_blocks:
             rows = block(rows, skips, step)
-        return apply(self.conv_out, norm_silu(self.conv_norm_out, rows))
+        return apply(self.conv_out, self.ops.group_norm(self.conv_norm_out, rows, silu=True))

@@ -3,6 +3,7 @@
 
 A layer that no adapter touches is the stock layer. Where all objectives have the same factors, the
 site has one group, which keeps their rows together; elsewhere it has one group per objective.
+Forwards of the same adapters share their sites, so that each shape of request costs no more memory.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from msdda_fast.adapters.loaded import LoadedAdapters, bare
+from msdda_fast.batched.ops import PlainOps
 from msdda_fast.batched.rows import Layer
-from msdda_fast.errors import AdapterMismatch
+from msdda_fast.errors import AdapterMismatch, UnfaithfulMerge
 from msdda_fast.kernels.grouped_lora import Design, Site, grouped_site
 from msdda_fast.lora.stack import StackedFactors
 from msdda_fast.torch_private import replace_parameters
@@ -30,10 +32,13 @@ class SiteBuilder:
     Args:
         adapters: Adapters of all objectives of the network.
         objectives: Indices of the objectives that run.
-        design: Design of the linear sites; convolutions with a kernel above 1x1 are folded.
+        design: Design of the linear sites; convolutions with a kernel above 1x1 are folded. None:
+            "merged", or "separate" where merging would lose too much of an adapter.
         channels_last: Give convolutions channels_last weights, copied where the layout differs.
+        ops: What runs between the layers.
 
     Attributes:
+        ops: As given.
         frontier: Path of the first module that treats objectives differently, or None so far.
         diverged: Whether the rows of the objectives differ after the layers placed so far.
     """
@@ -43,9 +48,11 @@ class SiteBuilder:
         adapters: LoadedAdapters,
         objectives: Sequence[int],
         *,
-        design: Design,
+        design: Design | None,
         channels_last: bool,
+        ops: PlainOps,
     ) -> None:
+        self.ops = ops
         self._adapters = adapters
         self._index = torch.tensor(objectives)
         self._design = design
@@ -99,7 +106,25 @@ class SiteBuilder:
             base = _channels_last(base)
         return base if stacked is None else self._place(base, stacked, (path,))
 
-    def norm(self, path: str) -> nn.Module:
+    def conv_and_bias(self, path: str) -> tuple[Layer, Tensor | None]:
+        """Return the convolution at `path`, and its bias if another operator is to add it."""
+        layer = self.conv(path)
+        if not self.ops.takes_biases or not isinstance(layer, nn.Conv2d) or layer.bias is None:
+            return layer, None
+        clone = copy.copy(layer)
+        replace_parameters(clone, bias=None)
+        return clone, layer.bias.detach()
+
+    def linear_and_bias(self, path: str) -> tuple[Layer, Tensor | None]:
+        """Return the linear layer at `path`, and its bias if another operator is to add it."""
+        base = self._base(path)
+        if not self.ops.takes_biases or base.bias is None:
+            return self.linear(path), None
+        bare_base, stacked = _linear(base.weight.detach(), None), self._stacked(path)
+        layer = bare_base if stacked is None else self._place(bare_base, stacked, (path,))
+        return layer, base.bias.detach()
+
+    def norm(self, path: str) -> Any:  # noqa: ANN401 - a group or layer norm
         """Return the layer at `path`, of a kind that no adapter can change."""
         return bare(self._adapters.unet.get_submodule(path))
 
@@ -131,14 +156,28 @@ class SiteBuilder:
         *,
         once: bool = False,
     ) -> Layer:
-        design: Design = "separate" if once else self._design
-        name = ", ".join(paths)
-        site = grouped_site(base, stacked.down, stacked.up, design=design, name=name)
+        design = "separate" if once else self._design
+        key = paths, tuple(self._index.tolist()), design, base.bias is None, self.channels_last
+        site = self._adapters.sites.get(key)
+        if site is None:
+            site = self._adapters.sites[key] = _site(base, stacked, design, ", ".join(paths))
         assert isinstance(site, Site)  # there are factors, so it is not the base
         if site.num_objectives > 1:
             self.frontier = self.frontier or paths[0]
             self.diverged = True
         return site
+
+
+def _site(
+    base: nn.Linear | nn.Conv2d, stacked: StackedFactors, design: Design | None, name: str
+) -> nn.Module:
+    factors = stacked.down, stacked.up
+    if design is not None:
+        return grouped_site(base, *factors, design=design, name=name)
+    try:
+        return grouped_site(base, *factors, design="merged", name=name)
+    except UnfaithfulMerge:
+        return grouped_site(base, *factors, design="separate", name=name)
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

@@ -13,13 +13,15 @@ from torch.nn.attention import sdpa_kernel
 from msdda_fast.adapters.loaded import LoadedAdapters
 from msdda_fast.adapters.variant import Variant
 from msdda_fast.batched.attention import ATTENTION_BACKENDS, CrossAttention, choose_backend
-from msdda_fast.batched.blocks import Body, Step
-from msdda_fast.batched.options import DEFAULTS, BatchedOptions
+from msdda_fast.batched.blocks import Body, Resnet, Step
+from msdda_fast.batched.ops import choose_ops
+from msdda_fast.batched.options import DEFAULTS, BatchedOptions, saves_launches
 from msdda_fast.batched.rows import Rows, hold
 from msdda_fast.batched.sites import SiteBuilder
 from msdda_fast.batched.support import check_supported
 from msdda_fast.batched.time import AddedConditions, TimeEmbedding
 from msdda_fast.errors import InvalidShape
+from msdda_fast.kernels.grouped_lora import DEFAULT_DESIGN
 from msdda_fast.torch_private import held_by
 
 __all__ = ["BatchedUNet"]
@@ -56,6 +58,7 @@ class BatchedUNet(nn.Module):
     """
 
     builder = SiteBuilder
+    _shifts: Tensor | None  # (sum of channels,), biases that resnets leave to their times
 
     def __init__(
         self,
@@ -68,17 +71,22 @@ class BatchedUNet(nn.Module):
         check_supported(unet)
         self.adapters, self.options = adapters, options
         self.objectives = tuple(range(len(adapters.variants)) if objectives is None else objectives)
-        nhwc = options.channels_last
+        nhwc, few = options.channels_last, saves_launches(unet.dtype, unet.device)
         build = self.builder(
             adapters,
             self.objectives,
-            design=options.design,
+            design=options.design or (None if few else DEFAULT_DESIGN),
             channels_last=unet.device.type == "cuda" if nhwc is None else nhwc,
+            ops=choose_ops(options.fused_ops, unet.dtype, unet.device),
         )
         self._nhwc = build.channels_last
         self.time = TimeEmbedding(build, unet)
-        self.body = Body(build, unet, fuse=options.fuse_qkv)
-        self._projections = [resnet.time_emb_proj for resnet in self.body.resnets()]
+        merges = few and options.design is None
+        fuse = merges if options.fuse_qkv is None else options.fuse_qkv
+        self.body = Body(build, unet, fuse=fuse)
+        resnets = self.body.resnets()
+        self._projections = [resnet.time_emb_proj for resnet in resnets]
+        self.register_buffer("_shifts", _joined(resnets), persistent=False)
         build.check_complete()
         self.frontier = build.frontier
         self._cross = [m for m in self.modules() if isinstance(m, CrossAttention)]
@@ -162,7 +170,7 @@ class BatchedUNet(nn.Module):
             for layer in self._cross:
                 layer.keep(self._prompts, count)
         if sharing.time_table:
-            times = self.time(self._timesteps.x, added, self._projections)
+            times = self._added_by(self._timesteps.x)
             self._table = hold(self._table, times.holding(times.x.transpose(0, 1)))
         self._batch, self._begun = embeds.shape[2], True
 
@@ -203,6 +211,11 @@ class BatchedUNet(nn.Module):
             out: Rows = self.body(rows, Step(self._times(k), prompts))
         return out.expand(count, prompts.branches).grid().contiguous()
 
+    def _added_by(self, timesteps: Tensor) -> Rows:
+        """What all resnets add at these timesteps, (m k b, T, sum of channels)."""
+        times: Rows = self.time(timesteps, self._added, self._projections)
+        return times if self._shifts is None else times.holding(times.x + self._shifts)
+
     def _times(self, k: Tensor) -> list[Rows]:
         """What each resnet adds at step k, (m k b, C, 1, 1)."""
         if self._table is not None:
@@ -210,10 +223,20 @@ class BatchedUNet(nn.Module):
         else:
             assert self._timesteps is not None  # begin() has been called
             t = self._timesteps.x.index_select(0, k[None])
-            row = self.time(t, self._added, self._projections)
+            row = self._added_by(t)
             row = row.holding(row.x[:, 0])
         parts = torch.split(row.x, [len(layer.weight) for layer in self._projections], dim=1)
         return [row.holding(part[:, :, None, None]) for part in parts]
+
+
+def _joined(resnets: Sequence[Resnet]) -> Tensor | None:
+    """Concatenate the shifts of all resnets, zeros where there is none."""
+    if all(resnet.shift is None for resnet in resnets):
+        return None
+    weights = (resnet.time_emb_proj.weight for resnet in resnets)
+    shifts = (resnet.shift for resnet in resnets)
+    zeros = (weight.new_zeros(len(weight)) for weight in weights)
+    return torch.cat([z if s is None else s for z, s in zip(zeros, shifts, strict=True)])
 
 
 def _holders(network: nn.Module) -> Iterator[tuple[str, Mapping[str, Any], str]]:

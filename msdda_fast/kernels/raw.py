@@ -17,7 +17,9 @@ from torch import Tensor
 __all__ = [
     "CounterNoiseBackend",
     "FusedStepBackend",
+    "GroupNormBackend",
     "GroupedLoraBackend",
+    "RowwiseBackend",
     "RunLinear",
     "RunMoments",
 ]
@@ -129,3 +131,58 @@ class GroupedLoraBackend(Protocol):
         Returns:
             (M, rows, N), new, in the dtype of `x`.
         """
+
+
+class GroupNormBackend(Protocol):
+    """A backend of `group_norm`."""
+
+    def run(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        groups: int,
+        eps: float,
+        shift: Tensor | None,
+        silu: bool,
+    ) -> Tensor:
+        """Return the group norm of x + shift, and its SiLU if `silu`.
+
+        Args:
+            x: (D, C, h, w) dense in channels_last.
+            weight, bias: (C,) in the dtype of `x`.
+            groups: A divisor of C.
+            eps: Added to the variance, in the unit of x squared.
+            shift: (D or 1, C), channels adjacent; None: 0.
+            silu: Whether SiLU follows.
+
+        Returns:
+            (D, C, h, w) dense in channels_last, new, in the dtype of `x`.
+        """
+
+
+class RowwiseBackend(Protocol):
+    """A backend of `rowwise`: rows of channels, any number of axes before them."""
+
+    def sum_of(self, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+        """Return a + b + bias, dense: a and b (..., C) of one shape and dtype, bias (C,)."""
+
+    def sum_and_norm(
+        self,
+        a: Tensor,
+        b: Tensor,
+        bias: Tensor | None,
+        weight: Tensor | None,
+        shift: Tensor | None,
+        eps: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Return s = a + b + bias and the layer norm of its rows, s' weight + shift; both dense.
+
+        Args:
+            a, b, bias: As in `sum_of`.
+            weight, shift: (C,); None: 1 and 0.
+            eps: Added to the variance of a row.
+        """
+
+    def geglu(self, x: Tensor) -> Tensor:
+        """Return value * gelu(gate), (..., C), of x = [value, gate], (..., 2 C) dense."""

@@ -20,7 +20,21 @@ from msdda_fast.errors import BackendUnavailable
 from msdda_fast.kernels import native
 
 if TYPE_CHECKING:
-    from msdda_fast.kernels.raw import CounterNoiseBackend, FusedStepBackend, GroupedLoraBackend
+    from msdda_fast.kernels.raw import (
+        CounterNoiseBackend,
+        FusedStepBackend,
+        GroupedLoraBackend,
+        GroupNormBackend,
+        RowwiseBackend,
+    )
+
+    Backend = (
+        FusedStepBackend
+        | CounterNoiseBackend
+        | GroupedLoraBackend
+        | GroupNormBackend
+        | RowwiseBackend
+    )
 
 __all__ = ["NAMES", "available", "chosen", "explain", "has", "resolve"]
 
@@ -87,9 +101,15 @@ def resolve(
 def resolve(op: Literal["grouped_lora"], backend: str, device_type: str) -> GroupedLoraBackend: ...
 
 
-def resolve(
-    op: str, backend: str, device_type: str
-) -> FusedStepBackend | CounterNoiseBackend | GroupedLoraBackend:
+@overload
+def resolve(op: Literal["group_norm"], backend: str, device_type: str) -> GroupNormBackend: ...
+
+
+@overload
+def resolve(op: Literal["rowwise"], backend: str, device_type: str) -> RowwiseBackend: ...
+
+
+def resolve(op: str, backend: str, device_type: str) -> Backend:
     """Return the module that implements operator `op`; `kernels.raw` declares its functions.
 
     Args:
@@ -103,7 +123,7 @@ def resolve(
     if backend == "auto":
         backend = os.environ.get("MSDDA_BACKEND") or "auto"
     module = _module(op, _resolve(op, backend, device_type))
-    return cast("FusedStepBackend | CounterNoiseBackend | GroupedLoraBackend", module)
+    return cast("Backend", module)
 
 
 @cache

@@ -17,17 +17,24 @@ if TYPE_CHECKING:  # mypy compares the signatures of the backends with the decla
     from msdda_fast.kernels.counter_noise import _native as noise_native
     from msdda_fast.kernels.counter_noise import _triton as noise_triton
     from msdda_fast.kernels.fused_step import _eager, _native, _native_cuda, _ops, _triton
+    from msdda_fast.kernels.group_norm import _eager as norm_eager
     from msdda_fast.kernels.grouped_lora import _eager as lora_eager
     from msdda_fast.kernels.raw import (
         CounterNoiseBackend,
         FusedStepBackend,
         GroupedLoraBackend,
+        GroupNormBackend,
+        RowwiseBackend,
     )
+    from msdda_fast.kernels.rowwise import _eager as rowwise_eager
 
     _FUSED_STEP: tuple[FusedStepBackend, ...] = (_eager, _native, _native_cuda, _triton)
     _OPERATORS: FusedStepBackend = _ops.Operators("auto")
     _COUNTER_NOISE: tuple[CounterNoiseBackend, ...] = (noise_eager, noise_native, noise_triton)
-    _GROUPED_LORA: GroupedLoraBackend = lora_eager  # Triton's is an operator, without a signature
+    # those of Triton are operators, without a signature
+    _GROUPED_LORA: GroupedLoraBackend = lora_eager
+    _GROUP_NORM: GroupNormBackend = norm_eager
+    _ROWWISE: RowwiseBackend = rowwise_eager
 
 __all__ = ["report"]
 
@@ -44,6 +51,8 @@ def report(device_type: str) -> dict[str, dict[str, str]]:
         "fused_step": _fused_step,
         "counter_noise": _counter_noise,
         "grouped_lora": _grouped_lora,
+        "group_norm": _group_norm,
+        "rowwise": _rowwise,
     }
     return {
         name: {
@@ -100,3 +109,18 @@ def _grouped_lora(backend: str, device: str) -> Tensor:
     run = registry.resolve("grouped_lora", backend, device).run
     y: Tensor = run(*(t.to(device) for t in (x, weight, bias, down, up)))
     return y
+
+
+def _group_norm(backend: str, device: str) -> Tensor:
+    x = _normal(2, 20, 5, 7).contiguous(memory_format=torch.channels_last)
+    weight, bias, shift = _normal(20), _normal(20), _normal(2, 20)
+    run = registry.resolve("group_norm", backend, device).run
+    x, weight, bias, shift = (t.to(device) for t in (x, weight, bias, shift))
+    return run(x, weight, bias, 4, 1e-5, shift, True)
+
+
+def _rowwise(backend: str, device: str) -> Tensor:
+    a, b, bias = (t.to(device) for t in (_normal(6, 40), 2 * _normal(6, 40), _normal(40)))
+    rows = registry.resolve("rowwise", backend, device)
+    total, normed = rows.sum_and_norm(a, b, bias, bias, a[0], 1e-5)
+    return torch.cat([total, normed, rows.sum_of(a, normed, None), rows.geglu(total).repeat(1, 2)])

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the batched forward shares, leaves alone, does once, and never does."""
 
+import gc
 import itertools
 
 import pytest
@@ -10,8 +11,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from msdda_fast.adapters.loaded import LoadedAdapters
 from msdda_fast.adapters.variant import Variant
-from msdda_fast.batched.options import BatchedOptions, Sharing
+from msdda_fast.batched import ops, unet
+from msdda_fast.batched.ops import FusedOps
+from msdda_fast.batched.options import BatchedOptions, Sharing, saves_launches
 from msdda_fast.batched.unet import BatchedUNet
 from tests.batched.cases import (
     ATTENTION,
@@ -135,6 +139,59 @@ def test_each_sharing_saves_operators():
     }
     shared = len(operators(case, BatchedOptions()))
     assert shared < count["prompt_cache"] and shared < count["time_table"]
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Options that are None are as on CUDA in half precision."""
+    for module in (ops, unet):
+        monkeypatch.setattr(module, "saves_launches", lambda dtype, device: True)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "expected"),
+    [
+        ("cuda", torch.float16, True),
+        ("cuda", torch.bfloat16, True),
+        ("cuda", torch.float32, False),
+        ("cpu", torch.float16, False),
+    ],
+)
+def test_launches_are_saved_on_cuda_in_half_precision(device, dtype, expected):
+    assert saves_launches(dtype, torch.device(device)) is expected
+
+
+@pytest.mark.usefixtures("few")
+def test_the_default_that_saves_launches_is_stock_too():
+    case = inputs(pair())
+    batched = BatchedUNet.of(case.variants)
+    layers = [type(layer).__name__ for layer in batched.modules()]
+    assert "MergedLinear" in layers and isinstance(batched.body.ops, FusedOps)
+    assert len(batched.body.mid_block.attentions[0].blocks[0].attn1.to_qkv) == 1
+    assert relative(case.run(batched), case.stock()) < EXACT
+
+
+@pytest.mark.usefixtures("few")
+def test_an_adapter_that_rounding_would_lose_is_not_merged():
+    network_, tiny = network("sd15", torch.float32), "tiny"
+    add_adapter(network_, "large", seed=1)
+    add_adapter(network_, tiny, seed=2, size=1e-4)
+    case = inputs([Variant(network_, "large"), Variant(network_, tiny)], dtype=torch.float32)
+    layers = {type(layer).__name__ for layer in BatchedUNet.of(case.variants).body.modules()}
+    assert "FactoredLinear" in layers and "MergedLinear" not in layers
+
+
+def test_forwards_of_the_same_adapters_share_their_sites():
+    adapters = LoadedAdapters(pair(targets=EVERYTHING))
+    one, other = (BatchedUNet(adapters, BatchedOptions(design="merged")) for _ in range(2))
+    part = BatchedUNet(adapters, BatchedOptions(design="merged"), objectives=[1])
+    block = "body.mid_block.attentions.0.blocks.0.attn1.to_out"
+    assert one.get_submodule(block) is other.get_submodule(block)
+    assert one.get_submodule(block) is not part.get_submodule(block)
+    sizes = len(adapters.sites)
+    del other, part
+    gc.collect()
+    assert len(adapters.sites) < sizes
 
 
 def test_nothing_is_divided_by_one():

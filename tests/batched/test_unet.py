@@ -50,7 +50,8 @@ def test_equals_stock_for_every_target_of_an_adapter(kind, targets):
     expected = case.stock()
     assert relative(expected[0], expected[2]) > 0.01  # the adapters matter
     assert relative(expected[:, 0], expected[:, 1]) > 0.01  # so do the prompts
-    assert relative(case.batched(BatchedOptions()), expected) < EXACT
+    for fused in (False, True):
+        assert relative(case.batched(BatchedOptions(fused_ops=fused)), expected) < EXACT
 
 
 @pytest.mark.sweep(1)
@@ -61,7 +62,9 @@ def test_equals_stock_for_any_number_of_rows(m, k, b):
     add_adapter(variants[0].network, "c", ["to_k", "ff.net.2"], rank=5, seed=3)
     variants.append(Variant(variants[0].network, "c"))
     case = inputs(variants[:m], k=k, b=b)
-    assert relative(case.batched(BatchedOptions()), case.stock()) < EXACT
+    expected = case.stock()
+    for fused in (False, True):
+        assert relative(case.batched(BatchedOptions(fused_ops=fused)), expected) < EXACT
 
 
 @cache
@@ -84,8 +87,13 @@ def everything_adapted(kind):
         BatchedOptions(channels_last=True),
         BatchedOptions(channels_last=True, design="folded"),
         BatchedOptions(attention="math"),
+        BatchedOptions(fused_ops=True),
+        BatchedOptions(fused_ops=True, channels_last=True, design="merged", fuse_qkv=True),
     ],
-    ids=["separate", "folded", "merged", "fused", "fused folded", "nhwc", "nhwc folded", "math"],
+    ids=[
+        *("separate", "folded", "merged", "fused", "fused folded", "nhwc", "nhwc folded", "math"),
+        *("fused ops", "fewest kernels"),
+    ],
 )
 def test_equals_stock_however_it_is_built(kind, options):
     case, expected = everything_adapted(kind)
@@ -105,7 +113,9 @@ def test_every_sharing_changes_nothing(kind, shared_prompt, targets):
     names = ("prompt_cache", "time_table", "prefix")
     for flags in itertools.product([False, True], repeat=3):
         sharing = Sharing(**dict(zip(names, flags, strict=True)))
-        assert relative(case.batched(BatchedOptions(sharing=sharing)), expected) < EXACT, flags
+        for fused in (False, True):
+            options = BatchedOptions(sharing=sharing, fused_ops=fused)
+            assert relative(case.batched(options), expected) < EXACT, (flags, fused)
 
 
 @pytest.mark.sweep(kind=1, options=1)

@@ -413,6 +413,17 @@ class TestRefused:
         assert raised.value.field == field
         assert engine.stats().waiting == engine.stats().batches == 0
 
+    @pytest.mark.parametrize("name", ["SD3", None], ids=["stock", "captured"])
+    def test_one_can_ask_without_drawing(self, start, own_pipe, name):
+        engine = start(own_pipe if name is None else pipe_of(name), max_cost=2**20)
+        engine.check(request(), 2)
+        with pytest.raises(mf.InvalidRequest, match="max_cost"):
+            engine.check(request(), 2**20)
+        with pytest.raises(mf.UnknownObjective):
+            engine.check(request(weights={"hot": 1}))
+        stats = engine.stats()
+        assert (stats.waiting, stats.drawing, stats.batches) == (0, 0, 0)
+
     def test_what_the_stock_call_would_refuse(self, start, monkeypatch):
         def check_inputs(self, prompt, width):
             if width != 16:

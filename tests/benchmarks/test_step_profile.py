@@ -30,9 +30,12 @@ def test_names_of_libraries(name, expected):
         ("fused_step._triton_moments", ["moments_step"], "fused step"),
         ("counter_noise._triton", ["noise_fill"], "fused step"),
         ("grouped_lora._triton", ["grouped_lora_layer"], "grouped LoRA"),
+        ("group_norm._triton", ["group_norm_moments", "group_norm_apply"], "norm"),
+        ("rowwise._triton", ["summed_and_normed"], "norm"),
+        ("rowwise._triton", ["summed", "gated"], "pointwise"),
     ],
 )
-def test_our_own_kernels_are_ours(module, names, expected):
+def test_our_own_kernels_are_found(module, names, expected):
     pytest.importorskip("triton")
     kernels = import_module(f"msdda_fast.kernels.{module}")
     for name in names:

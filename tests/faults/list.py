@@ -395,6 +395,22 @@ FAULTS = (
         "begin = rank * each",
         ("tests/parallel/test_engine.py",),
     ),
+    Fault(
+        "engine-ranks-differ-unseen",
+        "Ranks whose latents differ go on.",
+        "msdda_fast/engine/parallel.py",
+        "(bits * places * places * places).sum()",
+        "(bits * 0).sum()",
+        ("tests/parallel/test_lost.py",),
+    ),
+    Fault(
+        "engine-rank-outputs-stale",
+        "A rank that fails does not take part in the exchanges up to the next meeting.",
+        "msdda_fast/engine/parallel.py",
+        "while self._next < len(self._steps) and self._next % MEET_EVERY:",
+        "while False:",
+        ("tests/parallel/test_lost.py",),
+    ),
     # batched
     Fault(
         "batched-rows-swapped",
@@ -641,6 +657,22 @@ FAULTS = (
         'read += len(message.get("body", b""))',
         'read = len(message.get("body", b""))',
         ("tests/serve/test_guard.py", "tests/serve/test_api.py"),
+    ),
+    Fault(
+        "serve-mask-inverted",
+        "What is opaque in a mask is repainted, in place of what is transparent.",
+        "msdda_fast/serve/uploads.py",
+        'return ImageOps.invert(mask.convert("RGBA").getchannel("A"))',
+        'return mask.convert("RGBA").getchannel("A")',
+        ("tests/serve/test_edits.py",),
+    ),
+    Fault(
+        "serve-bomb-decoded",
+        "An image is decoded whatever size it claims.",
+        "msdda_fast/serve/uploads.py",
+        "if width * height > most_pixels:",
+        "if False:",
+        ("tests/serve/test_uploads.py",),
     ),
     # evaluation
     Fault(

@@ -24,7 +24,9 @@ from triton.runtime.jit import JITFunction
 
 from msdda_fast.kernels.counter_noise import _triton as noise
 from msdda_fast.kernels.fused_step import _triton as step
+from msdda_fast.kernels.group_norm import _triton as norm
 from msdda_fast.kernels.grouped_lora import _triton as lora
+from msdda_fast.kernels.rowwise import _triton as rowwise
 from msdda_fast.steps.coefficients import Layout
 
 VALUES = (0, 1, 2, 15, 16, 17)
@@ -103,6 +105,15 @@ def launches() -> Iterator[Callable[[], object]]:
         )
     yield partial(noise.run, torch.empty_like(x), seeds, 1, 1)
     yield partial(lora.launch, *(torch.zeros(size) for size in LAYER))
+    weight = torch.ones(6)
+    for picture in (torch.zeros(2, 6, 3, 3), torch.zeros(1, 6, 1, 1)):
+        for shift in (None, weight[None]):
+            yield partial(norm.launch, picture, weight, weight, 3, 1e-5, shift, shift is None)
+    rows = torch.zeros(4, 6)
+    for bias in (None, weight):
+        yield partial(rowwise.launch_sum_of, rows, rows, bias)
+        yield partial(rowwise.launch_sum_and_norm, rows, rows, bias, bias, bias, 1e-5)
+    yield partial(rowwise.launch_geglu, rows)
 
 
 def _step(state: Tensor, outputs: list[Tensor], rows: Tensor, **options: Any) -> None:

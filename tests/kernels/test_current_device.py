@@ -49,6 +49,10 @@ def test_every_launch_of_triton_is_guarded():
         ("fused_step", "run_moments"),
         ("counter_noise", "run"),
         ("grouped_lora", "launch"),
+        ("group_norm", "launch"),
+        ("rowwise", "launch_sum_of"),
+        ("rowwise", "launch_sum_and_norm"),
+        ("rowwise", "launch_geglu"),
     ):
         function = getattr(import_module(f"msdda_fast.kernels.{module}._triton"), name)
         assert function.__code__.co_name == "guarded", (module, name)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from msdda_fast.kernels import registry, verify
 
-OPERATORS = ("fused_step", "counter_noise", "grouped_lora")
+OPERATORS = ("fused_step", "counter_noise", "grouped_lora", "group_norm", "rowwise")
 
 
 def test_every_operator_and_backend_has_a_finding():

@@ -214,3 +214,16 @@ def test_what_a_model_can_do_is_told(xl_served, flux_served, served):
     assert [one["timesteps"] for one in told] == [1000] * 3
     assert told[0]["sizes"] == ["32x32", "16x16"]
     assert told[1]["data"][0].keys() == {"id", "eta", "guidance_scale", "noise"}
+
+
+def test_an_accelerator_is_told_without_its_path_and_draws(tiny):
+    pipe = tiny.load(objectives={"cool": mf.Objective(tiny.cool)}, accelerator=str(tiny.warm))
+    one = Running(mf.Engine(pipe, max_batch=1), steps=2)
+    try:
+        until(lambda: one.service.is_ready)
+        answer = one.http.get("/v1/objectives")
+        assert answer.json()["accelerator"] == {"scheduler": "LCMScheduler", "steps": 4}
+        assert str(tiny.folder) not in answer.text
+        assert one.draw().status_code == 200
+    finally:
+        one.stop()

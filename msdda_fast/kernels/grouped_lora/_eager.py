@@ -62,7 +62,12 @@ def run_folded(x: Tensor, folded: Tensor, bias: Tensor | None, up: Tensor) -> Te
 
 
 def run_merged(x: Tensor, merged: Tensor, bias: Tensor | None) -> Tensor:
-    """One launch: x[m] W_m^T + b with `merged` (M, N, C)."""
+    """x[m] W_m^T + b with `merged` (M, N, C): one launch for one objective or without a bias.
+
+    A batched product first copies the bias into its result, another launch.
+    """
+    if len(merged) == 1:
+        return functional.linear(x, merged[0], bias)
     return torch.bmm(x, merged.mT) if bias is None else torch.baddbmm(bias, x, merged.mT)
 
 

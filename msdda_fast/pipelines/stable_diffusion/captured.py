@@ -152,18 +152,20 @@ class CapturedSampler:
         self._variants, self._options, self.parallel = list(variants), options, parallel
         self.pilots: dict[Hashable, Pilot] = {}
         self._groups: list[tuple[LoadedAdapters, list[int]]] = []
-        for network in dict.fromkeys(variant.network for variant in variants):
-            members = [m for m, variant in enumerate(variants) if variant.network is network]
-            check_supported(network)  # the cheapest check first: it may be repeated in every call
-            own = [variants[m] for m in members]
-            self._groups.append((LoadedAdapters(own), members))
-            BatchedUNet(self._groups[-1][0], options)  # what cannot be built is refused here
         unet, nhwc = variants[0].network, options.channels_last
         # asked of the network, these walk all of its modules: milliseconds in each request
         self.device, self.dtype = unet.device, unet.dtype
         if self.dtype == torch.float64:
             raise UnsupportedNetwork("networks in float64 have no batched forward")
         self._channels_last = self.device.type == "cuda" if nhwc is None else nhwc
+        for network in dict.fromkeys(variant.network for variant in variants):
+            members = [m for m, variant in enumerate(variants) if variant.network is network]
+            check_supported(network)  # the cheapest check first: it may be repeated in every call
+            if self._channels_last:  # in place, once: every shape would hold a copy of its own
+                network.to(memory_format=torch.channels_last)
+            own = [variants[m] for m in members]
+            self._groups.append((LoadedAdapters(own), members))
+            BatchedUNet(self._groups[-1][0], options)  # what cannot be built is refused here
         self._cache = StepCache(
             self._build, device=self.device, capacity=capacity, capture=capture, compile=compile
         )
