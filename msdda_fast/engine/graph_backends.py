@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -100,7 +101,11 @@ class CudaGraphs:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         graph = torch.cuda.CUDAGraph()
         # a capture that fails does not restore the current stream; the outer context does
-        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+        with (
+            torch.cuda.device(self._device),
+            torch.cuda.stream(self._stream),
+            _timed_convolutions(),
+        ):
             for _ in range(WARM_UP_STEPS):
                 buffers.counter.zero_()  # stay within tables that are shorter than the warm-up
                 advance(buffers)
@@ -134,6 +139,23 @@ class CudaGraphs:
         free, _ = torch.cuda.mem_get_info(self._device)
         reserved = torch.cuda.memory_reserved(self._device)
         return free + reserved - torch.cuda.memory_allocated(self._device)
+
+
+@contextmanager
+def _timed_convolutions() -> Iterator[None]:
+    """A context in which cuDNN times its algorithms for each new shape and keeps the fastest.
+
+    A graph replays one choice forever, so it is worth the milliseconds. The fastest may differ from
+    run to run, and with it the last bits: whoever asked torch to be deterministic gets no timing.
+    """
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark
+    deterministic = cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
+    cudnn.benchmark = before or not deterministic
+    try:
+        yield
+    finally:
+        cudnn.benchmark = before
 
 
 class _CudaGraph:
