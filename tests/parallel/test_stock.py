@@ -19,6 +19,9 @@ REQUESTS = {
     "one objective": dict(seed=3, weights={"a": 0.0, "b": 1.0}),
     "the base is one more": dict(seed=3, weights=W, objective_strength=1.5),
 }
+EVERY = list(REQUESTS)
+LEFT = (torch.arange(16) < 8).double().expand(16, 16)  # of an image of SD3 here
+REQUESTS["masks"] = dict(seed=3, masks={"a": LEFT}, mask_softness=0)
 
 
 def attached(family):
@@ -44,11 +47,11 @@ def draw_all(parallel, family, names):
     "size, family, names",
     [
         (2, "SD3", ["a generator"]),
+        pytest.param(2, "SD3", list(REQUESTS), marks=pytest.mark.full),
         *(
             # processes, and a model in each
-            pytest.param(size, family, list(REQUESTS), marks=pytest.mark.full)
+            pytest.param(size, family, EVERY, marks=pytest.mark.full)
             for size, family in [
-                (2, "SD3"),
                 (3, "FLUX, true guidance"),
                 (2, "Z-Image"),
                 (2, "SDXL"),
