@@ -205,6 +205,38 @@ def test_the_host_does_not_read_the_latents(tiny):
                 assert not reads[k] and not copies[k], (k, reads[k], copies[k])
 
 
+def on_gpus(parallel, tiny):
+    """Latents by request, where nothing but a meeting may wait for the device."""
+    pipe = tiny.load().to("cuda")
+    pipe.set_forward("batched", capture="required")
+    pipe.enable_parallel(parallel)
+    draw(pipe, "both")  # what starts NCCL and captures waits
+    step = CapturedGeneration.step
+
+    def watching(generation, k):
+        torch.cuda.set_sync_debug_mode("default" if k % MEET_EVERY == 0 else "error")
+        try:
+            step(generation, k)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    CapturedGeneration.step = watching
+    return {name: draw(pipe, name).cpu() for name in ("both", "no guidance")}
+
+
+@pytest.mark.gpu
+def test_graphs_and_nccl(tiny):
+    """On all GPUs of the machine; one still goes through NCCL, with the bits of one process."""
+    size = torch.cuda.device_count()
+    found = values(run_ranks(size, on_gpus, tiny, backend="nccl"))
+    alone = tiny.load().to("cuda")
+    alone.set_forward("batched", capture="required")
+    for name, images in found[0].items():
+        one = draw(alone, name).cpu()
+        assert all(torch.equal(other[name], images) for other in found), name
+        assert (images - one).norm() <= (2e-4 if size > 1 else 0) * one.norm(), name
+
+
 def stray(parallel, tiny):
     """The error when a callback of one rank changes latents in step 1, and who has seen what."""
     pipe = tiny.load()

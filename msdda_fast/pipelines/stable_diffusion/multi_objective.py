@@ -24,6 +24,7 @@ from msdda_fast.pipelines.accelerator import Accelerator
 from msdda_fast.pipelines.attach_plan import attach_plan
 from msdda_fast.pipelines.dtypes import Dtypes
 from msdda_fast.pipelines.exclusive import exclusively
+from msdda_fast.pipelines.in_parallel import ParallelMethods
 from msdda_fast.pipelines.runnable import check_runnable
 from msdda_fast.pipelines.stable_diffusion.accelerated import BASE
 from msdda_fast.pipelines.stable_diffusion.adapter_methods import AdapterMethods
@@ -31,7 +32,6 @@ from msdda_fast.pipelines.stable_diffusion.decoding import decode
 from msdda_fast.pipelines.stable_diffusion.forward import Forward, ForwardSettings, Runner
 from msdda_fast.pipelines.stable_diffusion.held_adapters import HeldAdapters
 from msdda_fast.pipelines.stable_diffusion.modes import Mode
-from msdda_fast.pipelines.stable_diffusion.parallel import ParallelMethods
 from msdda_fast.pipelines.stable_diffusion.sampling import Networks
 from msdda_fast.pipelines.stable_diffusion.warm_up import warm_up
 
