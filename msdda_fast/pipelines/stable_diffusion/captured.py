@@ -9,13 +9,15 @@ graph per kind of step; see `modes`.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import TypeAlias
+from functools import partial
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from msdda_fast.adapters.loaded import LoadedAdapters
 from msdda_fast.adapters.variant import Variant
+from msdda_fast.batched.exported import ExportedForward
 from msdda_fast.batched.options import DEFAULTS, BatchedOptions
 from msdda_fast.batched.support import check_supported
 from msdda_fast.batched.unet import BatchedUNet
@@ -24,12 +26,17 @@ from msdda_fast.engine.graph import Capture, CapturedStep, StepCache
 from msdda_fast.engine.noise import NoiseSource
 from msdda_fast.errors import InvalidShape, UnsupportedNetwork
 from msdda_fast.pipelines.stable_diffusion.exact import ExactNetwork, step_kind
+from msdda_fast.pipelines.stable_diffusion.fastest import fastest
 from msdda_fast.pipelines.stable_diffusion.merged_network import MergedNetwork
 from msdda_fast.pipelines.stable_diffusion.modes import StepPlan
 from msdda_fast.pipelines.stable_diffusion.path_kl import Pilot
 from msdda_fast.steps.coefficients import CoefficientTable
 
-__all__ = ["CapturedGeneration", "CapturedSampler"]
+__all__ = ["CapturedGeneration", "CapturedSampler", "Compile"]
+
+#: True: `torch.compile`; "openvino": exact forwards through OpenVINO; "auto": through OpenVINO
+#: where `CapturedSampler.keep_faster` has found that faster; False: neither.
+Compile: TypeAlias = bool | Literal["auto", "openvino"]
 
 #: A network that a `CapturedSampler` builds.
 _Network: TypeAlias = ExactNetwork | MergedNetwork
@@ -123,7 +130,7 @@ class CapturedSampler:
         variants: One per objective.
         options: How the batched forward is built.
         capture: "auto", "required" or "off"; see `engine.graph.StepCache`.
-        compile: Pass steps through `torch.compile` before capture.
+        compile: How steps are compiled.
         capacity: Most shapes of requests kept.
 
     Attributes:
@@ -141,10 +148,10 @@ class CapturedSampler:
         *,
         options: BatchedOptions = DEFAULTS,
         capture: Capture = "auto",
-        compile: bool = False,
+        compile: Compile = "auto",
         capacity: int = 8,
     ) -> None:
-        self._variants, self._options = list(variants), options
+        self._variants, self._options, self._compile = list(variants), options, compile
         self.pilots: dict[Hashable, Pilot] = {}
         self._groups: list[tuple[LoadedAdapters, list[int]]] = []
         unet, nhwc = variants[0].network, options.channels_last
@@ -162,7 +169,11 @@ class CapturedSampler:
             self._groups.append((LoadedAdapters(own), members))
             BatchedUNet(self._groups[-1][0], options)  # what cannot be built is refused here
         self._cache = StepCache(
-            self._build, device=self.device, capacity=capacity, capture=capture, compile=compile
+            self._build,
+            device=self.device,
+            capacity=capacity,
+            capture=capture,
+            compile=compile is True,
         )
 
     def __len__(self) -> int:
@@ -172,6 +183,14 @@ class CapturedSampler:
         """Return whether these are the variants built, unchanged; one sync per objective."""
         same = list(variants) == self._variants
         return same and all(adapters.is_current() for adapters, _ in self._groups)
+
+    def keep_faster(self) -> None:
+        """With "auto", time the exact forwards built so far, and keep the faster way of each."""
+        if self._compile != "auto" or self.device.type != "cpu":
+            return
+        for step in self._cache:
+            if isinstance(step.network, ExactNetwork):
+                step.network.run_through(partial(fastest, x=step.buffers.next_input[0]))
 
     def begin(
         self,
@@ -249,6 +268,8 @@ class CapturedSampler:
         nothing = torch.zeros(key.context[1:], dtype=key.dtype, device=buffers.x.device)
         embeds = {m: nothing for m, runs in enumerate(key.active) if runs}
         network.begin(embeds, buffers.timesteps, shared=key.shared_context, k=0)
+        if self._compile == "openvino" and isinstance(network, ExactNetwork):
+            network.run_through(partial(ExportedForward, shape=key.shape))
         return network
 
     def _members(self, runs: Sequence[bool]) -> list[tuple[BatchedUNet, list[int]]]:
