@@ -10,7 +10,7 @@ OUT ?= out/demo
 
 demo: $(STAMP)
 	$(BIN)/msdda-fast sweep --seeds 1,2 --out $(OUT)
-	$(BIN)/msdda-fast sweep --model msdda-fast/emoji-flow --guidance 1 --seeds 2 --weights 0,0.5,1 --out $(OUT)/flow \
+	$(BIN)/msdda-fast sweep --model msdda-fast/emoji-flow --seeds 2 --weights 0,0.5,1 --out $(OUT)/flow \
 		-p "A pink colored banana." -p "A purple hat and a black clock." -p "A black chair and a red table."
 
 # `test` leaves out what is marked `full`: rows of sweeps that no pair of values needs, and expensive

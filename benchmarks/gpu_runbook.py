@@ -43,7 +43,9 @@ GPU_TESTS = (
     "tests/kernels/test_grouped_lora_triton.py",
     "tests/kernels/test_norms_and_rows.py",
     "tests/engine/test_cuda_graphs.py",
+    "tests/families/test_graphs.py",
     "tests/parallel/test_engine.py",
+    "tests/parallel/test_captured.py",
 )
 #: It provokes an error of the CUDA API, which the sanitizer would count.
 PROVOKES = "not huge and not names_the_cuda_error"
@@ -116,7 +118,8 @@ def stages(state: Path) -> list[Stage]:
         latency("latency-sdxl", 100, f"{anchors},E3-M2,M2", *two, *sdxl),
         latency("latency-stock", 100, f"{anchors},E*,M?,G1,G4*", *sd15),
         latency("latency-ablations", 90, f"{anchors},M2,M2-no-*,M2/qkv,S/qkv", *two, *sd15),
-        latency("latency-rank16", 60, f"{anchors},M2,M2/*ed", "--rank", "16", *two, *sd15),
+        latency("latency-families", 60, "rows,turns,mixed,ours,*/captured", "--objectives", "2",
+                "--rounds", "10", "--model", "sd3", "--size", "real"),
         sanitizer("memcheck"),
         kernels("grouped_lora", 60),
         # minutes of compilation each: what is left of the time

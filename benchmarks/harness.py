@@ -36,13 +36,22 @@ def interleaved(
     for run in contenders.values():
         measure(run)
     rounds = round(seconds / (time.perf_counter() - start))
+    seen = in_turn(contenders, min(max(rounds, 7), 400), device)
+    return {name: summary(times) for name, times in seen.items()}
+
+
+def in_turn(
+    contenders: dict[str, Callable[[], object]], rounds: int, device: str = "cpu"
+) -> dict[str, list[float]]:
+    """Return the microseconds of each contender in every round, as `interleaved` takes them."""
+    measure = _on_gpu if device == "cuda" else _on_host
     for run in contenders.values():  # the first round also warmed caches; this one the threads
         run()
     seen: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(min(max(rounds, 7), 400)):
+    for _ in range(rounds):
         for name, run in contenders.items():
             seen[name].append(measure(run))
-    return {name: _summary(times) for name, times in seen.items()}
+    return seen
 
 
 def _on_host(run: Callable[[], object]) -> float:
@@ -67,7 +76,8 @@ def _flush() -> torch.Tensor:
     return torch.empty(256 << 20, dtype=torch.int8, device="cuda")
 
 
-def _summary(times: list[float]) -> dict[str, float]:
+def summary(times: list[float]) -> dict[str, float]:
+    """Return median, 20th and 80th percentile of microseconds, and how many there are."""
     fifths = statistics.quantiles(times, n=5)
     summary = {"median_us": statistics.median(times), "p20_us": fifths[0], "p80_us": fifths[3]}
     return {key: round(value, 2) for key, value in summary.items()} | {"rounds": len(times)}

@@ -4,6 +4,7 @@
     python benchmarks/latency.py                     # CUDA: sd15 in float16; CPU: the shipped model
     python benchmarks/latency.py --model sdxl --batch 1,4 --objectives 1,2,4 --rank 16
     python benchmarks/latency.py --checkpoint path/to/stable-diffusion-v1-5 --contenders "E*,S*,M*"
+    python benchmarks/latency.py --model flux --size cpu        # see latency_families.py
 
 Contenders: E1 to E5 are stock diffusers and peft, eager; C1 to C4 the same compiled; G1 and G4 the
 same captured (GC: also compiled); S is our engine with one objective, M2, M3, ... with more; then
@@ -30,7 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # when run as a
 import torch
 from rich.console import Console
 
-from benchmarks import latency_output
+from benchmarks import latency_families, latency_output
+from benchmarks.contenders import families
 from benchmarks.contenders.catalogue import AUTO, DESIGNS, Entry, build, catalogue
 from benchmarks.contenders.configs import CONFIGS
 from benchmarks.contenders.contender import LIMITS, Contender, Unverified, effect, verify
@@ -51,12 +53,14 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--device", choices=("cuda", "cpu"), default="cuda" if on_gpu else "cpu")
-    add("--model", choices=(*CONFIGS, "emoji"), default="sd15" if on_gpu else "emoji")
+    models = dict.fromkeys([*CONFIGS, "emoji", *families.FAMILIES])
+    add("--model", choices=models, default="sd15" if on_gpu else "emoji")
+    add("--size", choices=families.SIZES, help="the denoiser of a family alone, of this size")
     add("--checkpoint", type=Path, help="folder in diffusers' layout, instead of --model")
     add("--objectives", type=numbers, default=[1, 2, 3, 4], help="M, e.g. 1,2,3,4")
     add("--batch", type=numbers, default=[1], help="images per call, e.g. 1,4")
     add("--steps", type=int, default=50, help="denoising steps T")
-    add("--rank", type=int, default=4, help="rank of the random adapters")
+    add("--rank", type=int, help="rank of the random adapters (default: 4; with --size 32)")
     add("--guidance", type=float, help="guidance scale (default: the model's own, or 7.5)")
     add("--dtype", choices=DTYPES, default="fp16" if on_gpu else "fp32")
     add("--design", choices=(AUTO, *DESIGNS), default=AUTO, help="design of S, M2, M3, ...")
@@ -64,7 +68,10 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     add("--rounds", type=int, default=20, help="minimum rounds; each times every contender once")
     add("--loops", type=int, default=3, help="runs of all T steps; their median is reported")
     add("--results", type=Path, default=RESULTS, help="folder of latency.jsonl and latency.png")
-    return parser.parse_args(given)
+    args = parser.parse_args(given)
+    if (args.size is None) == (args.model in families.FAMILIES) and args.model != "sdxl":
+        parser.error(f"--size is for {', '.join(families.FAMILIES)}, and these need it")
+    return args
 
 
 def main(given: list[str] | None = None) -> int:
@@ -72,6 +79,9 @@ def main(given: list[str] | None = None) -> int:
     logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
     # networks of all contenders share the code of one forward, and dynamo counts per code
     torch._dynamo.config.recompile_limit = 256
+    if args.size is not None:
+        return latency_families.main(args, DTYPES[args.dtype])
+    args.rank = 4 if args.rank is None else args.rank
     torch.manual_seed(0)
     console = Console(width=max(Console().width, 190))
     model = load(

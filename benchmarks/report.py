@@ -14,12 +14,25 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # when run as a script
 
-from benchmarks.tables import comparisons, families, kernels, latency, launches, modes, serving
+from benchmarks.tables import (
+    comparisons,
+    denoisers,
+    families,
+    few_steps,
+    kernels,
+    latency,
+    launches,
+    modes,
+    serving,
+)
 
 ROOT = Path(__file__).parent.parent
 PAGES = (
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{page}.md" for page in ("results", "merge-or-fuse", "families/index")),
+    *(
+        ROOT / "docs" / f"{page}.md"
+        for page in ("results", "merge-or-fuse", "families/index", "guide/few-steps")
+    ),
 )
 
 
@@ -38,6 +51,7 @@ TABLES = {
     "grouped_lora": kernels.grouped_lora_table,
     "kernel_count": launches.kernel_count_table,
     "latency": latency.latency_table,
+    "latency_families": denoisers.latency_families_table,
     "request_path": latency.request_path_table,
     "modes": modes.modes_table,
     "auto_mode": modes.auto_mode_table,
@@ -45,8 +59,11 @@ TABLES = {
     "gauge": comparisons.gauge_table,
     "floors": comparisons.floors_table,
     "compare_flow": comparisons.compare_flow_table,
+    "compare_emoji_flow": comparisons.compare_emoji_flow_table,
     "two_networks": comparisons.two_networks_table,
     "serving": serving.serving_table,
+    "few_steps": few_steps.few_steps_table,
+    "serving_before": serving.before_table,
     "family_takes": families.takes_table,
     "family_memory": families.memory_table,
 }

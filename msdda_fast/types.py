@@ -33,8 +33,14 @@ WeightsLike: TypeAlias = (
     Tensor | Mapping[str, float] | Sequence[Mapping[str, float]] | Sequence[Any] | None
 )
 
-#: `WeightsLike`, or a function from the step k = 0, 1, ... (in sampling order) to `WeightsLike`.
-WeightSchedule: TypeAlias = WeightsLike | Callable[[int], WeightsLike]
+#: `WeightsLike`, or a function from the step k = 0, 1, ... (in sampling order) to `WeightsLike`, or
+#: a mapping from ranges of timesteps, (first, last) or "first-last", to it: see `weight_ranges`.
+WeightSchedule: TypeAlias = (
+    WeightsLike
+    | Callable[[int], WeightsLike]
+    | Mapping[tuple[float, float], WeightsLike]
+    | Mapping[str, WeightsLike]
+)
 
 #: One 64-bit seed per sample: B integers in a sequence or numpy array, or an integer tensor (B,).
 SeedsLike: TypeAlias = Sequence[int] | Tensor

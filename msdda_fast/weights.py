@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -182,7 +182,7 @@ def preference_schedule(
                 f"weights have shape {tuple(weights.shape)}, expected (T, B, M) = {expected}"
             )
         return normalise_weights(weights.expand(expected), axis=-1, extrapolate=extrapolate)
-    constant = row(weights)
+    constant = row(cast("WeightsLike", weights))
     return constant.expand(num_steps, *constant.shape)
 
 

@@ -25,6 +25,7 @@ WRITES = {
     "drop_in_step.py": set(),
     "flow_model.py": {"flow.png"},
     "k_diffusion_sampler.py": set(),
+    "regions.py": {"regions.png"},
     "train_adapter.py": {"dark", "dark.png"},
 }
 WORKFLOWS = ("comfyui_workflow.json", "comfyui_flow_workflow.json")

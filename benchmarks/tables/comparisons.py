@@ -8,9 +8,9 @@ from benchmarks import two_networks_output
 from benchmarks.tables import results
 
 
-def compare_table() -> str:
+def compare_table(comparison: str = "compare-emoji") -> str:
     """One row per system: its paired difference to MSDDA at each preference, and its cost."""
-    folder = results.RESULTS / "compare-emoji"
+    folder = results.RESULTS / comparison
     if not (folder / "table.csv").exists():
         return ""
     with (folder / "table.csv").open(newline="") as lines:
@@ -96,6 +96,11 @@ def compare_flow_table() -> str:
         "setting"
     ]
     return f"{table}\n\n{setting}"
+
+
+def compare_emoji_flow_table() -> str:
+    """Systems without rewards on the flow model, at three preferences."""
+    return compare_table("compare-emoji-flow")
 
 
 def two_networks_table() -> str:

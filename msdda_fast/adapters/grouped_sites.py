@@ -26,6 +26,9 @@ from msdda_fast.torch_private import conv_forward
 
 __all__ = ["Site", "site_of"]
 
+#: Others hold weights that are cast, or unpacked, before they are multiplied.
+_COMPUTE = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+
 
 class Site(ABC):
     """What a layer runs in place of its own forward: x (M R, ...) -> (M R, ...).
@@ -159,8 +162,8 @@ class _Linear(Site):
         rank = max(len(down) for down in downs)
         down = torch.stack([_padded(down, rank) for down in downs])  # (M, R, C)
         up = torch.stack([_padded(up, rank) for up in ups])  # (M, R, N)
-        weight: Tensor = layer.get_base_layer().weight
-        dtype = weight.dtype if weight.is_floating_point() else down.dtype
+        stored = layer.get_base_layer().weight.dtype
+        dtype = stored if stored in _COMPUTE else down.dtype  # else of the outputs, once seen
         self.factors = [down.to(dtype), up.to(dtype)]
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401 - peft's

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -19,13 +20,21 @@ from msdda_fast.batching.limits import Limits
 from msdda_fast.batching.request import ImageRequest
 from msdda_fast.batching.stock_checks import StockChecks
 from msdda_fast.batching.stock_drawing import StockDrawer
-from msdda_fast.batching.ticket import Ticket
+from msdda_fast.batching.ticket import RequestTask, Ticket
 from msdda_fast.errors import InvalidRequest, InvalidShape, UnsupportedNetwork
 from msdda_fast.pipelines.attach import WithObjectives
-from msdda_fast.pipelines.siblings import Task, own_tasks, sibling
 from msdda_fast.pipelines.stable_diffusion.pipeline import MSDDAPipeline
+from msdda_fast.pipelines.tasks import (
+    Task,
+    check_from_text,
+    for_task,
+    shared_guidance,
+    task_class,
+)
 
 __all__ = ["Routes"]
+
+IMAGE_TASKS: tuple[Task, ...] = ("image-to-image", "inpaint")
 
 
 class _Route(NamedTuple):
@@ -61,17 +70,17 @@ class Routes:
                 f"makes them, got {type(pipe).__name__}"
             )
         self._limits, self._making = limits, threading.Lock()
-        self._own = own_tasks(pipe)
-        self.task: Task = next(t for t in ("text", "image", "inpaint") if t in self._own)
-        own: _Route
+        drawer: BatchDrawer | StockDrawer
+        checks: Checks
         if isinstance(pipe, MSDDAPipeline):
-            captured = BatchDrawer(pipe)
-            self.pipe: Any = captured.pipe
-            own = _Route(CapturedChecks(captured.pipe, limits), captured)
+            self.task: RequestTask = "text"
+            drawer = BatchDrawer(pipe)
+            checks = CapturedChecks(drawer.pipe, limits)
         else:
-            own = self._stock_route(pipe, self.task)
-            self.pipe = own.drawer.pipe  # type: ignore[attr-defined]  # of a StockDrawer
-        self._routes: dict[Task, _Route] = dict.fromkeys(self._own, own)
+            self.task = _own_task(pipe.stock_class)
+            checks, drawer = StockChecks(pipe, self.task, limits), StockDrawer(pipe)
+        self.pipe: Any = drawer.pipe
+        self._routes: dict[RequestTask, _Route] = {self.task: _Route(checks, drawer)}
 
     def checks(self, request: ImageRequest) -> Checks:
         """Return what checks a request.
@@ -83,7 +92,7 @@ class Routes:
         with self._making:
             if task not in self._routes:
                 with field("mask_image" if task == "inpaint" else "image"):
-                    self._routes[task] = self._other(task)
+                    self._routes[task] = self._route(task)
             return self._routes[task].checks
 
     @property
@@ -120,21 +129,34 @@ class Routes:
         for route in list(self._routes.values()):
             route.drawer.restart()
 
-    def _other(self, task: Task) -> _Route:
+    def _route(self, task: RequestTask) -> _Route:
+        """Make the pipeline of another task than the given one's."""
         try:
-            return self._stock_route(sibling(self.pipe, task), task)
-        except UnsupportedNetwork as error:
-            raise InvalidRequest(
-                f"{type(self.pipe).__name__}: {error}"
-                + (": give an image" if task == "text" else "")
-            ) from error
-
-    def _stock_route(self, pipe: WithObjectives, task: Task) -> _Route:
-        checks = StockChecks(pipe, task, self._limits)
+            if task == "text":
+                check_from_text(self.pipe.stock_class)
+                pipe = self.pipe
+            else:
+                pipe = for_task(self.pipe, task)
+            checks = StockChecks(pipe, task, self._limits, shared_guidance(self.pipe))
+        except ValueError as error:
+            raise InvalidRequest(str(error)) from error
         return _Route(checks, StockDrawer(pipe))
 
 
-def _task_of(request: ImageRequest) -> Task:
+def _own_task(kind: type) -> RequestTask:
+    """Return what a class of stock pipelines does: from a text if it can."""
+    try:
+        check_from_text(kind)
+    except UnsupportedNetwork as error:
+        for task in IMAGE_TASKS:
+            with suppress(UnsupportedNetwork):
+                if task_class(kind, task) is kind:
+                    return task
+        raise error
+    return "text"
+
+
+def _task_of(request: ImageRequest) -> RequestTask:
     """Return what a request asks for, after a look at its images."""
     for name in ("image", "mask_image"):
         with field(name):
@@ -150,7 +172,7 @@ def _task_of(request: ImageRequest) -> Task:
                     raise InvalidRequest(f"{name} is of an image to start from: give image, too")
         return "text"
     if request.mask_image is None:
-        return "image"
+        return "image-to-image"
     with field("mask_image"):
         if request.mask_image.size != request.image.size:
             raise InvalidShape(

@@ -13,8 +13,8 @@ from torch import Tensor
 from msdda_fast.batching.checks import check_cost, check_pixels, field
 from msdda_fast.batching.limits import Limits, integer
 from msdda_fast.batching.request import ImageRequest
-from msdda_fast.batching.ticket import Shape, StockImage
-from msdda_fast.errors import InvalidRequest, InvalidSchedule, InvalidShape
+from msdda_fast.batching.ticket import RequestTask, Shape, StockImage
+from msdda_fast.errors import InvalidRequest, InvalidSchedule, InvalidShape, UnsupportedNetwork
 from msdda_fast.pipelines.attach import WithObjectives
 from msdda_fast.pipelines.batch import Batch
 from msdda_fast.pipelines.call_check import check_fusing
@@ -22,12 +22,21 @@ from msdda_fast.pipelines.call_preferences import CallPreferences
 from msdda_fast.pipelines.capabilities import Capabilities, check_stock_inputs
 from msdda_fast.pipelines.prompt_length import Readers
 from msdda_fast.pipelines.regions import Regions, check_masks, check_softness
-from msdda_fast.pipelines.siblings import Task
 from msdda_fast.types import ZeroVariancePolicy
 from msdda_fast.weight_ranges import has_ranges
 from msdda_fast.weights import preference_weights
 
 __all__ = ["StockChecks"]
+
+#: Arguments of stock calls that messages name, and the fields that they are.
+_FIELDS = {
+    "height": "height",
+    "width": "width",
+    "mask_image": "mask_image",
+    "image": "image",
+    "strength": "image_strength",
+    "prompt": "prompt",
+}
 
 
 class StockChecks:
@@ -37,13 +46,20 @@ class StockChecks:
         pipe: The pipeline whose call requests are checked against.
         task: What it is called for.
         limits: Bounds of one request.
+        guidance: Scale of requests that give none; None: the default of the call.
 
     Raises:
         UnsupportedNetwork: See `Capabilities.of`.
     """
 
-    def __init__(self, pipe: WithObjectives, task: Task, limits: Limits) -> None:
-        self._pipe, self._task, self._limits = pipe, task, limits
+    def __init__(
+        self,
+        pipe: WithObjectives,
+        task: RequestTask,
+        limits: Limits,
+        guidance: float | None = None,
+    ) -> None:
+        self._pipe, self._task, self._limits, self._guidance = pipe, task, limits, guidance
         self.takes = Capabilities.of(pipe)
         self._readers = Readers.of(pipe)
         self._alone = itertools.count()
@@ -68,26 +84,24 @@ class StockChecks:
             if steps < 1:
                 raise InvalidSchedule(f"num_inference_steps must be at least 1, got {steps}")
             check_cost(self._limits, count, height, width, steps, takes.frames)
+        self._check_arguments(request)
         shared = {
-            **self._guidance(request),
+            **self._guidance_scale(request),
             **self._image_strength(request, steps),
             **({} if request.mask_softness is None else {"mask_softness": request.mask_softness}),
         }
-        with field("negative_prompt"):
-            if request.negative_prompt and not takes.takes_negative:
-                raise InvalidRequest(f"{takes.kind} takes no negative prompt")
         prefers = self._preferences(request, steps, self._regions(request, height, width))
         with field("strength"):
             strength = prefers.strength(request.strength, None, 1)
         with field("weights"):
             levels = check_fusing(self._pipe, prefers, steps, zero_variance)
             weights = _sent(request, prefers)
-        with field("prompt"):
-            size = {"height": height, "width": width} if takes.takes_size else {}
-            images = {"image": image, "mask_image": mask}
-            given = {name: value for name, value in images.items() if value is not None}
-            text = {"prompt": request.prompt, "num_inference_steps": steps}
-            check_stock_inputs(self._pipe, {**text, **size, **shared, **given})
+        size = {"height": height, "width": width} if takes.takes_size else {}
+        images = {"image": image, "mask_image": mask}
+        given = {name: value for name, value in images.items() if value is not None}
+        self._let_stock_check(
+            prompt=request.prompt, num_inference_steps=steps, **size, **shared, **given
+        )
         shape = Shape(
             height,
             width,
@@ -95,7 +109,7 @@ class StockChecks:
             with_base=strength is not None,
             task=self._task,
             call=tuple(shared.items()),
-            has_negative=bool(request.negative_prompt) or takes.needs_negative,
+            has_negative=bool(request.negative_prompt),
             levels=levels,
             by_range=not isinstance(weights, Tensor),
             alone=next(self._alone) if image is not None and takes.mixes_images else None,
@@ -120,9 +134,19 @@ class StockChecks:
                 width=width,
                 image=image,
                 mask_image=Image.new("L", size, 255) if self._task == "inpaint" else None,
-                image_strength=1.0 if image and self.takes.takes("strength") else None,
+                image_strength=1.0 if self.takes.call.argument("image_strength") else None,
             )
         ]
+
+    def _let_stock_check(self, **given: Any) -> None:  # noqa: ANN401 - arguments of the call
+        """Refuse what the stock call will refuse, by the field that its message names first."""
+        try:
+            check_stock_inputs(self._pipe, given)
+        except ValueError as error:
+            text = str(error)
+            named = [name for name in _FIELDS if name in text]
+            with field(_FIELDS[min(named, key=text.index)] if named else "prompt"):
+                raise InvalidRequest(f"{self.takes.call.kind}: {text}") from error
 
     def _check_watching(self, request: ImageRequest) -> None:
         with field("preview_steps"):
@@ -133,7 +157,7 @@ class StockChecks:
                 )
         with field("on_step"):
             if request.on_step is not None and not self.takes.watches:
-                raise InvalidRequest(f"{self.takes.kind} does not call back after its steps")
+                raise InvalidRequest(f"{self.takes.call.kind} does not call back after its steps")
 
     def _size(
         self, request: ImageRequest
@@ -150,7 +174,7 @@ class StockChecks:
                 sides[name] = takes.side(name, given)
                 if image is None and not takes.takes_size and sides[name] != getattr(takes, name):
                     raise InvalidShape(
-                        f"{takes.kind} draws {takes.width} x {takes.height} pixels only, got "
+                        f"{takes.call.kind} draws {takes.width} x {takes.height} pixels only, got "
                         f"{name} {given}"
                     )
         width, height = sides["width"], sides["height"]
@@ -166,19 +190,32 @@ class StockChecks:
                 mask = mask.resize((width, height), Image.Resampling.BOX)
         return height, width, image, mask
 
-    def _guidance(self, request: ImageRequest) -> dict[str, float]:
+    def _check_arguments(self, request: ImageRequest) -> None:
+        """Refuse fields that the family does not have, or would ignore."""
+        names = ("negative_prompt", "guidance_scale", "image_strength")
+        given = [name for name in names if getattr(request, name) not in (None, "")]
+        try:
+            self.takes.call.check(given)
+        except UnsupportedNetwork as error:
+            refusal = InvalidRequest(str(error))
+            refusal.field = error.field
+            raise refusal from error
+
+    def _guidance_scale(self, request: ImageRequest) -> dict[str, float | None]:
         """Return the argument of guidance, if there is one."""
-        scale, name = request.guidance_scale, self.takes.guidance
+        name, scale = self.takes.call.argument("guidance_scale"), request.guidance_scale
+        if name is None:
+            return {}
+        if scale is None:
+            own = self._guidance
+            return {name: self.takes.call.defaults[name] if own is None else own}
         with field("guidance_scale"):
-            if scale is None:
-                return {} if name is None else {name: self.takes.defaults[name]}
-            if name is None:
-                raise InvalidRequest(f"{self.takes.kind} takes no guidance scale")
             try:
                 value = math.nan if isinstance(scale, (str, bool)) else float(scale)  # type: ignore[arg-type]
             except TypeError:
                 raise InvalidRequest(
-                    f"{self.takes.kind} guides all objectives alike: give one number, got {scale!r}"
+                    f"{self.takes.call.kind} guides all objectives alike: give one number, got "
+                    f"{scale!r}"
                 ) from None
             if not 0 <= value < math.inf:
                 raise InvalidSchedule(f"guidance_scale must be finite and >= 0, got {scale!r}")
@@ -186,21 +223,19 @@ class StockChecks:
 
     def _image_strength(self, request: ImageRequest, steps: int) -> dict[str, float]:
         """Return how much noise the image is given, if the call says that."""
-        value = request.image_strength
+        name, value = self.takes.call.argument("image_strength"), request.image_strength
+        if name is None:
+            return {}
         with field("image_strength"):
-            if not self.takes.takes("strength"):
-                if value is not None:
-                    raise InvalidRequest(f"{self.takes.kind} takes no strength for its image")
-                return {}
             if value is None:
-                value = float(self.takes.defaults["strength"])
+                value = float(self.takes.call.defaults[name])
             if isinstance(value, (str, bool)) or not 0 <= value <= 1:
                 raise InvalidRequest(f"image_strength must be in [0, 1], got {value!r}")
             if steps * value < 1:
                 raise InvalidRequest(
                     f"image_strength {value:g} leaves none of {steps} steps: give more of either"
                 )
-            return {"strength": float(value)}
+            return {name: float(value)}
 
     def _regions(self, request: ImageRequest, height: int, width: int) -> Regions | None:
         """Return where objectives act, if the request says that."""

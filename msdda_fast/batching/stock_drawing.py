@@ -34,11 +34,16 @@ class StockDrawer:
     Args:
         pipe: Not changed.
 
+    Raises:
+        ValueError: Several processes share it.
+
     Attributes:
         pipe: A pipeline over the same modules.
     """
 
     def __init__(self, pipe: WithObjectives) -> None:
+        if pipe.parallel is not None:
+            raise ValueError("an engine runs in one process: call disable_parallel() first")
         self._source, self._takes = pipe, Capabilities.of(pipe)
         self.pipe: Any = pipe
         self.restart()
@@ -126,7 +131,7 @@ class StockDrawer:
         }
         if takes.takes_size:
             arguments |= {"height": shape.height, "width": shape.width}
-        if takes.takes("max_area"):
+        if "max_area" in takes.call.defaults:
             arguments["max_area"] = shape.height * shape.width
         if shape.has_negative:
             arguments["negative_prompt"] = [ticket.negative_prompt for ticket in rows]

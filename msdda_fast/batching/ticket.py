@@ -8,19 +8,31 @@ import threading
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from torch import Tensor
 
 from msdda_fast.batching.request import GeneratedImage, Progress
 from msdda_fast.errors import InvalidRequest
 from msdda_fast.pipelines.call_check import LevelKind
-from msdda_fast.pipelines.siblings import Task
+from msdda_fast.pipelines.tasks import Task
 from msdda_fast.steps.coefficients import CoefficientTable
 
-__all__ = ["Chore", "DrawnLater", "Shape", "StockImage", "Ticket", "described", "set_outcome"]
+__all__ = [
+    "Chore",
+    "DrawnLater",
+    "RequestTask",
+    "Shape",
+    "StockImage",
+    "Ticket",
+    "described",
+    "set_outcome",
+]
 
 logger = logging.getLogger(__name__)
+
+#: What a request asks for: an image from a text alone, or a task that starts from an image.
+RequestTask: TypeAlias = Literal["text"] | Task
 
 
 class Shape(NamedTuple):
@@ -40,7 +52,7 @@ class Shape(NamedTuple):
     width: int
     steps: int
     with_base: bool = False
-    task: Task = "text"
+    task: RequestTask = "text"
     call: tuple[tuple[str, Any], ...] = ()
     has_negative: bool = False
     levels: LevelKind | None = None

@@ -14,10 +14,11 @@ import typer
 from msdda_fast.cli.session import DType, load
 
 if TYPE_CHECKING:
+    from msdda_fast.evaluation.cell_drawer import CellDrawer
     from msdda_fast.evaluation.ray_tasks import RayTasks
     from msdda_fast.evaluation.runs import Comparison, Entry
     from msdda_fast.evaluation.shards import Shard
-    from msdda_fast.evaluation.sweep import CellDrawer, Sweep
+    from msdda_fast.evaluation.sweep import Sweep
     from msdda_fast.pipelines import MSDDAPipeline
 
 RayOption = Annotated[
@@ -75,7 +76,7 @@ def cluster(
 
 def cells(model: Model, sweep: Sweep) -> CellDrawer:
     """Return what draws the cells of a sweep; called on the cluster."""
-    from msdda_fast.evaluation.sweep import CellDrawer
+    from msdda_fast.evaluation.cell_drawer import CellDrawer
 
     return CellDrawer(model(), sweep)
 

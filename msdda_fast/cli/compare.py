@@ -35,6 +35,7 @@ from msdda_fast.cli.session import (
     StepsOption,
     check_request,
     drawing_progress,
+    guidance_for,
     load,
     out,
     reported,
@@ -160,6 +161,7 @@ def compare(
         }
         check_folder(work)
         there = cluster.Model(model, objective, dtype, "cuda" if ray_gpus else device)
+        guidance = guidance_for(model, guidance)
         check_family(model, guidance)
         pipe = load(model, objective, dtype, device)
         check_request(pipe, texts, steps, guidance)

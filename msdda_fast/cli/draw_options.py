@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -42,7 +42,7 @@ DrawnStepsOption = Annotated[
         "--steps",
         max=1_000_000,
         help="Denoising steps T.",
-        show_default=f"{STEPS}; {ACCELERATED_STEPS} with an accelerator",
+        show_default=f"{STEPS}; with an accelerator its own, mostly {ACCELERATED_STEPS}",
     ),
 ]
 WeightOption = Annotated[
@@ -113,8 +113,8 @@ FPSOption = Annotated[
 ]
 
 
-def steps_of(steps: int | None, accelerator: str | None) -> int:
-    """Return --steps, or what it is unless told."""
+def steps_of(steps: int | None, pipe: Any) -> int:  # noqa: ANN401 - a loaded pipeline
+    """Return --steps, or what they are unless told: what an accelerator was made for."""
     if steps is not None:
         return steps
-    return STEPS if accelerator is None else ACCELERATED_STEPS
+    return STEPS if pipe.accelerator is None else int(pipe.accelerator.steps)

@@ -23,6 +23,7 @@ from msdda_fast.cli.session import (
     ObjectiveOption,
     StrengthOption,
     check_prompts,
+    guidance_for,
     load,
     out,
     reported,
@@ -119,7 +120,7 @@ def generate(
             saved_class(model),
             weights=parse.weights(weight or []),
             strength=parse.strength(strength or []),
-            guidance_scale=guidance,
+            guidance_scale=guidance_for(model, guidance),
             negative_prompt=negative_prompt,
             num_images=num_images,
             height=height,
@@ -146,7 +147,7 @@ def generate(
         check_prompts(pipe, filter(None, (prompt, negative_prompt)))
         if seed is None:
             seed = torchrun.shared_seed(getattr(pipe, "parallel", None))
-        made = drawing.draw(pipe, prompt, seed, options.steps_of(steps, accelerator))
+        made = drawing.draw(pipe, prompt, seed, options.steps_of(steps, pipe))
         if torchrun.rank() > 0:
             return
         for index, (path, drawn) in enumerate(zip(files, drawing.results(made), strict=True)):

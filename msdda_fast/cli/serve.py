@@ -136,7 +136,6 @@ def _load(
     accelerator: str | None,
 ) -> Any:  # noqa: ANN401 - a pipeline of any class
     from msdda_fast.pipelines.notices import quieten
-    from msdda_fast.serve.service import lay_out
 
     quieten()
-    return lay_out(load(model, objectives, dtype, device, accelerator))
+    return load(model, objectives, dtype, device, accelerator)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,6 +24,7 @@ from msdda_fast.cli.session import (
     StrengthOption,
     check_request,
     drawing_progress,
+    guidance_for,
     load,
     out,
     reported,
@@ -88,16 +90,17 @@ def sweep(
     """
     with reported(f"finished cells are in {folder}; run the same command again to continue"):
         from msdda_fast.engine import torchrun
-        from msdda_fast.evaluation.sweep import Sweep, base_label, run_sweep
+        from msdda_fast.evaluation.cell_drawer import base_label
+        from msdda_fast.evaluation.sweep import Sweep, run_sweep
         from msdda_fast.files import check_folder
 
-        steps = options.steps_of(steps, accelerator)
+        guidance = guidance_for(model, guidance)
         plan = Sweep(
             prompts=prompt or DEMO_PROMPTS,
             weights=parse.numbers(weights, "--weights", float),
             seeds=[parse.seed(s, "--seeds") for s in parse.numbers(seeds, "--seeds", int)],
             toward=toward,
-            num_inference_steps=steps,
+            num_inference_steps=options.STEPS if steps is None else steps,
             strength=parse.strength(strength or []),
             guidance_scale=guidance,
             rewards=parse.distinct(reward or ("aesthetic", "consistency"), "--reward"),
@@ -109,7 +112,8 @@ def sweep(
             check_folder(folder)
         with cluster.cluster(ray, ray_gpus) as tasks:
             pipe = load(model, objective, dtype, device, accelerator)
-            check_request(pipe, plan.prompts, steps, guidance)
+            plan = replace(plan, num_inference_steps=options.steps_of(steps, pipe))
+            check_request(pipe, plan.prompts, plan.num_inference_steps, guidance)
             elsewhere = tasks(partial(cluster.cells, there, plan))
             parallel = getattr(pipe, "parallel", None)
             with torchrun.own_folder(folder, parallel) as own, drawing_progress() as progress:

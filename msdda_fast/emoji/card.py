@@ -7,6 +7,7 @@ Run `python -m msdda_fast.emoji.card`; the template is `card.md` beside this fil
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,12 +17,15 @@ import typer
 from safetensors import safe_open
 
 from msdda_fast.assets import ASSETS
+from msdda_fast.emoji import distil
 from msdda_fast.emoji.align import ALIGNMENT, PROMPTS, RANK, TIMESTEPS
 from msdda_fast.emoji.captions import Tail
 from msdda_fast.emoji.prompts import TRAIN_PROMPTS
+from msdda_fast.emoji.teacher_paths import GUIDANCE_SCALE, SPACING
 from msdda_fast.emoji.train import ADAPTER_LOGS, LOGS, STYLES
 from msdda_fast.emoji.train_scorer import CONSISTENCY, HELD_OUT_STYLE, JUDGE
 from msdda_fast.files import write_atomically
+from msdda_fast.pipelines.accelerator import ACCELERATOR_FOLDER, MANIFEST
 
 EMOJI = ASSETS / "emoji"
 COLUMNS = {
@@ -117,6 +121,24 @@ def sizes_table(*folders: Path) -> tuple[str, str]:
     return "\n".join(rows), f"{sum(path.stat().st_size for path in weights) / 1e6:.2f}"
 
 
+def accelerator_figures() -> dict[str, Any]:
+    """Return what the card says of the accelerator, from its recipe, manifest and log."""
+    entry = json.loads((EMOJI / MANIFEST).read_text())["accelerator"]
+    seconds = read_log(EMOJI / "training" / f"{ACCELERATOR_FOLDER}.jsonl")[-1]["seconds"]
+    return {
+        "accelerator_scheduler": entry["scheduler"],
+        "accelerator_steps": entry["steps"],
+        "accelerator_rank": distil.RANK,
+        "accelerator_minutes": f"{seconds / 60:.0f}",
+        "accelerator_updates": distil.STEPS,
+        "accelerator_batch": distil.BATCH,
+        "accelerator_guidance": GUIDANCE_SCALE,
+        "paths": distil.FROM_NOISE + distil.FROM_RENDERS,
+        "from_noise": distil.FROM_NOISE,
+        "solver_steps": math.ceil(1000 / SPACING),
+    }
+
+
 def card(results: dict[str, Any], three: dict[str, Any], certificate: dict[str, Any]) -> str:
     """Return the text of the model card from the results of two objectives, three, and certify."""
     tail, setting = Tail(), results["setting"]
@@ -163,6 +185,7 @@ def card(results: dict[str, Any], three: dict[str, Any], certificate: dict[str, 
         three_table=results_table(three),
         three_seeds=three["setting"]["seeds"],
         eta_warmth=ALIGNMENT["warmth"].eta,
+        **accelerator_figures(),
         **setting,
     )
 
@@ -183,7 +206,8 @@ def main(
 ) -> None:
     """Write the card, its plot, and the marked block of the results page."""
     figures = json.loads(results.read_text())
-    logs = dict.fromkeys(LOGS, "loss") | dict.fromkeys(ADAPTER_LOGS, "reward")
+    logs = dict.fromkeys((*LOGS, ACCELERATOR_FOLDER), "loss")
+    logs |= dict.fromkeys(ADAPTER_LOGS, "reward")
     plot_training(EMOJI / "training", logs, EMOJI / "training.png")
     others = (json.loads(file.read_text()) for file in (three, certificate))
     text = card(figures, *others)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from msdda_fast.files import write_atomically
+from msdda_fast.pipelines.accelerator import ACCELERATOR_FOLDER, MANIFEST, Accelerator
 from msdda_fast.pipelines.manifest import OBJECTIVES_FILE
 from msdda_fast.pipelines.saving import load_in_float32
 from msdda_fast.training.adapter import WEIGHT_NAME
@@ -51,9 +52,9 @@ def write_manifest(
         more_objectives: Those that are there to be asked for.
     """
     files = {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        str(path.relative_to(folder)): _sha256(path)
         for path in sorted(folder.rglob("*"))
-        if path.suffix in (".safetensors", ".json") and path.name != "manifest.json"
+        if path.suffix in (".safetensors", ".json") and path.name != MANIFEST
     }
     manifest = {
         "id": model,
@@ -63,7 +64,31 @@ def write_manifest(
         "more_objectives": more_objectives,
         "sha256": files,
     }
-    _write_json(folder / "manifest.json", manifest)
+    _write_json(folder / MANIFEST, manifest)
+
+
+def add_accelerator(folder: Path, source: Path, log: Path, accelerator: Accelerator) -> None:
+    """Copy an accelerator and its log into a finished model, whose manifest then has its entry.
+
+    Args:
+        folder: Of the model.
+        source: LoRA folder.
+        log: Of its training.
+        accelerator: How it is sampled; its place becomes `accelerator/` in the model.
+    """
+    target = folder / ACCELERATOR_FOLDER / WEIGHT_NAME
+    target.parent.mkdir(exist_ok=True)
+    shutil.copyfile(source / WEIGHT_NAME, target)
+    add_logs(folder, {ACCELERATOR_FOLDER: log})
+    path = folder / MANIFEST
+    manifest = json.loads(path.read_text())
+    files = {**manifest.pop("sha256"), str(target.relative_to(folder)): _sha256(target)}
+    manifest["accelerator"] = accelerator.to_json(ACCELERATOR_FOLDER)
+    _write_json(path, {**manifest, "sha256": dict(sorted(files.items()))})
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _write_json(path: Path, value: object) -> None:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train the shipped model on the sprites: `python -m msdda_fast.emoji.train`.
 
-Stages: autoencoder, denoiser with text encoder, decoder, two scorers, three adapters. Each resumes
-from its checkpoint, so the same command continues after a kill. The model card lists the times.
+Stages: autoencoder, denoiser with text encoder, decoder, two scorers, three adapters, and the
+accelerator. Each resumes from its checkpoint, so the same command continues after a kill. The model
+card lists the times.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import nn
 from msdda_fast.assets import ASSETS
 from msdda_fast.emoji import architectures
 from msdda_fast.emoji.align import ALIGNMENT, TIMESTEPS, align
+from msdda_fast.emoji.distil import distil, ship
 from msdda_fast.emoji.packaging import add_adapters, add_logs, finish_pipeline, write_manifest
 from msdda_fast.emoji.render import Renderer
 from msdda_fast.emoji.sampling import GUIDANCE_SCALE
@@ -119,6 +121,7 @@ def main(
     train_scorers(work, assets / "scorers")
     adapters = {name: align(base, name, work) for name in ALIGNMENT}
     export(base, adapters, work, assets / "emoji")
+    ship(distil(base, work / "distil"), work / "distil", assets / "emoji")
 
 
 if __name__ == "__main__":

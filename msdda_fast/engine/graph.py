@@ -4,7 +4,8 @@
 A replay reads its step from a counter on the device, and all that distinguishes requests lies in
 static buffers: weights, prompts, seeds, guidance, etas and the number of steps change without a new
 capture. A network with several kinds of step has one graph per kind, all captured at once; a
-request gives the kind of each step. Without graphs (on the CPU) steps run eagerly or compiled.
+request gives the kind of each step. Without graphs (on the CPU) steps run eagerly or compiled. Of
+steps that processes share, the graph is this one's share of the networks.
 """
 
 from __future__ import annotations
@@ -12,8 +13,7 @@ from __future__ import annotations
 import logging
 import traceback
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Generic, Literal, TypeAlias, TypeVar
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 from msdda_fast.engine.buffers import ShapeKey, StepBuffers
 from msdda_fast.engine.compiled import compiled
 from msdda_fast.engine.dry_run import dry_run
-from msdda_fast.engine.graph_backends import Advance, Graph, GraphBackend, graphs_for
+from msdda_fast.engine.graph_backends import Advance, Graph, GraphBackend, Move, graphs_for
 from msdda_fast.engine.loop import run
 from msdda_fast.engine.step import Network, Step
 from msdda_fast.errors import CaptureError, InvalidShape
@@ -44,33 +44,18 @@ N = TypeVar("N", bound=Network)
 _Place: TypeAlias = tuple[int, torch.Size, tuple[int, ...], torch.dtype]
 
 
-@dataclass(slots=True)
-class _Move:
-    """A step of one kind."""
-
-    advance: Advance
-    graph: Graph | None
-
-    def __call__(self, buffers: StepBuffers) -> None:
-        if self.graph is not None:
-            self.graph.replay()
-            return
-        with torch.no_grad():
-            self.advance(buffers)
-
-
 class CapturedStep(Generic[N]):
     """A step with its buffers, made by `StepCache.prepare`: `load` a request, then do its steps.
 
     It is an `engine.loop.Generation` of the request loaded last.
     """
 
-    def __init__(self, network: N, buffers: StepBuffers, moves: Mapping[str, _Move]) -> None:
+    def __init__(self, network: N, buffers: StepBuffers, moves: Mapping[str, Move]) -> None:
         self.buffers = buffers
         self.network = network
         self._moves = moves
         self._places = _places(network, buffers) if self._graphs() else {}
-        self._plan: list[_Move] = []
+        self._plan: list[Move] = []
         self._next = 0
 
     @property
@@ -202,9 +187,7 @@ class StepCache(Generic[N]):
         self._capture: Capture = capture
         self._compile = compile
         self._backend = backend
-        self._graphs: GraphBackend | None = None
-        if capture != "off":
-            self._graphs = graphs_for(self._device) if graphs is None else graphs
+        self._graphs = None if capture == "off" else graphs or graphs_for(self._device)
         if capture == "required" and self._graphs is None:
             raise CaptureError(f"capture='required', but device {self._device} has no graphs")
         self._steps: OrderedDict[ShapeKey, CapturedStep[N]] = OrderedDict()
@@ -214,6 +197,9 @@ class StepCache(Generic[N]):
 
     def __contains__(self, key: ShapeKey) -> bool:
         return key in self._steps
+
+    def __iter__(self) -> Iterator[CapturedStep[N]]:
+        return iter(self._steps.values())
 
     def prepare(self, key: ShapeKey) -> CapturedStep[N]:
         """Return the step for `key`; the first time, build, compile and capture it.
@@ -251,10 +237,10 @@ class StepCache(Generic[N]):
                 if self._capture == "required":
                     raise
                 logger.warning("%s; it runs eagerly instead", error)
-                moves[kind] = _Move(step.advance, None)
+                moves[kind] = Move(step.advance, None, step.finish)
         return CapturedStep(network, buffers, moves)
 
-    def _accelerate(self, step: Step, buffers: StepBuffers) -> _Move:
+    def _accelerate(self, step: Step, buffers: StepBuffers) -> Move:
         """Compile and capture the step, each if enabled."""
         advance: Advance = step.advance
         if self._graphs is not None:
@@ -265,13 +251,11 @@ class StepCache(Generic[N]):
                 if self._compile:
                     advance = compiled(advance, self._device.type)
                     advance(buffers)
-                graph = None
-                if self._graphs is not None:
-                    graph = self._graphs.capture(advance, buffers)
+                graph = None if self._graphs is None else self._graphs.capture(advance, buffers)
         except RuntimeError as error:
             failed = "compiled or captured" if self._compile else "captured"
             raise CaptureError(f"the step cannot be {failed}: {cause(error)}") from error
-        return _Move(advance, graph)
+        return Move(advance, graph, step.finish)
 
     def _check_fits(self, what: str, needed: int, key: ShapeKey, graphs: GraphBackend) -> None:
         free = graphs.free_bytes()

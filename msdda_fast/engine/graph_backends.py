@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from msdda_fast.engine.buffers import StepBuffers
 from msdda_fast.torch_private import abandon_pool
 
-__all__ = ["Advance", "CudaGraphs", "Graph", "GraphBackend", "graphs_for"]
+__all__ = ["Advance", "CudaGraphs", "Graph", "GraphBackend", "Move", "graphs_for"]
 
 #: One step on buffers, in place.
 Advance = Callable[[StepBuffers], None]
@@ -41,6 +42,31 @@ class Graph(Protocol):
 
     def release(self) -> None:
         """Free its memory; it can no longer be replayed."""
+
+
+@dataclass(slots=True)
+class Move:
+    """A step of one kind.
+
+    Attributes:
+        advance: What runs where there is no graph of it.
+        graph: Replayed in its place; None: there is none.
+        finish: What follows either; None: nothing.
+    """
+
+    advance: Advance
+    graph: Graph | None
+    finish: Advance | None
+
+    def __call__(self, buffers: StepBuffers) -> None:
+        """Do the step on `buffers`, those that were recorded."""
+        with torch.no_grad():
+            if self.graph is not None:
+                self.graph.replay()
+            else:
+                self.advance(buffers)
+            if self.finish is not None:
+                self.finish(buffers)
 
 
 class GraphBackend(Protocol):

@@ -168,7 +168,10 @@ def denoise(
         scheduler: A diffusers scheduler that has a rule, copied; see `coefficient_table`.
         num_steps: T, in [1, num_train_timesteps]; None: as the scheduler's timesteps are set.
         weights: Preferences: None (uniform), (M,), (B, M) or (T, B, M), rows on the simplex, or a
-            callable from the step index k = 0..T-1 to any of the first three.
+            callable from the step index k = 0..T-1 to any of the first three, or a mapping to them
+            from ranges of timesteps, such as `{(500, 999): [1, 0], (0, 499): [0, 1]}`, both ends
+            included. Or (B, M, *S): a preference of every pixel, sum 1 over M, each axis of S that
+            of `x_T` or 1, and two of them or more.
         etas: (M,), DDIM's eta of each denoiser, in [0, 1], or the scheduler's own kind of level.
         levels: Instead of etas: the same, or noise of flow models, such as `[FlowSDE(0.7)] * M`;
             see `coefficient_table`.

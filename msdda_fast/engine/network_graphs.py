@@ -27,6 +27,8 @@ __all__ = ["ForwardBuffers", "NetworkGraphs"]
 #: Largest relative difference between the first replay and the forward as it is written. Replays
 #: are the same kernels; only sums by atomic additions may round differently.
 _TOLERANCE = 1e-2
+#: Most values of other arguments for the same shapes: these are switches.
+_VALUES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,7 @@ class ForwardBuffers:
 class _Forward:
     buffers: ForwardBuffers
     graph: Graph
-    results: Sequence[Any]  # with anything in the places of tensors
+    results: Sequence[Any]  # with `outputs` in the places of tensors
     spec: Any
 
 
@@ -66,6 +68,7 @@ class NetworkGraphs:
         self._graphs = graphs
         self._capacity = capacity
         self._forwards: OrderedDict[object, _Forward] = OrderedDict()
+        self._seen: dict[object, set[object]] = {}
 
     def __len__(self) -> int:
         return len(self._forwards)
@@ -85,6 +88,7 @@ class NetworkGraphs:
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         found = self._forwards.get(key)
         if found is None:
+            self._check(key, tensors)
             while len(self._forwards) >= self._capacity:
                 self._forwards.popitem(last=False)[1].graph.release()
             found = self._forwards[key] = self._capture(forward, leaves, spec)
@@ -97,8 +101,19 @@ class NetworkGraphs:
 
     def clear(self) -> None:
         """Free all graphs."""
+        self._seen.clear()
         while self._forwards:
             self._forwards.popitem()[1].graph.release()
+
+    def _check(self, key: tuple[str, Any], tensors: Sequence[Tensor]) -> None:
+        """Check that a graph would read its arguments anew, and be used again."""
+        devices = sorted({str(tensor.device) for tensor in tensors})
+        if len(devices) > 1:  # a kernel takes a number on the host as it is at capture
+            raise CaptureError(f"its arguments are on {devices}")
+        seen = self._seen.setdefault((key[0], tuple(map(_kind, tensors))), set())
+        seen.add(key)
+        if len(seen) > _VALUES:
+            raise CaptureError("an argument that is no tensor changes from call to call")
 
     def _capture(self, forward: Callable[..., Any], leaves: Sequence[Any], spec: Any) -> _Forward:  # noqa: ANN401
         inputs = [leaf.clone() for leaf in leaves if isinstance(leaf, Tensor)]
@@ -134,7 +149,7 @@ class NetworkGraphs:
             if not off <= _TOLERANCE * float(value.double().norm()):
                 graph.release()
                 raise CaptureError("the graph does not compute what was captured")
-        return _Forward(buffers, graph, written, out_spec)
+        return _Forward(buffers, graph, _filled(written, buffers.outputs), out_spec)
 
 
 def _kind(leaf: object) -> object:

@@ -16,22 +16,18 @@ import torch
 from PIL import Image
 
 from msdda_fast.errors import InvalidWeights, UnknownObjective
+from msdda_fast.evaluation.cell_drawer import CellDrawer, Pipeline, base_label
 from msdda_fast.evaluation.cells import Cell, SweepFolder
 from msdda_fast.evaluation.grid import labelled_grid
 from msdda_fast.evaluation.settings import write_json
 from msdda_fast.files import write_atomically
-from msdda_fast.objective import Objective
-from msdda_fast.pipelines import MSDDAPipeline
-from msdda_fast.pipelines.attach import WithObjectives, attach
 from msdda_fast.pipelines.identity import model_identity
 from msdda_fast.pipelines.preferences import call_strength
-from msdda_fast.pipelines.stock_call import StockCall
 from msdda_fast.rewards import load_reward
 from msdda_fast.rewards.checks import check_scores
 
-__all__ = ["CellDrawer", "Sweep", "SweepResult", "base_label", "run_sweep"]
+__all__ = ["Sweep", "SweepResult", "run_sweep"]
 
-Pipeline = MSDDAPipeline | WithObjectives
 #: Draws batches of cells in another place, and yields them in any order.
 Elsewhere = Callable[[Sequence[list[Cell]]], Iterable[tuple[list[Cell], Sequence[Image.Image]]]]
 
@@ -188,51 +184,6 @@ def run_sweep(
     return SweepResult(folder / "grid.png", folder / "rewards.json", means)
 
 
-class CellDrawer:
-    """Draws cells of one sweep.
-
-    Args:
-        pipe: A pipeline with two objectives, one of them `sweep.toward`.
-        sweep: The sweep.
-    """
-
-    def __init__(self, pipe: Pipeline, sweep: Sweep) -> None:
-        self._base = _base(pipe)
-        self._base.set_progress_bar_config(disable=True)
-        self._pipe, self._sweep = pipe, sweep
-        self._given = StockCall.of(type(pipe)).arguments(guidance_scale=sweep.guidance_scale)
-        self._strength = StockCall.of(type(pipe)).arguments(strength=sweep.strength)
-        self._other = next(name for name in pipe.objectives if name != sweep.toward)
-
-    def __call__(self, batch: Sequence[Cell]) -> list[Image.Image]:
-        """Draw cells of one column together."""
-        sweep, weight = self._sweep, batch[0].weight
-        chosen = None if weight is None else {sweep.toward: weight, self._other: 1.0 - weight}
-        pipe: Any = self._base if weight is None else self._pipe
-        images: list[Image.Image] = pipe(
-            prompt=[cell.prompt for cell in batch],
-            weights=chosen,
-            seed=[cell.seed for cell in batch],
-            num_inference_steps=sweep.num_inference_steps,
-            **self._given,
-            **({} if weight is None else self._strength),
-        ).images
-        return images
-
-
-def _base(pipe: Pipeline) -> Any:  # noqa: ANN401 - as `pipe`
-    """The base model at the first objective's guidance and noise.
-
-    With others, the columns would differ in more than w.
-    """
-    first = next(iter(pipe.objectives.values()))
-    if isinstance(pipe, MSDDAPipeline):
-        reference = Objective(guidance_scale=first.guidance_scale)
-        return MSDDAPipeline.from_pipe(pipe, objectives={"SD": reference})
-    stock: Any = pipe
-    return attach(stock, {"base": Objective(eta=first.eta, noise=first.noise)}, {"base": ()})
-
-
 def _here(pipe: Pipeline, sweep: Sweep) -> Elsewhere:
     draw = CellDrawer(pipe, sweep)
     return lambda batches: ((batch, draw(batch)) for batch in batches)
@@ -278,11 +229,6 @@ def _settings(pipe: Pipeline, sweep: Sweep) -> dict[str, Any]:
         "guidance_scale": sweep.guidance_scale,
         **model_identity(pipe),
     }
-
-
-def base_label(pipe: Pipeline) -> str:
-    """Return what the base model is called: SD, as in the paper, where it is Stable Diffusion."""
-    return "SD" if isinstance(pipe, MSDDAPipeline) else "base"
 
 
 def _label(weight: float | None, toward: str, other: str, base: str) -> str:

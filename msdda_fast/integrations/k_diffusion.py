@@ -23,7 +23,7 @@ does (`flow=True`), or with the noise they were trained with: `levels=[FlowSDE(0
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ from msdda_fast.weight_ranges import by_timestep, has_ranges
 if TYPE_CHECKING:
     from msdda_fast.levels import NoiseLevels
     from msdda_fast.steps.rules import Rule
-    from msdda_fast.types import Backend, SeedsLike, WeightSchedule, ZeroVariancePolicy
+    from msdda_fast.types import Backend, SeedsLike, WeightSchedule, WeightsLike, ZeroVariancePolicy
 
 __all__ = ["fused_tables", "sample_msdda"]
 
@@ -219,7 +219,9 @@ def fused_tables(
                 f"(B, *S) = {tuple(shape)}, each axis of S as there or 1"
             )
     if not of_pixels:
-        schedule: Any = each.__getitem__ if callable(weights) else weights
+        schedule: WeightSchedule = weights
+        if callable(weights):  # and each step is asked for once
+            schedule = cast("Callable[[int], WeightsLike]", each.__getitem__)
         return [rule_table(rule, weights=schedule, **options)] * len(steps)
     made = {id(one): rule_table(rule, weights=one, **options) for one in each}
     return [made[id(one)] for one in each]

@@ -27,6 +27,7 @@ from msdda_fast.pipelines.manifest import NAMELESS, OBJECTIVES_FILE, inside
 
 __all__ = [
     "ACCELERATOR_FOLDER",
+    "MANIFEST",
     "OWN",
     "Accelerator",
     "few_step_scheduler",
@@ -85,7 +86,9 @@ class Accelerator:
 
     def to_json(self, source: str) -> dict[str, Any]:
         """Return what `parse_accelerator` reads, with another source, inside of a folder."""
-        return asdict(replace(self, source=source, subfolder=None))
+        entry = asdict(replace(self, source=source))
+        del entry["subfolder"]
+        return entry
 
 
 def parse_accelerator(entry: object, origin: str | Path, where: str) -> Accelerator:

@@ -5,23 +5,24 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from msdda_fast.errors import InvalidShape, UnsupportedNetwork
 from msdda_fast.integers import as_integer
 from msdda_fast.pipelines.attach_files import DENOISERS
+from msdda_fast.pipelines.latent_grid import SCALES
+from msdda_fast.pipelines.stock_call import StockCall
 
 __all__ = ["Capabilities", "check_stock_inputs"]
 
 #: Without these no request could be drawn, or not as a function of its seed.
 _NEEDED = ("prompt", "num_inference_steps", "generator", "output_type")
-#: Arguments and components of pipelines whose call needs more than a request has.
-_CONTROLS = ("control_image", "controlnet", "adapter", "t2iadapter")
-#: Likewise of pipelines that make sound.
+#: In names of arguments and components of pipelines that make sound.
 _SOUND = ("audio", "waveform", "vocoder")
-#: Pixels that one latent stands for, by side; the first of these attributes is the pipeline's.
-_FACTORS = ("vae_scale_factor", "vae_scale_factor_spatial", "vae_spatial_compression_ratio")
+#: Sizes that stock pipelines ask for are powers of two.
+_MULTIPLES = (1, 2, 4, 8, 16, 32)
 #: Where neither the call nor a config says a size, diffusers has this one.
 _USUAL_SIDE = 1024
 
@@ -31,11 +32,7 @@ class Capabilities:
     """What requests to a pipeline may ask for.
 
     Attributes:
-        kind: The name of its class.
-        guidance: The argument that scales guidance, of all objectives alike; None: it has none.
-        defaults: What the call has for arguments that are not given.
-        takes_negative: Whether negative prompts have an effect.
-        needs_negative: Whether guidance has an effect only with one.
+        call: Its call.
         takes_size: Whether height and width are arguments of the call.
         unit: Height and width of an image are multiples of it, in pixels.
         height, width: Those of an image unless told, in pixels.
@@ -45,11 +42,7 @@ class Capabilities:
             an image cannot share a call.
     """
 
-    kind: str
-    guidance: str | None
-    defaults: Mapping[str, Any]
-    takes_negative: bool
-    needs_negative: bool
+    call: StockCall
     takes_size: bool
     unit: int
     height: int
@@ -63,63 +56,37 @@ class Capabilities:
         """Read the capabilities of a pipeline, with objectives or without.
 
         Raises:
-            UnsupportedNetwork: Its call lacks what every request needs, needs what no request has,
-                or makes sound.
+            UnsupportedNetwork: Its call lacks what every request needs, or makes sound, or it reads
+                no prompts.
         """
-        parameters = inspect.signature(pipe.__call__).parameters
-        kind, parts = type(pipe).__name__, pipe.components
-        if missing := [name for name in _NEEDED if name not in parameters]:
-            raise UnsupportedNetwork(f"the call of {kind} does not take {', '.join(missing)}")
-        if controls := [name for name in _CONTROLS if name in parameters or name in parts]:
-            raise UnsupportedNetwork(
-                f"{kind} takes a control image ({controls[0]}), which requests do not have"
-            )
-        sounds = [name for name in (*parameters, *parts) if any(one in name for one in _SOUND)]
+        call, parts = StockCall.of(type(pipe)), pipe.components
+        call.check(_NEEDED)
+        sounds = [name for name in (*call.defaults, *parts) if any(one in name for one in _SOUND)]
         if sounds:
             raise UnsupportedNetwork(
-                f"{kind} makes sound ({sounds[0]}), and requests are of images"
+                f"{call.kind} makes sound ({sounds[0]}), and requests are of images"
             )
         readers = [part for name, part in parts.items() if "tokenizer" in name]
         if readers and not any(readers):
-            raise UnsupportedNetwork(f"this {kind} has no tokenizer, so it reads no prompts")
-        defaults = {name: parameter.default for name, parameter in parameters.items()}
-        guidance = next(
-            (
-                name
-                for name in ("guidance_scale", "true_cfg_scale")
-                if isinstance(defaults.get(name), (int, float))
-            ),
-            None,
-        )
-        true_guidance = "true_cfg_scale" in parameters
-        height, width = _native(pipe, defaults)
+            raise UnsupportedNetwork(f"this {call.kind} has no tokenizer, so it reads no prompts")
+        height, width = _native(pipe, call.defaults)
+        frames = call.defaults.get("num_frames")
         return cls(
-            kind=kind,
-            guidance=guidance,
-            defaults=defaults,
-            # where guidance is distilled, true guidance is off unless it is asked for
-            takes_negative="negative_prompt" in parameters
-            and not (true_guidance and guidance == "guidance_scale"),
-            needs_negative=guidance == "true_cfg_scale",
-            takes_size="height" in parameters and "width" in parameters,
+            call=call,
+            takes_size="height" in call.defaults and "width" in call.defaults,
             unit=_unit(pipe),
             height=height,
             width=width,
-            frames=defaults["num_frames"] if isinstance(defaults.get("num_frames"), int) else 1,
-            watches="callback_on_step_end" in parameters,
-            mixes_images="image" in parameters and "strength" not in parameters,
+            frames=frames if isinstance(frames, int) else 1,
+            watches="callback_on_step_end" in call.defaults,
+            mixes_images="image" in call.defaults and "strength" not in call.defaults,
         )
-
-    def takes(self, name: str) -> bool:
-        """Whether the call has an argument of this name."""
-        return name in self.defaults
 
     def side(self, name: str, given: object) -> int:
         """Check a height or width in pixels; None is the pipeline's own.
 
         Raises:
-            InvalidShape: It is not a positive multiple of `unit`, or not the pipeline's own where
-                its call has no such argument.
+            InvalidShape: It is not a positive multiple of `unit`.
         """
         own = self.height if name == "height" else self.width
         side = own if given is None else as_integer(given)
@@ -152,14 +119,25 @@ def _denoiser(pipe: Any) -> Any:  # noqa: ANN401 - a network
 
 
 def _factor(pipe: Any) -> int:  # noqa: ANN401
-    return next((int(getattr(pipe, name)) for name in _FACTORS if hasattr(pipe, name)), 8)
+    return next((int(getattr(pipe, name)) for name in SCALES if hasattr(pipe, name)), 8)
 
 
 def _unit(pipe: Any) -> int:  # noqa: ANN401
+    """The least multiple of a token's side, in pixels, that the stock call takes for a size."""
+    token = _token(pipe)
+    for multiple in _MULTIPLES:
+        side = token * multiple
+        with suppress(ValueError):
+            check_stock_inputs(pipe, {"prompt": "", "height": side, "width": side})
+            return side
+    return token  # it checks something else, such as an image
+
+
+def _token(pipe: Any) -> int:  # noqa: ANN401
     """Pixels, by side, of what the denoiser takes as one token."""
     factor, config = _factor(pipe), _denoiser(pipe).config
     if "transformer" not in pipe.components:
-        return max(8, factor)
+        return max(8, factor)  # as calls that have a size do
     pack = getattr(pipe, "_pack_latents", None)
     packs = pack is not None and "patch_size" not in inspect.signature(pack).parameters
     if packs or hasattr(pipe, "_patchify_latents"):

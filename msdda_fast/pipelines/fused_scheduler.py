@@ -78,7 +78,9 @@ def fused_scheduler(
             (`FlowSDE(0.7)`); see `coefficient_table`. None: the step that the scheduler takes by
             itself, at the `eta` that the loop gives it.
         weights: Preferences (M,) or (B, M), rows on the simplex, or a callable from the position k
-            of the timestep in `timesteps` to either; None is uniform.
+            of the timestep in `timesteps` to either, or a mapping from ranges of timesteps, both
+            ends included, to either; None is uniform. Or (B, M, *S), a preference of every pixel,
+            sum 1 over M, each axis of S that of the sample or 1, and two of them or more.
         seeds: One 64-bit seed per sample, for noise that depends on nothing else: counter noise
             where the scheduler has a rule, else generators seeded by it. A deep copy of the
             scheduler (for a second modality, say) has noise of its own.

@@ -11,7 +11,7 @@ from torch import nn
 
 from msdda_fast.adapters.network_state import scaling
 from msdda_fast.adapters.switching import adapter_names
-from msdda_fast.adapters.variant import Variant
+from msdda_fast.adapters.variant import AdapterSet, Variant
 from msdda_fast.levels import noise_to_json
 from msdda_fast.objective import Objective
 from msdda_fast.pipelines.attach import WithObjectives
@@ -49,20 +49,17 @@ def _objectives(
     if isinstance(pipe, WithObjectives):
         return {
             "pipeline": type(pipe).__name__,
+            **_of_base(pipe, networks),
             "objectives": {
                 name: {
                     **_levels(pipe.objectives[name]),
-                    "adapters": [
-                        _adapter_digest(Variant(network, adapter, scale))
-                        for adapter, scale in adapters
-                        for network in networks.values()
-                        if adapter in adapter_names(network)
-                    ],
+                    "adapters": _set_digests(adapters, networks),
                 }
                 for name, adapters in pipe.adapter_sets.items()
             },
         }
     return {
+        **_few_steps(pipe),
         "objectives": {
             name: {
                 **_levels(pipe.objectives[name]),
@@ -71,7 +68,7 @@ def _objectives(
                 "network": None if variant.network is pipe.unet else base_digest(variant.network),
             }
             for name, variant in pipe.variants.items()
-        }
+        },
     }
 
 
@@ -93,6 +90,30 @@ def _levels(objective: Objective) -> dict[str, Any]:
     if objective.noise is not None:
         given["noise"] = noise_to_json(objective.noise)
     return given
+
+
+def _of_base(pipe: WithObjectives, networks: Mapping[str, nn.Module]) -> dict[str, Any]:
+    """An accelerator, which acts in the base, too."""
+    return {"accelerator": _set_digests(pipe.base_set, networks)} if pipe.base_set else {}
+
+
+def _set_digests(adapters: AdapterSet, networks: Mapping[str, nn.Module]) -> list[str | None]:
+    return [
+        _adapter_digest(Variant(network, adapter, scale))
+        for adapter, scale in adapters
+        for network in networks.values()
+        if adapter in adapter_names(network)
+    ]
+
+
+def _few_steps(pipe: MSDDAPipeline) -> dict[str, Any]:
+    """What sampling in few steps adds: older results, which were of DDIM, stay valid."""
+    kind, found = type(pipe.scheduler).__name__, dict[str, Any]()
+    if not kind.startswith("DDIM"):
+        found["sampler"] = kind
+    if pipe.accelerator is not None:
+        found["accelerator"] = _adapter_digest(pipe.base_variant)
+    return found
 
 
 def _adapter_digest(variant: Variant) -> str | None:

@@ -13,9 +13,10 @@ from msdda_fast.errors import InvalidShape, UnsupportedNetwork
 from msdda_fast.pipelines.regions import Regions
 from msdda_fast.steps.pixels import PixelWeights
 
-__all__ = ["latent_scale", "requested_size", "weights_of_latents"]
+__all__ = ["SCALES", "latent_scale", "requested_size", "weights_of_latents"]
 
-_SCALES = ("vae_scale_factor", "vae_scale_factor_spatial", "vae_spatial_compression_ratio")
+#: Attributes of pipelines of which the first that there is says that.
+SCALES = ("vae_scale_factor", "vae_scale_factor_spatial", "vae_spatial_compression_ratio")
 
 
 def latent_scale(pipe: Any) -> int:  # noqa: ANN401 - any pipeline
@@ -24,12 +25,12 @@ def latent_scale(pipe: Any) -> int:  # noqa: ANN401 - any pipeline
     Raises:
         UnsupportedNetwork: The pipeline does not say.
     """
-    for name in _SCALES:
+    for name in SCALES:
         if isinstance(scale := getattr(pipe, name, None), int):
             return scale
     raise UnsupportedNetwork(
         f"masks: {type(pipe).__name__} does not say how many pixels of the image a pixel of its "
-        f"latents is ({', '.join(_SCALES)}), so masks cannot be placed in them"
+        f"latents is ({', '.join(SCALES)}), so masks cannot be placed in them"
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import diffusers
 
-from msdda_fast.adapters.sources import fetch, locate
+from msdda_fast.adapters.sources import locate, model_file
 from msdda_fast.files import read_json
 from msdda_fast.pipelines.loading import STABLE_DIFFUSION
 from msdda_fast.pipelines.stable_diffusion.pipeline import MSDDAPipeline
@@ -27,11 +27,8 @@ def saved_class(model: str | Path) -> Any:  # noqa: ANN401 - a class
         ValueError: Its index is damaged, or names a class that this diffusers does not have.
     """
     place = locate(model)
-    if isinstance(place, Path):
-        index = place / "model_index.json"
-    else:
-        index = fetch(place, "model_index.json", {}) or Path("model_index.json")
-    if not index.is_file():
+    index = model_file(place, "model_index.json", {})
+    if index is None:
         raise FileNotFoundError(f"{place} is not a diffusers pipeline: it has no model_index.json")
     name = read_json(index, "a diffusers pipeline's index").get("_class_name")
     if name in STABLE_DIFFUSION:

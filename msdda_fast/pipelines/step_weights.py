@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +15,7 @@ from msdda_fast.weight_ranges import alternatives, by_timestep, has_ranges
 from msdda_fast.weights import as_host_float64, preference_weights
 
 if TYPE_CHECKING:
-    from msdda_fast.types import WeightSchedule, WeightsLike
+    from msdda_fast.types import WeightSchedule
 
 __all__ = ["StepWeights", "count_of"]
 
@@ -43,7 +42,7 @@ class StepWeights:
         self, weights: WeightSchedule, count: int, *, extrapolate: bool, timesteps: Tensor | None
     ) -> None:
         self._count, self._extrapolate = count, extrapolate
-        self.table: WeightsLike | Callable[[int], Any] = weights
+        self.table: Any = weights
         self.pixels: PixelWeights | None = None
         if isinstance(weights, Tensor) and weights.ndim > 3:
             self.table, self.pixels = None, PixelWeights.of(weights)

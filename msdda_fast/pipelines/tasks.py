@@ -20,6 +20,7 @@ from msdda_fast.adapters.variant import AdapterSet
 from msdda_fast.errors import UnsupportedNetwork
 from msdda_fast.pipelines.attach import WithObjectives, attach
 from msdda_fast.pipelines.loading import STABLE_DIFFUSION
+from msdda_fast.pipelines.manifest import NAMELESS
 
 __all__ = ["Task", "check_from_text", "for_task", "shared_guidance", "task_class"]
 
@@ -39,6 +40,8 @@ _TEXTS = (
     auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING,
     auto_pipeline.AUTO_TEXT2VIDEO_PIPELINES_MAPPING,
 )
+#: Channels of the transformers that a class inpaints with, where only its loop says so.
+_CHANNELS = {"StableDiffusion3InpaintPipeline": (16, 33)}
 #: Images that no task gives, and parts that need them.
 _MORE = {"control_image", "control_video"}
 _CONTROLS = {"controlnet", "adapter"}
@@ -97,8 +100,9 @@ def for_task(pipe: Any, task: Task) -> Any:  # noqa: ANN401 - a pipeline with ob
 
     It is of the stock class of that task, whose arguments `image`, `mask_image` (white is
     repainted) and `strength` it takes, besides those of `WithObjectives`; `pipe` itself, where that
-    takes them. It has a scheduler of its own, and nothing is loaded or copied. Its call guides all
-    objectives alike: where they had guidance of their own, give it `shared_guidance(pipe)`.
+    takes them. It has a scheduler of its own, nothing is loaded or copied, and it runs in the same
+    processes. Its call guides all objectives alike: where they had guidance of their own, give it
+    `shared_guidance(pipe)`.
 
     Args:
         pipe: A pipeline with objectives: `MSDDAPipeline`, or of a stock class (`attach`).
@@ -113,6 +117,12 @@ def for_task(pipe: Any, task: Task) -> Any:  # noqa: ANN401 - a pipeline with ob
     wanted = task_class(stock, task)
     if wanted is stock:
         return pipe
+    channels, runs = _channels(pipe), _CHANNELS.get(wanted.__name__)
+    if runs is not None and channels not in runs:
+        raise UnsupportedNetwork(
+            f"{stock.__name__} cannot do {task}: {wanted.__name__} runs transformers of "
+            f"{' or '.join(map(str, runs))} channels, and this one has {channels}"
+        )
     scheduler = copy.deepcopy(pipe.scheduler)  # construction may edit its config
     source = pipe if isinstance(pipe, WithObjectives) else _stock(pipe)
     made = _MAKERS[task].from_pipe(source, scheduler=scheduler)
@@ -120,7 +130,10 @@ def for_task(pipe: Any, task: Task) -> Any:  # noqa: ANN401 - a pipeline with ob
     objectives = pipe.objectives
     if shared_guidance(pipe) is not None:
         objectives = {name: replace(one, guidance_scale=None) for name, one in objectives.items()}
-    return attach(made, objectives, _sets(pipe))
+    attached = attach(made, objectives, _sets(pipe), pipe.accelerator)
+    if pipe.parallel is not None:
+        attached.enable_parallel(pipe.parallel)
+    return attached
 
 
 def shared_guidance(pipe: Any) -> float | None:  # noqa: ANN401 - as `for_task`
@@ -138,12 +151,18 @@ def _stock(pipe: Any) -> StableDiffusionPipeline:  # noqa: ANN401 - an MSDDAPipe
 
 
 def _sets(pipe: Any) -> dict[str, AdapterSet]:  # noqa: ANN401 - as above
+    """The adapters of each objective, and of the base, by `NAMELESS`."""
     if isinstance(pipe, WithObjectives):
-        return pipe.adapter_sets
+        return {**pipe.adapter_sets, NAMELESS: pipe.base_set}
     return {
         name: () if variant.adapter is None else ((variant.adapter, float(variant.scale)),)
-        for name, variant in pipe.variants.items()
+        for name, variant in {**pipe.variants, NAMELESS: pipe.base_variant}.items()
     }
+
+
+def _channels(pipe: Any) -> int | None:  # noqa: ANN401 - as above
+    transformer = pipe.components.get("transformer")
+    return None if transformer is None else transformer.config.get("in_channels")
 
 
 def _takes(kind: Any, task: Task) -> bool:  # noqa: ANN401 - a class

@@ -15,6 +15,7 @@ from msdda_fast.batching.request import ImageRequest
 from msdda_fast.errors import MSDDAError, UnsupportedNetwork
 from msdda_fast.levels import noise_to_json
 from msdda_fast.objective import Objective
+from msdda_fast.pipelines.accelerator import Accelerator
 from msdda_fast.pipelines.stable_diffusion.pipeline import MSDDAPipeline
 from msdda_fast.serve.settings import ServeSettings, sides
 
@@ -32,6 +33,7 @@ class Facts:
         capabilities: For each optional field of a request, whether the model can follow it;
             "image" and "mask" are those of edits, "partial_images" and "progress" of streams.
         timesteps: How many the model was trained with: ranges of weights end there.
+        accelerator: What it draws with few steps with; None: nothing.
     """
 
     sizes: Sequence[str]
@@ -39,6 +41,7 @@ class Facts:
     family: str
     capabilities: Mapping[str, bool]
     timesteps: int
+    accelerator: Accelerator | None
 
     @classmethod
     def of(cls, engine: Engine, settings: ServeSettings) -> Facts:
@@ -61,6 +64,7 @@ class Facts:
             family=_family(pipe),
             capabilities=can,
             timesteps=int(pipe.scheduler.config.num_train_timesteps),
+            accelerator=pipe.accelerator,
         )
 
     def described(self) -> dict[str, Any]:
@@ -74,12 +78,14 @@ class Facts:
             }
             for name, o in self.objectives.items()
         ]
+        few = self.accelerator  # without its source, which may be a path
         return {
             "data": data,
             "family": self.family,
             "sizes": list(self.sizes),
             "timesteps": self.timesteps,
             "capabilities": dict(self.capabilities),
+            "accelerator": few and {"scheduler": few.scheduler, "steps": few.steps},
         }
 
 

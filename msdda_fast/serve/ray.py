@@ -21,7 +21,6 @@ from msdda_fast.pipelines.notices import quieten
 from msdda_fast.pipelines.stable_diffusion.pipeline import MSDDAPipeline
 from msdda_fast.serve.ray_drawer import Drawer
 from msdda_fast.serve.ray_ingress import Ingress
-from msdda_fast.serve.service import lay_out
 from msdda_fast.serve.settings import ServeSettings, client_limit, public_name
 
 __all__ = ["ObjectiveArgs", "RayArgs", "app", "build"]
@@ -68,6 +67,9 @@ class RayArgs(BaseModel):
         "msdda-fast/emoji", description="Hub id, folder on every node, or the shipped model."
     )
     objectives: dict[str, ObjectiveArgs] | None = Field(None, description="None: the model's own.")
+    accelerator: str | None = Field(
+        None, description="Adapter for few steps: a file, folder or hub id, or own for the model's."
+    )
     dtype: str = Field("float32", pattern="^(float32|bfloat16|float16)$")
     device: str | None = Field(None, description="None: cuda if a replica has a GPU, else cpu.")
     max_batch: int = Field(8, ge=1)
@@ -152,9 +154,12 @@ def _load(args: RayArgs) -> Any:  # noqa: ANN401 - of any class
     objectives = {name: one.objective() for name, one in (args.objectives or {}).items()}
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     pipe = MSDDAPipeline.from_pretrained(
-        args.model, objectives=objectives or None, dtype=getattr(torch, args.dtype)
+        args.model,
+        objectives=objectives or None,
+        dtype=getattr(torch, args.dtype),
+        accelerator=args.accelerator,
     )
-    return lay_out(pipe.to(torch.device(device)))
+    return pipe.to(torch.device(device))
 
 
 #: The shipped model, or with `serve run msdda_fast.serve.ray:build model=...` any other.

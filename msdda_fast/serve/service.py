@@ -11,7 +11,6 @@ from abc import ABC, abstractmethod
 from concurrent.futures import Future
 from typing import Any
 
-import torch
 from PIL import Image
 
 from msdda_fast.batching.engine import Engine
@@ -19,13 +18,12 @@ from msdda_fast.batching.request import GeneratedImage, ImageRequest
 from msdda_fast.batching.stats import EngineStats
 from msdda_fast.engine.buffers import padded_steps
 from msdda_fast.errors import EngineClosed, MSDDAError
-from msdda_fast.pipelines.stable_diffusion.pipeline import MSDDAPipeline
 from msdda_fast.serve.facts import Facts
 from msdda_fast.serve.metrics import Metrics
 from msdda_fast.serve.refusals import Refusal, of_engine
 from msdda_fast.serve.settings import ServeSettings, sides
 
-__all__ = ["EngineService", "Service", "encoded", "lay_out"]
+__all__ = ["EngineService", "Service", "encoded"]
 
 logger = logging.getLogger("msdda_fast.serve")
 
@@ -140,7 +138,11 @@ class EngineService(Service):
 
     def warm(self) -> None:
         """Build and capture whatever a request may ask for; takes seconds to minutes."""
-        kinds = {padded_steps(steps): steps for steps in range(1, self.settings.max_steps + 1)}
+        kinds: dict[int, int] = {}
+        # one T for each kind of buffers, and the usual one for its own: not every scheduler takes
+        # as many steps as a request may ask for
+        for steps in (self.settings.steps, *range(1, self.settings.max_steps + 1)):
+            kinds.setdefault(padded_steps(steps), steps)
         try:
             for width, height in map(sides, self.sizes):
                 for steps in kinds.values():
@@ -198,16 +200,6 @@ class EngineService(Service):
         drawn = stats.completed / stats.batches if stats.batches else 1.0
         seconds = stats.drawing_s / stats.batches if stats.batches else 1.0
         return min(60, max(1, math.ceil(stats.waiting / max(1.0, drawn) * seconds)))
-
-
-def lay_out(pipe: Any) -> Any:  # noqa: ANN401 - of any class, and returned as it is
-    """Put convolutions into the memory layout that captured batches share, in place.
-
-    Otherwise every captured size would hold its own copy of them. Stock pipelines capture none.
-    """
-    if isinstance(pipe, MSDDAPipeline) and pipe.device.type == "cuda":
-        pipe.unet.to(memory_format=torch.channels_last)
-    return pipe
 
 
 def encoded(image: Image.Image) -> str:

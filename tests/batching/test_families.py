@@ -20,7 +20,6 @@ from msdda_fast.errors import UnsupportedNetwork
 from tests.batching.conftest import SOON, Plug, assert_close, request, together
 from tests.families import images, videos, xl
 from tests.families.encoders import with_encoders
-from tests.families.parts import STABLE_DIFFUSION_NOISE
 from tests.tiny_model import quiet
 
 pytestmark = [
@@ -148,11 +147,9 @@ class TestTexts:
     @pytest.mark.full  # one scheduler whose own level is another than its objectives'
     def test_levels_that_a_scheduler_has_and_others_share_no_batch(self, start):
         """Alone each image is drawn as here; together the levels of all would be mixed."""
-        stock = pipe_of("SDXL").detach()
-        stock.scheduler = diffusers.TCDScheduler(**STABLE_DIFFUSION_NOISE)
         levels = {"a": mf.Objective(), "b": mf.Objective(eta=0.5)}
-        pipe = quiet(mf.MSDDAPipeline.from_pipe(stock, objectives=levels))
-        asked = [request(weights=w, **KINDS["SDXL"].fields) for w in ([1, 0], [0, 1])]
+        pipe = quiet(mf.MSDDAPipeline.from_pipe(pipe_of("SD3"), objectives=levels))
+        asked = [request(weights=w, **KINDS["SD3"].fields) for w in ([1, 0], [0, 1])]
         results = together(start(pipe), asked, weights=[1, 0])
         assert [result.batch_size for result in results] == [1, 1]
         for result, one in zip(results, asked, strict=True):
@@ -197,12 +194,13 @@ class TestImages:
         engine = start(pipe)
         results = together(engine, asked)
         assert {result.batch_size for result in results} == {2}
-        other = engine._routes._routes["image"].drawer.pipe
+        other = engine._routes._routes["image-to-image"].drawer.pipe
         assert "Img2Img" in type(other).__name__
         for result, one in zip(results, asked, strict=True):
             assert_close(result.image, alone(other, one, **sized(name)))
 
-    @pytest.mark.parametrize("name", some("SDXL", full=["FLUX"]))
+    @pytest.mark.full  # of Stable Diffusion below
+    @pytest.mark.parametrize("name", ["SDXL", "FLUX"])
     def test_each_has_its_own_mask(self, start, name):
         pipe = pipe_of(name)
         fields = {"image_strength": 0.9, "height": None, "width": None}
@@ -247,15 +245,24 @@ class TestImages:
         one = request(image=PICTURES[0], mask_image=MASK, height=16, width=24)
         assert engine.submit(one).result(SOON).image.size == (24, 16)
 
-    @pytest.mark.full  # the way back of the others
-    def test_an_engine_of_such_a_pipeline_draws_from_texts_too(self, start):
+    def test_an_engine_of_such_a_pipeline_draws_nothing_else(self, start):
         stock = diffusers.StableDiffusionXLImg2ImgPipeline(**pipe_of("SDXL").components)
-        pipe = quiet(mf.MSDDAPipeline.from_pipe(stock))
-        engine = start(pipe, output_type="pil")
+        engine = start(quiet(mf.MSDDAPipeline.from_pipe(stock)), max_batch=1)
         engine.prepare(32, 32, num_inference_steps=3)
         one = request(image=PICTURES[0], image_strength=0.7)
-        assert engine.submit(one).result(SOON).image.size == (32, 32)
-        assert engine.submit(request(height=16, width=16)).result(SOON).image.size == (16, 16)
+        assert engine.submit(one).result(SOON)
+        with pytest.raises(mf.InvalidRequest, match="starts from an image") as raised:
+            engine.submit(request())
+        assert raised.value.field == "image"
+
+    @pytest.mark.full  # shared_guidance is tested in tests/families
+    def test_guidance_is_that_of_the_objectives(self, start, tiny):
+        engine = start(tiny.load(objectives=tiny.objectives(guidance_scale=3.0)))
+        own = request(image=PICTURES[0], image_strength=0.7)
+        given = replace(own, guidance_scale=3.0)
+        results = together(engine, [own, given])
+        assert {result.batch_size for result in results} == {2}
+        assert_close(results[0].image, results[1].image)
 
     def test_one_whose_images_belong_to_all_prompts_is_drawn_alone(self, start, monkeypatch):
         monkeypatch.setattr(pipeline_flux_kontext, "PREFERRED_KONTEXT_RESOLUTIONS", [(16, 16)])
@@ -292,6 +299,7 @@ class TestWhereAndWhen:
         for result, one in zip(results, asked, strict=True):
             assert_close(result.image, alone(pipe, one, masks=one.masks))
 
+    @pytest.mark.full  # one more of what shapes have
     def test_softness_is_one_for_all_with_masks(self, start):
         engine = start(pipe_of("SD3"))
         mask = {"a": MASK.crop((0, 0, 16, 16))}
@@ -405,6 +413,29 @@ class TestRefused:
         assert raised.value.field == field
         assert engine.stats().waiting == engine.stats().batches == 0
 
+    @pytest.mark.parametrize("name", ["SD3", None], ids=["stock", "captured"])
+    def test_one_can_ask_without_drawing(self, start, own_pipe, name):
+        engine = start(own_pipe if name is None else pipe_of(name), max_cost=2**20)
+        engine.check(request(), 2)
+        with pytest.raises(mf.InvalidRequest, match="max_cost"):
+            engine.check(request(), 2**20)
+        with pytest.raises(mf.UnknownObjective):
+            engine.check(request(weights={"hot": 1}))
+        stats = engine.stats()
+        assert (stats.waiting, stats.drawing, stats.batches) == (0, 0, 0)
+
+    def test_what_the_stock_call_would_refuse(self, start, monkeypatch):
+        def check_inputs(self, prompt, width):
+            if width != 16:
+                raise ValueError("`width` and `height` must be those of a stamp")
+
+        engine = start(pipe_of("SD3"))
+        monkeypatch.setattr(diffusers.StableDiffusion3Pipeline, "check_inputs", check_inputs)
+        with pytest.raises(mf.InvalidRequest, match="those of a stamp") as raised:
+            engine.submit(request(width=18))
+        assert raised.value.field == "width"
+        engine.check(request(width=16))
+
     def test_levels_of_zero_beside_others(self, start):
         levels = {
             "a": mf.Objective(noise=mf.FlowSDE(0.7)),
@@ -426,7 +457,9 @@ class TestRefused:
 
     @pytest.mark.full  # attaching refuses them in tests/families
     def test_objectives_with_what_stock_pipelines_cannot(self, start, tiny):
-        engine = start(tiny.load(objectives=tiny.objectives(guidance_scale=3.0)))
+        objectives = tiny.objectives()
+        objectives["cool"] = replace(objectives["cool"], guidance_scale=3.0)
+        engine = start(tiny.load(objectives=objectives))
         with pytest.raises(mf.InvalidRequest, match="guidance_scale of its own") as raised:
             engine.submit(request(image=PICTURES[0]))
         assert raised.value.field == "image"

@@ -2,6 +2,7 @@
 """The command line with other pipelines than Stable Diffusion: the shipped one, and tiny ones."""
 
 import json
+from types import SimpleNamespace
 
 import diffusers
 import numpy as np
@@ -13,8 +14,8 @@ import msdda_fast as mf
 from msdda_fast.cli import app as cli
 from msdda_fast.cli import drawing
 from msdda_fast.cli import generate as cli_generate
-from msdda_fast.cli.session import SHIPPED_FLOW
-from msdda_fast.emoji.flow_model import shorten
+from msdda_fast.cli import sweep as cli_sweep
+from msdda_fast.cli.session import SHIPPED_FLOW, DType, load
 from msdda_fast.pipelines import mp4
 from tests.families import encoders, images, videos, xl
 from tests.tiny_model import quiet
@@ -80,16 +81,20 @@ def wan(batch):
     return type(pipe)(**{**pipe.components, **texts}), call
 
 
+@pytest.fixture(scope="module")
+def flow():
+    return quiet(load(SHIPPED_FLOW, None, DType.float32, "cpu"))
+
+
 class TestFlowModel:
-    def test_generate_is_the_call_in_python(self, tmp_path):
+    def test_generate_is_the_call_in_python(self, flow, tmp_path):
         done = run(
             "generate", "A red car.", "-m", SHIPPED_FLOW, "-w", "aesthetic=0.3", "-w",
             "consistency=0.7", "-s", "consistency=0.5", "--seed", 5, "--steps", 2, "--guidance", 1,
             "-n", 2, "-o", tmp_path / "x.png", "--height", 64, "--device", "cpu",
         )  # fmt: skip
         assert done.exit_code == 0, done.output
-        pipe = quiet(mf.MSDDAPipeline.from_pretrained(SHIPPED_FLOW))
-        expected = pipe(
+        expected = flow(
             "A red car.",
             weights={"aesthetic": 0.3, "consistency": 0.7},
             objective_strength={"consistency": 0.5},
@@ -97,27 +102,29 @@ class TestFlowModel:
             num_inference_steps=2,
             guidance_scale=1.0,
             num_images_per_prompt=2,
-            **shorten(pipe),
         ).images
         for index, image in enumerate(expected):
             assert np.array_equal(pixels(tmp_path / f"x-{index}.png"), np.asarray(image))
 
-    def test_sweep_continues(self, tmp_path):
-        sweep = ["sweep", "-m", SHIPPED_FLOW, "-p", "A red car.", "--weights", "0,1", "--guidance",
-                 1, "--device", "cpu", "-o", tmp_path, "--steps"]  # fmt: skip
+    def test_sweep_continues(self, flow, monkeypatch, tmp_path):
+        monkeypatch.setattr(cli_sweep, "load", lambda *_: flow)
+        model = ["-m", SHIPPED_FLOW, "--device", "cpu", "-o", tmp_path]
+        sweep = ["sweep", *model, "-p", "A red car.", "--weights", "0,1", "--steps"]
         done = run(*sweep, 1)
         assert done.exit_code == 0 and "base" in done.stdout, done.output
         cells = {file: file.stat().st_mtime_ns for file in tmp_path.glob("cells/*.png")}
         assert len(cells) == 3
         settings = json.loads((tmp_path / "settings.json").read_text())
         assert settings["pipeline"] == "StableDiffusion3Pipeline"
+        assert settings["guidance_scale"] == 1.0  # that of its adapters' training
         next(iter(cells)).unlink()
         assert run(*sweep, 1).exit_code == 0
         now = {file: file.stat().st_mtime_ns for file in tmp_path.glob("cells/*.png")}
         assert len(now) == 3 and sum(now[file] == time for file, time in cells.items()) == 2
         assert_refused(run(*sweep, 3), "num_inference_steps was 1, is 3")
 
-    def test_a_prompt_that_all_text_encoders_cut_is_refused(self, tmp_path):
+    def test_a_prompt_that_all_text_encoders_cut_is_refused(self, flow, monkeypatch, tmp_path):
+        monkeypatch.setattr(cli_generate, "load", lambda *_: flow)
         done = run("generate", "a red dog " * 9, "-m", SHIPPED_FLOW, "-o", tmp_path / "x.png")
         assert_refused(done, "has 29 tokens, but the text encoder reads at most 24")
 
@@ -249,6 +256,7 @@ def test_several_processes_are_for_stable_diffusion(folder, monkeypatch, tmp_pat
     monkeypatch.setenv("RANK", "0")
     done = run("generate", "a dog", "-m", folder("FluxPipeline"), "-o", tmp_path / "x.png")
     assert_refused(done, "is a FluxPipeline, and only Stable Diffusion 1 and 2 run in several")
+    assert_refused(run("generate", "a dog", "--image", "x.png"), "--image: several processes")
 
 
 def test_masks_ranges_and_an_accelerator_are_handed_on(tiny, monkeypatch, tmp_path):
@@ -259,6 +267,8 @@ def test_masks_ranges_and_an_accelerator_are_handed_on(tiny, monkeypatch, tmp_pa
         asked.append(given)
         raise mf.InvalidWeights("noted")
 
+    accelerator = property(lambda _: SimpleNamespace(steps=6))
+    monkeypatch.setattr(mf.MSDDAPipeline, "accelerator", accelerator)
     monkeypatch.setattr(mf.MSDDAPipeline, "__call__", noted)
     monkeypatch.setattr(
         mf.MSDDAPipeline, "from_pretrained", lambda *_, **given: loaded.append(given) or pipe
@@ -271,7 +281,7 @@ def test_masks_ranges_and_an_accelerator_are_handed_on(tiny, monkeypatch, tmp_pa
     )  # fmt: skip
     assert loaded[0]["accelerator"] == "own"
     assert asked[0]["masks"]["warm"].getextrema() == (128, 128) and asked[0]["mask_softness"] == 2
-    assert asked[0]["num_inference_steps"] == 4
+    assert asked[0]["num_inference_steps"] == 6
     assert asked[0]["weights"] == {
         (500, 999): {"warm": 1.0, "cool": 0.0},
         (0, 499): {"warm": 0.5, "cool": 0.5},

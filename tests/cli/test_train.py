@@ -125,7 +125,8 @@ STEP_DPO = {
 @pytest.fixture
 def ranked(tiny, tiny_kl, prompts, tmp_path, monkeypatch):
     """`step-dpo --reward` up to where the training would begin, on a pipeline in memory."""
-    models = {"tiny": tiny, "other": tiny_kl}
+    folders = {"tiny": tiny.folder, "other": tiny_kl.folder}
+    models = {str(model.folder): model for model in (tiny, tiny_kl)}
 
     def load(model, objectives, dtype, device):
         eta = float(objectives[0].split(":")[-1])
@@ -141,6 +142,7 @@ def ranked(tiny, tiny_kl, prompts, tmp_path, monkeypatch):
 
     def start(**changes):
         options = STEP_DPO | {"--prompts": prompts} | changes
+        options["--model"] = folders[options["--model"]]
         return run("step-dpo", "-o", tmp_path / "run", *chain.from_iterable(options.items()))
 
     start.trained = trained

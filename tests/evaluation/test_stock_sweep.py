@@ -1,12 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """A sweep with a stock pipeline: the base at the first objective's noise, then the weights."""
 
+from dataclasses import replace
+
 import numpy as np
 from PIL import Image
 
 import msdda_fast as mf
+from msdda_fast.evaluation.cell_drawer import CellDrawer, base_label
 from msdda_fast.evaluation.cells import Cell
-from msdda_fast.evaluation.sweep import CellDrawer, Sweep, base_label, run_sweep
+from msdda_fast.evaluation.sweep import Sweep, run_sweep
+from msdda_fast.pipelines.accelerator import Accelerator
+from msdda_fast.pipelines.attach import attach
+from msdda_fast.pipelines.manifest import NAMELESS
 from tests.families import images
 from tests.families.encoders import with_encoders
 from tests.tiny_model import quiet
@@ -47,6 +53,14 @@ def test_cells_are_the_calls_that_they_stand_for():
     expected = draw(pipe, weights=weights, objective_strength={"b": 0.5})
     assert np.array_equal(cell, expected) and not np.array_equal(cell, draw(pipe, weights=weights))
     assert base_label(pipe) == "base"
+
+
+def test_the_base_has_the_accelerator_of_the_objectives():
+    pipe, _ = images.sd3(1)
+    sets = {"a": (("a", 1.0), ("b", 1.0)), NAMELESS: (("b", 1.0),)}
+    pipe = attach(pipe, {"a": OBJECTIVES["a"]}, sets, Accelerator("b"))
+    base = CellDrawer(pipe, replace(SWEEP, toward=""))._base
+    assert base.adapter_sets == {"base": sets[NAMELESS]} and base.accelerator == pipe.accelerator
 
 
 def test_it_is_finished_once(tmp_path, monkeypatch):

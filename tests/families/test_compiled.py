@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """A denoiser that its user compiled compiles once for all weights, prompts, seeds and adapters."""
 
+import warnings
+
 import pytest
 import torch
+from peft import inject_adapter_in_model
 from torch import nn
 
 from tests.families import images, videos, xl
@@ -52,6 +55,16 @@ def other_numbers(network: nn.Module) -> None:
                 parameter.copy_(-1.1 * parameter.flip(0))
 
 
+def other_adapter(network: nn.Module) -> None:
+    """Load another adapter of the same ranks by the name of an old one."""
+    config = network.peft_config["a"]
+    network.delete_adapters("a")
+    torch.manual_seed(9)
+    with warnings.catch_warnings():  # of a second adapter, which is the purpose
+        warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)
+        inject_adapter_in_model(config, network, "a")
+
+
 CASES = [
     pytest.param(images.flux, one_block, id="a block of FLUX"),  # the others take half a minute
     pytest.param(images.flux, blocks, id="FLUX, its blocks", marks=pytest.mark.full),
@@ -80,9 +93,10 @@ def test_nothing_but_shapes_compiles_again(make, how, said):  # noqa: F811
     assert first == (2 if how is blocks else 1)  # the check of the rows was not compiled
     prompt = {"prompt_embeds": call["prompt_embeds"] + 0.1}
     assert draws(weights=[{"a": 0.5, "b": 0.5}, {"a": 0.9, "b": 0.1}], seed=[3, 4]) == first
-    for changed in (network, getattr(plain, "unet", None) or plain.transformer):
-        other_numbers(changed)
-    assert draws(weights=W) == first
+    for change in (other_numbers, other_adapter):
+        for changed in (network, getattr(plain, "unet", None) or plain.transformer):
+            change(changed)
+        assert draws(weights=W) == first
     three = draws(weights=W, objective_strength=[0.5, 0.5])  # and the base: more rows
     assert three == 2 * first
     assert draws(weights=W) == three

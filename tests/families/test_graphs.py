@@ -219,8 +219,16 @@ def test_other_values_are_another_graph_and_odd_ones_none():
     for scale in (2, 2.0, 3, 2):
         assert torch.equal(graphs.run(torch.mul, [x, scale], {}), x * scale)
     assert made.captures == 3
+    held = graphs.run(torch.mul, [x, 2], {})
+    graphs.run(torch.mul, [5 * x, 2], {})
+    assert torch.equal(held, 2 * x)
     with pytest.raises(CaptureError, match="an argument is a set"):
         graphs.run(lambda x, more: x, [x], {"more": {1}})
+    graphs.run(torch.mul, [x, 4], {})
+    with pytest.raises(CaptureError, match="changes from call to call"):
+        graphs.run(torch.mul, [x, 5], {})
+    with pytest.raises(CaptureError, match=r"arguments are on \['cpu', 'meta'\]"):
+        graphs.run(torch.add, [x, torch.ones(2, device="meta")], {})
 
 
 @pytest.mark.gpu

@@ -25,7 +25,7 @@ from tests.families.table import FAMILIES, Family
 from tests.families.test_families import CLOSE, A, B, error
 
 #: One for each way in which latents lie, once at equal levels and once at unequal ones.
-EQUAL, UNEQUAL = ("SD3", "FLUX", "LTX"), ("SDXL", "FLUX.2", "Wan 2.1")
+EQUAL, UNEQUAL = ("SD3", "FLUX", "LTX"), ("PixArt-Sigma", "FLUX.2", "Wan 2.1")
 #: Sound has no pixels; the size of an image is not among the arguments.
 PLACED = {name: one for name, one in FAMILIES.items() if name not in ("LTX-2", "SDXL img2img")}
 
@@ -241,6 +241,7 @@ def _call_of(name: str) -> tuple[object, dict]:
     return attach(pipe), call
 
 
+@pytest.mark.full  # a network that no other test of `make test` needs here
 def test_latents_that_are_not_of_an_image_are_named() -> None:
     pipe, call = _call_of("LTX-2")
     mask = torch.ones(call["height"], call["width"])

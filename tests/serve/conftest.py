@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import threading
 import time
-from dataclasses import replace
 
 import httpx2
 import pytest
@@ -102,16 +101,12 @@ def edit(served):
 
 @pytest.fixture
 def asked(served, monkeypatch):
-    """The requests that reach the engine; they are drawn without their images."""
+    """The requests that reach the engine."""
     found, submit = [], served.engine.submit_images
 
     def note(request, count=1, **options):
         found.append(request)
-        names = ("image", "mask_image", "image_strength", "masks", "mask_softness")
-        plain = dict.fromkeys(names)
-        by_range = any("-" in name for name in request.weights or ())
-        weights = None if by_range else request.weights
-        return submit(replace(request, **plain, weights=weights), count, **options)
+        return submit(request, count, **options)
 
     monkeypatch.setattr(served.engine, "submit_images", note)
     return found

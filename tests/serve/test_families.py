@@ -13,7 +13,7 @@ from msdda_fast.serve.settings import ServeSettings
 from tests.families import images, videos, xl
 from tests.families.encoders import with_encoders
 from tests.serve.conftest import Running, until
-from tests.serve.pictures import halves, picture, saved
+from tests.serve.pictures import base64_png, halves, picture, saved
 from tests.serve.test_api import pixels
 from tests.serve.test_fields import check
 from tests.tiny_model import quiet
@@ -77,6 +77,47 @@ def test_images_are_those_of_the_pipeline(xl_served):
         negative_prompt="a",
     ).images[0]  # fmt: skip
     assert abs(pixels(answer.json()["data"][0]["b64_json"]) - np.asarray(found, int)).max() <= 1
+
+
+def test_masks_and_ranges_are_those_of_the_pipeline(served, flux_served):
+    left = Image.new("L", (32, 32))
+    left.paste(255, (0, 0, 16, 32))
+    masks = {"masks": {name: base64_png(left) for name in ("warm",)}, "mask_softness": 2}
+    late = {"weights": {"500-999": {"warm": 1, "cool": 0}, "0-499": {"warm": 0, "cool": 1}}}
+    found = []
+    for ours, theirs in [
+        (masks, {"masks": {"warm": left}, "mask_softness": 2}),
+        (late, late),
+        ({}, {}),
+    ]:
+        answer = served.draw(seed=5, steps=4, **ours)
+        found.append(pixels(answer.json()["data"][0]["b64_json"]))
+        wanted = served.engine.pipe("a red dog", seed=5, num_inference_steps=4, **theirs).images[0]
+        assert abs(found[-1] - np.asarray(wanted, int)).max() <= 1
+    assert all(abs(one - found[2]).max() > 1 for one in found[:2])
+    masks["masks"] = {"a": masks["masks"]["warm"]}
+    assert flux_served.draw(steps=2, **masks).status_code == 200
+
+
+class TestMasks:
+    @pytest.mark.parametrize(
+        ("masks", "param", "reason"),
+        [
+            ({"hot": 255}, "masks", "hot"),
+            ({"warm": 100, "cool": 100}, "masks", "row 0, column 0"),
+            ({"warm": 200, "cool": 200}, "masks", "row 0, column 0"),
+        ],
+    )
+    def test_that_make_no_preference_are_refused(self, served, masks, param, reason):
+        masks = {name: base64_png(Image.new("L", (32, 32), value)) for name, value in masks.items()}
+        answer = served.draw(masks=masks)
+        check(answer, param)
+        assert reason in answer.json()["error"]["message"]
+
+    def test_ranges_that_do_not_cover(self, served):
+        answer = served.draw(weights={"500-999": {"warm": 1, "cool": 0}})
+        check(answer, "weights")
+        assert "cover every timestep" in answer.json()["error"]["message"]
 
 
 class TestEdits:
@@ -164,6 +205,7 @@ def test_what_a_model_can_do_is_told(xl_served, flux_served, served):
     for name, expected in {
         "image": [True, True, True],
         "mask": [True, True, True],
+        "masks": [True, True, True],
         "negative_prompt": [True, False, True],
         "partial_images": [False, False, True],
         "progress": [True, True, True],
@@ -172,3 +214,18 @@ def test_what_a_model_can_do_is_told(xl_served, flux_served, served):
     assert [one["timesteps"] for one in told] == [1000] * 3
     assert told[0]["sizes"] == ["32x32", "16x16"]
     assert told[1]["data"][0].keys() == {"id", "eta", "guidance_scale", "noise"}
+
+
+def test_an_accelerator_is_told_without_its_path_and_draws(tiny):
+    pipe = tiny.load(objectives={"cool": mf.Objective(tiny.cool)}, accelerator=str(tiny.warm))
+    # more steps than LCM has, which only requests for them need
+    one = Running(mf.Engine(pipe, max_batch=1), steps=2, max_steps=64)
+    try:
+        until(lambda: one.service.is_ready)
+        answer = one.http.get("/v1/objectives")
+        assert answer.json()["accelerator"] == {"scheduler": "LCMScheduler", "steps": 4}
+        assert str(tiny.folder) not in answer.text
+        assert one.draw().status_code == 200
+        check(one.draw(steps=64), "steps")
+    finally:
+        one.stop()

@@ -8,16 +8,8 @@ import pytest
 from PIL import Image
 
 
-@pytest.fixture
-def able(served, monkeypatch):
-    """The page shows all that any model can do; requests are drawn without it."""
-    facts = served.service.facts
-    everything = dict.fromkeys(facts.capabilities, True)
-    monkeypatch.setattr(served.service, "facts", replace(facts, capabilities=everything))
-
-
 @pytest.mark.full  # a browser
-def test_another_balance_in_the_late_steps(served, visit, able, asked):
+def test_another_balance_in_the_late_steps(served, visit, asked):
     visit = visit(served.url)
     page = visit.page
     page.fill("#prompt", "a red dog")
@@ -33,7 +25,7 @@ def test_another_balance_in_the_late_steps(served, visit, able, asked):
 
 
 @pytest.mark.full  # a browser
-def test_regions_are_painted(served, visit, able, asked):
+def test_regions_are_painted(served, visit, asked):
     visit = visit(served.url)
     page = visit.page
     page.fill("#prompt", "a red dog")
@@ -69,7 +61,7 @@ def test_regions_are_painted(served, visit, able, asked):
 
 
 @pytest.mark.full  # a browser
-def test_an_image_to_start_from(served, visit, able, asked, tmp_path):
+def test_an_image_to_start_from(served, visit, asked, tmp_path):
     visit = visit(served.url)
     page = visit.page
     image = Image.new("RGB", (96, 64), "red")

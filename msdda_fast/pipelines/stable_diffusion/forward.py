@@ -13,8 +13,9 @@ import torch
 from msdda_fast.adapters.variant import Variant
 from msdda_fast.batched.options import DEFAULTS, BatchedOptions
 from msdda_fast.engine.graph import Capture
+from msdda_fast.engine.parallel import ObjectiveParallel
 from msdda_fast.errors import AdapterMismatch, UnsupportedNetwork
-from msdda_fast.pipelines.stable_diffusion.captured import CapturedSampler
+from msdda_fast.pipelines.stable_diffusion.captured import CapturedSampler, Compile
 
 __all__ = ["Forward", "ForwardSettings", "Runner"]
 
@@ -30,18 +31,19 @@ class ForwardSettings:
     """How the objectives' networks run; fields as in `MSDDAPipeline.set_forward`.
 
     Raises:
-        ValueError: `forward` or `capture` is unknown.
+        ValueError: `forward`, `capture` or `compile` is unknown.
     """
 
     forward: Forward = "auto"
     capture: Capture = "auto"
-    compile: bool = False
+    compile: Compile = "auto"
     options: BatchedOptions = DEFAULTS
 
     def __post_init__(self) -> None:
         for name, value, known in (
             ("forward", self.forward, ("auto", "batched", "sequential")),
             ("capture", self.capture, ("auto", "required", "off")),
+            ("compile", self.compile, ("auto", "openvino", True, False)),
         ):
             if value not in known:
                 raise ValueError(f"{name} must be one of {known}, got {value!r}")
@@ -61,12 +63,24 @@ class Runner:
         self._sampler: CapturedSampler | None = None
         self._said = ""
 
-    def sampler(self, variants: Sequence[Variant], *, required: bool) -> CapturedSampler | None:
+    def keep_faster(self) -> None:
+        """With `compile="auto"`, time the steps built so far, and keep the faster way of each."""
+        if self._sampler is not None:
+            self._sampler.keep_faster()
+
+    def sampler(
+        self,
+        variants: Sequence[Variant],
+        *,
+        required: bool,
+        parallel: ObjectiveParallel | None = None,
+    ) -> CapturedSampler | None:
         """Return the batched forward of the variants; None: they run one after another.
 
         Args:
             variants: One per objective.
             required: Never return None, whatever the settings say.
+            parallel: The processes that share the objectives; None: only this one.
 
         Raises:
             AdapterMismatch, UnsupportedNetwork: It is required, or the settings say "batched", but
@@ -78,8 +92,10 @@ class Runner:
             return None
         try:
             _check_context(variants)
-            if self._sampler is not None and self._sampler.is_current(variants):
-                return self._sampler
+            kept = self._sampler
+            if kept is not None and kept.parallel is parallel and kept.is_current(variants):
+                return kept
+            del kept
             self._sampler = None  # free the old one before building anew
             self._sampler = CapturedSampler(
                 variants,
@@ -87,6 +103,7 @@ class Runner:
                 capture=settings.capture,
                 compile=settings.compile,
                 capacity=self._capacity,
+                parallel=parallel,
             )
         except (AdapterMismatch, UnsupportedNetwork) as error:
             if required or settings.forward == "batched":

@@ -87,8 +87,10 @@ async function generate() {
   $("progress").removeAttribute("value"); // in line: nobody knows how long
   say("Drawing", "");
   try {
-    const whole = { ...body, ...mixture(shares), ...events };
-    const result = await draw(whole, await from.files(), mine.signal, (event) => {
+    const files = await from.files();
+    const partial_images = files.image ? undefined : events.partial_images; // of texts alone
+    const whole = { ...body, ...mixture(shares), ...events, partial_images };
+    const result = await draw(whole, files, mine.signal, (event) => {
       Object.assign($("progress"), { max: event.steps, value: event.step });
       say("Drawing", `step ${event.step} of ${event.steps}`);
       if (event.b64_json) show(event);
@@ -108,6 +110,7 @@ async function generate() {
 function finish(result, body, shares, status, facts) {
   idle();
   show(result);
+  from.over($("image"));
   const strength = body.strength === undefined ? "" : percent(body.strength);
   $("image").alt = `${body.prompt} (${words(balance.names, shares)}${strength && `; strength ${strength}`})`;
   say(status, facts.filter(Boolean).join(" · "));

@@ -103,7 +103,7 @@ export class Painter {
     const pen = this.canvas.getContext("2d");
     pen.clearRect(0, 0, width, height);
     if (this.behind) pen.drawImage(this.behind, 0, 0, width, height);
-    pen.globalAlpha = 0.6;
+    pen.globalAlpha = 0.6; // what is behind stays visible
     for (const { canvas } of this.layers.values()) pen.drawImage(canvas, 0, 0);
     pen.globalAlpha = 1;
     if (document.activeElement !== this.canvas) return;

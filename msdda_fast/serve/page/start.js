@@ -82,6 +82,13 @@ export class Start {
     this.painter.show();
   }
 
+  /** Paint over what was drawn, if nothing is started from. */
+  async over(image) {
+    await image.decode();
+    this.painter.behind = this.picture ?? image;
+    this.painter.show();
+  }
+
   async resize() {
     this.painter.resize(...this.size());
     await this.crop();
