@@ -119,6 +119,14 @@ class BatchedUNet(nn.Module):
                 named |= {f"{path}.{name}.{i}": rows.x for i, rows in enumerate(value)}
         return named
 
+    def held_rows(self) -> list[tuple[dict[str, Any], str]]:
+        """Return where the `Rows` are, or tuples of them, that `begin` has written."""
+        return [
+            (vars(self.get_submodule(path)), name)
+            for path, holder, name in _holders(self)
+            if isinstance(holder[name], (Rows, tuple))
+        ]
+
     @classmethod
     def of(cls, variants: Sequence[Variant], options: BatchedOptions = DEFAULTS) -> BatchedUNet:
         """Build from M variants of one network; for what is refused, see `LoadedAdapters`."""

@@ -10,7 +10,8 @@ from msdda_fast.engine import graph
 from msdda_fast.engine.exchange import Exchange
 from msdda_fast.engine.parallel import MEET_EVERY
 from msdda_fast.errors import RanksDiffer
-from msdda_fast.pipelines.stable_diffusion.captured import CapturedGeneration, CapturedSampler
+from msdda_fast.pipelines.stable_diffusion.captured import CapturedSampler
+from msdda_fast.pipelines.stable_diffusion.captured_generation import CapturedGeneration
 from msdda_fast.pipelines.stable_diffusion.exact import step_kind
 from msdda_fast.pipelines.stable_diffusion.rank_network import RankNetwork
 from msdda_fast.torch_private import TorchDispatchMode
