@@ -13,7 +13,6 @@ from PIL import Image
 from msdda_fast.cli import pictures
 from msdda_fast.cli import values as parse
 from msdda_fast.cli.session import err
-from msdda_fast.engine import torchrun
 from msdda_fast.errors import UnsupportedNetwork
 from msdda_fast.pipelines.stock_call import StockCall
 from msdda_fast.pipelines.tasks import (
@@ -76,8 +75,6 @@ class Drawing:
         if image is not None:
             task = "image-to-image" if mask_image is None else "inpaint"
             kind = task_class(kind, task)
-            if torchrun.size() > 1:
-                raise UnsupportedNetwork("--image: several processes share text to image only")
         else:
             check_from_text(kind)
         call = StockCall.of(kind)

@@ -251,14 +251,6 @@ def test_sweeps_draw_images_from_texts(folder, tmp_path, kind, message):
     assert_refused(run("sweep", "-m", folder(kind), "-o", tmp_path / "out"), message)
 
 
-def test_several_processes_are_for_stable_diffusion(folder, monkeypatch, tmp_path):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "0")
-    done = run("generate", "a dog", "-m", folder("FluxPipeline"), "-o", tmp_path / "x.png")
-    assert_refused(done, "is a FluxPipeline, and only Stable Diffusion 1 and 2 run in several")
-    assert_refused(run("generate", "a dog", "--image", "x.png"), "--image: several processes")
-
-
 def test_masks_ranges_and_an_accelerator_are_handed_on(tiny, monkeypatch, tmp_path):
     loaded, asked = [], []
     pipe = tiny.shared()
