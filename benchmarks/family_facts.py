@@ -9,7 +9,6 @@ signature of its call. Writes results/families.json; `benchmarks/report.py` make
 docs/families/index.md.
 """
 
-import inspect
 import json
 import sys
 from collections.abc import Mapping
@@ -26,6 +25,7 @@ from torch import nn
 
 from benchmarks.contenders.configs import CONFIGS
 from benchmarks.tables.results import RESULTS
+from msdda_fast.pipelines.stock_call import StockCall
 
 RANK = 32
 #: Names of the attention projections in the networks of diffusers, those of the text stream, too.
@@ -91,9 +91,9 @@ def _count(network: nn.Module) -> int:
 def takes(name: str) -> dict[str, Any]:
     """Return what the call of a pipeline takes, and which classes draw from images."""
     kind = getattr(diffusers, name)
-    arguments = inspect.signature(kind.__call__).parameters
-    guidance = "true_cfg_scale" if "true_cfg_scale" in arguments else "guidance_scale"
-    found = {"guidance": guidance, "negative_prompt": "negative_prompt" in arguments}
+    call = StockCall.of(kind)
+    negative = call.argument("negative_prompt") is not None
+    found = {"guidance": call.guidance, "negative_prompt": negative}
     key = next(
         (k for k, v in auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING.items() if v is kind), ""
     )

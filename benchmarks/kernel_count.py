@@ -237,13 +237,15 @@ STEPS: dict[str, tuple[int, BatchedOptions]] = {
 
 
 def main() -> None:
-    found = {}
     variants = network(2)
+    found = {}
     for title, (number, options) in STEPS.items():
         seen = count(advance(variants[:number], options))
         found[title] = {"kernels": sum(seen.values()), "kinds": by_kind(seen)}
         print(title, sum(seen.values()), dict(seen))
-    (RESULTS / "kernel_count.json").write_text(json.dumps(found, indent=1) + "\n")
+    path = RESULTS / "kernel_count.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(results | {"steps": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from rich.console import Console
 
 from benchmarks import latency_families, latency_output
 from benchmarks.contenders import families
-from benchmarks.contenders.catalogue import DESIGNS, Entry, build, catalogue
+from benchmarks.contenders.catalogue import AUTO, DESIGNS, Entry, build, catalogue
 from benchmarks.contenders.configs import CONFIGS
 from benchmarks.contenders.contender import LIMITS, Contender, Unverified, effect, verify
 from benchmarks.contenders.models import Model, held_bytes, load
@@ -42,7 +42,6 @@ from benchmarks.contenders.request import Request
 from benchmarks.harness import RESULTS, append, interleaved, launches, operators, surroundings
 from msdda_fast.engine.dry_run import dry_run
 from msdda_fast.errors import MSDDAError
-from msdda_fast.kernels.grouped_lora import DEFAULT_DESIGN
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -65,7 +64,7 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     add("--rank", type=int, help="rank of the random adapters (default: 4; with --size 32)")
     add("--guidance", type=float, help="guidance scale (default: the model's own, or 7.5)")
     add("--dtype", choices=DTYPES, default="fp16" if on_gpu else "fp32")
-    add("--design", choices=DESIGNS, default=DEFAULT_DESIGN, help="design of S, M2, M3, ...")
+    add("--design", choices=(AUTO, *DESIGNS), default=AUTO, help="design of S, M2, M3, ...")
     add("--contenders", default="*", help='names or patterns, e.g. "E1,E3*,S,M2*"')
     add("--rounds", type=int, default=20, help="minimum rounds; each times every contender once")
     add("--loops", type=int, default=3, help="runs of all T steps; their median is reported")

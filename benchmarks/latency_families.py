@@ -66,7 +66,8 @@ def timed(
 ) -> dict[str, dict[str, float]]:
     """Time interleaved rounds; ratios to the base network on the same rows are medians of theirs.
 
-    On the CPU those of processor time, of all threads, too: other processes do not add to it.
+    On the CPU those of processor time, of all threads, too. With one thread, other processes do not
+    add to it; several wait for each other by spinning.
     """
     spent: dict[str, list[float]] = {name: [] for name in runs}
 

@@ -14,12 +14,25 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # when run as a script
 
-from benchmarks.tables import comparisons, denoisers, families, kernels, latency, modes, serving
+from benchmarks.tables import (
+    comparisons,
+    denoisers,
+    families,
+    few_steps,
+    kernels,
+    latency,
+    launches,
+    modes,
+    serving,
+)
 
 ROOT = Path(__file__).parent.parent
 PAGES = (
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{page}.md" for page in ("results", "merge-or-fuse", "families/index")),
+    *(
+        ROOT / "docs" / f"{page}.md"
+        for page in ("results", "merge-or-fuse", "families/index", "guide/few-steps")
+    ),
 )
 
 
@@ -36,6 +49,7 @@ TABLES = {
     "headline": latency.headline_table,
     "fused_step": kernels.fused_step_table,
     "grouped_lora": kernels.grouped_lora_table,
+    "kernel_count": launches.kernel_count_table,
     "latency": latency.latency_table,
     "latency_families": denoisers.latency_families_table,
     "request_path": latency.request_path_table,
@@ -48,6 +62,8 @@ TABLES = {
     "compare_emoji_flow": comparisons.compare_emoji_flow_table,
     "two_networks": comparisons.two_networks_table,
     "serving": serving.serving_table,
+    "few_steps": few_steps.few_steps_table,
+    "serving_before": serving.before_table,
     "family_takes": families.takes_table,
     "family_memory": families.memory_table,
 }

@@ -20,13 +20,12 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.contenders import engine
-from benchmarks.contenders.catalogue import DESIGNS
+from benchmarks.contenders.catalogue import AUTO, DESIGNS, options_of
 from benchmarks.contenders.configs import CONFIGS
 from benchmarks.contenders.contender import verify
 from benchmarks.contenders.models import load
 from benchmarks.contenders.request import Request
 from benchmarks.harness import RESULTS, append, surroundings
-from msdda_fast.batched.options import BatchedOptions
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 STEPS = 5
@@ -59,7 +58,7 @@ def main(given: list[str] | None = None) -> int:
     add("--model", choices=(*CONFIGS, "emoji"), default="sd15")
     add("--objectives", type=int, default=2, help="number of objectives M")
     add("--dtype", choices=DTYPES, default="fp16" if on_gpu else "fp32")
-    add("--design", choices=DESIGNS, default="merged")
+    add("--design", choices=(AUTO, *DESIGNS), default=AUTO)
     add("--results", type=Path, default=RESULTS, help="folder of step_profile.jsonl")
     args = parser.parse_args(given)
     torch.manual_seed(0)
@@ -68,7 +67,7 @@ def main(given: list[str] | None = None) -> int:
         dtype=DTYPES[args.dtype],
     )  # fmt: skip
     request = Request(model, batch=1, num_steps=50)
-    step = engine.batched(request, args.objectives, BatchedOptions(design=args.design))
+    step = engine.batched(request, args.objectives, options_of(args.design))
     verify({f"M{args.objectives}": step}, request)
     for _ in range(STEPS):
         step.step()

@@ -18,9 +18,11 @@ from msdda_fast.batched.options import BatchedOptions, Sharing
 from msdda_fast.errors import MSDDAError
 from msdda_fast.kernels.grouped_lora import Design
 
-__all__ = ["AGAIN", "DESIGNS", "Entry", "build", "catalogue"]
+__all__ = ["AGAIN", "AUTO", "DESIGNS", "Entry", "build", "catalogue", "options_of"]
 
 DESIGNS: tuple[str, ...] = get_args(Design)
+#: What pipelines do by default: which design that is depends on device, dtype and adapter.
+AUTO = "auto"
 #: The denominator a second time: how far two medians of the same thing lie apart.
 AGAIN = "S again"
 
@@ -138,17 +140,22 @@ def _entry(name: str, title: str, count: int, options: BatchedOptions, **how: ob
     return Entry(name, title, count, make, headline=headline)
 
 
+def options_of(design: str, **changes: object) -> BatchedOptions:
+    """Return options with one of `DESIGNS`, or with `AUTO` those of pipelines."""
+    return BatchedOptions(design=None if design == AUTO else design, **changes)
+
+
 def _ours(count: int, design: str) -> list[Entry]:
     name = "S" if count == 1 else f"M{count}"
     title = "ours, one objective" if count == 1 else f"ours, M = {count}"
-    chosen = BatchedOptions(design=design)
+    chosen = options_of(design)
     entries = [_entry(name, f"{title}, {design}", count, chosen, headline=True)]
     entries += [
         _entry(f"{name}/{other}", f"{title}, {other}", count, BatchedOptions(design=other))
         for other in DESIGNS
         if other != design
     ]
-    fused = BatchedOptions(design=design, fuse_qkv=True)
+    fused = options_of(design, fuse_qkv=True)
     entries.append(_entry(f"{name}/qkv", f"{title}, one GEMM for q, k, v", count, fused))
     entries.append(_entry(f"{name}/compiled", f"{title}, compiled", count, chosen, compile=True))
     exported = {"openvino": True, "headline": True}
@@ -173,9 +180,8 @@ def _runtimes(counts: Sequence[int]) -> list[Entry]:
 def _ablations(count: int, design: str, device: str) -> list[Entry]:
     def without(what: str, title: str, **how: object) -> Entry:
         sharing = how.pop("sharing", Sharing())
-        options = BatchedOptions(
-            design=design, sharing=sharing, channels_last=how.pop("channels_last", None)
-        )
+        built = {name: how.pop(name, None) for name in ("channels_last", "fused_ops")}
+        options = options_of(design, sharing=sharing, **built)
         return _entry(f"M{count}-no-{what}", f"ours, {title}", count, options, **how)
 
     entries = [
@@ -190,6 +196,7 @@ def _ablations(count: int, design: str, device: str) -> list[Entry]:
     for what, title, how in [
         ("graph", "no graph", {"capture": False}),
         ("nhwc", "NCHW", {"channels_last": False}),
+        ("fused-ops", "norms and sums in plain torch", {"fused_ops": False}),
     ]:
         entry = without(what, title, **how)
         if device == "cpu":

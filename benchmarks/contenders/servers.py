@@ -28,9 +28,15 @@ ARMS = {"off": COMMAND, "mixed": COMMAND, "one weight": ONE_WEIGHT}
 
 
 class Server:
-    """A process that serves on a free port; a context manager that stops it."""
+    """A process that serves on a free port; a context manager that stops it.
 
-    def __init__(self, arm: str, args: argparse.Namespace) -> None:
+    Args:
+        arm: One of `ARMS`, or another name for what `msdda-fast serve` does.
+        args: Options of the benchmark.
+        root: The checkout whose code runs.
+    """
+
+    def __init__(self, arm: str, args: argparse.Namespace, root: Path = ROOT) -> None:
         options = {
             "port": 0, "model": args.model, "device": "cpu", "steps": args.steps,
             "max-batch": 1 if arm == "off" else args.max_batch, "queue-limit": args.queue_limit,
@@ -39,7 +45,7 @@ class Server:
         given = [part for name, value in options.items() for part in (f"--{name}", str(value))]
         self.log = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
-            [*ARMS[arm], *given], stderr=self.log, stdout=self.log, cwd=ROOT
+            [*ARMS.get(arm, COMMAND), *given], stderr=self.log, stdout=self.log, cwd=root
         )
         self.arm, self.port = arm, 0
 

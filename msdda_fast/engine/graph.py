@@ -4,7 +4,8 @@
 A replay reads its step from a counter on the device, and all that distinguishes requests lies in
 static buffers: weights, prompts, seeds, guidance, etas and the number of steps change without a new
 capture. A network with several kinds of step has one graph per kind, all captured at once; a
-request gives the kind of each step. Without graphs (on the CPU) steps run eagerly or compiled.
+request gives the kind of each step. Without graphs (on the CPU) steps run eagerly or compiled. Of
+steps that processes share, the graph is this one's share of the networks.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import logging
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, Literal, TypeAlias, TypeVar
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 from msdda_fast.engine.buffers import ShapeKey, StepBuffers
 from msdda_fast.engine.compiled import compiled
 from msdda_fast.engine.dry_run import dry_run
-from msdda_fast.engine.graph_backends import Advance, Graph, GraphBackend, graphs_for
+from msdda_fast.engine.graph_backends import Advance, Graph, GraphBackend, Move, graphs_for
 from msdda_fast.engine.loop import run
 from msdda_fast.engine.step import Network, Step
 from msdda_fast.errors import CaptureError, InvalidShape
@@ -44,33 +44,18 @@ N = TypeVar("N", bound=Network)
 _Place: TypeAlias = tuple[int, torch.Size, tuple[int, ...], torch.dtype]
 
 
-@dataclass(slots=True)
-class _Move:
-    """A step of one kind."""
-
-    advance: Advance
-    graph: Graph | None
-
-    def __call__(self, buffers: StepBuffers) -> None:
-        if self.graph is not None:
-            self.graph.replay()
-            return
-        with torch.no_grad():
-            self.advance(buffers)
-
-
 class CapturedStep(Generic[N]):
     """A step with its buffers, made by `StepCache.prepare`: `load` a request, then do its steps.
 
     It is an `engine.loop.Generation` of the request loaded last.
     """
 
-    def __init__(self, network: N, buffers: StepBuffers, moves: Mapping[str, _Move]) -> None:
+    def __init__(self, network: N, buffers: StepBuffers, moves: Mapping[str, Move]) -> None:
         self.buffers = buffers
         self.network = network
         self._moves = moves
         self._places = _places(network, buffers) if self._graphs() else {}
-        self._plan: list[_Move] = []
+        self._plan: list[Move] = []
         self._next = 0
 
     @property
@@ -252,10 +237,10 @@ class StepCache(Generic[N]):
                 if self._capture == "required":
                     raise
                 logger.warning("%s; it runs eagerly instead", error)
-                moves[kind] = _Move(step.advance, None)
+                moves[kind] = Move(step.advance, None, step.finish)
         return CapturedStep(network, buffers, moves)
 
-    def _accelerate(self, step: Step, buffers: StepBuffers) -> _Move:
+    def _accelerate(self, step: Step, buffers: StepBuffers) -> Move:
         """Compile and capture the step, each if enabled."""
         advance: Advance = step.advance
         if self._graphs is not None:
@@ -270,7 +255,7 @@ class StepCache(Generic[N]):
         except RuntimeError as error:
             failed = "compiled or captured" if self._compile else "captured"
             raise CaptureError(f"the step cannot be {failed}: {cause(error)}") from error
-        return _Move(advance, graph)
+        return Move(advance, graph, step.finish)
 
     def _check_fits(self, what: str, needed: int, key: ShapeKey, graphs: GraphBackend) -> None:
         free = graphs.free_bytes()

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 from msdda_fast.engine.buffers import StepBuffers
 from msdda_fast.torch_private import abandon_pool
 
-__all__ = ["Advance", "CudaGraphs", "Graph", "GraphBackend", "graphs_for"]
+__all__ = ["Advance", "CudaGraphs", "Graph", "GraphBackend", "Move", "graphs_for"]
 
 #: One step on buffers, in place.
 Advance = Callable[[StepBuffers], None]
@@ -40,6 +42,31 @@ class Graph(Protocol):
 
     def release(self) -> None:
         """Free its memory; it can no longer be replayed."""
+
+
+@dataclass(slots=True)
+class Move:
+    """A step of one kind.
+
+    Attributes:
+        advance: What runs where there is no graph of it.
+        graph: Replayed in its place; None: there is none.
+        finish: What follows either; None: nothing.
+    """
+
+    advance: Advance
+    graph: Graph | None
+    finish: Advance | None
+
+    def __call__(self, buffers: StepBuffers) -> None:
+        """Do the step on `buffers`, those that were recorded."""
+        with torch.no_grad():
+            if self.graph is not None:
+                self.graph.replay()
+            else:
+                self.advance(buffers)
+            if self.finish is not None:
+                self.finish(buffers)
 
 
 class GraphBackend(Protocol):
@@ -74,7 +101,11 @@ class CudaGraphs:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         graph = torch.cuda.CUDAGraph()
         # a capture that fails does not restore the current stream; the outer context does
-        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+        with (
+            torch.cuda.device(self._device),
+            torch.cuda.stream(self._stream),
+            _timed_convolutions(),
+        ):
             for _ in range(WARM_UP_STEPS):
                 buffers.counter.zero_()  # stay within tables that are shorter than the warm-up
                 advance(buffers)
@@ -108,6 +139,23 @@ class CudaGraphs:
         free, _ = torch.cuda.mem_get_info(self._device)
         reserved = torch.cuda.memory_reserved(self._device)
         return free + reserved - torch.cuda.memory_allocated(self._device)
+
+
+@contextmanager
+def _timed_convolutions() -> Iterator[None]:
+    """A context in which cuDNN times its algorithms for each new shape and keeps the fastest.
+
+    A graph replays one choice forever, so it is worth the milliseconds. The fastest may differ from
+    run to run, and with it the last bits: whoever asked torch to be deterministic gets no timing.
+    """
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark
+    deterministic = cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
+    cudnn.benchmark = before or not deterministic
+    try:
+        yield
+    finally:
+        cudnn.benchmark = before
 
 
 class _CudaGraph:

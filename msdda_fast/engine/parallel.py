@@ -5,36 +5,35 @@ Every rank holds the same x_t and evaluates its share of the networks. The raw o
 all-gathered in the order of the objectives, and every rank runs the same fused step on them with
 the same coefficients and noise: no sum depends on the number of ranks, and the ranks stay in step.
 
-Outputs are exchanged over the caller's group: NCCL between GPUs. Status messages between hosts, and
-outputs on the CPU, use a gloo group of our own, whose timeout bounds every wait; a process that
-dies closes its sockets, which ends the wait at once. The hosts synchronise before every exchange of
-outputs, so a step that cannot be finished is never started on a GPU. That costs a copy of x_t to
-the host.
+Outputs are exchanged over the caller's group: NCCL between GPUs, where nothing waits for the host.
+Outputs on the CPU, and messages between hosts, use a gloo group of our own (`hosts`). The hosts
+meet in every `MEET_EVERY`-th step and at the end, and compare a checksum of x_t there, made on its
+device. A rank that fails or stops goes on taking part in exchanges up to the next meeting, where
+the others learn of it: no exchange is left half done, and all can go on with another generation.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import time
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from msdda_fast.engine.assignment import Work, assign
-from msdda_fast.errors import BackendUnavailable, InvalidShape, RankLost, RanksDiffer
+from msdda_fast.engine.assignment import Work
+from msdda_fast.engine.exchange import Exchange
+from msdda_fast.engine.hosts import Hosts
+from msdda_fast.errors import BackendUnavailable, RankLost, RanksDiffer
 
-__all__ = ["ObjectiveParallel", "tensor_bytes"]
+__all__ = ["MEET_EVERY", "ObjectiveParallel", "tensor_bytes"]
 
 logger = logging.getLogger(__name__)
 
-WORDS = 256  # bytes of a message between hosts
-DIGEST = 16  # bytes
+#: Hosts meet in steps 0, 10, 20, ... and at the end. A meeting waits for the device and for the
+#: slowest host; that ranks differ need not be known sooner than in time to stop a long generation.
+MEET_EVERY = 10
 
 
 class ObjectiveParallel:
@@ -48,17 +47,20 @@ class ObjectiveParallel:
     timesteps, the base is one more. With fewer, a rank evaluates several; with more, the
     unconditional and conditional halves of guidance are split too. Inactive ones cost nothing.
 
-    Without `split_guidance` the networks see the same batches as in one process, so all bits are
-    the same. A split changes the batch of a forward, whose sums may then round in another order;
-    given the same outputs, the fused step has the same bits either way.
+    Given the same outputs of the networks, all bits are those of one process. A forward of fewer
+    rows may round its sums in another order; `set_forward("sequential")` without `split_guidance`
+    has the same forwards in several processes as in one, and so the same images to the bit.
 
     Args:
         group: A `torch.distributed` group; None: the default one.
         split_guidance: Put the branches of an objective on different ranks where that leaves the
             busiest rank less to do.
-        timeout: Seconds that a rank waits for the slowest other rank in any step, even for one that
-            hangs. Outputs on GPUs wait for the timeout of `group` instead, in NCCL, whose watchdog
-            (`TORCH_NCCL_ASYNC_ERROR_HANDLING`, on by default) then ends the process.
+        timeout: Seconds that a rank waits for the slowest other rank, even for one that hangs. In
+            an exchange on GPUs the stream waits for the timeout of `group` instead, in NCCL, whose
+            watchdog (`TORCH_NCCL_ASYNC_ERROR_HANDLING`, on by default) then ends the process.
+
+    Attributes:
+        rank, size: This rank in the group, and W.
 
     Raises:
         BackendUnavailable: `torch.distributed` was not initialised.
@@ -81,117 +83,158 @@ class ObjectiveParallel:
                 "torch.distributed.init_process_group() first"
             )
         self._group = dist.group.WORLD if group is None else group
-        self.rank = dist.get_rank(self._group)
-        self.size = dist.get_world_size(self._group)
-        if self.rank < 0:
+        if dist.get_rank(self._group) < 0:
             raise ValueError("this process is not in the group")
+        self._hosts = Hosts(self._group, timeout)
+        self.rank, self.size = self._hosts.rank, self._hosts.size
         self.split_guidance = split_guidance
-        self._timeout = timeout
-        self._place = "the first exchange"
         self._told_idle = False
-        self._hosts: dist.ProcessGroup | None = None
-        try:
-            self._hosts = dist.new_group(
-                dist.get_process_group_ranks(self._group),
-                timeout=timedelta(seconds=timeout),
-                backend="gloo",
-                use_local_synchronization=True,
-            )
-        except RuntimeError as error:
-            raise RankLost(
-                f"rank {self.rank} of {self.size} did not reach all others within {timeout:g} s"
-            ) from error
+        self._steps: Sequence[Exchange] = ()
+        self._next = 0
 
     def close(self) -> None:
         """Leave the group: the current or next exchange of the other ranks raises `RankLost`."""
-        if self._hosts is not None:
-            hosts, self._hosts = self._hosts, None
-            if dist.is_initialized():
-                dist.destroy_process_group(hosts)
+        self._hosts.close()
 
     @contextmanager
     def generation(self, request: Mapping[str, bytes]) -> Iterator[None]:
-        """Begin and end a generation together; inside, call `evaluate` once per step.
+        """Begin and end a generation together; inside, call `begin`, then `gather` once per step,
+        or `share` once per forward.
 
-        An exception on one rank is raised on the others at their next exchange, and all ranks can
-        then start another generation. An interrupt (not an `Exception`) closes this rank instead.
+        An exception on one rank is raised on the others at their next meeting, and all ranks can
+        then start another generation; steps until there are done with its last outputs. A process
+        that dies is noticed at the next exchange on the CPU, and at the next meeting on GPUs, whose
+        streams NCCL then blocks until its own timeout: end such a process. An interrupt (not an
+        `Exception`) closes this rank, as if it had died.
 
         Args:
             request: Everything that must be the same on every rank, as bytes by name.
 
         Raises:
-            RanksDiffer: A rank has a different request, or is at a different point of it.
+            RanksDiffer: A rank has a different request, or is at a different point of it, or has
+                other latents.
             RankLost: A rank failed, died, or was silent for longer than the timeout.
         """
-        self._meet("the start of a generation")
-        self._check_same({**request, "split_guidance": bytes([self.split_guidance])})
+        self._steps, self._next = (), 0
+        self._hosts.meet("the start of a generation")
+        split = bytes([self.split_guidance])
+        self._hosts.check_same({**request, "split_guidance": split}, must="make the same request")
         try:
             yield
-            self._meet("the end of a generation")
+            self._attend()
+            self._hosts.meet("the end of a generation")
         except (RankLost, RanksDiffer):
             raise  # on every rank
         except Exception as error:
+            words = f"after {self._hosts.place}: {type(error).__name__}: {error}"
             with suppress(RankLost):
-                self._meet(f"after {self._place}: {type(error).__name__}: {error}", failed=True)
+                self._attend()
+                self._hosts.meet(words, failed=True)
             raise
         except BaseException:
             self.close()
             raise
 
-    def evaluate(
+    def exchange(
         self,
-        run: Callable[[Work], Sequence[Tensor]],
-        x_t: Tensor,
-        step: int,
-        *,
         active: Sequence[bool],
         branches: int,
+        shape: Sequence[int],
         dtype: torch.dtype,
-    ) -> list[Tensor | None]:
-        """Return the outputs of all active objectives, each evaluated on one or two ranks.
+        device: torch.device,
+    ) -> Exchange:
+        """Return storage for the outputs of a kind of step; see `Exchange`."""
+        made = Exchange(
+            active,
+            branches,
+            shape,
+            rank=self.rank,
+            size=self.size,
+            split_guidance=self.split_guidance,
+            dtype=dtype,
+            device=device,
+        )
+        if made.idle and self.rank == 0 and not self._told_idle:
+            self._told_idle = True
+            logger.warning("%d of %d ranks have nothing to evaluate", made.idle, self.size)
+        return made
+
+    def begin(self, steps: Sequence[Exchange]) -> None:
+        """Say what every step of this generation exchanges; later steps may be left out."""
+        self._steps, self._next = steps, 0
+
+    def evaluate(self, run: Callable[[Work], Sequence[Tensor]], x_t: Tensor) -> list[Tensor | None]:
+        """Evaluate this rank's share of the next step, and `gather` the outputs.
 
         Args:
             run: Evaluates a `Work` at x_t: one output (its branches, B, *S) per objective.
             x_t: (B, *S), the same on every rank.
-            step: Index k.
-            active: M flags, at least one set.
-            branches: K.
-            dtype: Dtype of the outputs.
-
-        Returns: M outputs (K, B, *S); None for inactive objectives.
 
         Raises:
             InvalidShape: `run` returned outputs of the wrong shape or dtype.
+            RanksDiffer, RankLost: See `gather`.
+        """
+        exchange = self._steps[self._next]
+        for work in exchange.works:
+            exchange.put(work, run(work))
+        return self.gather(x_t)
+
+    def gather(self, x_t: Tensor) -> list[Tensor | None]:
+        """Exchange the outputs of the next step, which lie in its `Exchange`.
+
+        On a GPU this waits for nothing but where the hosts meet.
+
+        Args:
+            x_t: (B, *S), the same on every rank; compared where the hosts meet.
+
+        Returns: M views (K, B, *S), valid until the next step; None for inactive objectives.
+
+        Raises:
             RanksDiffer: Another rank is at a different step, or has a different x_t.
             RankLost: See `generation`.
         """
-        shares = assign(active, branches, self.size, split_guidance=self.split_guidance)
-        self._tell_idle(shares)
-        rows = [[row for work in share for row in work.rows] for share in shares]
-        mine = x_t.new_zeros((max(map(len, rows)), *x_t.shape), dtype=dtype)
-        everyone = mine.new_empty((self.size, *mine.shape))
-        begin = 0
-        for work in shares[self.rank]:
-            outputs = torch.cat(list(run(work)))
-            if outputs.shape != (len(work.rows), *x_t.shape) or outputs.dtype != dtype:
-                raise InvalidShape(
-                    f"{work} returned {outputs.dtype} {tuple(outputs.shape)}, expected {dtype} "
-                    f"{(len(work.rows), *x_t.shape)}"
-                )
-            mine[begin : begin + len(work.rows)] = outputs
-            begin += len(work.rows)
-        # a callback or a kernel that differs would go unnoticed otherwise
-        self._meet(f"step {step} with latents {zlib.crc32(tensor_bytes(x_t)):08x}")
-        self._gather(everyone, mine)
-        found = {
-            row: everyone[rank, slot]
-            for rank, owned in enumerate(rows)
-            for slot, row in enumerate(owned)
-        }
-        return [
-            torch.stack([found[m, k] for k in range(branches)]) if is_active else None
-            for m, is_active in enumerate(active)
-        ]
+        k = self._next
+        self._hosts.place = f"step {k}"
+        if k % MEET_EVERY == 0:
+            self._hosts.meet(f"step {k}")
+            layouts = b"; ".join(step.layout for step in self._steps)
+            self._compare(x_t, which_objectives_run=layouts)
+        self._exchange()
+        return self._steps[k].outputs()
+
+    def share(self, exchanges: Sequence[Exchange], states: Sequence[Tensor]) -> None:
+        """Exchange the outputs of one forward, where nobody knows which forwards will follow.
+
+        So that a rank that fails leaves none half done, the hosts meet every time; they wait for
+        the device in every `MEET_EVERY`-th time only.
+
+        Args:
+            exchanges: Where the outputs lie; each holds its gathered ones afterwards.
+            states: Floating-point tensors that are the same on every rank, compared at times.
+
+        Raises:
+            RanksDiffer: Another rank is at a different forward, or has different states.
+            RankLost: See `generation`.
+        """
+        k = self._next
+        shapes = [tuple(exchange.everyone.shape) for exchange in exchanges]
+        self._hosts.meet(f"forward {k} with outputs {shapes}")
+        if k % MEET_EVERY == 0:
+            self._compare(*states)
+        for exchange in exchanges:
+            self._gather(exchange)
+        self._next += 1
+
+    def finish(self, x_0: Tensor) -> None:
+        """Compare the last state, (B, *S), when all steps are done that are to be.
+
+        Raises:
+            RanksDiffer, RankLost: See `gather`.
+        """
+        done = self._next
+        self._attend()
+        self._hosts.meet(f"the end, after {done} steps")
+        self._compare(x_0)
 
     def from_first(self, values: Tensor) -> Tensor:
         """Return rank 0's values; shape and dtype must be the same on every rank.
@@ -199,79 +242,49 @@ class ObjectiveParallel:
         Raises:
             RankLost: See `generation`.
         """
-        host = values.cpu()
+        host = values.cpu().contiguous()
         everyone = host.new_empty((self.size, *host.shape))
-        self._gather(everyone, host)
+        self._hosts.gather(everyone, host)
         return everyone[0].to(values.device)
 
-    def _check_same(self, request: Mapping[str, bytes]) -> None:
-        digests = [hashlib.blake2b(part, digest_size=DIGEST).digest() for part in request.values()]
-        mine = torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.uint8).view(-1, DIGEST)
-        everyone = mine.new_empty((self.size, *mine.shape))
-        self._gather(everyone, mine)
-        agree = (everyone == everyone[0]).all(2).tolist()  # [W][names]
-        differing = []
-        for rank, row in enumerate(agree):
-            names = [name for name, same in zip(request, row, strict=True) if not same]
-            if names:
-                differing.append(f"rank {rank} in {', '.join(names)}")
-        if differing:
-            raise RanksDiffer(
-                f"every rank must make the same request; these differ from rank 0: "
-                f"{'; '.join(differing)}"
-            )
+    def _attend(self) -> None:
+        """Take part in the exchanges up to the next meeting, for the others to get there."""
+        while self._next < len(self._steps) and self._next % MEET_EVERY:
+            self._exchange()
 
-    def _meet(self, words: str, *, failed: bool = False) -> None:
-        """Exchange the position of every rank; one that `failed` sends why, and does not raise."""
-        message = (bytes([failed]) + words.encode())[:WORDS].ljust(WORDS, b"\0")
-        mine = torch.frombuffer(bytearray(message), dtype=torch.uint8)
-        everyone = mine.new_empty((self.size, WORDS))
-        if not failed:
-            self._place = words
-        self._gather(everyone, mine)
-        if failed:
-            return
-        texts = [bytes(row[1:]).rstrip(b"\0").decode(errors="ignore") for row in everyone.tolist()]
-        failures = [
-            f"rank {rank} failed {text}" for rank, text in enumerate(texts) if everyone[rank, 0]
-        ]
-        if failures:
-            raise RankLost(f"rank {self.rank} stopped at {words}: {'; '.join(failures)}")
-        if len(set(texts)) > 1:
-            places = "; ".join(f"rank {rank} is at {text}" for rank, text in enumerate(texts))
-            raise RanksDiffer(f"the ranks are out of step: {places}")
+    def _exchange(self) -> None:
+        self._gather(self._steps[self._next])
+        self._next += 1
 
-    def _gather(self, everyone: Tensor, mine: Tensor) -> None:
-        """All-gather `mine` (...) into `everyone` (W, ...)."""
-        group = self._group if mine.is_cuda else self._hosts
-        if self._hosts is None:
-            raise RankLost(f"rank {self.rank} has left the group; restart all processes")
-        start = time.monotonic()
-        reason = None
-        try:
-            dist.all_gather(list(everyone.unbind()), mine, group=group)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-        if reason is not None:
-            # Outside of `except`, whose traceback keeps the sockets open: closing them is what
-            # tells ranks that do not talk to the lost one directly.
-            group = None
-            self.close()
-            raise RankLost(
-                f"rank {self.rank} of {self.size} lost another rank at {self._place}, after "
-                f"waiting {time.monotonic() - start:.1f} s (timeout {self._timeout:g} s): {reason}"
-            )
+    def _gather(self, exchange: Exchange) -> None:
+        group = self._group if exchange.mine.is_cuda else None
+        self._hosts.gather(exchange.everyone, exchange.mine, group)
 
-    def _tell_idle(self, shares: Sequence[Sequence[Work]]) -> None:
-        idle = sum(not share for share in shares)
-        if idle and self.rank == 0 and not self._told_idle:
-            self._told_idle = True
-            logger.warning("%d of %d ranks have nothing to evaluate", idle, self.size)
+    def _compare(self, *states: Tensor, **others: bytes) -> None:
+        # The hosts have met: all have launched the same exchanges, so that this wait will end.
+        latents = b"; ".join(tensor_bytes(_checksum(state)) for state in states)
+        parts = {"latents": latents, **{n.replace("_", " "): part for n, part in others.items()}}
+        self._hosts.check_same(parts, must=f"have the same at {self._hosts.place}")
+
+
+def _checksum(x: Tensor) -> Tensor:
+    """A 0-d int64 sum of the bits of all values, each times an odd number of its place.
+
+    Integers wrap and have no rounding, so that the order of the sum does not matter.
+    """
+    bits = _dense(x).view(torch.int16).to(torch.int64)
+    places = torch.arange(len(bits), device=x.device) * 2 + 1
+    return (bits * places * places * places).sum()
 
 
 def tensor_bytes(tensor: Tensor | None) -> bytes:
     """Return shape, dtype and values as bytes, which are equal exactly for equal tensors."""
     if tensor is None:
         return b"none"
-    values: bytes = tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes()
+    values: bytes = _dense(tensor).cpu().view(torch.uint8).numpy().tobytes()
     return f"{tuple(tensor.shape)} {tensor.dtype} ".encode() + values
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """A flat copy; views of other dtypes need a stride of 1, also of a single value."""
+    return tensor.detach().clone(memory_format=torch.contiguous_format).flatten()

@@ -7,7 +7,7 @@ Nothing here allocates between steps, waits for the device or branches on a tens
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,13 +21,26 @@ from msdda_fast.kernels.fused_step._pixelwise import run_pixelwise
 from msdda_fast.kernels.raw import FusedStepBackend
 from msdda_fast.tracing import is_watched
 
-__all__ = ["Network", "Outputs", "Predict", "Step", "by_objective"]
+__all__ = ["Network", "Outputs", "Predict", "Shared", "Step", "by_objective"]
 
 #: (M, K, B, *S), or M tensors (K, B, *S); None for an objective that was not evaluated.
 Outputs = Tensor | Sequence[Tensor | None]
 
 #: One way in which a network evaluates its objectives; see `Network.kinds`.
 Predict: TypeAlias = Callable[[Tensor, Tensor], Outputs]
+
+
+class Shared(NamedTuple):
+    """A way in which several processes evaluate the objectives of a step together.
+
+    Attributes:
+        evaluate: `f(next_input, k)` writes this process's share to static storage; it is captured.
+        gather: `f(x_t)` returns the outputs of all processes. It runs after `evaluate`, outside of
+            a graph: it may wait for other processes, and is called once per step.
+    """
+
+    evaluate: Callable[[Tensor, Tensor], None]
+    gather: Callable[[Tensor], Outputs]
 
 
 class Network(Protocol):
@@ -38,7 +51,7 @@ class Network(Protocol):
     """
 
     @property
-    def kinds(self) -> Mapping[str, Predict]:
+    def kinds(self) -> Mapping[str, Predict | Shared]:
         """Functions `f(next_input, k)` by name, each evaluating every active objective.
 
         `next_input` is `StepBuffers.next_input`, (R, B, *S) latents in the network's dtype, and k
@@ -62,7 +75,7 @@ class Step:
     """x_t to x_{t-1} in place: network, fused step with the next input, counter.
 
     Args:
-        predict: Evaluates the active objectives.
+        predict: Evaluates the active objectives, alone or with other processes.
         key: Key of the buffers that this step runs on.
         device: Device of the buffers.
         backend: Backend of the fused step: "auto", or one by name.
@@ -73,7 +86,7 @@ class Step:
 
     def __init__(
         self,
-        predict: Predict,
+        predict: Predict | Shared,
         key: ShapeKey,
         *,
         device: torch.device | str,
@@ -88,10 +101,27 @@ class Step:
     def advance(self, buffers: StepBuffers) -> None:
         """Do step `buffers.counter` on `buffers.x`, and increment the counter.
 
+        Of a step that is shared with other processes, this is the part that a graph may record;
+        then call `finish`.
+
         Raises:
             InvalidShape: The network's outputs differ from what `Network` specifies.
         """
-        outputs = by_objective(self._predict(buffers.next_input, buffers.counter))
+        if isinstance(self._predict, Shared):
+            self._predict.evaluate(buffers.next_input, buffers.counter)
+        else:
+            self._fuse(buffers, self._predict(buffers.next_input, buffers.counter))
+
+    @property
+    def finish(self) -> Callable[[StepBuffers], None] | None:
+        """What follows `advance`, outside of graphs; None: nothing."""
+        if not isinstance(self._predict, Shared):
+            return None
+        gather = self._predict.gather
+        return lambda buffers: self._fuse(buffers, gather(buffers.x))
+
+    def _fuse(self, buffers: StepBuffers, predicted: Outputs) -> None:
+        outputs = by_objective(predicted)
         self._check(outputs)
         raw = self._operators if is_watched(buffers.x) else self._raw
         seeds = buffers.seeds if buffers.noise is None else None

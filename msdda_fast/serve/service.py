@@ -138,7 +138,11 @@ class EngineService(Service):
 
     def warm(self) -> None:
         """Build and capture whatever a request may ask for; takes seconds to minutes."""
-        kinds = {padded_steps(steps): steps for steps in range(1, self.settings.max_steps + 1)}
+        kinds: dict[int, int] = {}
+        # one T for each kind of buffers, and the usual one for its own: not every scheduler takes
+        # as many steps as a request may ask for
+        for steps in (self.settings.steps, *range(1, self.settings.max_steps + 1)):
+            kinds.setdefault(padded_steps(steps), steps)
         try:
             for width, height in map(sides, self.sizes):
                 for steps in kinds.values():

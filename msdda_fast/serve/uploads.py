@@ -24,6 +24,11 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 #: Pillow's modes with 8 bits a channel, or fewer.
 MODES = frozenset(("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"))
 
+#: Most scans of a JPEG. Progressive ones have about ten; each more is a pass over all pixels, which
+#: a file may ask for with 30 bytes.
+MOST_SCANS = 100
+START_OF_SCAN = b"\xff\xda"  # never within the data of a scan
+
 
 def start_image(file: IO[bytes], most_pixels: int) -> Image.Image:
     """Return an image to start from, in RGB; what is transparent is white.
@@ -38,7 +43,6 @@ def start_image(file: IO[bytes], most_pixels: int) -> Image.Image:
     image = _read(file, "image", FORMATS, most_pixels)
     if not image.has_transparency_data:
         return image.convert("RGB")
-    image = image.convert("RGBA")
     white = Image.new("RGBA", image.size, "white")
     return Image.alpha_composite(white, image).convert("RGB")
 
@@ -57,7 +61,7 @@ def repainted(file: IO[bytes], size: tuple[int, int]) -> Image.Image:
     _check_size(mask, size, "mask", "the image")
     if not mask.has_transparency_data:
         raise Refusal.of_field("mask", "it must be transparent where the image is to be edited")
-    return ImageOps.invert(mask.convert("RGBA").getchannel("A"))
+    return ImageOps.invert(mask.getchannel("A"))
 
 
 def objective_masks(masks: Mapping[str, str], size: tuple[int, int]) -> dict[str, Image.Image]:
@@ -109,12 +113,25 @@ def _read(file: IO[bytes], field: str, formats: tuple[str, ...], most_pixels: in
         raise Refusal.of_field(field, "it is animated: send one frame")
     if image.mode not in MODES:
         raise Refusal.of_field(field, f"it must have 8 bits a channel, not mode {image.mode}")
+    if image.format in ("JPEG", "MPO") and _scans(file) > MOST_SCANS:
+        raise Refusal.of_field(field, f"a JPEG has more than {MOST_SCANS} scans")
     try:
         image.load()
-        return ImageOps.exif_transpose(image)
+        image = ImageOps.exif_transpose(image)
+        # here, where a palette whose transparency makes no sense is found out
+        return image.convert("RGBA") if image.has_transparency_data else image
     except Exception as error:
         message = f"the {image.format} is damaged: {type(error).__name__}"
         raise Refusal.of_field(field, message) from error
+
+
+def _scans(file: IO[bytes]) -> int:
+    """The scans of a JPEG, and what looks like one in its metadata."""
+    place = file.tell()
+    file.seek(0)
+    count = file.read().count(START_OF_SCAN)
+    file.seek(place)
+    return count
 
 
 def _check_size(image: Image.Image, size: tuple[int, int], field: str, other: str) -> None:

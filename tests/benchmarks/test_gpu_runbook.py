@@ -86,7 +86,7 @@ def test_all_stages_fit_the_time_of_a_machine(tmp_path):
 
 
 def test_stages_name_files_and_contenders_that_exist(tmp_path):
-    names = [*WAYS, *(entry.name for entry in catalogue([1, 2, 3, 4], "merged", "cuda"))]
+    names = [*WAYS, *(entry.name for entry in catalogue([1, 2, 3, 4], "auto", "cuda"))]
     for stage in gpu_runbook.stages(tmp_path):
         for part in stage.command:
             if part.endswith(".py"):

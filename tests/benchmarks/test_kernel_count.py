@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kernels are counted without a GPU: what each operator launches, and what a step does."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
 from benchmarks import kernel_count
+from benchmarks.inductor_count import scheduled
 from benchmarks.kernel_count import STEPS, UnknownOperator, advance, by_kind, count, network
+from benchmarks.tables import launches, results
 
 HALF = {"dtype": torch.float16}
 ROWS, BATCH = torch.ones(4, 8, **HALF), torch.ones(2, 4, 8, **HALF)
@@ -104,6 +108,26 @@ def test_a_step_launches_no_more_kernels_than_it_did(variants, title):
     number, options = STEPS[title]
     seen = count(advance(variants[:number], options))
     assert sum(seen.values()) == PINNED[title], seen
+
+
+def test_the_committed_counts_are_the_pinned_ones():
+    kept = json.loads((results.RESULTS / "kernel_count.json").read_text())
+    assert {title: step["kernels"] for title, step in kept["steps"].items()} == PINNED
+    assert all(step["kernels"] == sum(step["kinds"].values()) for step in kept["steps"].values())
+    table = launches.kernel_count_table()
+    assert "| M = 2, separate | 1,075 |" in table and "| M = 2 | 497 |" in table
+    assert f"Inductor would make {kept['inductor']['kernels']}" in table
+
+
+@pytest.mark.full  # imports Inductor, which takes seconds
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # torch itself
+def test_the_nodes_of_inductor_are_counted_after_fusion():
+    square = SQUARE.float()
+
+    def run():
+        return functional.silu(torch.mm(square + 1, square)).mul(2) + 1
+
+    assert scheduled(run) == {"generated": 2, "mm": 1}  # before the product, and after it
 
 
 def test_every_layer_is_counted_once(variants):

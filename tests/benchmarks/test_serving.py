@@ -2,6 +2,7 @@
 """The benchmark of the server: its arrivals, its statistics, its table, and its other scheduler."""
 
 import asyncio
+import json
 import time
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 from benchmarks import load, serving, serving_output
 from benchmarks.contenders.one_weight import OneWeightQueue
 from benchmarks.contenders.servers import occupancy
+from benchmarks.tables import results
+from benchmarks.tables.serving import before_table
 from msdda_fast.batching.admission import Admission
 from msdda_fast.batching.captured_checks import CapturedChecks
 from msdda_fast.batching.limits import Limits
@@ -119,6 +122,21 @@ def test_one_weight_per_batch_takes_the_oldest_and_its_equals(pipe, kind, expect
     ]
     line.put(tickets)
     assert [ticket.seed for ticket in line.take().batch] == expected
+
+
+def test_the_line_on_what_was_before_says_what_was_measured(tmp_path, monkeypatch):
+    record = {
+        "when": "2026-01-02T03:04:05", "machine": "m", "cores": 2, "threads": 2, "torch": "t",
+        "commit": "c", "before": "b", "steps": 25, "rounds": 3, "ratios": [0.9, 1.1, 1.04],
+        "ratio": 1.04, "per_s": {"before": 2.0, "now": 2.08}, "burst": 16, "model": "e",
+        "processor_s": {"before": 0.5, "now": 0.48}, "levels_apart": 0, "noisy": False,
+    }  # fmt: skip
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    assert before_table() == ""
+    (tmp_path / "serving_before.jsonl").write_text("{}\n" + json.dumps(record) + "\n")
+    text = before_table()
+    assert "2.00 images/s and 0.50 processor seconds per image at commit b, 2.08 and" in text
+    assert "1.04x, the median of 3 rounds from 0.90x to 1.10x" in text and "noisy" not in text
 
 
 def test_the_table_says_what_was_measured(tmp_path):

@@ -118,6 +118,22 @@ def test_warm_up_and_capture_run_on_one_side_stream(log: list[str]) -> None:
     assert graphs.free_bytes() == 130
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.usefixtures("log")
+def test_convolutions_are_timed_for_a_graph_unless_torch_is_to_be_deterministic(
+    deterministic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", deterministic)
+    seen = []
+
+    def advance(buffers: StepBuffers) -> None:
+        seen.append(torch.backends.cudnn.benchmark)
+
+    CudaGraphs("cuda").capture(advance, StepBuffers.allocate(KEY, "cpu"))
+    assert seen == [not deterministic] * 4
+    assert torch.backends.cudnn.benchmark is False
+
+
 def test_after_a_capture_that_failed_another_ends_well(log: list[str]) -> None:
     graphs, calls = CudaGraphs("cuda"), iter(range(10))
 

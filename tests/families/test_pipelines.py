@@ -43,6 +43,7 @@ class TestClass:
         assert {*taken} - {*own} == {
             *("weights", "seed", "levels", "etas", "zero_variance", "rates"),
             *("extrapolate", "fusion", "objective_strength", "kl_weights"),
+            *("masks", "mask_softness"),
         }
         assert type(stock) is not type(pipe) and dict(stock.components) == dict(pipe.components)
 

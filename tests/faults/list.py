@@ -395,6 +395,22 @@ FAULTS = (
         "begin = rank * each",
         ("tests/parallel/test_engine.py",),
     ),
+    Fault(
+        "engine-ranks-differ-unseen",
+        "Ranks whose latents differ go on.",
+        "msdda_fast/engine/parallel.py",
+        "(bits * places * places * places).sum()",
+        "(bits * 0).sum()",
+        ("tests/parallel/test_lost.py",),
+    ),
+    Fault(
+        "engine-rank-outputs-stale",
+        "A rank that fails does not take part in the exchanges up to the next meeting.",
+        "msdda_fast/engine/parallel.py",
+        "while self._next < len(self._steps) and self._next % MEET_EVERY:",
+        "while False:",
+        ("tests/parallel/test_lost.py",),
+    ),
     # batched
     Fault(
         "batched-rows-swapped",

@@ -98,6 +98,19 @@ def test_convolutions(kind, layout, ranks, images, dtype):
         assert_accurate(y, one_by_one(case, x), want)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "rank", "kept"),
+    [(torch.float16, 4, 8), (torch.bfloat16, 9, 16), (torch.float16, 8, 8), (torch.float32, 4, 4)],
+)
+def test_separate_factors_of_half_precision_have_rows_of_16_bytes(dtype, rank, kept):
+    case = lora_case(nn.Linear(16, 24), (rank, rank), dtype)
+    site = grouped_site(case.base, case.down, case.up, design="separate")
+    assert site.down.shape == (2, kept, 16) and site.up.shape == (2, 24, kept)
+    assert not site.down[:, rank:].any() and not site.up[..., rank:].any()
+    x = rows(case, 2, 3, dtype=dtype)
+    assert_accurate(site(x), one_by_one(case, x), one_by_one(case.double(), x.double()))
+
+
 def test_a_picture_of_one_pixel():
     case = lora_case(nn.Conv2d(5, 9, 1), (4, 4), torch.float64)
     x = rows(case, 6, 1, 1, dtype=torch.float64)

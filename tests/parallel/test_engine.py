@@ -24,8 +24,8 @@ CASES = list(
 )
 
 
-def one_step(weights, guidance, dtype, evaluate, device="cpu"):
-    table = mf.coefficient_table(
+def table_of(weights, guidance, device):
+    return mf.coefficient_table(
         DDIMScheduler(clip_sample=False),
         2,
         etas=ETAS,
@@ -33,6 +33,10 @@ def one_step(weights, guidance, dtype, evaluate, device="cpu"):
         guidance_scale=guidance,
         device=device,
     )
+
+
+def one_step(weights, guidance, dtype, evaluate, device="cpu"):
+    table = table_of(weights, guidance, device)
     draw = torch.Generator().manual_seed(1)
     x_t = torch.randn(SHAPE, generator=draw).to(device)
     branches = 2 if table.needs_uncond else 1
@@ -56,11 +60,20 @@ def steps_of_all_cases(parallel, device="cpu"):
             rows.append(len(work.rows))
             return [outputs[m, work.start : work.stop] for m in work.objectives]
 
-        return parallel.evaluate(
-            run, x_t, len(steps), active=active, branches=outputs.shape[1], dtype=outputs.dtype
-        )
+        return parallel.evaluate(run, x_t)
 
     with parallel.generation({}):
+        tables = [
+            (table_of(weights, guidance, device), dtype) for weights, guidance, dtype in CASES
+        ]
+        parallel.begin(
+            [
+                parallel.exchange(
+                    table.active, 1 + table.needs_uncond, SHAPE, dtype, torch.device(device)
+                )
+                for table, dtype in tables
+            ]
+        )
         for case in CASES:
             steps.append(one_step(*case, evaluate, device).cpu())
     return steps, sum(rows)
@@ -153,14 +166,9 @@ def wrong_outputs(parallel):
     errors = []
     for wrong in (torch.zeros(1, *SHAPE), torch.zeros(2, *SHAPE, dtype=torch.float64)):
         with pytest.raises(mf.MSDDAError) as caught, parallel.generation({}):
-            parallel.evaluate(
-                lambda work, wrong=wrong: [wrong],
-                torch.zeros(SHAPE),
-                0,
-                active=[True, True],
-                branches=2,
-                dtype=torch.float32,
-            )
+            both = [True, True]
+            parallel.begin([parallel.exchange(both, 2, SHAPE, torch.float32, wrong.device)])
+            parallel.evaluate(lambda work, wrong=wrong: [wrong], torch.zeros(SHAPE))
         errors.append(caught.value)
     return errors
 
@@ -169,7 +177,7 @@ class TestBadInput:
     def test_outputs_of_another_shape_or_dtype(self):
         first, _ = values(run_ranks(2, wrong_outputs))
         assert [type(error) for error in first] == [mf.InvalidShape] * 2
-        assert "(1, 2, 4, 3, 5), expected torch.float32 (2, 2, 4, 3, 5)" in str(first[0])
+        assert "(1, 2, 4, 3, 5), expected torch.float32 (2, 2, 4, 3, 5) for" in str(first[0])
         assert "torch.float64 (2, 2, 4, 3, 5)" in str(first[1])
 
     def test_without_a_group(self):

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A pipeline on several ranks draws the images of one process."""
+"""A pipeline on several ranks draws the images of one process.
+
+Networks run one after another here, so that ranks have the forwards of one process; batched and
+captured ones are in test_captured.py.
+"""
 
 import logging
 
@@ -43,7 +47,7 @@ REQUESTS = {
 
 @pytest.fixture
 def pipe(tiny) -> mf.MSDDAPipeline:
-    """One process that runs objectives one after another, as ranks do: so with the same bits."""
+    """One process that runs objectives one after another, as these ranks do."""
     pipe = mf.MSDDAPipeline.from_pipe(tiny.shared())
     pipe.set_forward("sequential")
     return quiet(pipe)
@@ -65,6 +69,7 @@ def draw(pipe, name, rank):
 def draw_all(parallel, tiny):
     """By request: latents, torch's next numbers, and the (adapter, rows) that this rank ran."""
     pipe = tiny.load()
+    pipe.set_forward("sequential")
     pipe.enable_parallel(parallel)
     told = []
     handler = logging.Handler()
@@ -85,7 +90,6 @@ def draw_all(parallel, tiny):
         ran.clear()
         found[name] = (*draw(pipe, name, parallel.rank), list(ran))
     pipe.disable_parallel()
-    pipe.set_forward("sequential")
     found["alone"] = (*draw(pipe, "seeds", parallel.rank), told)
     return found
 
@@ -135,6 +139,7 @@ WHOLE = ("seeds", "one objective", "strengths")
 
 def draw_whole(parallel, tiny):
     pipe = tiny.load(dtype=torch.bfloat16)
+    pipe.set_forward("sequential")
     pipe.enable_parallel(parallel)
     return [draw(pipe, name, parallel.rank)[0] for name in WHOLE]
 
@@ -159,6 +164,7 @@ def ranged(tiny):
 def draw_ranged(parallel, tiny):
     """Latents, and how many rows each forward of this rank had."""
     pipe = ranged(tiny)
+    pipe.set_forward("sequential")
     pipe.enable_parallel(parallel)
     rows, forward = [], UNet2DConditionModel.forward
 
@@ -202,6 +208,7 @@ DIFFERENCES = {
 def differ(parallel, tiny):
     """The error of each difference, then an image: the ranks can go on."""
     pipe = tiny.load()
+    pipe.set_forward("sequential")
     pipe.enable_parallel(parallel)
     request = dict(prompt="a red dog", seed=0, **SHORT)
     errors = {}

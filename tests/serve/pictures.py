@@ -47,3 +47,18 @@ def claimed(width, height):
     head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     data = chunk(b"IDAT", zlib.compress(b"\0" * 99))
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + data + chunk(b"IEND", b"")
+
+
+def palette(*chunks):
+    """A black PNG with a palette, and what is said of it after the pixels."""
+    head = struct.pack(">IIBBBBB", *SIZE, 8, 3, 0, 0, 0)
+    data = zlib.compress(bytes((SIZE[0] + 1) * SIZE[1]))
+    parts = [chunk(b"IHDR", head), chunk(b"PLTE", bytes(3)), chunk(b"IDAT", data), *chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts) + chunk(b"IEND", b"")
+
+
+def progressive(more_scans):
+    """A JPEG whose last scan is repeated: each costs 30 bytes, and a look at every pixel."""
+    data = saved(Image.new("L", (512, 512)), "JPEG", progressive=True)
+    last = data[data.rindex(b"\xff\xda") : -2]
+    return data[:-2] + last * more_scans + data[-2:]

@@ -218,12 +218,14 @@ def test_what_a_model_can_do_is_told(xl_served, flux_served, served):
 
 def test_an_accelerator_is_told_without_its_path_and_draws(tiny):
     pipe = tiny.load(objectives={"cool": mf.Objective(tiny.cool)}, accelerator=str(tiny.warm))
-    one = Running(mf.Engine(pipe, max_batch=1), steps=2)
+    # more steps than LCM has, which only requests for them need
+    one = Running(mf.Engine(pipe, max_batch=1), steps=2, max_steps=64)
     try:
         until(lambda: one.service.is_ready)
         answer = one.http.get("/v1/objectives")
         assert answer.json()["accelerator"] == {"scheduler": "LCMScheduler", "steps": 4}
         assert str(tiny.folder) not in answer.text
         assert one.draw().status_code == 200
+        check(one.draw(steps=64), "steps")
     finally:
         one.stop()

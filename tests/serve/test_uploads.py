@@ -7,9 +7,22 @@ import time
 import pytest
 from PIL import Image
 
-from tests.serve.pictures import PNG, SIZE, base64_png, claimed, halves, picture, saved
+from tests.serve.pictures import (
+    PNG,
+    SIZE,
+    base64_png,
+    chunk,
+    claimed,
+    halves,
+    palette,
+    picture,
+    progressive,
+    saved,
+)
 from tests.serve.test_fields import OUT_OF_RANGE, check
 
+#: Opacity of 999 colours, where a palette has 256 at most.
+MANY_OPACITIES = palette(chunk(b"tRNS", bytes(999)))
 BAD_FILES = [
     (b"", "image", "PNG or JPEG or WEBP"),
     (b"GIF89a" + b"\0" * 99, "image", "PNG or JPEG or WEBP"),
@@ -27,6 +40,8 @@ BAD_FILES = [
     (saved(picture(), "PNG", save_all=True, append_images=[picture(seed=1)]), "image", "animated"),
     (saved(picture(), "WEBP", save_all=True, append_images=[picture(seed=1)]), "image", "animated"),
     (saved(Image.new("I;16", SIZE)), "image", "8 bits a channel"),
+    (MANY_OPACITIES, "image", "damaged"),
+    (progressive(20_000), "image", "more than 100 scans"),
 ]
 BAD_MASKS = [
     (saved(halves((16, 32))), "it has 16 x 32 pixels, and the image 32 x 32"),
@@ -34,6 +49,7 @@ BAD_MASKS = [
     (saved(picture()), "transparent where"),
     (saved(picture(), "JPEG"), "expected PNG"),
     (b"", "expected PNG"),
+    (MANY_OPACITIES, "damaged"),
 ]
 SMALL = base64_png(picture((16, 16), "L"))
 

@@ -6,6 +6,7 @@ from math import prod
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from msdda_fast.errors import BackendUnavailable, InvalidShape
 from msdda_fast.kernels import registry
@@ -112,6 +113,8 @@ class _GroupedLinear(GroupedSite):
 class FactoredLinear(_GroupedLinear):
     """Designs D and F: separate factors, M R (C + N) numbers in addition to the shared weight.
 
+    In half precision D rounds R up to a multiple of 8, with zeros.
+
     Args:
         base: The layer that all objectives share.
         down, up: Factors A (M, R, C) and B (M, N, R) of the objectives.
@@ -132,8 +135,10 @@ class FactoredLinear(_GroupedLinear):
         self.differentiates = backend == "eager"
         module = registry.resolve("grouped_lora", backend, self.weight.device.type)
         self._run = module.run
-        self._keep("down", down.detach())
-        self._keep("up", up.detach())
+        # rows of x A^T of fewer than 16 bytes would keep cuBLAS from its fast kernels
+        spare = -down.shape[1] % 8 if backend == "eager" and self.weight.itemsize == 2 else 0
+        self._keep("down", functional.pad(down.detach(), (0, 0, 0, spare)))
+        self._keep("up", functional.pad(up.detach(), (0, spare)))
 
     def _grouped(self, x: Tensor) -> Tensor:
         return self._run(x, self.weight, self.bias, self.down, self.up)

@@ -3,7 +3,7 @@
 
 A pipeline keeps one `CapturedSampler`. It builds a network per shape of request, and captures its
 step where the device has graphs; on the CPU the same step runs eagerly. Approximate modes have a
-graph per kind of step; see `modes`.
+graph per kind of step; see `modes`. Of several processes each has one, with its share of the rows.
 """
 
 from __future__ import annotations
@@ -22,103 +22,27 @@ from msdda_fast.batched.options import DEFAULTS, BatchedOptions
 from msdda_fast.batched.support import check_supported
 from msdda_fast.batched.unet import BatchedUNet
 from msdda_fast.engine.buffers import ShapeKey, StepBuffers, padded_steps
-from msdda_fast.engine.graph import Capture, CapturedStep, StepCache
+from msdda_fast.engine.graph import Capture, StepCache
 from msdda_fast.engine.noise import NoiseSource
-from msdda_fast.errors import InvalidShape, UnsupportedNetwork
+from msdda_fast.engine.parallel import ObjectiveParallel
+from msdda_fast.errors import UnsupportedNetwork
+from msdda_fast.pipelines.stable_diffusion.captured_generation import (
+    CapturedGeneration,
+    CapturedNetwork,
+)
 from msdda_fast.pipelines.stable_diffusion.exact import ExactNetwork, step_kind
 from msdda_fast.pipelines.stable_diffusion.fastest import fastest
 from msdda_fast.pipelines.stable_diffusion.merged_network import MergedNetwork
 from msdda_fast.pipelines.stable_diffusion.modes import StepPlan
 from msdda_fast.pipelines.stable_diffusion.path_kl import Pilot
+from msdda_fast.pipelines.stable_diffusion.rank_network import RankNetwork
 from msdda_fast.steps.coefficients import CoefficientTable
 
-__all__ = ["CapturedGeneration", "CapturedSampler", "Compile"]
+__all__ = ["CapturedSampler", "Compile"]
 
 #: True: `torch.compile`; "openvino": exact forwards through OpenVINO; "auto": through OpenVINO
 #: where `CapturedSampler.keep_faster` has found that faster; False: neither.
 Compile: TypeAlias = bool | Literal["auto", "openvino"]
-
-#: A network that a `CapturedSampler` builds.
-_Network: TypeAlias = ExactNetwork | MergedNetwork
-
-
-class CapturedGeneration:
-    """One loaded request as an `engine.loop.Generation`, with steps in static buffers.
-
-    Attributes:
-        forwards: How many networks have run on each image, guidance not counted twice.
-    """
-
-    def __init__(
-        self,
-        step: CapturedStep[_Network],
-        kinds: Sequence[str],
-        shares: Tensor,
-        *,
-        shares_text: bool,
-    ) -> None:
-        self._step, self._shares_text, self._kinds = step, shares_text, kinds
-        self.forwards = 0
-        changes = (shares[1:] != shares[:-1]).flatten(1).any(1).tolist()
-        self._reweighted = [False, *changes]  # whether shares change before step k
-        self._next = 0
-
-    @property
-    def x(self) -> Tensor:
-        """The state, (B, C, h, w) float32; the next step overwrites it."""
-        return self._step.x
-
-    @property
-    def step_kl(self) -> Tensor:
-        """Estimated KL divergence of each step from the exact one, (T, B) nats; a copy."""
-        return self._estimates(self._step.network.step_kl)
-
-    @property
-    def merged_kl(self) -> Tensor:
-        """KL divergence of merged steps from exact ones where it was measured, (T, B) nats."""
-        return self._estimates(self._step.network.merged_kl)
-
-    def step(self, k: int) -> None:
-        """Do step k."""
-        if self._reweighted[k]:
-            self._step.network.mix(k)
-        self._step.step(k)
-        self.forwards += self._step.network.forwards[self._kinds[k]]
-        self._next = k + 1
-
-    def replace_x(self, x: Tensor) -> None:
-        """Continue from another state, between two steps."""
-        self._step.buffers.replace_x(x)
-
-    def replace_table(self, table: CoefficientTable) -> None:
-        """Continue with other coefficients of the same steps, between two steps."""
-        self._step.buffers.replace_table(table)
-
-    def replace_prompt(self, prompt_embeds: Tensor) -> None:
-        """Continue with other embeddings (M, K, B, L, D), between two steps.
-
-        Raises:
-            InvalidShape: The shape is wrong, or they differ between objectives and did not before.
-        """
-        buffers = self._step.buffers
-        key = buffers.key
-        if prompt_embeds.shape != key.context:
-            raise InvalidShape(
-                f"embeddings have shape {tuple(prompt_embeds.shape)}, expected {key.context}"
-            )
-        embeds = {m: prompt_embeds[m] for m, runs in enumerate(key.active) if runs}
-        first = next(iter(embeds.values()))
-        if self._shares_text and not all(bool((rows == first).all()) for rows in embeds.values()):
-            raise InvalidShape(
-                "the callback returned different embeddings per objective, but all share one text "
-                'encoding; use set_forward("sequential")'
-            )
-        self._step.network.begin(embeds, buffers.timesteps, shared=self._shares_text, k=self._next)
-
-    def _estimates(self, kept: Tensor | None) -> Tensor:
-        if kept is None:  # exact networks
-            return self.x.new_zeros(len(self._kinds), len(self.x))
-        return kept[: len(self._kinds)].clone()
 
 
 class CapturedSampler:
@@ -132,9 +56,11 @@ class CapturedSampler:
         capture: "auto", "required" or "off"; see `engine.graph.StepCache`.
         compile: How steps are compiled.
         capacity: Most shapes of requests kept.
+        parallel: The processes that share the objectives; None: only this one.
 
     Attributes:
         device, dtype: Of the networks.
+        parallel: As given.
         pilots: What pilots have measured of them; see `pilot`.
 
     Raises:
@@ -150,8 +76,10 @@ class CapturedSampler:
         capture: Capture = "auto",
         compile: Compile = "auto",
         capacity: int = 8,
+        parallel: ObjectiveParallel | None = None,
     ) -> None:
         self._variants, self._options, self._compile = list(variants), options, compile
+        self.parallel = parallel
         self.pilots: dict[Hashable, Pilot] = {}
         self._groups: list[tuple[LoadedAdapters, list[int]]] = []
         unet, nhwc = variants[0].network, options.channels_last
@@ -216,6 +144,7 @@ class CapturedSampler:
             InvalidShape: The step needs more memory than is free.
             CaptureError: It cannot be captured, and capture is required.
             UnsupportedNetwork: These networks cannot be merged.
+            RankLost, RanksDiffer: See `ObjectiveParallel.generation`, here and in steps.
         """
         every = not self._options.sharing.inactive
         # one that no step reads, whatever the weights are, has no output: strength 0, for one
@@ -249,14 +178,28 @@ class CapturedSampler:
         if plan is not None and isinstance(step.network, MergedNetwork):
             conditioning = step.network.conditioning(table, plan)
         step.load(table, x_T, seeds=noise.seeds, noise=z, conditioning=conditioning, kinds=kinds)
+        if self.parallel is not None and isinstance(step.network, RankNetwork):
+            self.parallel.begin([step.network.exchanges[kind] for kind in kinds])
         shares = table.share if plan is None else plan.shares
         generation = CapturedGeneration(step, kinds, shares, shares_text=shares_text)
         generation.replace_prompt(prompt_embeds)
         return generation
 
-    def _build(self, key: ShapeKey, buffers: StepBuffers) -> _Network:
-        network: _Network
-        if key.mode == "exact":
+    def _build(self, key: ShapeKey, buffers: StepBuffers) -> CapturedNetwork:
+        network: CapturedNetwork
+        if self.parallel is not None:
+            network = RankNetwork(
+                self.parallel,
+                {
+                    step_kind("exact", runs): self.parallel.exchange(
+                        runs, key.branches, key.shape, key.dtype, buffers.x.device
+                    )
+                    for runs in key.runs
+                },
+                self._members,
+                key.dtype,
+            )
+        elif key.mode == "exact":
             by_kind = {step_kind("exact", runs): self._members(runs) for runs in key.runs}
             network = ExactNetwork(by_kind, len(key.active), key.dtype)
         else:

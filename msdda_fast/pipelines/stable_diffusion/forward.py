@@ -13,6 +13,7 @@ import torch
 from msdda_fast.adapters.variant import Variant
 from msdda_fast.batched.options import DEFAULTS, BatchedOptions
 from msdda_fast.engine.graph import Capture
+from msdda_fast.engine.parallel import ObjectiveParallel
 from msdda_fast.errors import AdapterMismatch, UnsupportedNetwork
 from msdda_fast.pipelines.stable_diffusion.captured import CapturedSampler, Compile
 
@@ -67,12 +68,19 @@ class Runner:
         if self._sampler is not None:
             self._sampler.keep_faster()
 
-    def sampler(self, variants: Sequence[Variant], *, required: bool) -> CapturedSampler | None:
+    def sampler(
+        self,
+        variants: Sequence[Variant],
+        *,
+        required: bool,
+        parallel: ObjectiveParallel | None = None,
+    ) -> CapturedSampler | None:
         """Return the batched forward of the variants; None: they run one after another.
 
         Args:
             variants: One per objective.
             required: Never return None, whatever the settings say.
+            parallel: The processes that share the objectives; None: only this one.
 
         Raises:
             AdapterMismatch, UnsupportedNetwork: It is required, or the settings say "batched", but
@@ -84,8 +92,10 @@ class Runner:
             return None
         try:
             _check_context(variants)
-            if self._sampler is not None and self._sampler.is_current(variants):
-                return self._sampler
+            kept = self._sampler
+            if kept is not None and kept.parallel is parallel and kept.is_current(variants):
+                return kept
+            del kept
             self._sampler = None  # free the old one before building anew
             self._sampler = CapturedSampler(
                 variants,
@@ -93,6 +103,7 @@ class Runner:
                 capture=settings.capture,
                 compile=settings.compile,
                 capacity=self._capacity,
+                parallel=parallel,
             )
         except (AdapterMismatch, UnsupportedNetwork) as error:
             if required or settings.forward == "batched":

@@ -24,6 +24,7 @@ from msdda_fast.pipelines.accelerator import Accelerator
 from msdda_fast.pipelines.attach_plan import attach_plan
 from msdda_fast.pipelines.dtypes import Dtypes
 from msdda_fast.pipelines.exclusive import exclusively
+from msdda_fast.pipelines.in_parallel import ParallelMethods
 from msdda_fast.pipelines.runnable import check_runnable
 from msdda_fast.pipelines.stable_diffusion.accelerated import BASE
 from msdda_fast.pipelines.stable_diffusion.adapter_methods import AdapterMethods
@@ -32,7 +33,6 @@ from msdda_fast.pipelines.stable_diffusion.decoding import decode
 from msdda_fast.pipelines.stable_diffusion.forward import Forward, ForwardSettings, Runner
 from msdda_fast.pipelines.stable_diffusion.held_adapters import HeldAdapters
 from msdda_fast.pipelines.stable_diffusion.modes import Mode
-from msdda_fast.pipelines.stable_diffusion.parallel import ParallelMethods
 from msdda_fast.pipelines.stable_diffusion.sampling import Networks
 from msdda_fast.pipelines.stable_diffusion.warm_up import warm_up
 
@@ -218,7 +218,7 @@ class MultiObjectivePipeline(AdapterMethods, ParallelMethods, DiffusionPipeline)
             InvalidMode: The mode is approximate, and the networks are in float64.
             CaptureError: Graphs are required on a device without them.
         """
-        sampler, variants, base = None, self.variants, self.base_variant
+        variants, base = self.variants, self.base_variant
         loaded = list(variants.values())
         if with_base:
             variants[BASE] = base
@@ -230,8 +230,9 @@ class MultiObjectivePipeline(AdapterMethods, ParallelMethods, DiffusionPipeline)
         if mode != "exact" and self.unet.dtype == torch.float64:
             raise InvalidMode(f'a float64 network samples with mode="exact" only, got {mode!r}')
         with exclusively(self.shared_networks()):
-            if self._parallel is None:
-                sampler = (runner or self._runner).sampler(loaded, required=mode != "exact")
+            sampler = (runner or self._runner).sampler(
+                loaded, required=mode != "exact", parallel=self._parallel
+            )
             for variant in variants.values():
                 if sampler is None:
                     check_can_switch(variant)

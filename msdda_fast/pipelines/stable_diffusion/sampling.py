@@ -60,7 +60,7 @@ class Networks:
         encode_prompt: The method of diffusers' pipeline.
         device, dtype: Where and in what the networks run.
         sampler: Runs all objectives in one forward; None: they run one after another.
-        parallel: The processes that share the objectives; None: only this one.
+        parallel: The processes that share the objectives, as `sampler` knows; None: only this one.
     """
 
     variants: Mapping[str, Variant]
@@ -144,6 +144,8 @@ def sample(networks: Networks, request: Request, watch: Watch | None = None) -> 
             return watch is None or watch(k, generation, embeds)
 
         x = loop.run(generation, len(table), watched).clone()
+        if networks.parallel is not None:
+            networks.parallel.finish(x)
         if isinstance(generation, CapturedGeneration):
             kl = generation.step_kl, generation.merged_kl
         else:
@@ -163,7 +165,8 @@ class _EagerGeneration(loop.EagerGeneration):
         self._local = SequentialNetwork(variants, switch, request.table, dtype)
         network: Callable[[Tensor, int], Outputs] = self._local
         if networks.parallel is not None:
-            network = ParallelNetwork(networks.parallel, self._local, dtype)
+            branches = 2 if request.table.needs_uncond else 1
+            network = ParallelNetwork(networks.parallel, self._local, x_T, branches, dtype)
         super().__init__(network, x_T, request.table, request.noise)
 
     def step(self, k: int) -> None:
