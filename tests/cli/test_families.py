@@ -151,6 +151,13 @@ class TestImages:
         unit = 2 * pipe.vae_scale_factor
         assert pixels(tmp_path / "x.png").shape == (34 - 34 % unit, 41 - 41 % unit, 3)
 
+    @pytest.mark.parametrize("more", [["--image-strength", 0], ["--steps", 1]])
+    def test_a_strength_without_steps_is_refused(self, use, tmp_path, more):
+        use(sdxl)
+        Image.new("RGB", (32, 32), "red").save(tmp_path / "from.png")
+        done = run("generate", "a dog", *W, "--image", tmp_path / "from.png", *more)
+        assert_refused(done, "--image-strength 0")
+
     def test_a_mask_says_what_is_repainted(self, use, tmp_path):
         use(sdxl)
         gradient = np.linspace(0, 255, 32 * 32 * 3).reshape(32, 32, 3).astype(np.uint8)
@@ -220,7 +227,7 @@ class TestVideos:
         ("FluxPipeline", ["--image-strength", 0.5], "--image-strength needs --image"),
         ("FluxPipeline", ["--mask-image", "x.png"], "--mask-image needs --image"),
         ("FluxPipeline", ["--mask-softness", 2], "--mask-softness needs --mask"),
-        ("FluxPipeline", ["--mask", "a=/no.png"], "No such file or directory: '/no.png'"),
+        ("FluxPipeline", ["--mask", "a=/no.png"], "--mask /no.png: No such file or directory"),
         ("FluxPipeline", ["--mask", "a"], "--mask 'a' must be NAME=FILE"),
         ("FluxPipeline", ["--image", __file__], "not an image that Pillow reads"),
         ("WanPipeline", ["--image", "x.png"], "WanPipeline cannot do image-to-image"),
@@ -229,6 +236,12 @@ class TestVideos:
         ("WanPipeline", ["-o", "x.jpg"], "must end in .webp, .gif, .png, .apng or .mp4"),
         ("StableAudioPipeline", [], "StableAudioPipeline makes sound"),
         ("FluxPipeline", ["-w", "0-499:a=1", "-w", "b=1"], "--weight: give a range of timesteps"),
+        ("FluxPipeline", ["--guidance", "nan"], "--guidance must be finite, got nan"),
+        (
+            "StableDiffusion3Pipeline",
+            ["--guidance", 1, "--negative-prompt", "x"],
+            "--negative-prompt has no effect with a guidance of 1",
+        ),
         ("NoSuchPipeline", [], "names the class 'NoSuchPipeline', which diffusers"),
     ],
 )
