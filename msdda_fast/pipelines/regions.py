@@ -189,7 +189,7 @@ def check_softness(softness: float | None, masks: MasksLike | None) -> None:
         return
     if masks is None:
         raise InvalidWeights("mask_softness is given without masks")
-    if not isinstance(softness, (int, float)) or not 0 <= softness < float("inf"):
+    if not isinstance(softness, (int, float)) or not 0 <= softness <= torch.finfo(torch.double).max:
         raise InvalidWeights(
             f"mask_softness must be a finite number of pixels, 0 or more, got {softness!r}"
         )
@@ -294,6 +294,6 @@ def _averages(size: int, out: int, std: float) -> Tensor:
     lower = torch.maximum(edges[:-1, None], pixels)
     area = (upper - lower).clamp(min=0)
     if std > 0:
-        blur = (-((pixels[:, None] - pixels) ** 2) / (2 * std**2)).exp()
+        blur = (-(((pixels[:, None] - pixels) / std) ** 2) / 2).exp()  # std**2 may be 0 or inf
         area = area @ (blur / blur.sum(1, keepdim=True))
     return area / area.sum(1, keepdim=True)
