@@ -118,9 +118,9 @@ def _read(file: IO[bytes], field: str, formats: tuple[str, ...], most_pixels: in
         raise Refusal.of_field(field, f"a JPEG has more than {MOST_SCANS} scans")
     try:
         image.load()
-        image = ImageOps.exif_transpose(image)
+        upright = ImageOps.exif_transpose(image)
         # here, where a palette whose transparency makes no sense is found out
-        return image.convert("RGBA") if image.has_transparency_data else image
+        return upright.convert("RGBA") if upright.has_transparency_data else upright
     except Exception as error:
         message = f"the {image.format} is damaged: {type(error).__name__}"
         raise Refusal.of_field(field, message) from error
