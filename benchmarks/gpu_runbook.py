@@ -45,6 +45,7 @@ GPU_TESTS = (
     "tests/engine/test_cuda_graphs.py",
     "tests/families/test_graphs.py",
     "tests/parallel/test_engine.py",
+    "tests/parallel/test_captured.py",
 )
 #: It provokes an error of the CUDA API, which the sanitizer would count.
 PROVOKES = "not huge and not names_the_cuda_error"

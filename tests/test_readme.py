@@ -58,6 +58,7 @@ def test_only_the_named_blocks_are_not_run():
         "they install a fresh environment, and `make test` runs this very page": 1,
         "needs Stable Diffusion weights from a hub, and two adapters of yours": 2,
         "needs Stable Diffusion 3.5 from a hub, and adapters of yours": 1,
+        "needs several processes": 1,
         "needs weights from a hub, and adapters of yours": 6,
         "needs SDXL from a hub, and adapters of yours": 1,
         "needs a diffusers pipeline of yours, with two adapters loaded": 1,

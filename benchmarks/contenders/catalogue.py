@@ -11,7 +11,7 @@ from typing import get_args
 
 import torch
 
-from benchmarks.contenders import engine, stock
+from benchmarks.contenders import engine, runtimes, stock
 from benchmarks.contenders.contender import Contender, Impossible
 from benchmarks.contenders.request import Request
 from msdda_fast.batched.options import BatchedOptions, Sharing
@@ -62,6 +62,7 @@ def catalogue(counts: Sequence[int], design: str, device: str) -> list[Entry]:
     entries += _captured(several, device)
     for m in sorted({1, *counts}):
         entries += _ours(m, design)
+    entries += _runtimes(sorted({1, *counts}))
     entries += [_entry(AGAIN, "ours, one objective, again", 1, BatchedOptions(design=design))]
     if several:
         entries += _ablations(several[0], design, device)
@@ -156,8 +157,24 @@ def _ours(count: int, design: str) -> list[Entry]:
     ]
     fused = options_of(design, fuse_qkv=True)
     entries.append(_entry(f"{name}/qkv", f"{title}, one GEMM for q, k, v", count, fused))
-    compiled = _entry(f"{name}/compiled", f"{title}, compiled", count, chosen, compile=True)
-    return [*entries, compiled]
+    entries.append(_entry(f"{name}/compiled", f"{title}, compiled", count, chosen, compile=True))
+    exported = {"openvino": True, "headline": True}
+    entries.append(_entry(f"{name}/openvino", f"{title}, OpenVINO", count, chosen, **exported))
+    return entries
+
+
+def _runtimes(counts: Sequence[int]) -> list[Entry]:
+    """OV1, ORT1, ...: one merged adapter on the rows of M objectives, which are all equal."""
+    entries = []
+    for kind, title, make in (
+        ("OV", "OpenVINO", runtimes.openvino),
+        ("ORT", "ONNX Runtime", runtimes.onnx_runtime),
+    ):
+        for m in counts:
+            rows = "rows of one" if m == 1 else f"equal rows for M = {m}"
+            made = partial(make, count=m)
+            entries.append(Entry(f"{kind}{m}", f"{title}, {rows}", m, made, headline=True))
+    return entries
 
 
 def _ablations(count: int, design: str, device: str) -> list[Entry]:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,24 +11,25 @@ from torch import Tensor, nn
 from benchmarks.contenders.contender import Contender
 from benchmarks.contenders.request import Request
 from benchmarks.contenders.stock import with_adapters
+from msdda_fast.batched.exported import ExportedForward
 from msdda_fast.batched.options import BatchedOptions
 from msdda_fast.batched.unet import BatchedUNet
 from msdda_fast.engine.buffers import ShapeKey, StepBuffers
 from msdda_fast.engine.graph import CapturedStep, StepCache
 from msdda_fast.engine.step import Network, Predict
 
-__all__ = ["batched", "captured_copies"]
+__all__ = ["batched", "captured_copies", "in_our_step", "step_key"]
 
 
 class Batched:
     """A `BatchedUNet` as the network of a step."""
 
-    def __init__(self, unet: BatchedUNet) -> None:
-        self._unet = unet
+    def __init__(self, unet: BatchedUNet, run: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self._unet, self._run = unet, run
 
     @property
     def kinds(self) -> Mapping[str, Predict]:
-        return {"exact": lambda next_input, k: self._unet(next_input[0], k)}
+        return {"exact": lambda next_input, k: self._run(next_input[0], k)}
 
     def storages(self) -> Mapping[str, Tensor]:
         return self._unet.storages()
@@ -93,6 +94,7 @@ def batched(
     *,
     capture: bool = True,
     compile: bool = False,
+    openvino: bool = False,
     backend: str = "auto",
 ) -> Contender:
     """Return the contender with M objectives in one forward and one fused step.
@@ -103,6 +105,7 @@ def batched(
         options: How the forward is built.
         capture: Replay a graph if the device supports them; never fall back silently.
         compile: Pass the step through `torch.compile`.
+        openvino: Run the forward through OpenVINO.
         backend: Backend of the fused step.
     """
     nhwc = request.device.type == "cuda" if options.channels_last is None else options.channels_last
@@ -111,10 +114,12 @@ def batched(
     unet = BatchedUNet.of(variants, options)
     unet.begin(request.prompts[None], request.scheduler.timesteps, request.added())
 
-    def build(key: ShapeKey, buffers: StepBuffers) -> Network:
-        return Batched(unet)
+    run = ExportedForward(unet, request.shape) if openvino else unet
 
-    key = _key(request, count, channels_last=nhwc)
+    def build(key: ShapeKey, buffers: StepBuffers) -> Network:
+        return Batched(unet, run)
+
+    key = step_key(request, count, channels_last=nhwc)
     step = _cache(request, build, capture, compile, backend).prepare(key)
     runner = _Runner(request, count, step)
     network = step.buffers.next_input
@@ -124,9 +129,9 @@ def batched(
         runner.loop,
         [{m: 1.0} for m in range(count)],
         [*base, *unet.parameters(), *unet.buffers()],
-        forward=lambda: unet(network[0], step.buffers.counter),
+        forward=None if openvino else lambda: unet(network[0], step.buffers.counter),
         first=runner.first,
-        compiled=compile,
+        compiled=compile or openvino,
     )
 
 
@@ -143,20 +148,43 @@ def captured_copies(request: Request, count: int, *, compile: bool) -> Contender
         request.model.plain(system or {}).to(memory_format=torch.channels_last)
         for system in systems
     ]
-
-    def build(key: ShapeKey, buffers: StepBuffers) -> Network:
-        return Copies(request, buffers, unets)
-
-    key = _key(request, len(systems), channels_last=True, input_rows=request.branches)
-    step = _cache(request, build, True, compile, "auto").prepare(key)
-    runner = _Runner(request, len(systems), step)
+    key = step_key(request, len(systems), channels_last=True, input_rows=request.branches)
     parameters = [p for unet in unets for p in unet.parameters()]
-    return Contender(
-        runner.step, runner.loop, systems, parameters, first=runner.first, compiled=compile
+    return in_our_step(
+        request,
+        key,
+        systems,
+        lambda buffers: Copies(request, buffers, unets),
+        parameters,
+        compile=compile,
     )
 
 
-def _key(request: Request, count: int, *, channels_last: bool, input_rows: int = 1) -> ShapeKey:
+def in_our_step(
+    request: Request,
+    key: ShapeKey,
+    systems: Sequence[Mapping[int, float] | None],
+    network: Callable[[StepBuffers], Network],
+    parameters: Sequence[Tensor],
+    *,
+    compile: bool = False,
+    compiled: bool = False,
+) -> Contender:
+    """Return other networks in our step; `systems` and `parameters` as in `Contender`."""
+
+    def build(key: ShapeKey, buffers: StepBuffers) -> Network:
+        return network(buffers)
+
+    step = _cache(request, build, True, compile, "auto").prepare(key)
+    runner = _Runner(request, len(systems), step)
+    return Contender(
+        runner.step, runner.loop, systems, parameters,
+        first=runner.first, compiled=compile or compiled,
+    )  # fmt: skip
+
+
+def step_key(request: Request, count: int, *, channels_last: bool, input_rows: int = 1) -> ShapeKey:
+    """Return the key of our step for M objectives; `input_rows` copies of x go into the network."""
     table = request.table(count)
     return ShapeKey(
         shape=request.shape,

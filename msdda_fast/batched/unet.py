@@ -119,6 +119,14 @@ class BatchedUNet(nn.Module):
                 named |= {f"{path}.{name}.{i}": rows.x for i, rows in enumerate(value)}
         return named
 
+    def held_rows(self) -> list[tuple[dict[str, Any], str]]:
+        """Return where the `Rows` are, or tuples of them, that `begin` has written."""
+        return [
+            (vars(self.get_submodule(path)), name)
+            for path, holder, name in _holders(self)
+            if isinstance(holder[name], (Rows, tuple))
+        ]
+
     @classmethod
     def of(cls, variants: Sequence[Variant], options: BatchedOptions = DEFAULTS) -> BatchedUNet:
         """Build from M variants of one network; for what is refused, see `LoadedAdapters`."""
@@ -183,7 +191,8 @@ class BatchedUNet(nn.Module):
             k: Index into the timesteps of `begin`, 0-d int64 on the device of the network.
 
         Returns:
-            (M, K, B, C, h, w) in the dtype of the network, a new tensor.
+            (M, K, B, C, h, w) in the dtype of the network, a new tensor; its pixels are in the
+            memory layout of the network.
 
         Raises:
             InvalidShape: A wrong shape, dtype or device, or `begin` was not called.
@@ -209,7 +218,7 @@ class BatchedUNet(nn.Module):
         rows = Rows(x) if self.options.sharing.prefix else Rows(x).expand(count, prompts.branches)
         with sdpa_kernel(ATTENTION_BACKENDS[self.attention_backend]):
             out: Rows = self.body(rows, Step(self._times(k), prompts))
-        return out.expand(count, prompts.branches).grid().contiguous()
+        return out.expand(count, prompts.branches).grid()  # the fused step reads either layout
 
     def _added_by(self, timesteps: Tensor) -> Rows:
         """What all resnets add at these timesteps, (m k b, T, sum of channels)."""

@@ -90,6 +90,7 @@ class BatchDrawer:
     def warm(self, ticket: Ticket, size: int, output_type: str) -> None:
         """Do one step of a batch of `size` copies of a ticket, and decode the result."""
         x = self.sample([ticket] * size, size=size, watch=lambda *_: False)
+        self._runner.keep_faster()
         self.decode(x, output_type)
 
     @torch.no_grad()

@@ -34,11 +34,16 @@ class StockDrawer:
     Args:
         pipe: Not changed.
 
+    Raises:
+        ValueError: Several processes share it.
+
     Attributes:
         pipe: A pipeline over the same modules.
     """
 
     def __init__(self, pipe: WithObjectives) -> None:
+        if pipe.parallel is not None:
+            raise ValueError("an engine runs in one process: call disable_parallel() first")
         self._source, self._takes = pipe, Capabilities.of(pipe)
         self.pipe: Any = pipe
         self.restart()

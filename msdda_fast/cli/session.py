@@ -87,20 +87,10 @@ def saved_class(model: str) -> Any:  # noqa: ANN401 - a class
 
     Raises:
         FileNotFoundError, ValueError: See `pipelines.saved_class`.
-        UnsupportedNetwork: Another than Stable Diffusion 1 or 2, in several processes.
     """
-    from msdda_fast.engine import torchrun
-    from msdda_fast.errors import UnsupportedNetwork
-    from msdda_fast.pipelines import MSDDAPipeline
     from msdda_fast.pipelines.saved_class import saved_class
 
-    kind = saved_class(model)
-    if kind is not MSDDAPipeline and torchrun.size() > 1:
-        raise UnsupportedNetwork(
-            f"--model {model} is a {kind.__name__}, and only Stable Diffusion 1 and 2 run in "
-            "several processes: start one, without torchrun"
-        )
-    return kind
+    return saved_class(model)
 
 
 def only_stable_diffusion(model: str, command: str) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import traceback
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Generic, Literal, TypeAlias, TypeVar
 
 import torch
@@ -187,9 +187,7 @@ class StepCache(Generic[N]):
         self._capture: Capture = capture
         self._compile = compile
         self._backend = backend
-        self._graphs: GraphBackend | None = None
-        if capture != "off":
-            self._graphs = graphs_for(self._device) if graphs is None else graphs
+        self._graphs = None if capture == "off" else graphs or graphs_for(self._device)
         if capture == "required" and self._graphs is None:
             raise CaptureError(f"capture='required', but device {self._device} has no graphs")
         self._steps: OrderedDict[ShapeKey, CapturedStep[N]] = OrderedDict()
@@ -199,6 +197,9 @@ class StepCache(Generic[N]):
 
     def __contains__(self, key: ShapeKey) -> bool:
         return key in self._steps
+
+    def __iter__(self) -> Iterator[CapturedStep[N]]:
+        return iter(self._steps.values())
 
     def prepare(self, key: ShapeKey) -> CapturedStep[N]:
         """Return the step for `key`; the first time, build, compile and capture it.
@@ -250,9 +251,7 @@ class StepCache(Generic[N]):
                 if self._compile:
                     advance = compiled(advance, self._device.type)
                     advance(buffers)
-                graph = None
-                if self._graphs is not None:
-                    graph = self._graphs.capture(advance, buffers)
+                graph = None if self._graphs is None else self._graphs.capture(advance, buffers)
         except RuntimeError as error:
             failed = "compiled or captured" if self._compile else "captured"
             raise CaptureError(f"the step cannot be {failed}: {cause(error)}") from error

@@ -98,7 +98,8 @@ class ObjectiveParallel:
 
     @contextmanager
     def generation(self, request: Mapping[str, bytes]) -> Iterator[None]:
-        """Begin and end a generation together; inside, call `begin`, then `gather` once per step.
+        """Begin and end a generation together; inside, call `begin`, then `gather` once per step,
+        or `share` once per forward.
 
         An exception on one rank is raised on the others at their next meeting, and all ranks can
         then start another generation; steps until there are done with its last outputs. A process
@@ -197,9 +198,32 @@ class ObjectiveParallel:
         if k % MEET_EVERY == 0:
             self._hosts.meet(f"step {k}")
             layouts = b"; ".join(step.layout for step in self._steps)
-            self._compare(x_t, {"which objectives run": layouts})
+            self._compare(x_t, which_objectives_run=layouts)
         self._exchange()
         return self._steps[k].outputs()
+
+    def share(self, exchanges: Sequence[Exchange], states: Sequence[Tensor]) -> None:
+        """Exchange the outputs of one forward, where nobody knows which forwards will follow.
+
+        So that a rank that fails leaves none half done, the hosts meet every time; they wait for
+        the device in every `MEET_EVERY`-th time only.
+
+        Args:
+            exchanges: Where the outputs lie; each holds its gathered ones afterwards.
+            states: Floating-point tensors that are the same on every rank, compared at times.
+
+        Raises:
+            RanksDiffer: Another rank is at a different forward, or has different states.
+            RankLost: See `generation`.
+        """
+        k = self._next
+        shapes = [tuple(exchange.everyone.shape) for exchange in exchanges]
+        self._hosts.meet(f"forward {k} with outputs {shapes}")
+        if k % MEET_EVERY == 0:
+            self._compare(*states)
+        for exchange in exchanges:
+            self._gather(exchange)
+        self._next += 1
 
     def finish(self, x_0: Tensor) -> None:
         """Compare the last state, (B, *S), when all steps are done that are to be.
@@ -210,7 +234,7 @@ class ObjectiveParallel:
         done = self._next
         self._attend()
         self._hosts.meet(f"the end, after {done} steps")
-        self._compare(x_0, {})
+        self._compare(x_0)
 
     def from_first(self, values: Tensor) -> Tensor:
         """Return rank 0's values; shape and dtype must be the same on every rank.
@@ -229,14 +253,17 @@ class ObjectiveParallel:
             self._exchange()
 
     def _exchange(self) -> None:
-        step = self._steps[self._next]
-        group = self._group if step.mine.is_cuda else None
-        self._hosts.gather(step.everyone, step.mine, group)
+        self._gather(self._steps[self._next])
         self._next += 1
 
-    def _compare(self, x: Tensor, parts: Mapping[str, bytes]) -> None:
+    def _gather(self, exchange: Exchange) -> None:
+        group = self._group if exchange.mine.is_cuda else None
+        self._hosts.gather(exchange.everyone, exchange.mine, group)
+
+    def _compare(self, *states: Tensor, **others: bytes) -> None:
         # The hosts have met: all have launched the same exchanges, so that this wait will end.
-        parts = {"latents": tensor_bytes(_checksum(x)), **parts}
+        latents = b"; ".join(tensor_bytes(_checksum(state)) for state in states)
+        parts = {"latents": latents, **{n.replace("_", " "): part for n, part in others.items()}}
         self._hosts.check_same(parts, must=f"have the same at {self._hosts.place}")
 
 
@@ -245,7 +272,7 @@ def _checksum(x: Tensor) -> Tensor:
 
     Integers wrap and have no rounding, so that the order of the sum does not matter.
     """
-    bits = x.detach().flatten().view(torch.int16).to(torch.int64)
+    bits = _dense(x).view(torch.int16).to(torch.int64)
     places = torch.arange(len(bits), device=x.device) * 2 + 1
     return (bits * places * places * places).sum()
 
@@ -254,5 +281,10 @@ def tensor_bytes(tensor: Tensor | None) -> bytes:
     """Return shape, dtype and values as bytes, which are equal exactly for equal tensors."""
     if tensor is None:
         return b"none"
-    values: bytes = tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes()
+    values: bytes = _dense(tensor).cpu().view(torch.uint8).numpy().tobytes()
     return f"{tuple(tensor.shape)} {tensor.dtype} ".encode() + values
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """A flat copy; views of other dtypes need a stride of 1, also of a single value."""
+    return tensor.detach().clone(memory_format=torch.contiguous_format).flatten()

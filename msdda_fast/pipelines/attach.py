@@ -33,6 +33,7 @@ from msdda_fast.pipelines.exclusive import one_at_a_time
 from msdda_fast.pipelines.fused_scheduler import with_fusing
 from msdda_fast.pipelines.fusing import FusingOptions
 from msdda_fast.pipelines.held_objectives import HeldObjectives
+from msdda_fast.pipelines.in_parallel import agreed_call
 from msdda_fast.pipelines.latent_grid import requested_size
 from msdda_fast.pipelines.loop_noise import LoopNoise
 from msdda_fast.pipelines.manifest import NAMELESS, check_names
@@ -100,6 +101,8 @@ class WithObjectives(HeldObjectives):
             AdapterMismatch: An objective's adapter has been deleted, or fused into the weights.
             CaptureError: Graphs are required (`set_forward`) and impossible.
             PipelineBusy: A callback called the pipeline that calls it. Other threads wait instead.
+            RankLost, RanksDiffer: Several processes share the objectives, and one is lost or
+                differs.
             UnsupportedNetwork: The pipeline reads predictions on the host, a cache is enabled, or
                 it never called its scheduler's step.
             InvalidSchedule, InvalidShape, InvalidWeights, UnknownObjective, ZeroVariance: As
@@ -157,18 +160,35 @@ class WithObjectives(HeldObjectives):
         if own is not None or any(ranges):
             fusing.with_base = WithBase.of(own, columns, ranges)
             sets.append(self._base_set)
+        parallel = self._parallel
         with ExitStack() as stack:
+            if parallel is not None:
+                settings = {
+                    "objectives": [(name, str(self._sets[name])) for name in names],
+                    "weights, strength or masks": (weights, masks, mask_softness, own, kl_weights),
+                    "levels or options of the step": (str(own_levels), str(options)),
+                    "seeds": seeds,
+                }
+                given, device = batch.given, self._execution_device  # type: ignore[attr-defined]
+                stack.enter_context(agreed_call(parallel, settings, given, device))
             for name, network in networks_of(self).items():
-                stack.enter_context(self._hook(name, network).hooked(sets))
+                stack.enter_context(self._hook(name, network).hooked(sets, parallel))
             # past `DiffusionPipeline.__setattr__`, which would note the change in the config
             self.__dict__["scheduler"] = with_fusing(scheduler, fusing)
             stack.callback(self.__dict__.__setitem__, "scheduler", scheduler)
             result = stock(*args, **kwargs)
+            if parallel is not None and fusing.last is not None:
+                parallel.finish(fusing.last)
         if fusing.steps == 0:
             raise UnsupportedNetwork(
                 f"{type(self).__name__} did not call its scheduler's step, so nothing was fused"
             )
         return result
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle by the stock class; hooks are of these very networks."""
+        stock: type = self.stock_class
+        return _of_class, (stock,), {**self.__dict__, "_hooks": {}}
 
     def _hook(self, name: str, network: nn.Module) -> RowHook:
         hook = self._hooks.get(name)
@@ -176,6 +196,11 @@ class WithObjectives(HeldObjectives):
             capture = self._capture if name in DENOISERS else "off"  # others run once a call
             hook = self._hooks[name] = RowHook(name, network, capture)
         return hook
+
+
+def _of_class(stock: type) -> Any:  # noqa: ANN401 - of the class with objectives
+    """Return an empty pipeline, to be filled."""
+    return object.__new__(attached_class(WithObjectives, stock))
 
 
 def attach(
@@ -223,7 +248,7 @@ def attach(
     stock: Any = getattr(pipeline, "stock_class", type(pipeline))
     attached: Any = copy.copy(pipeline)
     attached.__class__ = attached_class(WithObjectives, stock)
-    attached._objectives, attached._hooks = dict(objectives), {}
+    attached._objectives, attached._hooks, attached._parallel = dict(objectives), {}, None
     attached._accelerator, attached._base_set = accelerator, sets.get(NAMELESS, ())
     attached._sets = {name: sets[name] for name in objectives}
     attached._capture = getattr(pipeline, "_capture", "auto")

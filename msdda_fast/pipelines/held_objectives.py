@@ -15,12 +15,13 @@ from msdda_fast.engine.graph import Capture
 from msdda_fast.objective import Objective
 from msdda_fast.pipelines.accelerator import Accelerator
 from msdda_fast.pipelines.attach_files import networks_of, save_objectives
+from msdda_fast.pipelines.in_parallel import ParallelMethods
 from msdda_fast.pipelines.row_hook import RowHook
 
 __all__ = ["HeldObjectives"]
 
 
-class HeldObjectives:
+class HeldObjectives(ParallelMethods):
     """The objectives of a pipeline, their adapters, and how to save or drop them."""
 
     stock_class: type[DiffusionPipeline]
@@ -73,6 +74,7 @@ class HeldObjectives:
         stock.__class__ = self.stock_class
         for name in ("_objectives", "_sets", "_hooks", "_accelerator", "_base_set", "_capture"):
             del stock.__dict__[name]
+        del stock.__dict__["_parallel"]
         return stock
 
     def set_forward(self, *, capture: Capture = "auto") -> None:

@@ -88,12 +88,14 @@ class PipelineFusing(Fusing):
 
     Attributes:
         steps: How many steps were fused since `begin`.
+        last: The state after the last of them, in its own dtype; None: there was none.
         with_base: How far from the base objectives are in each step, and the base's predictions
             come behind theirs; None: they do not.
     """
 
     _handed_out: tuple[Tensor, int, Tensor] | None = None
     steps = 0
+    last: Tensor | None = None
     with_base: WithBase | None = None
 
     def __init__(
@@ -113,7 +115,7 @@ class PipelineFusing(Fusing):
     def begin(self, scheduler: Any) -> None:  # noqa: ANN401 - any scheduler of diffusers
         """Take up the timesteps of `scheduler`, if there are any."""
         super().begin(scheduler)
-        self._handed_out, self.steps = None, 0
+        self._handed_out, self.steps, self.last = None, 0, None
 
     def step(
         self,
@@ -144,7 +146,7 @@ class PipelineFusing(Fusing):
             values["model_output"] = output.expand(self.count, *output.shape)
         values["sample"] = self._kept(sample)
         result = super().step(scheduler, stock_step, given.args[1:], given.kwargs)
-        state = result[0] if isinstance(result, tuple) else result.prev_sample
+        self.last = state = result[0] if isinstance(result, tuple) else result.prev_sample
         shown = state.to(output.dtype)
         if shown is not state:
             self._handed_out = (shown, versions_of([shown])[0], state)

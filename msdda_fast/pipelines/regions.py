@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from msdda_fast.errors import InvalidShape, InvalidWeights, UnknownObjective
+from msdda_fast.pipelines.brightness import brightness
 from msdda_fast.steps.pixels import PixelWeights
 
 __all__ = ["MasksLike", "Regions", "check_masks", "check_softness"]
@@ -227,15 +228,15 @@ def _read(
 
 def _numbers(name: str, mask: Any) -> Tensor:  # noqa: ANN401 - what it is, is the question
     """One mask, (1 or B, H, W) float64 on the host."""
-    if isinstance(mask, Image.Image):
-        values = torch.from_numpy(np.array(mask.convert("L"))).double() / 255
-    else:
-        try:
+    try:
+        if isinstance(mask, Image.Image):
+            values = torch.from_numpy(np.array(brightness(mask))).double() / 255
+        else:
             values = torch.as_tensor(mask).detach().to("cpu", torch.float64)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise InvalidShape(
-                f"the mask of {name!r} is no image and no array of numbers: {error}"
-            ) from None
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidShape(
+            f"the mask of {name!r} is no image of 8 bits and no array of numbers: {error}"
+        ) from None
     if values.ndim not in (2, 3) or values.numel() == 0:
         raise InvalidShape(
             f"the mask of {name!r} has shape {tuple(values.shape)}, expected (H, W) or (B, H, W)"
@@ -243,10 +244,9 @@ def _numbers(name: str, mask: Any) -> Tensor:  # noqa: ANN401 - what it is, is t
     inside = (values >= 0) & (values <= 1)  # false for NaN
     if not bool(inside.all()):
         *_, row, column = (~inside).nonzero()[0].tolist()
-        value = float(values[~inside][0])
         raise InvalidWeights(
-            f"the mask of {name!r} is {value:g} in row {row}, column {column}: weights of pixels "
-            "are in [0, 1] (divide arrays of 8 bits by 255)"
+            f"the mask of {name!r} is {float(values[~inside][0]):g} in row {row}, column "
+            f"{column}: weights of pixels are in [0, 1] (divide arrays of 8 bits by 255)"
         )
     return values if values.ndim == 3 else values[None]
 

@@ -24,8 +24,10 @@ from msdda_fast.adapters.switching import AdapterSwitch, adapter_names
 from msdda_fast.adapters.variant import AdapterSet
 from msdda_fast.engine.compiled import without_compiling
 from msdda_fast.engine.graph import Capture
+from msdda_fast.engine.parallel import ObjectiveParallel
 from msdda_fast.errors import InvalidShape, UnsupportedNetwork
 from msdda_fast.pipelines.forward_graphs import ForwardGraphs
+from msdda_fast.pipelines.rank_share import RankShare
 from msdda_fast.pipelines.row_arguments import row_arguments
 from msdda_fast.pipelines.rows import Call, disagreement, only, stacked, tells_apart
 from msdda_fast.pipelines.stock_forward import replaced, stock_forward
@@ -59,7 +61,9 @@ class RowHook:
         self._one_by_one = False
 
     @contextmanager
-    def hooked(self, sets: Sequence[AdapterSet]) -> Iterator[None]:
+    def hooked(
+        self, sets: Sequence[AdapterSet], parallel: ObjectiveParallel | None = None
+    ) -> Iterator[None]:
         """Let the network run for the objectives with these adapters inside this context.
 
         With one objective it is the stock forward with that objective's adapters. A network that no
@@ -67,6 +71,7 @@ class RowHook:
 
         Args:
             sets: The adapters of each objective, M >= 1; those of other networks are passed over.
+            parallel: The processes that share the objectives; None: only this one.
 
         Raises:
             AdapterMismatch: Adapters are merged into the weights.
@@ -84,6 +89,10 @@ class RowHook:
             if len(sets) > 1:
                 self._begin(changed=any(sets))
                 forward = functools.partial(self._forward, stock, sets, switch)
+                if parallel is not None:
+                    share = RankShare(parallel, len(sets))
+                    switch.select_set(())  # what runs where no objective of this rank has adapters
+                    forward = functools.partial(self._shared, share, stock, sets, switch)
             stack.enter_context(replaced(self.network, forward, stock))
             yield
 
@@ -100,6 +109,24 @@ class RowHook:
             self._separate("weights are loaded layer by layer (sequential offloading)")
         if not self._one_by_one:
             self._graphs.begin()
+
+    def _shared(
+        self,
+        share: RankShare,
+        stock: Callable[..., Any],
+        sets: Sequence[AdapterSet],
+        switch: AdapterSwitch,
+        *args: Any,  # noqa: ANN401 - the network's own
+        **kwargs: Any,  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401 - the network's own
+        """Run this rank's objectives, and return the outputs of all."""
+        call = Call.of(self._names, args, kwargs, self._arguments)
+        if not any(sets) and not call.differs:
+            return stock(*args, **kwargs)
+        own = [sets[m] for m in share.own]
+        own_args, own_kwargs = share.narrowed(args), share.narrowed(kwargs)
+        output = self._forward(stock, own, switch, *own_args, **own_kwargs)
+        return share.gathered(output, call)
 
     def _forward(
         self,

@@ -100,8 +100,9 @@ def for_task(pipe: Any, task: Task) -> Any:  # noqa: ANN401 - a pipeline with ob
 
     It is of the stock class of that task, whose arguments `image`, `mask_image` (white is
     repainted) and `strength` it takes, besides those of `WithObjectives`; `pipe` itself, where that
-    takes them. It has a scheduler of its own, and nothing is loaded or copied. Its call guides all
-    objectives alike: where they had guidance of their own, give it `shared_guidance(pipe)`.
+    takes them. It has a scheduler of its own, nothing is loaded or copied, and it runs in the same
+    processes. Its call guides all objectives alike: where they had guidance of their own, give it
+    `shared_guidance(pipe)`.
 
     Args:
         pipe: A pipeline with objectives: `MSDDAPipeline`, or of a stock class (`attach`).
@@ -129,7 +130,10 @@ def for_task(pipe: Any, task: Task) -> Any:  # noqa: ANN401 - a pipeline with ob
     objectives = pipe.objectives
     if shared_guidance(pipe) is not None:
         objectives = {name: replace(one, guidance_scale=None) for name, one in objectives.items()}
-    return attach(made, objectives, _sets(pipe), pipe.accelerator)
+    attached = attach(made, objectives, _sets(pipe), pipe.accelerator)
+    if pipe.parallel is not None:
+        attached.enable_parallel(pipe.parallel)
+    return attached
 
 
 def shared_guidance(pipe: Any) -> float | None:  # noqa: ANN401 - as `for_task`

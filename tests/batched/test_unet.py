@@ -12,6 +12,7 @@ from msdda_fast.adapters.loaded import LoadedAdapters
 from msdda_fast.adapters.variant import Variant
 from msdda_fast.batched.options import BatchedOptions, Sharing
 from msdda_fast.batched.unet import BatchedUNet
+from msdda_fast.kernels import registry
 from tests.batched.cases import (
     ATTENTION,
     CONVOLUTIONS,
@@ -132,6 +133,20 @@ def test_every_sharing_changes_nothing(kind, shared_prompt, targets):
 def test_float32_is_no_worse_than_twice_stock(kind, options):
     exact = inputs(mixed(kind)).stock()
     case = inputs(mixed(kind, dtype=torch.float32), dtype=torch.float32)
+    error = relative(case.stock(), exact)
+    assert relative(case.batched(options), exact) <= 2 * error + torch.finfo(torch.float32).eps
+
+
+@pytest.mark.full  # interprets a network for 10 s; tests/kernels has each kernel by itself
+@pytest.mark.parametrize("kind", KINDS)
+def test_our_kernels_are_as_exact_as_those_of_torch(kind, monkeypatch):
+    """In Triton's interpreter, where a network of a GPU would have them."""
+    if not registry.available("triton"):
+        pytest.skip(registry.explain()["triton"])
+    exact = inputs(mixed(kind, EVERYTHING)).stock()
+    case = inputs(mixed(kind, EVERYTHING, torch.float32), dtype=torch.float32)
+    monkeypatch.setenv("MSDDA_BACKEND", "triton")
+    options = BatchedOptions(fused_ops=True, channels_last=True)
     error = relative(case.stock(), exact)
     assert relative(case.batched(options), exact) <= 2 * error + torch.finfo(torch.float32).eps
 

@@ -10,9 +10,9 @@ import torch
 from rich.console import Console
 
 from benchmarks import latency, latency_output
-from benchmarks.contenders import stock
+from benchmarks.contenders import runtimes, stock
 from benchmarks.contenders.catalogue import catalogue
-from benchmarks.contenders.contender import LIMITS, Unverified, verify
+from benchmarks.contenders.contender import LIMITS, Impossible, Unverified, verify
 from benchmarks.contenders.models import load
 from benchmarks.contenders.request import Request
 from benchmarks.tables import latency as tables
@@ -137,6 +137,28 @@ def test_a_wrong_contender_is_refused_by_name(request_of_two):
     assert verify({"right": right}, request_of_two)["right"] < 1e-5
     with pytest.raises(Unverified, match=r"nothing was timed: \{'wrong'"):
         verify({"right": right, "wrong": wrong}, request_of_two)
+
+
+RUNTIMES = pytest.mark.parametrize(
+    ("package", "make"),
+    [("openvino", runtimes.openvino), ("onnxruntime", runtimes.onnx_runtime)],
+    ids=["OpenVINO", "ONNX Runtime"],
+)
+
+
+@pytest.mark.full  # an export takes seconds
+@RUNTIMES
+def test_a_runtime_computes_equal_rows(request_of_two, package, make):
+    pytest.importorskip(package)
+    peers = {str(count): make(request_of_two, count) for count in (1, 2)}
+    assert max(verify(peers, request_of_two).values()) < 1e-5
+
+
+@RUNTIMES
+def test_a_runtime_that_is_missing_is_named(request_of_two, monkeypatch, package, make):
+    monkeypatch.setattr(runtimes, "find_spec", lambda name: None)
+    with pytest.raises(Impossible, match=f"{package} is not installed"):
+        make(request_of_two, 2)
 
 
 @MEASURED

@@ -282,6 +282,22 @@ FAULTS = (
         "functional.pad(bias, (0, len(folded) - len(bias)), value=1.0)",
         ("tests/kernels/test_grouped_lora.py",),
     ),
+    Fault(
+        "kernels-norm-tiles",
+        "The spread of a group between its tiles of pixels is left out.",
+        "msdda_fast/kernels/group_norm/_triton.py",
+        "within + apart * apart * own.to(tl.float32)",
+        "within",
+        ("tests/kernels/test_norms_and_rows.py",),
+    ),
+    Fault(
+        "kernels-sum-bias",
+        "A sum leaves out the bias of the layer before it.",
+        "msdda_fast/kernels/rowwise/_eager.py",
+        "return a + b if bias is None else a + (b + bias)",
+        "return a + b",
+        ("tests/kernels/test_norms_and_rows.py",),
+    ),
     # engine
     Fault(
         "engine-counter-stands",
@@ -395,6 +411,22 @@ FAULTS = (
         "begin = rank * each",
         ("tests/parallel/test_engine.py",),
     ),
+    Fault(
+        "engine-ranks-differ-unseen",
+        "Ranks whose latents differ go on.",
+        "msdda_fast/engine/parallel.py",
+        "(bits * places * places * places).sum()",
+        "(bits * 0).sum()",
+        ("tests/parallel/test_lost.py",),
+    ),
+    Fault(
+        "engine-rank-outputs-stale",
+        "A rank that fails does not take part in the exchanges up to the next meeting.",
+        "msdda_fast/engine/parallel.py",
+        "while self._next < len(self._steps) and self._next % MEET_EVERY:",
+        "while False:",
+        ("tests/parallel/test_lost.py",),
+    ),
     # batched
     Fault(
         "batched-rows-swapped",
@@ -426,6 +458,14 @@ FAULTS = (
         "msdda_fast/batched/unet.py",
         "self._table.x.index_select(0, k[None])[0]",
         "self._table.x.roll(-1, 0).index_select(0, k[None])[0]",
+        ("tests/batched",),
+    ),
+    Fault(
+        "batched-bias-of-times",
+        "The bias of a convolution that its times should add is lost.",
+        "msdda_fast/batched/unet.py",
+        "times if self._shifts is None else times.holding(times.x + self._shifts)",
+        "times",
         ("tests/batched",),
     ),
     # lora and adapters

@@ -10,7 +10,9 @@ from msdda_fast.engine import graph
 from msdda_fast.engine.exchange import Exchange
 from msdda_fast.engine.parallel import MEET_EVERY
 from msdda_fast.errors import RanksDiffer
-from msdda_fast.pipelines.stable_diffusion.captured import CapturedGeneration, CapturedSampler
+from msdda_fast.pipelines.stable_diffusion import captured
+from msdda_fast.pipelines.stable_diffusion.captured import CapturedSampler
+from msdda_fast.pipelines.stable_diffusion.captured_generation import CapturedGeneration
 from msdda_fast.pipelines.stable_diffusion.exact import step_kind
 from msdda_fast.pipelines.stable_diffusion.rank_network import RankNetwork
 from msdda_fast.torch_private import TorchDispatchMode
@@ -44,13 +46,13 @@ def draw_captured(parallel, tiny, names):
     pipe.set_forward("batched", capture="required")
     pipe.enable_parallel(parallel)
     found = {name: draw(pipe, name) for name in names}
-    captured = graphs.captures, graphs.replays
+    counts = graphs.captures, graphs.replays
     again = draw(pipe, "both")
-    assert graphs.captures == captured[0], "the same shape captured again"
+    assert graphs.captures == counts[0], "the same shape captured again"
     assert torch.equal(again, found["both"])
     pipe.disable_parallel()
     found["alone"] = draw(pipe, "both")
-    return found, captured
+    return found, counts
 
 
 class InTurn:
@@ -205,6 +207,38 @@ def test_the_host_does_not_read_the_latents(tiny):
                 assert not reads[k] and not copies[k], (k, reads[k], copies[k])
 
 
+def on_gpus(parallel, tiny):
+    """Latents by request, where nothing but a meeting may wait for the device."""
+    pipe = tiny.load().to("cuda")
+    pipe.set_forward("batched", capture="required")
+    pipe.enable_parallel(parallel)
+    draw(pipe, "both")  # what starts NCCL and captures waits
+    step = CapturedGeneration.step
+
+    def watching(generation, k):
+        torch.cuda.set_sync_debug_mode("default" if k % MEET_EVERY == 0 else "error")
+        try:
+            step(generation, k)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    CapturedGeneration.step = watching
+    return {name: draw(pipe, name).cpu() for name in ("both", "no guidance")}
+
+
+@pytest.mark.gpu
+def test_graphs_and_nccl(tiny):
+    """On all GPUs of the machine; one still goes through NCCL, with the bits of one process."""
+    size = torch.cuda.device_count()
+    found = values(run_ranks(size, on_gpus, tiny, backend="nccl"))
+    alone = tiny.load().to("cuda")
+    alone.set_forward("batched", capture="required")
+    for name, images in found[0].items():
+        one = draw(alone, name).cpu()
+        assert all(torch.equal(other[name], images) for other in found), name
+        assert (images - one).norm() <= (2e-4 if size > 1 else 0) * one.norm(), name
+
+
 def stray(parallel, tiny):
     """The error when a callback of one rank changes latents in step 1, and who has seen what."""
     pipe = tiny.load()
@@ -218,7 +252,13 @@ def stray(parallel, tiny):
     try:
         pipe("a red dog", **{**SHORT, "num_inference_steps": 12}, callback_on_step_end=callback)
     except RanksDiffer as error:
-        return str(error), seen, draw(pipe, "both")
+        images, exports = draw(pipe, "both"), []
+        captured.ExportedForward = lambda unet, shape: (
+            lambda x, k: (exports.append(shape), unet(x, k))[1]
+        )
+        pipe.set_forward(compile="openvino")
+        assert torch.equal(draw(pipe, "both"), images) and len(exports) == 3
+        return str(error), seen, images
 
 
 def test_a_callback_that_changes_latents_is_found_at_the_next_meeting(tiny):

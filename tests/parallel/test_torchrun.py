@@ -56,6 +56,21 @@ def test_two_ranks_write_the_images_of_one_process(tiny, tmp_path):
     assert "not been destroyed" not in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.full  # two programs, twice; the pipeline is in test_stock.py
+@pytest.mark.parametrize("model", ["msdda-fast/emoji", "msdda-fast/emoji-flow"])
+def test_from_a_text_and_from_an_image(tmp_path, model):
+    def drawn(name, *more):
+        request = ["generate", "A red car.", "-m", model, "--steps", 2]
+        return [*request, "-o", tmp_path / name, "--seed", 5, *more]
+
+    for name, more in {"text": (), "image": ("--image", tmp_path / "text-one.png")}.items():
+        alone(*drawn(f"{name}-one.png", *more))
+        done = torchrun(2, *drawn(f"{name}-two.png", *more))
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("-two.png") == 1
+        assert_same_picture(*(tmp_path / f"{name}-{count}.png" for count in ("one", "two")))
+
+
 def test_other_ranks_neither_write_nor_speak(tiny, pipe, tmp_path, monkeypatch):
     monkeypatch.setattr(cli_generate, "load", lambda *_: pipe)
     monkeypatch.setenv("RANK", "1")

@@ -9,111 +9,40 @@ graph per kind of step; see `modes`. Of several processes each has one, with its
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import TypeAlias
+from functools import partial
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from msdda_fast.adapters.loaded import LoadedAdapters
 from msdda_fast.adapters.variant import Variant
+from msdda_fast.batched.exported import ExportedForward
 from msdda_fast.batched.options import DEFAULTS, BatchedOptions
 from msdda_fast.batched.support import check_supported
 from msdda_fast.batched.unet import BatchedUNet
 from msdda_fast.engine.buffers import ShapeKey, StepBuffers, padded_steps
-from msdda_fast.engine.graph import Capture, CapturedStep, StepCache
+from msdda_fast.engine.graph import Capture, StepCache
 from msdda_fast.engine.noise import NoiseSource
 from msdda_fast.engine.parallel import ObjectiveParallel
-from msdda_fast.errors import InvalidShape, UnsupportedNetwork
+from msdda_fast.errors import UnsupportedNetwork
+from msdda_fast.pipelines.stable_diffusion.captured_generation import (
+    CapturedGeneration,
+    CapturedNetwork,
+)
 from msdda_fast.pipelines.stable_diffusion.exact import ExactNetwork, step_kind
+from msdda_fast.pipelines.stable_diffusion.fastest import fastest
 from msdda_fast.pipelines.stable_diffusion.merged_network import MergedNetwork
 from msdda_fast.pipelines.stable_diffusion.modes import StepPlan
 from msdda_fast.pipelines.stable_diffusion.path_kl import Pilot
 from msdda_fast.pipelines.stable_diffusion.rank_network import RankNetwork
 from msdda_fast.steps.coefficients import CoefficientTable
 
-__all__ = ["CapturedGeneration", "CapturedSampler"]
+__all__ = ["CapturedSampler", "Compile"]
 
-#: A network that a `CapturedSampler` builds.
-_Network: TypeAlias = ExactNetwork | MergedNetwork | RankNetwork
-
-
-class CapturedGeneration:
-    """One loaded request as an `engine.loop.Generation`, with steps in static buffers.
-
-    Attributes:
-        forwards: How many networks have run on each image, guidance not counted twice.
-    """
-
-    def __init__(
-        self,
-        step: CapturedStep[_Network],
-        kinds: Sequence[str],
-        shares: Tensor,
-        *,
-        shares_text: bool,
-    ) -> None:
-        self._step, self._shares_text, self._kinds = step, shares_text, kinds
-        self.forwards = 0
-        changes = (shares[1:] != shares[:-1]).flatten(1).any(1).tolist()
-        self._reweighted = [False, *changes]  # whether shares change before step k
-        self._next = 0
-
-    @property
-    def x(self) -> Tensor:
-        """The state, (B, C, h, w) float32; the next step overwrites it."""
-        return self._step.x
-
-    @property
-    def step_kl(self) -> Tensor:
-        """Estimated KL divergence of each step from the exact one, (T, B) nats; a copy."""
-        return self._estimates(self._step.network.step_kl)
-
-    @property
-    def merged_kl(self) -> Tensor:
-        """KL divergence of merged steps from exact ones where it was measured, (T, B) nats."""
-        return self._estimates(self._step.network.merged_kl)
-
-    def step(self, k: int) -> None:
-        """Do step k."""
-        if self._reweighted[k]:
-            self._step.network.mix(k)
-        self._step.step(k)
-        self.forwards += self._step.network.forwards[self._kinds[k]]
-        self._next = k + 1
-
-    def replace_x(self, x: Tensor) -> None:
-        """Continue from another state, between two steps."""
-        self._step.buffers.replace_x(x)
-
-    def replace_table(self, table: CoefficientTable) -> None:
-        """Continue with other coefficients of the same steps, between two steps."""
-        self._step.buffers.replace_table(table)
-
-    def replace_prompt(self, prompt_embeds: Tensor) -> None:
-        """Continue with other embeddings (M, K, B, L, D), between two steps.
-
-        Raises:
-            InvalidShape: The shape is wrong, or they differ between objectives and did not before.
-        """
-        buffers = self._step.buffers
-        key = buffers.key
-        if prompt_embeds.shape != key.context:
-            raise InvalidShape(
-                f"embeddings have shape {tuple(prompt_embeds.shape)}, expected {key.context}"
-            )
-        embeds = {m: prompt_embeds[m] for m, runs in enumerate(key.active) if runs}
-        first = next(iter(embeds.values()))
-        if self._shares_text and not all(bool((rows == first).all()) for rows in embeds.values()):
-            raise InvalidShape(
-                "the callback returned different embeddings per objective, but all share one text "
-                'encoding; use set_forward("sequential")'
-            )
-        self._step.network.begin(embeds, buffers.timesteps, shared=self._shares_text, k=self._next)
-
-    def _estimates(self, kept: Tensor | None) -> Tensor:
-        if kept is None:  # exact networks
-            return self.x.new_zeros(len(self._kinds), len(self.x))
-        return kept[: len(self._kinds)].clone()
+#: True: `torch.compile`; "openvino": exact forwards through OpenVINO; "auto": through OpenVINO
+#: where `CapturedSampler.keep_faster` has found that faster; False: neither.
+Compile: TypeAlias = bool | Literal["auto", "openvino"]
 
 
 class CapturedSampler:
@@ -125,7 +54,7 @@ class CapturedSampler:
         variants: One per objective.
         options: How the batched forward is built.
         capture: "auto", "required" or "off"; see `engine.graph.StepCache`.
-        compile: Pass steps through `torch.compile` before capture.
+        compile: How steps are compiled.
         capacity: Most shapes of requests kept.
         parallel: The processes that share the objectives; None: only this one.
 
@@ -145,11 +74,12 @@ class CapturedSampler:
         *,
         options: BatchedOptions = DEFAULTS,
         capture: Capture = "auto",
-        compile: bool = False,
+        compile: Compile = "auto",
         capacity: int = 8,
         parallel: ObjectiveParallel | None = None,
     ) -> None:
-        self._variants, self._options, self.parallel = list(variants), options, parallel
+        self._variants, self._options, self._compile = list(variants), options, compile
+        self.parallel = parallel
         self.pilots: dict[Hashable, Pilot] = {}
         self._groups: list[tuple[LoadedAdapters, list[int]]] = []
         unet, nhwc = variants[0].network, options.channels_last
@@ -167,7 +97,11 @@ class CapturedSampler:
             self._groups.append((LoadedAdapters(own), members))
             BatchedUNet(self._groups[-1][0], options)  # what cannot be built is refused here
         self._cache = StepCache(
-            self._build, device=self.device, capacity=capacity, capture=capture, compile=compile
+            self._build,
+            device=self.device,
+            capacity=capacity,
+            capture=capture,
+            compile=compile is True,
         )
 
     def __len__(self) -> int:
@@ -177,6 +111,14 @@ class CapturedSampler:
         """Return whether these are the variants built, unchanged; one sync per objective."""
         same = list(variants) == self._variants
         return same and all(adapters.is_current() for adapters, _ in self._groups)
+
+    def keep_faster(self) -> None:
+        """With "auto", time the exact forwards built so far, and keep the faster way of each."""
+        if self._compile != "auto" or self.device.type != "cpu":
+            return
+        for step in self._cache:
+            if isinstance(step.network, (ExactNetwork, RankNetwork)):
+                step.network.run_through(partial(fastest, x=step.buffers.next_input[0]))
 
     def begin(
         self,
@@ -243,8 +185,8 @@ class CapturedSampler:
         generation.replace_prompt(prompt_embeds)
         return generation
 
-    def _build(self, key: ShapeKey, buffers: StepBuffers) -> _Network:
-        network: _Network
+    def _build(self, key: ShapeKey, buffers: StepBuffers) -> CapturedNetwork:
+        network: CapturedNetwork
         if self.parallel is not None:
             network = RankNetwork(
                 self.parallel,
@@ -269,6 +211,8 @@ class CapturedSampler:
         nothing = torch.zeros(key.context[1:], dtype=key.dtype, device=buffers.x.device)
         embeds = {m: nothing for m, runs in enumerate(key.active) if runs}
         network.begin(embeds, buffers.timesteps, shared=key.shared_context, k=0)
+        if self._compile == "openvino" and isinstance(network, (ExactNetwork, RankNetwork)):
+            network.run_through(partial(ExportedForward, shape=key.shape))
         return network
 
     def _members(self, runs: Sequence[bool]) -> list[tuple[BatchedUNet, list[int]]]:

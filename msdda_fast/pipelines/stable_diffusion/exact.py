@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -12,7 +13,10 @@ from torch import Tensor
 from msdda_fast.batched.unet import BatchedUNet
 from msdda_fast.engine.side_by_side import SideBySide
 
-__all__ = ["ExactNetwork", "step_kind"]
+__all__ = ["ExactNetwork", "Forward", "step_kind"]
+
+#: `BatchedUNet.forward`, or another function that computes the same.
+Forward = Callable[[Tensor, Tensor], Tensor]
 
 
 def step_kind(kind: str, runs: Sequence[bool]) -> str:
@@ -41,17 +45,24 @@ class ExactNetwork:
         count: int,
         dtype: torch.dtype,
     ) -> None:
-        self._members, self._count = [m for group in members.values() for m in group], count
+        self._count = count
+        self._members = [
+            _Member(unet, objectives, unet, dtype)
+            for group in members.values()
+            for unet, objectives in group
+        ]
+        each = iter(self._members)
+        grouped = {kind: [next(each) for _ in group] for kind, group in members.items()}
         self.forwards = {
-            kind: sum(len(objectives) for _, objectives in group) for kind, group in members.items()
+            kind: sum(len(member.objectives) for member in group) for kind, group in grouped.items()
         }
         self._kinds = {
             kind: partial(
                 self._predict,
-                SideBySide([partial(_outputs, unet, dtype) for unet, _ in group]),
-                [m for _, objectives in group for m in objectives],
+                SideBySide(group),
+                [m for member in group for m in member.objectives],
             )
-            for kind, group in members.items()
+            for kind, group in grouped.items()
         }
 
     @property
@@ -63,8 +74,8 @@ class ExactNetwork:
         """Return the tensors of every member i, with names that start with "i."."""
         return {
             f"{i}.{name}": tensor
-            for i, (unet, _) in enumerate(self._members)
-            for name, tensor in unet.storages().items()
+            for i, member in enumerate(self._members)
+            for name, tensor in member.unet.storages().items()
         }
 
     def begin(
@@ -78,12 +89,21 @@ class ExactNetwork:
             shared: Whether the embeddings are the same for all objectives.
             k: The next step; not used here.
         """
-        for unet, objectives in self._members:
-            rows = [embeds[m] for m in objectives]
-            unet.begin(torch.stack(rows[:1] if shared else rows), timesteps)
+        for member in self._members:
+            rows = [embeds[m] for m in member.objectives]
+            member.unet.begin(torch.stack(rows[:1] if shared else rows), timesteps)
 
     def mix(self, k: int) -> None:
         """Do nothing: shares do not affect exact networks."""
+
+    def run_through(self, choose: Callable[[BatchedUNet], Forward]) -> None:
+        """Evaluate each member by what `choose` returns for it, which reads its prompts.
+
+        The first choice stays. Not for captured steps.
+        """
+        for member in self._members:
+            if not member.is_chosen:
+                member.run, member.is_chosen = choose(member.unet), True
 
     def _predict(
         self, run: SideBySide, order: Sequence[int], next_input: Tensor, k: Tensor
@@ -94,6 +114,15 @@ class ExactNetwork:
         return outputs
 
 
-def _outputs(unet: BatchedUNet, dtype: torch.dtype, next_input: Tensor, k: Tensor) -> Tensor:
-    outputs: Tensor = unet(next_input[0], k)  # the network makes its own rows, so R = 1
-    return outputs.to(dtype)
+@dataclass(slots=True, eq=False)
+class _Member:
+    """A batched forward, the objectives that it runs, and what evaluates it."""
+
+    unet: BatchedUNet
+    objectives: Sequence[int]
+    run: Forward
+    dtype: torch.dtype
+    is_chosen: bool = False
+
+    def __call__(self, next_input: Tensor, k: Tensor) -> Tensor:
+        return self.run(next_input[0], k).to(self.dtype)  # it makes its own rows, so R = 1

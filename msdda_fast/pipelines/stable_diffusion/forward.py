@@ -15,7 +15,7 @@ from msdda_fast.batched.options import DEFAULTS, BatchedOptions
 from msdda_fast.engine.graph import Capture
 from msdda_fast.engine.parallel import ObjectiveParallel
 from msdda_fast.errors import AdapterMismatch, UnsupportedNetwork
-from msdda_fast.pipelines.stable_diffusion.captured import CapturedSampler
+from msdda_fast.pipelines.stable_diffusion.captured import CapturedSampler, Compile
 
 __all__ = ["Forward", "ForwardSettings", "Runner"]
 
@@ -31,18 +31,19 @@ class ForwardSettings:
     """How the objectives' networks run; fields as in `MSDDAPipeline.set_forward`.
 
     Raises:
-        ValueError: `forward` or `capture` is unknown.
+        ValueError: `forward`, `capture` or `compile` is unknown.
     """
 
     forward: Forward = "auto"
     capture: Capture = "auto"
-    compile: bool = False
+    compile: Compile = "auto"
     options: BatchedOptions = DEFAULTS
 
     def __post_init__(self) -> None:
         for name, value, known in (
             ("forward", self.forward, ("auto", "batched", "sequential")),
             ("capture", self.capture, ("auto", "required", "off")),
+            ("compile", self.compile, ("auto", "openvino", True, False)),
         ):
             if value not in known:
                 raise ValueError(f"{name} must be one of {known}, got {value!r}")
@@ -61,6 +62,11 @@ class Runner:
         self._capacity = capacity
         self._sampler: CapturedSampler | None = None
         self._said = ""
+
+    def keep_faster(self) -> None:
+        """With `compile="auto"`, time the steps built so far, and keep the faster way of each."""
+        if self._sampler is not None:
+            self._sampler.keep_faster()
 
     def sampler(
         self,

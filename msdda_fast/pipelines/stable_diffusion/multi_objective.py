@@ -24,14 +24,15 @@ from msdda_fast.pipelines.accelerator import Accelerator
 from msdda_fast.pipelines.attach_plan import attach_plan
 from msdda_fast.pipelines.dtypes import Dtypes
 from msdda_fast.pipelines.exclusive import exclusively
+from msdda_fast.pipelines.in_parallel import ParallelMethods
 from msdda_fast.pipelines.runnable import check_runnable
 from msdda_fast.pipelines.stable_diffusion.accelerated import BASE
 from msdda_fast.pipelines.stable_diffusion.adapter_methods import AdapterMethods
+from msdda_fast.pipelines.stable_diffusion.captured import Compile
 from msdda_fast.pipelines.stable_diffusion.decoding import decode
 from msdda_fast.pipelines.stable_diffusion.forward import Forward, ForwardSettings, Runner
 from msdda_fast.pipelines.stable_diffusion.held_adapters import HeldAdapters
 from msdda_fast.pipelines.stable_diffusion.modes import Mode
-from msdda_fast.pipelines.stable_diffusion.parallel import ParallelMethods
 from msdda_fast.pipelines.stable_diffusion.sampling import Networks
 from msdda_fast.pipelines.stable_diffusion.warm_up import warm_up
 
@@ -171,7 +172,7 @@ class MultiObjectivePipeline(AdapterMethods, ParallelMethods, DiffusionPipeline)
         forward: Forward = "auto",
         *,
         capture: Capture = "auto",
-        compile: bool = False,
+        compile: Compile = "auto",
         options: BatchedOptions = DEFAULTS,
     ) -> None:
         """Choose how the objectives' networks run in later calls.
@@ -182,11 +183,13 @@ class MultiObjectivePipeline(AdapterMethods, ParallelMethods, DiffusionPipeline)
                 where possible, and logs a warning where it is not.
             capture: Whether to capture the batched step as a graph: "auto" where possible,
                 "required" (raise otherwise) or "off".
-            compile: Pass the batched step through `torch.compile`.
+            compile: "openvino" runs exact steps through OpenVINO (CPU, float32; needs the extra
+                `openvino`), True through `torch.compile`, False neither; "auto" is OpenVINO where
+                `prepare` has found that faster.
             options: How the batched forward is built.
 
         Raises:
-            ValueError: `forward` or `capture` is unknown.
+            ValueError: `forward`, `capture` or `compile` is unknown.
         """
         self._runner = Runner(
             ForwardSettings(forward=forward, capture=capture, compile=compile, options=options)
@@ -283,10 +286,13 @@ class MultiObjectivePipeline(AdapterMethods, ParallelMethods, DiffusionPipeline)
         """Check a shape of requests, and run one step of it with every objective to warm up.
 
         So are batched forwards of fewer objectives (`warm_up`). On devices with graphs, all kinds
-        of step are captured. With "auto" the pilot is drawn that later calls use.
+        of step are captured; on a CPU they are timed, and run through OpenVINO from then on where
+        that is installed and faster. With mode "auto" the pilot is drawn that later calls use.
 
         Args:
             batch_size: B, the number of images.
             height, width, num_inference_steps, mode: As in the call, which says what it raises.
         """
         warm_up(self, batch_size, height, width, num_inference_steps, mode=mode)
+        with exclusively(self.shared_networks()):
+            self._runner.keep_faster()

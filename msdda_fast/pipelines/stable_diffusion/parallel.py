@@ -13,6 +13,7 @@ from msdda_fast.adapters.variant import Variant
 from msdda_fast.engine.assignment import Work
 from msdda_fast.engine.noise import NoiseSource
 from msdda_fast.engine.parallel import ObjectiveParallel, tensor_bytes
+from msdda_fast.pipelines.in_parallel import agreed, generators_of
 from msdda_fast.pipelines.prompts import Prompts
 from msdda_fast.pipelines.stable_diffusion.sequential import SequentialNetwork
 from msdda_fast.steps.coefficients import CoefficientTable
@@ -62,29 +63,6 @@ class ParallelNetwork:
         return self._parallel.evaluate(run, x)
 
 
-class ParallelMethods:
-    """Mixin of a pipeline whose objectives may run in several processes."""
-
-    _parallel: ObjectiveParallel | None = None
-
-    @property
-    def parallel(self) -> ObjectiveParallel | None:
-        """The processes that this one samples with; None: it samples alone."""
-        return self._parallel
-
-    def enable_parallel(self, parallel: ObjectiveParallel) -> None:
-        """Split the objectives of every later call over several processes.
-
-        All processes must hold the same model and make the same calls; each gets the images.
-        Several pipelines may use `parallel`, which belongs to the caller.
-        """
-        self._parallel = parallel
-
-    def disable_parallel(self) -> None:
-        """Sample alone again. Every process of the group must do so."""
-        self._parallel = None
-
-
 @contextmanager
 def together(
     parallel: ObjectiveParallel,
@@ -97,9 +75,8 @@ def together(
 ) -> Iterator[None]:
     """Begin and end a checked request together on all ranks.
 
-    Seeds are not exchanged. Generators, including torch's default one, are set once, here, to the
-    state of rank 0: afterwards they are on every rank in the state that one process would leave.
-    The weights of the networks are not compared.
+    Seeds are not exchanged; generators, including torch's default one, are. The weights of the
+    networks are not compared.
 
     Args:
         parallel: The ranks.
@@ -111,7 +88,9 @@ def together(
         RanksDiffer: A rank has a different request; the message says which and where.
         RankLost: See `ObjectiveParallel.generation`.
     """
-    generators = [] if noise.seeds is not None else _generators(noise, table.rows.device)
+    generators = []
+    if noise.seeds is None:
+        generators = generators_of(noise.generator, table.rows.device)
     texts = (prompts.prompt, prompts.negative_prompt, prompts.images_per_prompt)
     embeds = (prompts.prompt_embeds, prompts.negative_prompt_embeds)
     coefficients = tensor_bytes(table.rows) + tensor_bytes(table.timesteps)
@@ -122,21 +101,7 @@ def together(
         "weights, strength, etas, guidance or steps": coefficients,
         "size or dtype": repr((tuple(noise.shape), dtype, table.clip_range)).encode(),
         "seeds": tensor_bytes(noise.seeds),
-        "generators": repr([generator.device.type for generator in generators]).encode(),
         "latents": tensor_bytes(latents),
     }
-    with parallel.generation(request):
-        for generator in generators:
-            generator.set_state(parallel.from_first(generator.get_state()))
+    with agreed(parallel, request, generators):
         yield
-
-
-def _generators(noise: NoiseSource, device: torch.device) -> list[torch.Generator]:
-    if isinstance(noise.generator, torch.Generator):
-        return [noise.generator]
-    if noise.generator is not None:
-        return list(noise.generator)
-    if device.type == "cuda":
-        index = torch.cuda.current_device() if device.index is None else device.index
-        return [torch.cuda.default_generators[index]]
-    return [torch.default_generator]

@@ -19,10 +19,8 @@ from msdda_fast.engine.parallel import ObjectiveParallel
 from msdda_fast.engine.step import Outputs
 from msdda_fast.pipelines.exclusive import exclusively
 from msdda_fast.pipelines.prompts import Prompts
-from msdda_fast.pipelines.stable_diffusion.captured import (
-    CapturedGeneration,
-    CapturedSampler,
-)
+from msdda_fast.pipelines.stable_diffusion.captured import CapturedSampler
+from msdda_fast.pipelines.stable_diffusion.captured_generation import CapturedGeneration
 from msdda_fast.pipelines.stable_diffusion.modes import StepPlan
 from msdda_fast.pipelines.stable_diffusion.parallel import ParallelNetwork, together
 from msdda_fast.pipelines.stable_diffusion.sequential import SequentialNetwork
