@@ -15,7 +15,7 @@ from msdda_fast.cli import pictures
 from msdda_fast.cli import values as parse
 from msdda_fast.cli.session import err
 from msdda_fast.engine import torchrun
-from msdda_fast.errors import InvalidSchedule, UnsupportedNetwork
+from msdda_fast.errors import InvalidSchedule, InvalidShape, UnsupportedNetwork
 from msdda_fast.pipelines.stock_call import StockCall
 from msdda_fast.pipelines.tasks import (
     Task,
@@ -136,6 +136,7 @@ class Drawing:
 
         Raises:
             InvalidSchedule: --image-strength leaves no step.
+            InvalidShape: --image is smaller than a pixel of the latents.
         """
         if self.task is not None and (name := self.call.argument("image_strength")) is not None:
             strength = self.given.get(name, self.call.defaults[name])
@@ -148,6 +149,11 @@ class Drawing:
         if self.task is not None:
             own = self.call.arguments(guidance_scale=shared_guidance(pipe))
             pipe = for_task(pipe, self.task)
+            unit, (width, height) = getattr(pipe, "vae_scale_factor", 1), self.given["image"].size
+            if min(width, height) < unit:
+                raise InvalidShape(
+                    f"--image is {width} x {height} pixels, and {unit} x {unit} are one of latents"
+                )
             given = {**own, **self._size(pipe), **given}
         return pipe(**given)
 

@@ -158,6 +158,12 @@ class TestImages:
         done = run("generate", "a dog", *W, "--image", tmp_path / "from.png", *more)
         assert_refused(done, "--image-strength 0")
 
+    def test_an_image_of_no_latents_is_refused(self, use, tmp_path):
+        use(sdxl)
+        Image.new("RGB", (32, 1), "red").save(tmp_path / "from.png")
+        done = run("generate", "a dog", *W, "--image", tmp_path / "from.png", "--steps", 4)
+        assert_refused(done, "--image is 32 x 1 pixels, and 2 x 2 are one of latents")
+
     def test_a_mask_says_what_is_repainted(self, use, tmp_path):
         use(sdxl)
         gradient = np.linspace(0, 255, 32 * 32 * 3).reshape(32, 32, 3).astype(np.uint8)
