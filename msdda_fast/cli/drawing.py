@@ -97,11 +97,8 @@ class Drawing:
         guidance = given["guidance_scale"]
         if guidance is not None and not math.isfinite(guidance):
             raise InvalidSchedule(f"--guidance must be finite, got {guidance}")
-        if given["negative_prompt"] and guidance is not None and guidance <= 1:
-            raise ValueError(
-                f"--negative-prompt has no effect with a guidance of {guidance:g}: give --guidance "
-                "above 1"
-            )
+        if given["negative_prompt"]:
+            _check_guided(guidance)
         if given["mask_softness"] is not None and given["masks"] is None:
             raise ValueError("--mask-softness needs --mask")
         given["image_strength"] = image_strength
@@ -137,7 +134,13 @@ class Drawing:
         Raises:
             InvalidSchedule: --image-strength leaves no step.
             InvalidShape: --image is smaller than a pixel of the latents.
+            ValueError: --negative-prompt, with objectives that have no guidance of their own.
         """
+        if (
+            "negative_prompt" in self.given
+            and self.call.argument("guidance_scale") not in self.given
+        ):
+            _check_guided(shared_guidance(pipe))
         if self.task is not None and (name := self.call.argument("image_strength")) is not None:
             strength = self.given.get(name, self.call.defaults[name])
             if strength * steps < 1:
@@ -181,6 +184,15 @@ class Drawing:
             drawn.save(file, format=kind)
         else:
             pictures.write_video(drawn, self.fps, kind, file)
+
+
+def _check_guided(guidance: float | None) -> None:
+    """Raise `ValueError` if a negative prompt would be ignored; None: guidance is not known yet."""
+    if guidance is not None and guidance <= 1:
+        raise ValueError(
+            f"--negative-prompt has no effect with a guidance of {guidance:g}: give --guidance "
+            "above 1"
+        )
 
 
 def _option(name: str) -> str:

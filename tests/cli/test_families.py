@@ -191,6 +191,14 @@ class TestImages:
         run("generate", "a dog", "--image", tmp_path / "from.png", "--guidance", 2)
         assert asked[1]["guidance_scale"] == 2.0
 
+    def test_a_negative_prompt_needs_guidance(self, tiny, calls, monkeypatch):
+        guided = {"warm": mf.Objective("warm", guidance_scale=1.0)}  # as with an accelerator
+        pipe = quiet(mf.MSDDAPipeline.from_pipe(tiny.shared(), objectives=guided))
+        monkeypatch.setattr(cli_generate, "load", lambda *_: pipe)
+        done = run("generate", "a dog", "--negative-prompt", "blurry")
+        assert_refused(done, "--negative-prompt has no effect with a guidance of 1")
+        assert calls == []
+
 
 class TestVideos:
     @pytest.mark.parametrize("suffix", ["webp", "gif", "png"])
