@@ -26,14 +26,16 @@ def locate(source: str | Path) -> Path | str:
     """Return the local path that `source` stands for, or `source` itself when it is a hub id.
 
     Raises:
-        FileNotFoundError: The path does not exist, and is not a hub id such as `owner/name`.
+        FileNotFoundError: The path does not exist, and is not a hub id such as `owner/name`: it is
+            a file, by its suffix, or no such name.
     """
     if assets.is_shipped(str(source)):
         return assets.resolve(str(source))
     path = Path(source).expanduser()
     if path.exists():
         return path
-    if isinstance(source, Path) or not _HUB_ID.fullmatch(source):
+    is_file = path.suffix == ".safetensors"  # and no name of a repository
+    if isinstance(source, Path) or is_file or not _HUB_ID.fullmatch(source):
         raise FileNotFoundError(f"no file or folder at {source}")
     return source
 

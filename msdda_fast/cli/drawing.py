@@ -14,7 +14,7 @@ from PIL import Image
 from msdda_fast.cli import pictures
 from msdda_fast.cli import values as parse
 from msdda_fast.cli.session import err
-from msdda_fast.errors import InvalidSchedule, UnsupportedNetwork
+from msdda_fast.errors import InvalidSchedule, InvalidShape, UnsupportedNetwork
 from msdda_fast.pipelines.stock_call import StockCall
 from msdda_fast.pipelines.tasks import (
     Task,
@@ -94,11 +94,8 @@ class Drawing:
         guidance = given["guidance_scale"]
         if guidance is not None and not math.isfinite(guidance):
             raise InvalidSchedule(f"--guidance must be finite, got {guidance}")
-        if given["negative_prompt"] and guidance is not None and guidance <= 1:
-            raise ValueError(
-                f"--negative-prompt has no effect with a guidance of {guidance:g}: give --guidance "
-                "above 1"
-            )
+        if given["negative_prompt"]:
+            _check_guided(guidance)
         if given["mask_softness"] is not None and given["masks"] is None:
             raise ValueError("--mask-softness needs --mask")
         given["image_strength"] = image_strength
@@ -133,7 +130,14 @@ class Drawing:
 
         Raises:
             InvalidSchedule: --image-strength leaves no step.
+            InvalidShape: --image is smaller than a pixel of the latents.
+            ValueError: --negative-prompt, with objectives that have no guidance of their own.
         """
+        if (
+            "negative_prompt" in self.given
+            and self.call.argument("guidance_scale") not in self.given
+        ):
+            _check_guided(shared_guidance(pipe))
         if self.task is not None and (name := self.call.argument("image_strength")) is not None:
             strength = self.given.get(name, self.call.defaults[name])
             if strength * steps < 1:
@@ -145,6 +149,11 @@ class Drawing:
         if self.task is not None:
             own = self.call.arguments(guidance_scale=shared_guidance(pipe))
             pipe = for_task(pipe, self.task)
+            unit, (width, height) = getattr(pipe, "vae_scale_factor", 1), self.given["image"].size
+            if min(width, height) < unit:
+                raise InvalidShape(
+                    f"--image is {width} x {height} pixels, and {unit} x {unit} are one of latents"
+                )
             given = {**own, **self._size(pipe), **given}
         return pipe(**given)
 
@@ -172,6 +181,15 @@ class Drawing:
             drawn.save(file, format=kind)
         else:
             pictures.write_video(drawn, self.fps, kind, file)
+
+
+def _check_guided(guidance: float | None) -> None:
+    """Raise `ValueError` if a negative prompt would be ignored; None: guidance is not known yet."""
+    if guidance is not None and guidance <= 1:
+        raise ValueError(
+            f"--negative-prompt has no effect with a guidance of {guidance:g}: give --guidance "
+            "above 1"
+        )
 
 
 def _option(name: str) -> str:

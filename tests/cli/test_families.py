@@ -158,6 +158,12 @@ class TestImages:
         done = run("generate", "a dog", *W, "--image", tmp_path / "from.png", *more)
         assert_refused(done, "--image-strength 0")
 
+    def test_an_image_of_no_latents_is_refused(self, use, tmp_path):
+        use(sdxl)
+        Image.new("RGB", (32, 1), "red").save(tmp_path / "from.png")
+        done = run("generate", "a dog", *W, "--image", tmp_path / "from.png", "--steps", 4)
+        assert_refused(done, "--image is 32 x 1 pixels, and 2 x 2 are one of latents")
+
     def test_a_mask_says_what_is_repainted(self, use, tmp_path):
         use(sdxl)
         gradient = np.linspace(0, 255, 32 * 32 * 3).reshape(32, 32, 3).astype(np.uint8)
@@ -184,6 +190,14 @@ class TestImages:
         assert asked[0]["guidance_scale"] == 3.0 and asked[0]["image"].size == (32, 32)
         run("generate", "a dog", "--image", tmp_path / "from.png", "--guidance", 2)
         assert asked[1]["guidance_scale"] == 2.0
+
+    def test_a_negative_prompt_needs_guidance(self, tiny, calls, monkeypatch):
+        guided = {"warm": mf.Objective("warm", guidance_scale=1.0)}  # as with an accelerator
+        pipe = quiet(mf.MSDDAPipeline.from_pipe(tiny.shared(), objectives=guided))
+        monkeypatch.setattr(cli_generate, "load", lambda *_: pipe)
+        done = run("generate", "a dog", "--negative-prompt", "blurry")
+        assert_refused(done, "--negative-prompt has no effect with a guidance of 1")
+        assert calls == []
 
 
 class TestVideos:

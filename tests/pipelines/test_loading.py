@@ -297,6 +297,7 @@ class TestRefused:
         "source, message",
         [
             ("/no/such/folder", "no file or folder at /no/such/folder"),
+            ("owner/no.safetensors", "no file or folder at owner/no.safetensors"),
             ("owner/no-such-repository", "owner/no-such-repository.*neither a local"),
         ],
     )
