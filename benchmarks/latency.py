@@ -8,7 +8,8 @@
 
 Contenders: E1 to E5 are stock diffusers and peft, eager; C1 to C4 the same compiled; G1 and G4 the
 same captured (GC: also compiled); S is our engine with one objective, M2, M3, ... with more; then
-the other designs of adapted layers, and ablations (M2-no-...). All start from the same latents,
+the other designs of adapted layers, and ablations (M2-no-...); OV1, ORT1, ... are OpenVINO and ONNX
+Runtime (the extra `peers`), on one adapter. All start from the same latents,
 prompt and noise. Each is compared with `reference.py` before anything is timed; if one is wrong,
 nothing is printed or kept. Then all take turns, step by step, so that ratios also hold on a busy
 machine; absolute times need an idle one. Weights are random and not zero, or from a checkpoint.

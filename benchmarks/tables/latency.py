@@ -4,7 +4,7 @@
 import json
 
 from benchmarks.tables import results
-from benchmarks.tables.results import duration
+from benchmarks.tables.results import duration, threads
 from msdda_fast.kernels.grouped_lora import DEFAULT_DESIGN
 
 
@@ -27,7 +27,7 @@ def headline_table() -> str:
         first = run[0]
         notes.append(
             f"{first['model']} model, batch {first['batch']}, {first['dtype']}, "
-            f"{first.get('gpu', first['machine'])}, {first['threads']} threads, torch "
+            f"{first.get('gpu', first['machine'])}, {threads(first)}, torch "
             f"{first['torch']}, commit {first['commit']}, {first['when'][:10]}"
         )
     if not any(device == "cuda" for device, *_ in latency_runs()):
@@ -106,7 +106,7 @@ def latency_run(run: list[dict]) -> str:
     notes = (
         f"Medians of {max(record.get('rounds', 0) for record in run)} interleaved rounds, "
         f"{first['weights']} weights, guidance {first['guidance']}, T = {first['steps']}; "
-        f"{first.get('gpu', first['machine'])}, {first['threads']} threads, load {first['load']}; "
+        f"{first.get('gpu', first['machine'])}, {threads(first)}, load {first['load']}; "
         f"torch {first['torch']}, {first['dtype']}, commit {first['commit']}, {first['when'][:10]}."
     )
     if is_noisy(run):

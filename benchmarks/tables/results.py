@@ -12,6 +12,11 @@ def duration(microseconds: float) -> str:
     return f"{microseconds / 1000:.{1 if microseconds < 100_000 else 0}f} ms"
 
 
+def threads(record: dict) -> str:
+    count = record["threads"]
+    return f"{count} thread" if count == 1 else f"{count} threads"
+
+
 def spread(interval: list[float], sign: str = "-") -> str:
     """Return a mean and its interval, to three digits."""
     mean, low, high = (f"{value:{sign}.3g}" for value in interval)

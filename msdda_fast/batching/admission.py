@@ -7,7 +7,7 @@ import inspect
 import math
 import secrets
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 
@@ -66,6 +66,8 @@ class Admission:
             expires = now + _timeout(request.timeout_s)
         with field("on_step"):
             _check_callback(request.on_step)
+        with field("masks"):
+            _check_mapping(request.masks)
         shape, own = checks.of(request, count, zero_variance)
         with field("preview_steps"):
             previews = _previews(request.preview_steps, shape.steps)
@@ -102,6 +104,11 @@ def _check_callback(on_step: object) -> None:
         return
     if not callable(on_step) or inspect.iscoroutinefunction(on_step):
         raise InvalidRequest(f"on_step must be None or a plain function, got {on_step!r}")
+
+
+def _check_mapping(masks: object) -> None:
+    if masks is not None and not isinstance(masks, Mapping):  # a list is of a call's prompts
+        raise InvalidRequest(f"masks must be a mapping or None, got {type(masks).__name__}")
 
 
 def _previews(steps: Collection[int], count: int) -> frozenset[int]:

@@ -210,7 +210,8 @@ class Engine:
             self._tally.count("refused", count)
             raise
         for ticket in tickets:
-            ticket.future.add_done_callback(partial(left, self._queue, self._tally, ticket))
+            leave = partial(left, self._queue, self._tally, weakref.ref(ticket))
+            ticket.future.add_done_callback(leave)
         return [ticket.future for ticket in tickets]
 
     def prepare(

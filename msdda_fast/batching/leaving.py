@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import Future
+from weakref import ref
 
 from msdda_fast.batching.queue import TicketQueue
 from msdda_fast.batching.request import GeneratedImage
@@ -21,9 +22,16 @@ def end(worker: Worker, process: int) -> None:
         worker.stop(drain=True)
 
 
-def left(queue: TicketQueue, tally: Tally, ticket: Ticket, future: Future[GeneratedImage]) -> None:
-    """Take a ticket whose future is done out of the queue, if it was cancelled."""
-    if future.cancelled():
+def left(
+    queue: TicketQueue, tally: Tally, place: ref[Ticket], future: Future[GeneratedImage]
+) -> None:
+    """Take a ticket whose future is done out of the queue, if it was cancelled.
+
+    A future keeps its callbacks: if one held the ticket, which holds the future and images, they
+    would stay in memory until Python looks for cycles.
+    """
+    ticket = place()
+    if ticket is not None and future.cancelled():
         ticket.claim()  # tells those who wait for it
         tally.count("cancelled")
         queue.remove(ticket)

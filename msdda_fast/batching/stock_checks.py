@@ -17,7 +17,7 @@ from msdda_fast.batching.ticket import RequestTask, Shape, StockImage
 from msdda_fast.errors import InvalidRequest, InvalidSchedule, InvalidShape, UnsupportedNetwork
 from msdda_fast.pipelines.attach import WithObjectives
 from msdda_fast.pipelines.batch import Batch
-from msdda_fast.pipelines.call_check import check_fusing
+from msdda_fast.pipelines.call_check import check_fusing, timed
 from msdda_fast.pipelines.call_preferences import CallPreferences
 from msdda_fast.pipelines.capabilities import Capabilities, check_stock_inputs
 from msdda_fast.pipelines.prompt_length import Readers
@@ -84,6 +84,7 @@ class StockChecks:
             if steps < 1:
                 raise InvalidSchedule(f"num_inference_steps must be at least 1, got {steps}")
             check_cost(self._limits, count, height, width, steps, takes.frames)
+            timed(self._pipe.scheduler, steps)  # type: ignore[attr-defined]
         self._check_arguments(request)
         shared = {
             **self._guidance_scale(request),
@@ -272,6 +273,8 @@ def _sent(request: ImageRequest, prefers: CallPreferences) -> Any:  # noqa: ANN4
     weights: Any = request.weights
     if not has_ranges(weights, prefers.names):
         return prefers.rows
+    if isinstance(weights, (list, tuple)):  # of one
+        (weights,) = weights
     return {
         key: preference_weights(form, prefers.names, 1)[0].tolist() for key, form in weights.items()
     }

@@ -110,7 +110,7 @@ class DrawnLater(Future[GeneratedImage]):
             )
 
 
-@dataclass(slots=True, eq=False, kw_only=True)
+@dataclass(slots=True, weakref_slot=True, eq=False, kw_only=True)
 class Ticket:
     """A checked request for one image, with the future that its caller holds.
 

@@ -86,14 +86,8 @@ class Worker(threading.Thread):
         device = self._drawer.device
         try:
             with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-                while (taken := self._queue.take()) is not None:
-                    self._expire(taken.late)
-                    if taken.chore is not None:
-                        taken.chore.run()
-                    if taken.batch:
-                        self._taken = taken.batch
-                        self._serve(taken.batch)
-                        self._taken = []
+                while self._do_next():
+                    pass
         except BaseException as error:
             logger.exception("the engine failed and stops")
             self.failure, self.restarting = described(error), None
@@ -117,6 +111,22 @@ class Worker(threading.Thread):
     def warm(self, ticket: Ticket, size: int) -> None:
         """Build all that a batch of `size` copies of a ticket needs."""
         self._drawer.warm(ticket, size, self._output_type)
+
+    def _do_next(self) -> bool:
+        """Take and draw one batch, or whatever comes first; return False at the end.
+
+        While it waits for the next one, nothing holds the last one's images.
+        """
+        if (taken := self._queue.take()) is None:
+            return False
+        self._expire(taken.late)
+        if taken.chore is not None:
+            taken.chore.run()
+        if taken.batch:
+            self._taken = taken.batch
+            self._serve(taken.batch)
+            self._taken = []
+        return True
 
     def _serve(self, batch: list[Ticket]) -> None:
         if self._attempt(batch) is None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,7 @@ from PIL import Image
 from msdda_fast.cli import pictures
 from msdda_fast.cli import values as parse
 from msdda_fast.cli.session import err
-from msdda_fast.engine import torchrun
-from msdda_fast.errors import UnsupportedNetwork
+from msdda_fast.errors import InvalidSchedule, UnsupportedNetwork
 from msdda_fast.pipelines.stock_call import StockCall
 from msdda_fast.pipelines.tasks import (
     Task,
@@ -67,7 +67,8 @@ class Drawing:
 
         Raises:
             UnsupportedNetwork: The family cannot do one of them; it is named.
-            OSError, ValueError: An image that cannot be read, or options that miss another.
+            InvalidSchedule: --guidance is not finite.
+            ValueError: An image that cannot be read, or options that miss another.
         """
         for name, value in (("--mask-image", mask_image), ("--image-strength", image_strength)):
             if value is not None and image is None:
@@ -76,8 +77,6 @@ class Drawing:
         if image is not None:
             task = "image-to-image" if mask_image is None else "inpaint"
             kind = task_class(kind, task)
-            if torchrun.size() > 1:
-                raise UnsupportedNetwork("--image: several processes share text to image only")
         else:
             check_from_text(kind)
         call = StockCall.of(kind)
@@ -92,6 +91,14 @@ class Drawing:
             )
         if not call.captured and kl_budget is not None:
             raise UnsupportedNetwork(f"--kl-budget: {call.kind} has no --mode auto")
+        guidance = given["guidance_scale"]
+        if guidance is not None and not math.isfinite(guidance):
+            raise InvalidSchedule(f"--guidance must be finite, got {guidance}")
+        if given["negative_prompt"] and guidance is not None and guidance <= 1:
+            raise ValueError(
+                f"--negative-prompt has no effect with a guidance of {guidance:g}: give --guidance "
+                "above 1"
+            )
         if given["mask_softness"] is not None and given["masks"] is None:
             raise ValueError("--mask-softness needs --mask")
         given["image_strength"] = image_strength
@@ -122,7 +129,18 @@ class Drawing:
         return read(output, "--output")
 
     def draw(self, pipe: Any, prompt: str, seed: int, steps: int) -> Any:  # noqa: ANN401
-        """Call a loaded pipeline; return what it returns."""
+        """Call a loaded pipeline; return what it returns.
+
+        Raises:
+            InvalidSchedule: --image-strength leaves no step.
+        """
+        if self.task is not None and (name := self.call.argument("image_strength")) is not None:
+            strength = self.given.get(name, self.call.defaults[name])
+            if strength * steps < 1:
+                raise InvalidSchedule(
+                    f"--image-strength {strength:g} leaves none of {steps} steps: give more of "
+                    "either"
+                )
         given = {"prompt": prompt, "seed": seed, "num_inference_steps": steps, **self.given}
         if self.task is not None:
             own = self.call.arguments(guidance_scale=shared_guidance(pipe))

@@ -17,7 +17,7 @@ __all__ = ["FORM", "objective", "objectives"]
 
 FORM = "NAME=PATH, NAME=PATH:LEVEL or NAME=PATH:LEVEL@FIRST-LAST, such as aesthetic=my/lora:0.8"
 _NUMBER = r"\d+(?:\.\d+)?"
-_LEVEL = r"(?:([a-z-]+)=)?(-?[0-9.]+)"
+_LEVEL = r"(?:([a-z-]+)=([^:/@]*)|(-?[0-9.]+))"
 _TEXT = re.compile(rf"(.+?)(?::{_LEVEL})?(?:@({_NUMBER})-({_NUMBER}))?", re.DOTALL)
 #: Adapters of one objective; paths have no spaces around a plus.
 _TOGETHER = " + "
@@ -49,7 +49,8 @@ def objective(text: str) -> tuple[str, Objective]:
     name, value = pair(text, "--objective", str, FORM)
     match = _TEXT.fullmatch(value)
     assert match is not None  # `pair` returns no empty value
-    path, kind, number, first, last = match.groups()
+    path, kind, of_kind, plain, first, last = match.groups()
+    number = plain if kind is None else of_kind
     given: dict[str, Any] = {}
     if number is not None:
         try:
@@ -96,6 +97,8 @@ def _alone(path: str) -> str:
     from msdda_fast import assets
 
     source, folder = _place(path.strip())
+    if source == "base":
+        raise ValueError("--objective: base is the model without adapters, and joins none")
     if folder is None:
         return source
     if assets.is_shipped(source):

@@ -18,45 +18,57 @@ _MOVING = {".webp": "WEBP", ".gif": "GIF", ".png": "PNG", ".apng": "PNG"}
 _MP4 = ".mp4"
 
 
-def read_image(file: str, option: str, mode: str = "RGB") -> Image.Image:
-    """Read an image, turned the way its file says.
+def read_image(file: str, option: str, *, mask: bool = False) -> Image.Image:
+    """Read an image, turned the way its file says: in RGB on white, or as a mask in L on black.
 
     Raises:
-        OSError: There is no such file.
-        ValueError: It is no image.
+        ValueError: There is no such file, or it is no image of 8 bits a channel, or damaged.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
+
+    from msdda_fast.pipelines.brightness import brightness
 
     try:
         with Image.open(file) as image:
             upright: Any = ImageOps.exif_transpose(image)
-            return upright.convert(mode)  # type: ignore[no-any-return]
+            if upright.mode.startswith(("I", "F")):  # which Pillow would cut off at 255
+                raise ValueError(
+                    f"{option} {file}: it must have 8 bits a channel, not mode {upright.mode}"
+                )
+            if mask:
+                return brightness(upright)
+            if upright.has_transparency_data:
+                white = Image.new("RGBA", upright.size, "white")
+                upright = Image.alpha_composite(white, upright.convert("RGBA"))
+            return upright.convert("RGB")  # type: ignore[no-any-return]
     except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
         raise ValueError(f"{option} {file}: not an image that Pillow reads: {error}") from None
+    except OSError as error:  # missing, a folder, damaged
+        raise ValueError(f"{option} {file}: {error.strerror or error}") from None
 
 
 def masks(texts: list[str]) -> dict[str, Image.Image] | None:
     """Read --mask NAME=FILE, given once for each name; None: not given.
 
     Raises:
-        OSError, ValueError: As `read_image`; or a name is given twice.
+        ValueError: As `read_image`; or a name is given twice.
     """
     form = "NAME=FILE, such as consistency=left.png"
     found = parse.pairs((parse.pair(text, "--mask", str, form) for text in texts), "--mask")
-    return {name: read_image(file, "--mask", "L") for name, file in found.items()} or None
+    return {name: read_image(file, "--mask", mask=True) for name, file in found.items()} or None
 
 
 def start(image: str | None, mask: str | None) -> dict[str, Image.Image]:
     """Read --image and --mask-image, as arguments of a call.
 
     Raises:
-        OSError, ValueError: As `read_image`; or a mask is of another size.
+        ValueError: As `read_image`; or a mask is of another size.
     """
     if image is None:
         return {}
     found = {"image": read_image(image, "--image")}
     if mask is not None:
-        found["mask_image"] = read_image(mask, "--mask-image", "L")
+        found["mask_image"] = read_image(mask, "--mask-image", mask=True)
         (width, height), (w, h) = found["image"].size, found["mask_image"].size
         if (w, h) != (width, height):
             raise ValueError(f"--mask-image is {w} x {h} pixels, and --image {width} x {height}")

@@ -185,12 +185,22 @@ class WithObjectives(HeldObjectives):
             )
         return result
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle by the stock class; hooks are of these very networks."""
+        stock: type = self.stock_class
+        return _of_class, (stock,), {**self.__dict__, "_hooks": {}}
+
     def _hook(self, name: str, network: nn.Module) -> RowHook:
         hook = self._hooks.get(name)
         if hook is None or hook.network is not network:  # users assign others to a pipeline
             capture = self._capture if name in DENOISERS else "off"  # others run once a call
             hook = self._hooks[name] = RowHook(name, network, capture)
         return hook
+
+
+def _of_class(stock: type) -> Any:  # noqa: ANN401 - of the class with objectives
+    """Return an empty pipeline, to be filled."""
+    return object.__new__(attached_class(WithObjectives, stock))
 
 
 def attach(

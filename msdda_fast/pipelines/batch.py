@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from msdda_fast.engine.noise import image_seeds
+from msdda_fast.pipelines.request import check_steps
 from msdda_fast.types import WeightSchedule
 from msdda_fast.weights import preference_schedule
 
@@ -48,6 +49,7 @@ class Batch:
 
         Raises:
             TypeError: Arguments that the stock pipeline does not have.
+            InvalidSchedule: `num_inference_steps` is not a positive integer.
         """
         signature = inspect.signature(stock)
         bound = signature.bind(*args, **kwargs)
@@ -59,7 +61,8 @@ class Batch:
             if (value := given.get(name)) is not None:
                 prompts = len(value) if isinstance(value, (list, tuple, Tensor)) else 1
                 break
-        steps = given.get("num_inference_steps") or 1
+        steps = given.get("num_inference_steps")
+        steps = 1 if steps is None else check_steps(steps)
         for name in ("timesteps", "sigmas"):
             if given.get(name) is not None:
                 steps = len(given[name])

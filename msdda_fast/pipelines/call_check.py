@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
+from msdda_fast.errors import InvalidSchedule
 from msdda_fast.levels import FlowNoise
 from msdda_fast.pipelines.attach import WithObjectives
 from msdda_fast.pipelines.call_levels import call_levels
@@ -18,7 +19,7 @@ from msdda_fast.pipelines.pipeline_step import PipelineFusing
 from msdda_fast.pipelines.stock_schedulers import check_scheduler
 from msdda_fast.types import ZeroVariancePolicy
 
-__all__ = ["LevelKind", "check_fusing"]
+__all__ = ["LevelKind", "check_fusing", "timed"]
 
 #: Whether steps are the scheduler's own, or at etas, or with noise of flow models.
 LevelKind: TypeAlias = Literal["own", "eta", "flow"]
@@ -52,7 +53,7 @@ def check_fusing(
     active = {name: objectives[name] for name in (prefers.names[m] for m in prefers.columns)}
     levels = call_levels(scheduler, active, objectives, None)
     PipelineFusing(
-        _timed(scheduler, num_steps),
+        timed(scheduler, num_steps),
         FusingOptions(
             fusion=None,
             zero_variance=zero_variance,
@@ -72,11 +73,24 @@ def check_fusing(
     return "flow" if any(isinstance(level, FlowNoise) for level in levels) else "eta"
 
 
-def _timed(scheduler: Any, num_steps: int) -> Any:  # noqa: ANN401 - any scheduler of diffusers
-    """A copy with timesteps; where the shift depends on the size, with any."""
+def timed(scheduler: Any, num_steps: int) -> Any:  # noqa: ANN401 - any scheduler of diffusers
+    """Return a copy with timesteps; where the shift depends on the size, with any.
+
+    Args:
+        scheduler: Of a pipeline.
+        num_steps: T.
+
+    Raises:
+        InvalidSchedule: It refuses so many steps.
+    """
     probe = copy.copy(scheduler)
     try:
         probe.set_timesteps(num_steps)
-    except (TypeError, ValueError):
-        probe.set_timesteps(num_steps, mu=1.0)
+    except (TypeError, ValueError) as error:
+        try:
+            probe.set_timesteps(num_steps, mu=1.0)
+        except (TypeError, ValueError):  # it was not the shift
+            raise InvalidSchedule(
+                f"{type(scheduler).__name__} refuses {num_steps} steps: {error}"
+            ) from error
     return probe

@@ -47,6 +47,8 @@ def call_levels(
             )
         given = dict(levels)
     elif levels is not None:
+        if not hasattr(levels, "__len__"):
+            raise InvalidShape(f"levels are {levels!r}, expected one for each objective")
         if len(levels) != len(objectives):
             raise InvalidShape(f"got {len(levels)} levels for {len(objectives)} objectives")
         given = dict(zip(objectives, levels, strict=True))

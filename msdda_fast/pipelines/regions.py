@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from msdda_fast.errors import InvalidShape, InvalidWeights, UnknownObjective
+from msdda_fast.pipelines.brightness import brightness
 from msdda_fast.steps.pixels import PixelWeights
 
 __all__ = ["MasksLike", "Regions", "check_masks", "check_softness"]
@@ -188,7 +189,7 @@ def check_softness(softness: float | None, masks: MasksLike | None) -> None:
         return
     if masks is None:
         raise InvalidWeights("mask_softness is given without masks")
-    if not isinstance(softness, (int, float)) or not 0 <= softness < float("inf"):
+    if not isinstance(softness, (int, float)) or not 0 <= softness <= torch.finfo(torch.double).max:
         raise InvalidWeights(
             f"mask_softness must be a finite number of pixels, 0 or more, got {softness!r}"
         )
@@ -227,15 +228,15 @@ def _read(
 
 def _numbers(name: str, mask: Any) -> Tensor:  # noqa: ANN401 - what it is, is the question
     """One mask, (1 or B, H, W) float64 on the host."""
-    if isinstance(mask, Image.Image):
-        values = torch.from_numpy(np.array(mask.convert("L"))).double() / 255
-    else:
-        try:
+    try:
+        if isinstance(mask, Image.Image):
+            values = torch.from_numpy(np.array(brightness(mask))).double() / 255
+        else:
             values = torch.as_tensor(mask).detach().to("cpu", torch.float64)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise InvalidShape(
-                f"the mask of {name!r} is no image and no array of numbers: {error}"
-            ) from None
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidShape(
+            f"the mask of {name!r} is no image of 8 bits and no array of numbers: {error}"
+        ) from None
     if values.ndim not in (2, 3) or values.numel() == 0:
         raise InvalidShape(
             f"the mask of {name!r} has shape {tuple(values.shape)}, expected (H, W) or (B, H, W)"
@@ -243,10 +244,9 @@ def _numbers(name: str, mask: Any) -> Tensor:  # noqa: ANN401 - what it is, is t
     inside = (values >= 0) & (values <= 1)  # false for NaN
     if not bool(inside.all()):
         *_, row, column = (~inside).nonzero()[0].tolist()
-        value = float(values[~inside][0])
         raise InvalidWeights(
-            f"the mask of {name!r} is {value:g} in row {row}, column {column}: weights of pixels "
-            "are in [0, 1] (divide arrays of 8 bits by 255)"
+            f"the mask of {name!r} is {float(values[~inside][0]):g} in row {row}, column "
+            f"{column}: weights of pixels are in [0, 1] (divide arrays of 8 bits by 255)"
         )
     return values if values.ndim == 3 else values[None]
 
@@ -294,6 +294,6 @@ def _averages(size: int, out: int, std: float) -> Tensor:
     lower = torch.maximum(edges[:-1, None], pixels)
     area = (upper - lower).clamp(min=0)
     if std > 0:
-        blur = (-((pixels[:, None] - pixels) ** 2) / (2 * std**2)).exp()
+        blur = (-(((pixels[:, None] - pixels) / std) ** 2) / 2).exp()  # std**2 may be 0 or inf
         area = area @ (blur / blur.sum(1, keepdim=True))
     return area / area.sum(1, keepdim=True)

@@ -195,7 +195,9 @@ class DrawingBody(BaseModel):
             strength=self.strength,
             seed=_seed(self.seed, self.count),
             num_inference_steps=steps,
-            guidance_scale=self.guidance_scale,
+            guidance_scale=(
+                settings.guidance_scale if self.guidance_scale is None else self.guidance_scale
+            ),
             negative_prompt=self.negative_prompt or "",
             height=height,
             width=width,

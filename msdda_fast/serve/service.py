@@ -103,6 +103,7 @@ class Service(ABC):
             "model": settings.model,
             **self.facts.described(),
             "steps": settings.steps,
+            "guidance_scale": settings.guidance_scale,
             **{name: getattr(settings, name) for name in limits},
         }
 
@@ -138,11 +139,9 @@ class EngineService(Service):
 
     def warm(self) -> None:
         """Build and capture whatever a request may ask for; takes seconds to minutes."""
-        kinds: dict[int, int] = {}
-        # one T for each kind of buffers, and the usual one for its own: not every scheduler takes
-        # as many steps as a request may ask for
-        for steps in (self.settings.steps, *range(1, self.settings.max_steps + 1)):
-            kinds.setdefault(padded_steps(steps), steps)
+        # of each kind the fewest steps, and the default: a scheduler may not have the most
+        counts = (*range(self.settings.max_steps, 0, -1), self.settings.steps)
+        kinds = {padded_steps(steps): steps for steps in counts}
         try:
             for width, height in map(sides, self.sizes):
                 for steps in kinds.values():

@@ -19,6 +19,7 @@ class ServeSettings:
         sizes: Image sizes that requests may ask for, "WIDTHxHEIGHT" in pixels; the first one is
             the default. Empty: the model's own size.
         steps: T of requests that do not set it, in [1, max_steps].
+        guidance_scale: That of requests that do not set it; None: the model's own.
         max_steps: Largest T.
         max_images: Largest n of one request, at least 1.
         max_cost: Largest n * T * pixels of one request, with pixels in images of the default size:
@@ -38,6 +39,7 @@ class ServeSettings:
     model: str
     sizes: tuple[str, ...] = ()
     steps: int = 25
+    guidance_scale: float | None = None
     max_steps: int = 64
     max_images: int = 8
     max_cost: float = 512.0

@@ -14,6 +14,7 @@ from typing import IO
 
 from PIL import Image, ImageOps
 
+from msdda_fast.pipelines.brightness import brightness
 from msdda_fast.serve.refusals import Refusal
 
 __all__ = ["fitted", "objective_masks", "repainted", "start_image"]
@@ -83,7 +84,7 @@ def objective_masks(masks: Mapping[str, str], size: tuple[int, int]) -> dict[str
             raise Refusal.of_field(field, "expected a PNG in base64") from None
         mask = _read(io.BytesIO(data), field, ("PNG",), size[0] * size[1])
         _check_size(mask, size, field, "the drawn image")
-        found[name] = mask.convert("L")
+        found[name] = brightness(mask)
     return found
 
 
@@ -117,9 +118,9 @@ def _read(file: IO[bytes], field: str, formats: tuple[str, ...], most_pixels: in
         raise Refusal.of_field(field, f"a JPEG has more than {MOST_SCANS} scans")
     try:
         image.load()
-        image = ImageOps.exif_transpose(image)
+        upright = ImageOps.exif_transpose(image)
         # here, where a palette whose transparency makes no sense is found out
-        return image.convert("RGBA") if image.has_transparency_data else image
+        return upright.convert("RGBA") if upright.has_transparency_data else upright
     except Exception as error:
         message = f"the {image.format} is damaged: {type(error).__name__}"
         raise Refusal.of_field(field, message) from error

@@ -337,11 +337,13 @@ class TestWhereAndWhen:
         ("fields", "error", "field"),
         [
             ({"masks": {"c": MASK}}, mf.UnknownObjective, "masks"),
+            ({"masks": [{"a": MASK}]}, mf.InvalidRequest, "masks"),
             ({"masks": {"a": MASK}, "height": 16}, mf.InvalidShape, "masks"),
             ({"masks": {"a": MASK, "b": MASK}}, mf.InvalidWeights, "masks"),
             ({"masks": {"a": MASK}, "weights": [1, 0]}, mf.InvalidWeights, "masks"),
             ({"mask_softness": 1.0}, mf.InvalidWeights, "mask_softness"),
             ({"masks": {"a": MASK}, "mask_softness": -1}, mf.InvalidWeights, "mask_softness"),
+            ({"masks": {"a": MASK}, "mask_softness": 10**400}, mf.InvalidWeights, "mask_softness"),
             ({"weights": {"500-999": [1, 0]}}, mf.InvalidWeights, "weights"),
             ({"weights": {"5-9": [1, 0], "7-20": [0, 1]}}, mf.InvalidWeights, "weights"),
         ],
@@ -356,6 +358,15 @@ class TestWhereAndWhen:
         with pytest.raises(error) as raised:
             start(pipe).submit(request(**{"height": 32, "width": 32, **fields}))
         assert raised.value.field == field
+
+    def test_a_list_of_one_is_that_one(self, start):
+        engine = start(pipe_of("SDXL"))
+        weights = {"500-999": [1, 0], "0-499": [0, 1]}
+        one, other = (
+            engine.submit(request(height=32, width=32, weights=given)).result(SOON).image
+            for given in (weights, [weights])
+        )
+        assert torch.equal(one, other)
 
 
 class TestRefused:

@@ -4,8 +4,11 @@
 import gc
 import multiprocessing
 import threading
+import time
+import weakref
 
 import pytest
+from PIL import Image
 
 import msdda_fast as mf
 from msdda_fast.batching.drawing import BatchDrawer
@@ -89,3 +92,21 @@ def test_a_forked_child_refuses_what_nobody_would_draw(start):
     assert child.exitcode == 0
     assert all("is a fork" in answers.get() for _ in range(2)) and answers.get() == "closed"
     assert engine.submit(request()).result(SOON)
+
+
+@pytest.mark.parametrize("more", [{}, {"image": Image.new("RGB", (32, 32)), "image_strength": 0.7}])
+def test_images_are_gone_with_the_last_who_holds_them(start, more):
+    """Not only when Python looks for cycles, which it does the less the more there is."""
+    engine = start(output_type="pil")
+    gc.collect()
+    gc.disable()
+    try:
+        future = engine.submit(request(**more))
+        held = [weakref.ref(future), weakref.ref(future.result(SOON).image)]
+        del future
+        end = time.monotonic() + SOON
+        while any(one() is not None for one in held):
+            assert time.monotonic() < end, held
+            time.sleep(0.01)
+    finally:
+        gc.enable()

@@ -53,6 +53,9 @@ def test_a_path_with_a_plus_is_a_path(tmp_path, monkeypatch):
         ("x=a:cps=1.5", "a must lie in"),
         ("x=a:1.2.3", "must be NAME=PATH"),
         ("x=a@999-300", "timesteps must be"),
+        ("x=a:flow-sde=nan", "a must lie in .* got nan"),
+        ("x=a:flow-sde=", "must be NAME=PATH"),
+        ("x=a + base", "base is the model without adapters, and joins none"),
         ("x=a/b + owner/name/folder", "'owner/name/folder' is a folder inside a repository"),
     ],
 )

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a call of a stock pipeline with objectives takes, gives, and leaves alone."""
 
+import copy
 import functools
+import pickle
 import threading
 
 import pytest
@@ -226,6 +228,18 @@ class TestCallbacks:
         with pytest.raises(PipelineBusy, match="from_pipe"):
             draw(pipe, call, weights=W, callback_on_step_end=nested(pipe))
         assert torch.equal(draw(pipe, call, weights=W), alone[0])
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda pipe: pickle.loads(pickle.dumps(pipe))], ids=["copy", "pickle"]
+)
+def test_copies_of_a_pipeline_that_was_called(copied):
+    pipe, call = attached()
+    expected = draw(pipe, call, weights=W)
+    made = copied(pipe)
+    assert type(made) is type(pipe) and made.objectives == pipe.objectives
+    assert made.transformer is not pipe.transformer
+    assert torch.equal(draw(made, call, weights=W), expected)
 
 
 def test_threads_wait_for_each_other():

@@ -686,8 +686,8 @@ FAULTS = (
         "serve-mask-inverted",
         "What is opaque in a mask is repainted, in place of what is transparent.",
         "msdda_fast/serve/uploads.py",
-        'return ImageOps.invert(mask.convert("RGBA").getchannel("A"))',
-        'return mask.convert("RGBA").getchannel("A")',
+        'return ImageOps.invert(mask.getchannel("A"))',
+        'return mask.getchannel("A")',
         ("tests/serve/test_edits.py",),
     ),
     Fault(

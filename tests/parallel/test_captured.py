@@ -10,6 +10,7 @@ from msdda_fast.engine import graph
 from msdda_fast.engine.exchange import Exchange
 from msdda_fast.engine.parallel import MEET_EVERY
 from msdda_fast.errors import RanksDiffer
+from msdda_fast.pipelines.stable_diffusion import captured
 from msdda_fast.pipelines.stable_diffusion.captured import CapturedSampler
 from msdda_fast.pipelines.stable_diffusion.captured_generation import CapturedGeneration
 from msdda_fast.pipelines.stable_diffusion.exact import step_kind
@@ -45,13 +46,13 @@ def draw_captured(parallel, tiny, names):
     pipe.set_forward("batched", capture="required")
     pipe.enable_parallel(parallel)
     found = {name: draw(pipe, name) for name in names}
-    captured = graphs.captures, graphs.replays
+    counts = graphs.captures, graphs.replays
     again = draw(pipe, "both")
-    assert graphs.captures == captured[0], "the same shape captured again"
+    assert graphs.captures == counts[0], "the same shape captured again"
     assert torch.equal(again, found["both"])
     pipe.disable_parallel()
     found["alone"] = draw(pipe, "both")
-    return found, captured
+    return found, counts
 
 
 class InTurn:
@@ -251,7 +252,13 @@ def stray(parallel, tiny):
     try:
         pipe("a red dog", **{**SHORT, "num_inference_steps": 12}, callback_on_step_end=callback)
     except RanksDiffer as error:
-        return str(error), seen, draw(pipe, "both")
+        images, exports = draw(pipe, "both"), []
+        captured.ExportedForward = lambda unet, shape: (
+            lambda x, k: (exports.append(shape), unet(x, k))[1]
+        )
+        pipe.set_forward(compile="openvino")
+        assert torch.equal(draw(pipe, "both"), images) and len(exports) == 3
+        return str(error), seen, images
 
 
 def test_a_callback_that_changes_latents_is_found_at_the_next_meeting(tiny):

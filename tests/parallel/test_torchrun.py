@@ -57,9 +57,10 @@ def test_two_ranks_write_the_images_of_one_process(tiny, tmp_path):
 
 
 @pytest.mark.full  # two programs, twice; the pipeline is in test_stock.py
-def test_other_families(tmp_path):
+@pytest.mark.parametrize("model", ["msdda-fast/emoji", "msdda-fast/emoji-flow"])
+def test_from_a_text_and_from_an_image(tmp_path, model):
     def drawn(name, *more):
-        request = ["generate", "A red car.", "-m", "msdda-fast/emoji-flow", "--steps", 2]
+        request = ["generate", "A red car.", "-m", model, "--steps", 2]
         return [*request, "-o", tmp_path / name, "--seed", 5, *more]
 
     for name, more in {"text": (), "image": ("--image", tmp_path / "text-one.png")}.items():

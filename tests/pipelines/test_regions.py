@@ -60,6 +60,11 @@ class TestWeightsOfPixels:
         assert (weights.own[0, 0] - expected).abs().max() < 1e-14
         assert (weights.own[0, 1] == 0).all()
 
+    @pytest.mark.parametrize(("softness", "as_is"), [(1e-300, True), (1e300, False)])
+    def test_no_softness_is_too_small_or_too_large(self, softness, as_is) -> None:
+        weights = check_masks({"warm": left()}, NAMES, 1, softness=softness).on(32, 32, 1).own[0, 0]
+        assert torch.equal(weights, left().double() if as_is else torch.full((32, 32), 0.5))
+
     def test_softness_is_a_gaussian_of_that_many_pixels(self) -> None:
         """A step becomes its cumulative distribution, the further from the border the closer."""
         mask = torch.zeros(4, 256, dtype=torch.float64)
@@ -147,7 +152,7 @@ class TestWeightsOfPixels:
         with pytest.raises(mf.InvalidWeights, match=r"sum to 1.5 .* it must be at most 1"):
             check_masks({"warm": left(), "cool": left(0.5)}, [*NAMES, "third"], 1)
 
-    @pytest.mark.parametrize("softness", [-1, float("nan"), float("inf"), "2"])
+    @pytest.mark.parametrize("softness", [-1, float("nan"), float("inf"), 10**400, "2"])
     def test_softness_is_a_number_of_pixels(self, softness) -> None:
         with pytest.raises(mf.InvalidWeights, match="mask_softness must be a finite number"):
             check_masks({"warm": left()}, NAMES, 1, softness=softness)

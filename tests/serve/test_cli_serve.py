@@ -73,6 +73,13 @@ class TestOptions:
         ((process, _),) = started
         assert process.settings.steps == steps and process.load.args[-1] == "own"
 
+    @pytest.mark.parametrize(("model", "scale"), [("emoji", None), ("emoji-flow", 1.0)])
+    def test_the_guidance_is_that_of_training(self, started, model, scale):
+        """As that of `msdda-fast generate`."""
+        assert run("--model", f"msdda-fast/{model}").exit_code == 0
+        ((process, _),) = started
+        assert process.settings.guidance_scale == scale
+
     def test_models_of_videos_are_refused_before_they_are_loaded(self, started, tmp_path):
         (tmp_path / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
         done = run("--model", tmp_path)

@@ -13,6 +13,7 @@ from PIL import Image
 from msdda_fast.batching.request import GeneratedImage
 from msdda_fast.serve import forms
 from msdda_fast.serve.body import EditBody
+from msdda_fast.serve.settings import ServeSettings
 from tests.serve.pictures import PNG, SIZE, base64_png, halves, picture, saved
 from tests.serve.test_api import WEIGHTS, pixels
 
@@ -104,9 +105,13 @@ class TestWhatIsAsked:
         assert np.asarray(noted[0].mask_image).max() == 0
         assert noted[0].image.size == noted[0].mask_image.size == SIZE
 
-    def test_its_own_size_is_the_default_if_it_is_served(self):
-        from msdda_fast.serve.settings import ServeSettings
+    def test_guidance_of_the_service_is_that_of_requests_without(self):
+        settings = ServeSettings(model="x", guidance_scale=1.0)
+        for given, scale in ((None, 1), (2.5, 2.5)):
+            body = EditBody(prompt="a", guidance_scale=given)
+            assert body.checked(settings, ["32x32"]).guidance_scale == scale
 
+    def test_its_own_size_is_the_default_if_it_is_served(self):
         body, settings = EditBody(prompt="a"), ServeSettings(model="x")
         for own, drawn in (("64x64", 64), ("48x48", 32), (None, 32)):
             assert body.checked(settings, ["32x32", "64x64"], own).width == drawn

@@ -218,7 +218,6 @@ def test_what_a_model_can_do_is_told(xl_served, flux_served, served):
 
 def test_an_accelerator_is_told_without_its_path_and_draws(tiny):
     pipe = tiny.load(objectives={"cool": mf.Objective(tiny.cool)}, accelerator=str(tiny.warm))
-    # more steps than LCM has, which only requests for them need
     one = Running(mf.Engine(pipe, max_batch=1), steps=2, max_steps=64)
     try:
         until(lambda: one.service.is_ready)
@@ -226,6 +225,10 @@ def test_an_accelerator_is_told_without_its_path_and_draws(tiny):
         assert answer.json()["accelerator"] == {"scheduler": "LCMScheduler", "steps": 4}
         assert str(tiny.folder) not in answer.text
         assert one.draw().status_code == 200
-        check(one.draw(steps=64), "steps")
+        check(one.draw(steps=51), "steps")  # more than it was made of
+        files = {"image": ("a.png", saved(picture()))}
+        answer = one.http.post("/v1/images/edits", data={"prompt": "a", "steps": "51"}, files=files)
+        check(answer, "steps")
+        assert "refuses 51 steps" in answer.text
     finally:
         one.stop()

@@ -117,7 +117,7 @@ class CapturedSampler:
         if self._compile != "auto" or self.device.type != "cpu":
             return
         for step in self._cache:
-            if isinstance(step.network, ExactNetwork):
+            if isinstance(step.network, (ExactNetwork, RankNetwork)):
                 step.network.run_through(partial(fastest, x=step.buffers.next_input[0]))
 
     def begin(
@@ -211,7 +211,7 @@ class CapturedSampler:
         nothing = torch.zeros(key.context[1:], dtype=key.dtype, device=buffers.x.device)
         embeds = {m: nothing for m, runs in enumerate(key.active) if runs}
         network.begin(embeds, buffers.timesteps, shared=key.shared_context, k=0)
-        if self._compile == "openvino" and isinstance(network, ExactNetwork):
+        if self._compile == "openvino" and isinstance(network, (ExactNetwork, RankNetwork)):
             network.run_through(partial(ExportedForward, shape=key.shape))
         return network
 

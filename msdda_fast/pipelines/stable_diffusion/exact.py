@@ -99,11 +99,11 @@ class ExactNetwork:
     def run_through(self, choose: Callable[[BatchedUNet], Forward]) -> None:
         """Evaluate each member by what `choose` returns for it, which reads its prompts.
 
-        Members that run through something already are not asked about. Not for captured steps.
+        The first choice stays. Not for captured steps.
         """
         for member in self._members:
-            if member.run is member.unet:
-                member.run = choose(member.unet)
+            if not member.is_chosen:
+                member.run, member.is_chosen = choose(member.unet), True
 
     def _predict(
         self, run: SideBySide, order: Sequence[int], next_input: Tensor, k: Tensor
@@ -122,6 +122,7 @@ class _Member:
     objectives: Sequence[int]
     run: Forward
     dtype: torch.dtype
+    is_chosen: bool = False
 
     def __call__(self, next_input: Tensor, k: Tensor) -> Tensor:
         return self.run(next_input[0], k).to(self.dtype)  # it makes its own rows, so R = 1

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -14,10 +15,9 @@ from msdda_fast.engine.assignment import Work
 from msdda_fast.engine.exchange import Exchange
 from msdda_fast.engine.parallel import ObjectiveParallel
 from msdda_fast.engine.step import Shared
+from msdda_fast.pipelines.stable_diffusion.exact import Forward
 
 __all__ = ["RankNetwork"]
-
-_Members = list[tuple[BatchedUNet, Work]]
 
 
 class RankNetwork:
@@ -48,9 +48,9 @@ class RankNetwork:
         self.exchanges = dict(exchanges)
         self.forwards = {kind: sum(exchange.active) for kind, exchange in exchanges.items()}
         self._dtype = dtype
-        self._members: dict[str, _Members] = {
+        self._members = {
             kind: [
-                (unet, Work(tuple(objectives), work.start, work.stop))
+                _Member(unet, Work(tuple(objectives), work.start, work.stop), unet)
                 for work in exchange.works
                 for unet, objectives in build(
                     [m in work.objectives for m in range(len(exchange.active))]
@@ -70,8 +70,8 @@ class RankNetwork:
     def storages(self) -> Mapping[str, Tensor]:
         """Return the tensors of every member i, with names that start with "i.", and the rows."""
         named = {f"{kind}.outputs": exchange.mine for kind, exchange in self.exchanges.items()}
-        for i, (unet, _) in enumerate(self._all()):
-            named |= {f"{i}.{name}": tensor for name, tensor in unet.storages().items()}
+        for i, member in enumerate(self._all()):
+            named |= {f"{i}.{name}": tensor for name, tensor in member.unet.storages().items()}
         return named
 
     def begin(
@@ -85,20 +85,36 @@ class RankNetwork:
             shared: Whether the embeddings are the same for all objectives.
             k: The next step; not used here.
         """
-        for unet, work in self._all():
+        for member in self._all():
+            work = member.work
             rows = [embeds[m][work.start : work.stop] for m in work.objectives]
-            unet.begin(torch.stack(rows[:1] if shared else rows), timesteps)
+            member.unet.begin(torch.stack(rows[:1] if shared else rows), timesteps)
 
     def mix(self, k: int) -> None:
         """Do nothing: shares do not affect exact networks."""
 
+    def run_through(self, choose: Callable[[BatchedUNet], Forward]) -> None:
+        """Evaluate each member by what `choose` returns for it; see `ExactNetwork.run_through`."""
+        for member in self._all():
+            if member.run is member.unet:
+                member.run = choose(member.unet)
+
     def _evaluate(self, kind: str, next_input: Tensor, k: Tensor) -> None:
         exchange = self.exchanges[kind]
-        for unet, work in self._members[kind]:
-            exchange.put(work, unet(next_input[0], k).to(self._dtype).unbind())
+        for member in self._members[kind]:
+            outputs = member.run(next_input[0], k).to(self._dtype)
+            exchange.put(member.work, outputs.unbind())
         if not self._members[kind]:
             exchange.mine.zero_()  # a graph of nothing is an error
 
-    def _all(self) -> Iterator[tuple[BatchedUNet, Work]]:
-        for members in self._members.values():
-            yield from members
+    def _all(self) -> list[_Member]:
+        return [member for members in self._members.values() for member in members]
+
+
+@dataclass(slots=True, eq=False)
+class _Member:
+    """A batched forward, what of the step it evaluates, and by what."""
+
+    unet: BatchedUNet
+    work: Work
+    run: Forward

@@ -35,6 +35,7 @@ async function start() {
     $("size").replaceChildren(...service.sizes.map((size) => new Option(size.replace("x", " × "), size)));
     $("size-field").hidden = service.sizes.length < 2;
     $("guidance-field").hidden = !capabilities.guidance_scale;
+    if (service.guidance_scale !== null) $("guidance_scale").placeholder = service.guidance_scale;
     $("negative-field").hidden = !capabilities.negative_prompt;
     events = { partial_images: capabilities.partial_images ? 3 : undefined, progress: capabilities.progress || undefined };
     from = new Start(names, capabilities, () => $("size").value.split("x").map(Number), changed, refuse);
