@@ -197,7 +197,7 @@ def advance(variants: list[Variant], options: BatchedOptions) -> Callable[[], No
         channels_last=True,
     )
     buffers = StepBuffers.allocate(key, "cpu")
-    step = Step(Batched(batched).kinds["exact"], key, device="cpu")
+    step = Step(Batched(batched, batched).kinds["exact"], key, device="cpu")
     return lambda: step.advance(buffers)
 
 
