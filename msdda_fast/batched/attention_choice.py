@@ -112,11 +112,11 @@ def _fastest(query: Tensor, key: Tensor, value: Tensor) -> SDPBackend | None:
 
 def _milliseconds(run: Callable[[], None], device: torch.device) -> float:
     """Time of the GPU for `CALLS` runs, without that of the host, which a graph does not spend."""
-    times = []
+    times: list[float] = []
     with torch.cuda.device(device):
         run()  # its first call chooses kernels and allocates
         for _ in range(ROUNDS):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start, end = _event(), _event()
             keep_busy(BUSY_CYCLES)  # all is queued before the first of it runs
             start.record()
             for _ in range(CALLS):
@@ -125,3 +125,7 @@ def _milliseconds(run: Callable[[], None], device: torch.device) -> float:
             end.synchronize()
             times.append(start.elapsed_time(end))
     return median(times)
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

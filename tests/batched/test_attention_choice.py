@@ -128,6 +128,15 @@ def test_tracers_and_fake_tensors_see_plain_attention(world, monkeypatch):
     assert len(world.timed) == 3
 
 
+def test_compiled_attention_is_whole_and_plain(monkeypatch):
+    monkeypatch.setattr(attention_choice, "DEVICE", "cpu")
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    call = [torch.randn_like(tensor) for tensor in tokens()]
+    found = torch.compile(attention, fullgraph=True, backend="eager")(*call)
+    assert torch.equal(found, functional.scaled_dot_product_attention(*call))
+    assert not attention_choice._chosen
+
+
 @pytest.mark.usefixtures("world")
 def test_other_devices_have_plain_attention(monkeypatch):
     monkeypatch.setattr(attention_choice, "DEVICE", "cuda")
