@@ -62,6 +62,7 @@ __all__ = [
     "inductor_options",
     "is_batched",
     "is_compiled",
+    "keep_busy",
     "make_wrapper",
     "recompile_limit",
     "replace_parameters",
@@ -98,6 +99,15 @@ def abandon_pool(device: int, pool: Any) -> None:  # noqa: ANN401 - torch's hand
 def in_dispatch_mode() -> bool:
     """Whether a `TorchDispatchMode` sees the operators that are called now."""
     return _get_current_dispatch_mode() is not None
+
+
+def keep_busy(cycles: int) -> None:
+    """Queue a kernel that spins for so many clock cycles of the current GPU on its stream.
+
+    torch.cuda._sleep: since 0.4, used throughout torch's own tests of streams. Without it, time a
+    graph of the calls instead.
+    """
+    torch.cuda._sleep(cycles)  # type: ignore[no-untyped-call]
 
 
 def make_wrapper(kind: type[Tensor], like: Tensor) -> Any:  # noqa: ANN401 - an instance of `kind`

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from msdda_fast.batched.attention_choice import attention
 from msdda_fast.batched.rows import Rows, add, apply, apply_all, hold_all, objectives_of
 from msdda_fast.batched.sites import SiteBuilder
 from msdda_fast.errors import BackendUnavailable
@@ -58,12 +59,13 @@ def _runs(name: str, head_dim: int, dtype: torch.dtype, device: torch.device) ->
     return True
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
-    """Attention of (rows, L, C) and (rows, S, C) tensors in `heads` heads."""
+def _attend(query: Tensor, key: Tensor, value: Tensor, heads: int, *, timed: bool) -> Tensor:
+    """Attention of (rows, L, C) and (rows, S, C) tensors in `heads` heads, see `attention`."""
     query, key, value = (
         tokens.view(*tokens.shape[:2], heads, -1).transpose(1, 2) for tokens in (query, key, value)
     )
-    out = functional.scaled_dot_product_attention(query, key, value)
+    attend = attention if timed else functional.scaled_dot_product_attention
+    out = attend(query, key, value)
     return out.transpose(1, 2).flatten(2)
 
 
@@ -74,7 +76,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, build: SiteBuilder, path: str, stock: Attention, *, fuse: bool) -> None:
         super().__init__()
-        self.heads = stock.heads
+        self.heads, self.timed = stock.heads, build.times_attention
         paths = [f"{path}.to_{name}" for name in "qkv"]
         layers = [build.fused(paths)] if fuse else [build.linear(path) for path in paths]
         self.to_qkv = nn.ModuleList(layers)
@@ -86,7 +88,8 @@ class SelfAttention(nn.Module):
         rows = rows.expand(objectives_of(*self.to_qkv))
         tokens = [layer(rows.x) for layer in self.to_qkv]
         query, key, value = tokens if len(tokens) == 3 else tokens[0].chunk(3, dim=-1)
-        return apply(self.to_out, rows.holding(_attend(query, key, value, self.heads)))
+        out = _attend(query, key, value, self.heads, timed=self.timed)
+        return apply(self.to_out, rows.holding(out))
 
 
 class CrossAttention(nn.Module):
@@ -96,7 +99,7 @@ class CrossAttention(nn.Module):
 
     def __init__(self, build: SiteBuilder, path: str, stock: Attention) -> None:
         super().__init__()
-        self.heads = stock.heads
+        self.heads, self.timed = stock.heads, build.times_attention
         self.to_q = build.linear(f"{path}.to_q")
         self.to_k = build.linear(f"{path}.to_k", once=True)
         self.to_v = build.linear(f"{path}.to_v", once=True)
@@ -120,7 +123,7 @@ class CrossAttention(nn.Module):
         key, value = self._kept or self._project(prompts, query.objectives)
         query = query.expand(*key[1:])
         key, value = (tokens.expand(*query[1:]) for tokens in (key, value))
-        out = _attend(query.x, key.x, value.x, self.heads)
+        out = _attend(query.x, key.x, value.x, self.heads, timed=self.timed)
         return apply(self.to_out, query.holding(out))
 
     def _project(self, prompts: Rows, objectives: int) -> list[Rows]:

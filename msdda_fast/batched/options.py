@@ -46,7 +46,8 @@ class BatchedOptions:
         fused_ops: Norms, activations, sums and biases in kernels of `kernels.group_norm` and
             `kernels.rowwise`, see `batched.ops`; None: only on CUDA in half precision.
         attention: "flash", "efficient", "cudnn" or "math" runs that backend only; "auto" takes the
-            first of flash, efficient and math that can run.
+            first of flash, efficient and math that can run, and on CUDA for each shape of a graph
+            the fastest of flash, cudnn and efficient, see `batched.attention_choice`.
         sharing: Which work is done once.
     """
 

@@ -36,9 +36,10 @@ class SiteBuilder:
             "merged", or "separate" where merging would lose too much of an adapter.
         channels_last: Give convolutions channels_last weights, copied where the layout differs.
         ops: What runs between the layers.
+        times_attention: Whether attention runs on the backend that was the fastest for its shape.
 
     Attributes:
-        ops: As given.
+        ops, times_attention: As given.
         frontier: Path of the first module that treats objectives differently, or None so far.
         diverged: Whether the rows of the objectives differ after the layers placed so far.
     """
@@ -51,8 +52,9 @@ class SiteBuilder:
         design: Design | None,
         channels_last: bool,
         ops: PlainOps,
+        times_attention: bool,
     ) -> None:
-        self.ops = ops
+        self.ops, self.times_attention = ops, times_attention
         self._adapters = adapters
         self._index = torch.tensor(objectives)
         self._design = design

@@ -49,7 +49,7 @@ class BatchedUNet(nn.Module):
     Attributes:
         adapters, options, objectives: As given.
         frontier: Path of the first module that treats objectives differently, or None.
-        attention_backend: Name of the attention backend that runs.
+        attention_backend: Name of the attention backend that runs where none was timed.
 
     Raises:
         AdapterMismatch: An adapter acts outside the layers of the forward.
@@ -78,6 +78,7 @@ class BatchedUNet(nn.Module):
             design=options.design or (None if few else DEFAULT_DESIGN),
             channels_last=unet.device.type == "cuda" if nhwc is None else nhwc,
             ops=choose_ops(options.fused_ops, unet.dtype, unet.device),
+            times_attention=options.attention == "auto",
         )
         self._nhwc = build.channels_last
         self.time = TimeEmbedding(build, unet)

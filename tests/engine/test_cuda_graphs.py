@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from msdda_fast.batched import attention_choice
 from msdda_fast.engine.buffers import ShapeKey, StepBuffers
 from msdda_fast.engine.graph import StepCache
 from msdda_fast.engine.graph_backends import CudaGraphs
@@ -182,6 +183,31 @@ def test_networks_on_streams_of_their_own() -> None:
         step = StepCache(build, device="cuda", capture=capture).prepare(KEY)
         step.load(**request.arguments)
         assert_same(step.run(), request.expected(weights))
+
+
+def test_attention_is_timed_in_the_warm_up_and_captured_on_the_fastest_backend(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(attention_choice, "_chosen", {})
+    shapes = [(2, 8, length, 40) for length in (64, 1024)]
+    calls = [[torch.randn(shape).to("cuda", torch.float16) for _ in range(3)] for shape in shapes]
+    outs = [torch.zeros_like(query) for query, _, _ in calls]
+
+    def advance(buffers: StepBuffers) -> None:
+        for call, out in zip(calls, outs, strict=True):
+            out.copy_(attention_choice.attention(*call))
+
+    graph = CudaGraphs("cuda").capture(advance, StepBuffers.allocate(KEY, "cuda"))
+    assert len(attention_choice._chosen) == 2
+    for out in outs:
+        out.zero_()
+    graph.replay()
+    for (query, key, value), out in zip(calls, outs, strict=True):
+        assert attention_choice.chosen_backend(query, key, value) in attention_choice.CANDIDATES
+        scores = (query.float() @ key.float().mT) / query.shape[-1] ** 0.5
+        expected = scores.softmax(-1) @ value.float()
+        torch.testing.assert_close(out.float(), expected, rtol=1e-2, atol=1e-2)
+    graph.release()
 
 
 @pytest.mark.slow
