@@ -8,6 +8,7 @@ ratios within a run, never times across runs.
 import json
 import os
 import platform
+import random
 import statistics
 import subprocess
 import time
@@ -21,6 +22,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 RESULTS = Path(__file__).parent / "results"
+
+
+#: After a run the threads of torch, OpenVINO and ONNX Runtime spin for milliseconds, on the cores
+#: that the next contender needs.
+_REST_S = 0.01
 
 
 def interleaved(
@@ -43,18 +49,25 @@ def interleaved(
 def in_turn(
     contenders: dict[str, Callable[[], object]], rounds: int, device: str = "cpu"
 ) -> dict[str, list[float]]:
-    """Return the microseconds of each contender in every round, as `interleaved` takes them."""
+    """Return the microseconds of each contender in every round, as `interleaved` takes them.
+
+    The order is another one in each round: what one contender leaves behind in caches and threads
+    should not always meet the same other one.
+    """
     measure = _on_gpu if device == "cuda" else _on_host
     for run in contenders.values():  # the first round also warmed caches; this one the threads
         run()
     seen: dict[str, list[float]] = {name: [] for name in contenders}
+    names, shuffled = list(contenders), random.Random(0)
     for _ in range(rounds):
-        for name, run in contenders.items():
-            seen[name].append(measure(run))
+        shuffled.shuffle(names)
+        for name in names:
+            seen[name].append(measure(contenders[name]))
     return seen
 
 
 def _on_host(run: Callable[[], object]) -> float:
+    time.sleep(_REST_S)
     start = time.perf_counter()
     run()
     return (time.perf_counter() - start) * 1e6

@@ -63,7 +63,7 @@ def catalogue(counts: Sequence[int], design: str, device: str) -> list[Entry]:
     for m in sorted({1, *counts}):
         entries += _ours(m, design)
     entries += _runtimes(sorted({1, *counts}))
-    entries += [_entry(AGAIN, "ours, one objective, again", 1, BatchedOptions(design=design))]
+    entries += [_entry(AGAIN, "ours, one objective, again", 1, options_of(design))]
     if several:
         entries += _ablations(several[0], design, device)
     return entries

@@ -121,6 +121,7 @@ def _through_onnx_runtime(network: nn.Module, example: Arguments) -> Callable[..
     program.save(file)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # see harness._REST_S
     session = onnxruntime.InferenceSession(
         file.getvalue(), options, providers=["CPUExecutionProvider"]
     )
