@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/* csrc/include/msdda/*)
 OUT ?= out/demo
 
-.PHONY: demo test test-all test-oldest test-slow lint docs wheel bench gpu sanitize sanitize-gpu clean
+.PHONY: demo test test-all test-oldest test-slow test-triton lint docs wheel bench gpu sanitize sanitize-gpu clean
 
 demo: $(STAMP)
 	$(BIN)/msdda-fast sweep --seeds 1,2 --out $(OUT)
@@ -39,6 +39,13 @@ test-oldest:
 		tests/adapters tests/lora tests/steps/test_table.py tests/engine/test_loop.py tests/test_drop_in.py \
 		tests/pipelines/test_loading.py tests/pipelines/test_unchanged.py tests/cli/test_values.py \
 		tests/kernels/test_triton_cases.py tests/kernels/test_specialised.py tests/evaluation/test_report.py tests/serve/test_fields.py
+
+# The kernels with the Triton of torch 2.11, which the machines with a GPU have; constraints.txt has a newer one.
+test-triton: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target build/triton triton==3.6.0
+	PYTHONPATH=build/triton $(BIN)/python -m pytest -p no:benchmark -m "" -k "integer or spills or architectures" \
+		tests/kernels/test_specialised.py tests/kernels/test_triton_code.py \
+		tests/kernels/test_grouped_lora_triton.py tests/kernels/test_norms_and_rows.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
