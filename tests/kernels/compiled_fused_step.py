@@ -61,11 +61,14 @@ BUILDS = [
 def bytes_read(build: Build) -> int:
     """What a position of one channel reads, as `_triton` counts it."""
     state = 8 if build.outputs == "fp64" else 4
+    drawn = 0 if build.drawn else state
     if build.kernel == "linear":
-        each, other = 2 * SIZE[build.outputs], state * (1 if build.drawn else 2)
-    else:
-        each, other = SIZE[build.outputs] + 2 * state * build.pixelwise, 0
-    return other + (0 if build.count > 16 else build.count * each)
+        read = state + (0 if build.count > 16 else build.count * 2 * SIZE[build.outputs])
+        return drawn + read * (1 if build.clip_range is None else 2)
+    numbers = 2 * state * build.pixelwise
+    if build.count > 16:
+        return drawn + SIZE[build.outputs] + 2 * numbers
+    return drawn + build.count * (SIZE[build.outputs] + numbers)
 
 
 def source_of(build: Build) -> ASTSource:

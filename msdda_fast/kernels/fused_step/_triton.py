@@ -51,7 +51,9 @@ def run(
     copies, next_layout = _writable(next_input, out.ndim)
     step, on_device = _step(step, out)
     values = [v for t in outputs if t is not None for v in t]  # u and c of each objective
-    grid, sizes, block = _tiling(out, [x, noise, *([] if stacked else values)])
+    values = [x, *([] if stacked else values)]
+    # clipping holds them while it makes x_0 of them
+    grid, sizes, block = _tiling(out, [noise, *values * (1 if clip_range is None else 2)])
     linear_step[grid](
         target, x, read, rows, noise, seeds, copies, step, *sizes,
         row_step=rows.stride(0) if rows.ndim == 3 else 0,
@@ -92,8 +94,9 @@ def run_moments(
     weights, weights_pixelwise = _table(weights, out)
     step, on_device = _step(step, out)
     numbers = [variances] * variances_pixelwise + [weights] * weights_pixelwise
-    values = [noise] if stacked else [noise, *means, *numbers * len(means)]
-    grid, sizes, block = _tiling(out, values)
+    # in a loop the numbers of an objective are read twice
+    values = [means[0], *numbers * 2] if stacked else [*means, *numbers * len(means)]
+    grid, sizes, block = _tiling(out, [noise, *values])
     moments_step[grid](
         target, read, variances, weights, *moments, noise, seeds, step, *sizes,
         variances.shape[1], weights.shape[1],
