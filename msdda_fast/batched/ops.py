@@ -80,7 +80,10 @@ class FusedOps(PlainOps):
 
     def __init__(self, backend: str, device_type: str) -> None:
         self._norm = registry.resolve("group_norm", backend, device_type).run
-        self._rows = registry.resolve("rowwise", backend, device_type)
+        rowwise = registry.resolve("rowwise", backend, device_type)
+        # functions, since a module cannot be copied with a pipeline
+        self._sum_of, self._sum_and_norm = rowwise.sum_of, rowwise.sum_and_norm
+        self._geglu = rowwise.geglu
 
     def group_norm(
         self, norm: nn.GroupNorm, rows: Rows, *, silu: bool, shift: Rows | None = None
@@ -96,18 +99,18 @@ class FusedOps(PlainOps):
 
     def add(self, a: Rows, b: Rows, bias: Tensor | None = None) -> Rows:
         a, b = _alike(a, b)
-        pixels = self._rows.sum_of(a.x.permute(0, 2, 3, 1), b.x.permute(0, 2, 3, 1), bias)
+        pixels = self._sum_of(a.x.permute(0, 2, 3, 1), b.x.permute(0, 2, 3, 1), bias)
         return a.holding(pixels.permute(0, 3, 1, 2))
 
     def add_and_norm(
         self, a: Rows, b: Rows, norm: nn.LayerNorm, bias: Tensor | None = None
     ) -> tuple[Rows, Rows]:
         a, b = _alike(a, b)
-        total, y = self._rows.sum_and_norm(a.x, b.x, bias, norm.weight, norm.bias, norm.eps)
+        total, y = self._sum_and_norm(a.x, b.x, bias, norm.weight, norm.bias, norm.eps)
         return a.holding(total), a.holding(y)
 
     def geglu(self, rows: Rows) -> Rows:
-        return rows.holding(self._rows.geglu(rows.x))
+        return rows.holding(self._geglu(rows.x))
 
 
 def _alike(a: Rows, b: Rows) -> tuple[Rows, Rows]:

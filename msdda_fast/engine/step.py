@@ -18,7 +18,7 @@ from msdda_fast.errors import InvalidShape
 from msdda_fast.kernels import registry
 from msdda_fast.kernels.fused_step._ops import Operators
 from msdda_fast.kernels.fused_step._pixelwise import run_pixelwise
-from msdda_fast.kernels.raw import FusedStepBackend
+from msdda_fast.kernels.raw import FusedStepBackend, RunLinear, RunMoments
 from msdda_fast.tracing import is_watched
 
 __all__ = ["Network", "Outputs", "Predict", "Shared", "Step", "by_objective"]
@@ -71,6 +71,13 @@ class Network(Protocol):
         """
 
 
+class _Raw(NamedTuple):
+    """Functions of a backend: its module itself could not be copied with a pipeline."""
+
+    run: RunLinear
+    run_moments: RunMoments
+
+
 class Step:
     """x_t to x_{t-1} in place: network, fused step with the next input, counter.
 
@@ -95,7 +102,8 @@ class Step:
         device_type = torch.device(device).type
         self._predict = predict
         self._key = key
-        self._raw: FusedStepBackend = registry.resolve("fused_step", backend, device_type)
+        raw = registry.resolve("fused_step", backend, device_type)
+        self._raw: FusedStepBackend = _Raw(raw.run, raw.run_moments)
         self._operators = Operators(backend)
 
     def advance(self, buffers: StepBuffers) -> None:

@@ -42,7 +42,7 @@ def loaded(make, files, scales=1.0):
     pipe, call = bare(make)
     sources = [str(file) for file in files]
     objectives = {"x": mf.Objective(sources if len(sources) > 1 else sources[0], scale=scales)}
-    plan = LoadPlan("", "", {}, None, objectives, {"x": list(files)})
+    plan = LoadPlan("", "", {}, None, objectives, {"x": list(files)}, None, joins=False)
     return attach(pipe, objectives, load_objectives(pipe, plan)), call
 
 
