@@ -25,8 +25,9 @@ def test_quality_and_its_table(monkeypatch, tmp_path):
     assert found["exact"]["kl"] == [0, 0, 0]
     assert found["exact"]["changes"]["consistency"] == [0, 0, 0]
     for name in ("merged", "auto", modes.BFLOAT16):
-        assert found[name]["kl"][0] > 0
-    assert found["merged"]["kl_late"] > 1e-4  # of four steps, the last
+        # of four steps the budget may admit none
+        assert found[name]["kl"][0] > 0 or name == "auto"
+    assert found["merged"]["kl_late"] == 0  # adapters do not act in the last of four steps
 
     timing = {"kind": "latency", "batch": 1, "when": "now", "rounds": 7, "load": 0, "commit": "c"}
     times = {"exact": 2.0, "merged": 1.0, "auto": 1.9}
@@ -46,9 +47,9 @@ def test_quality_and_its_table(monkeypatch, tmp_path):
 def test_an_exact_step_diverges_by_nothing_and_another_by_its_square(monkeypatch):
     monkeypatch.setattr(modes, "STEPS", 6)
     pipe = quiet(modes.load(torch.float32))
-    table = modes.coefficients(pipe, 2)
+    table = modes.coefficients(pipe, torch.tensor([[0.5, 0.5]] * 2))
     embeds = pipe.encode_prompt(list(modes.TEST_PROMPTS[:2]), "cpu", 1, False)[0].detach()
-    judge = modes.BatchedUNet.of([*pipe.variants.values()])
+    judge = modes.exact_networks(pipe, table)
     judge.begin(embeds[None, None], table.timesteps)
     states, _ = modes.trajectory(pipe, "exact", embeds, [7, 8])
     assert not modes.divergence(judge, states, table, [7, 8]).any()
