@@ -21,7 +21,7 @@ def finish_pipeline(folder: Path) -> None:
     """Let old and new readers load a folder of `save_pretrained` in float32, without warnings."""
     for tokenizer in folder.glob("tokenizer*"):
         _write_slow_tokenizer(tokenizer)
-    _drop_derived_entry(folder / "vae" / "config.json")
+    _drop_entries(folder / "vae" / "config.json")
     load_in_float32(folder)
 
 
@@ -96,10 +96,11 @@ def _write_json(path: Path, value: object) -> None:
     write_atomically(path, lambda partial: partial.write_text(text))
 
 
-def _drop_derived_entry(config: Path) -> None:
-    """Drop the entry that AutoencoderTiny writes, derives itself, and warns about when reading."""
+def _drop_entries(config: Path) -> None:
+    """Drop what AutoencoderTiny derives itself and warns about, and the path it was read from."""
     entries = json.loads(config.read_text())
-    entries.pop("block_out_channels", None)
+    for name in ("block_out_channels", "_name_or_path"):
+        entries.pop(name, None)
     config.write_text(json.dumps(entries, indent=2) + "\n")
 
 
