@@ -62,6 +62,7 @@ def test_a_killed_replica_loses_no_request_and_changes_no_bit(http, own_pipe):
     bodies = [
         {"n": 1 + seed % 2, "stream": seed % 3 == 0, "weights": {"warm": w, "cool": 1 - w}}
         | ({} if seed % 5 == 0 else {"seed": seed})
+        | ({} if seed % 3 else {"progress": True})
         for seed, w in enumerate(np.linspace(0, 1, 16))
     ]
     with ThreadPoolExecutor(len(bodies)) as pool:
